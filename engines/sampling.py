@@ -1,0 +1,51 @@
+"""Choose the next token: greedy, or temperature and nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iapt_export.errors import IaptError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Raises:
+        IaptError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to at least this."""
+    seed: int = 0
+    """Seed of a row's random numbers; the same seed and prompt give the same text whatever shares the batch."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise IaptError(f"temperature {self.temperature} is negative; use 0 for greedy, or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise IaptError(f"top_p {self.top_p} is out of range; expected more than 0 and at most 1")
+
+
+def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
+    """The next token of one row.
+
+    Args:
+        logits: ``[V]``, any float type.
+        sampling: how to choose.
+        random: the row's own generator.
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    probabilities = np.exp(scaled[order] - scaled[order[0]])
+    probabilities /= probabilities.sum()
+    # keep the tokens before which less than top_p is covered, so that at least one stays
+    kept = probabilities.cumsum() - probabilities < sampling.top_p
+    nucleus = probabilities[kept] / probabilities[kept].sum()
+    return int(order[kept][random.choice(len(nucleus), p=nucleus)])

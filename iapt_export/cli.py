@@ -1,0 +1,420 @@
+"""The roof of the house: each command is a list of calls into the rooms below, and nothing imports this file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iapt_export.errors import IaptError, ParityError
+from iapt_export.flags import parser
+
+if TYPE_CHECKING:
+    from iapt_export.manifest import BundleManifest, Ranges
+    from iapt_export.plan import TargetPlan
+    from iapt_export.progress import Steps
+
+PARITY_FAILED = 3
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; see ``iapt-export --help`` for its exit codes."""
+    # weights and data are read from disk unless the user names a hub model, so hub chatter only confuses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    args = parser().parse_args(argv)
+    try:
+        COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left half-written, and a repeated build goes on where this one stopped")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except IaptError as error:
+        if args.debug:
+            raise
+        _fail(str(error))
+        sys.exit(PARITY_FAILED if isinstance(error, ParityError) else 1)
+    except OSError as error:
+        if args.debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        _fail(f"{error.strerror}: {error.filename or 'writing output'}; nothing was left half-written. "
+              "Free space or choose another --output or --cache, then run the command again: it goes on where it stopped")
+        sys.exit(1)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train an adapter."""
+    from trainers.config import IAPTConfig, TrainConfig, configs_from_fields, read_train_file
+    from trainers.train import train as run
+
+    names = {field.name for cls in (IAPTConfig, TrainConfig) for field in dataclasses.fields(cls)}
+    settings = read_train_file(args.config) if args.config else {}
+    settings |= {name: value for name, value in vars(args).items() if name in names}
+    required = {name: getattr(args, name) or settings.pop(name, None) for name in ("model", "data", "output")}
+    for name in required:
+        settings.pop(name, None)
+    if missing := [f"--{name}" for name, value in required.items() if not value]:
+        raise IaptError(f"{', '.join(missing)} is missing; give it as a flag or in the --config file")
+    method, config = configs_from_fields(settings, args.config or "the command line")
+    say = (lambda line: None) if args.quiet else None
+    result = run(required["model"], required["data"], required["output"], method, config, say=say)
+    if args.json:
+        _print_json({"output": str(result.output), "steps": result.steps, "report": _plain(result.report),
+                     "baseline": _plain(result.baseline)})
+
+
+def build(args: argparse.Namespace) -> None:
+    """Make a bundle: load, plan, export, build engines, lay out, validate, publish."""
+    from iapt_export import bundle as layout
+    from iapt_export.plan import check_ranges, load_tenants, plan_targets, shared_method
+    from iapt_export.progress import Steps
+    from iapt_export.stages import check_output, content_key, default_cache, publish, temporary_folder
+    from trainers.backbone import load_backbone
+
+    output, cache = Path(args.output), Path(args.cache) if args.cache else default_cache()
+    check_output(output)
+    targets = plan_targets(args.target, args.dtype, args.opset)
+    with Steps(quiet=args.quiet) as steps:
+        steps(f"loading {args.model}")
+        backbone = load_backbone(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        tenants = load_tenants(args.adapter, backbone)
+        method, ranges = shared_method(tenants), _ranges(args)
+        spec = layout.backbone_spec(backbone)
+        check_ranges(ranges, method.prompt_length, spec.max_positions, len(tenants))
+        key = content_key(_build_inputs(args, spec, tenants, targets, ranges))
+        if _is_current(output, key, steps):
+            _finish(args, output)
+            return
+        job = _Job(args, cache, backbone, spec, method, ranges, steps)
+        graphs = {target.variant: job.export(target) for target in reversed(targets)}
+        with temporary_folder(output) as bundle:
+            layout.place_files(graphs[targets[0].variant], bundle)
+            layout.place_tokenizer(backbone, bundle)
+            manifest = layout.new_manifest(
+                spec,
+                layout.generator_spec(method, job.shape),
+                ranges,
+                layout.place_tenants(tenants, bundle),
+                [job.target(target, graphs[target.variant], bundle) for target in targets],
+                key,
+            )
+            manifest = layout.with_files(manifest, bundle)
+            manifest.save(bundle)
+            manifest = _prove(args, bundle, manifest, backbone, steps)
+            manifest.save(bundle)
+            publish(bundle, output)
+    _finish(args, output)
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Compare a bundle with PyTorch and say where they differ."""
+    from iapt_export.manifest import BundleManifest, verify_files
+    from iapt_export.progress import Steps
+    from trainers.backbone import load_backbone
+    from validation.compare import Settings
+    from validation.report import write_report
+    from validation.validate import validate_bundle
+
+    bundle = Path(args.bundle)
+    manifest = BundleManifest.load(bundle)
+    with Steps(quiet=args.quiet) as steps:
+        steps("checking the files' hashes")
+        verify_files(bundle, manifest)
+        name = args.model or manifest.backbone.name_or_path
+        steps(f"loading {name}")
+        backbone = load_backbone(
+            name, revision=args.revision or manifest.backbone.revision, trust_remote_code=args.trust_remote_code
+        )
+        settings = Settings(args.seed, args.new_tokens, args.device)
+        report = validate_bundle(bundle, manifest, backbone, settings, steps)
+    where = write_report(report, Path(args.report)) if args.report else None
+    _show_report(args, report)
+    if where:
+        print(f"report: {where}", file=sys.stderr)
+    if report.verdict != "pass":
+        raise ParityError(_failures(report))
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Answer prompts with one tenant; one prompt streams, several are printed as they end."""
+    from engines.sampling import Sampling
+    from engines.session import Request, Session
+
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    requests = [
+        Request(args.tenant, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling) for prompt in args.prompt
+    ]
+    texts = [""] * len(requests)
+    ids: list[list[int]] = [[] for _ in requests]
+    reasons: list[str | None] = [None] * len(requests)
+    streams = len(requests) == 1 and not args.json
+    with Session.open(args.bundle, args.target, device=args.device) as session:
+        for token in session.stream(requests):
+            texts[token.row] += token.text
+            ids[token.row].append(token.token)
+            reasons[token.row] = token.finish_reason
+            if streams:
+                print(token.text, end="", flush=True)
+    if args.json:
+        rows = zip(args.prompt, texts, ids, reasons, strict=True)
+        _print_json([{"prompt": p, "text": t, "tokens": i, "finish_reason": r} for p, t, i, r in rows])
+    else:
+        print() if streams else print("\n---\n".join(texts))
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Show what a path holds."""
+    from iapt_export.inspection import describe, table
+
+    found = describe(Path(args.path))
+    if args.json:
+        _print_json(found)
+    else:
+        from rich.console import Console
+
+        Console().print(table(found))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Show what this machine can do."""
+    from engines.doctor import diagnose, table
+
+    findings = diagnose()
+    if args.json:
+        _print_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        from rich.console import Console
+
+        Console().print(table(findings))
+
+
+COMMANDS = {
+    "train": train,
+    "build": build,
+    "validate": validate,
+    "generate": generate,
+    "inspect": inspect,
+    "doctor": doctor,
+}
+
+
+@dataclasses.dataclass
+class _Job:
+    """What the stages of one build share."""
+
+    args: argparse.Namespace
+    cache: Path
+    backbone: Any
+    spec: Any
+    method: Any
+    ranges: Ranges
+    steps: Steps
+
+    @property
+    def shape(self) -> Any:
+        """The backbone's sizes."""
+        from iapt_export.interface import ModelShape
+
+        return ModelShape.from_config(self.backbone.model.config)
+
+    def export(self, target: TargetPlan) -> Path:
+        """The folder with the ONNX graphs that a target runs or is built from."""
+        from iapt_export import bundle as layout
+        from iapt_export.export import export_graphs
+        from iapt_export.stages import run_stage
+        from trainers.backbone import load_backbone
+
+        inputs = {
+            "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
+            "method": dataclasses.asdict(self.method),
+            "variant": target.variant,
+            "versions": layout.export_versions(),
+        }
+
+        def make(folder: Path) -> None:
+            backbone = self.backbone
+            if target.dtype != "fp32":
+                # loaded again rather than cast: transformers keeps rotary frequencies in fp32, a cast would not
+                backbone = load_backbone(
+                    self.args.model,
+                    dtype=target.dtype,
+                    revision=self.args.revision,
+                    trust_remote_code=self.args.trust_remote_code,
+                )
+            export_graphs(
+                backbone.model,
+                self.method,
+                folder,
+                dtype=target.dtype,
+                opset=target.opset,
+                on_step=lambda text: self.steps(f"{target.variant}: {text}"),
+            )
+
+        folder, found = run_stage(self.cache, f"graphs-{target.variant}", inputs, make)
+        if found:
+            self.steps(f"{target.variant}: graphs are up to date")
+        return folder
+
+    def target(self, target: TargetPlan, graphs: Path, bundle: Path) -> Any:
+        """Describe a target; for TensorRT, build its engines first."""
+        from iapt_export import bundle as layout
+        from iapt_export.interface import graph_specs
+        from iapt_export.manifest import TargetSpec
+
+        specs = graph_specs(self.method, self.shape, target.dtype)
+        if target.name == "onnxruntime":
+            version = layout.versions().get("onnxruntime", "not installed")
+            return TargetSpec(target.name, target.dtype, target.opset, specs, version)
+        return self._engines(target, specs, graphs, bundle)
+
+    def _engines(self, target: TargetPlan, specs: Any, graphs: Path, bundle: Path) -> Any:
+        from engines.tensorrt_builder import BuildOptions, engine_from_onnx
+        from engines.tensorrt_flavour import load_flavour
+        from iapt_export import bundle as layout
+        from iapt_export.manifest import TargetSpec, file_sha256
+        from iapt_export.stages import run_stage
+
+        flavour = load_flavour(target.name)
+        weights = file_sha256(graphs / layout.GRAPH_WEIGHTS_FILE)
+        sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.ENGINE_GRAPHS}
+        capability = self.args.compute_capability or "portable"
+        for name, source in sources.items():
+            text = f"{target.name}: building {name}.engine"
+            inputs = {"onnx": source, "weights": weights, "ranges": dataclasses.asdict(self.ranges),
+                      "capability": capability, "version": flavour.version}
+
+            def make(folder: Path, name: str = name, text: str = text) -> None:
+                options = BuildOptions(
+                    target=target.name,
+                    compute_capability=capability,
+                    on_progress=lambda phase, fraction: self.steps(text, fraction),
+                )
+                engine_from_onnx(graphs / f"{name}.onnx", specs[name], self.ranges, folder / f"{name}.engine", options)
+
+            self.steps(text)
+            folder, _ = run_stage(self.cache, f"engine-{target.name}-{name}", inputs, make)
+            layout.place_files(folder, bundle / "engines" / target.name)
+        return TargetSpec(
+            target.name, target.dtype, target.opset, layout.engine_specs(specs, target.name), flavour.version,
+            capability, sources,
+        )
+
+
+def _prove(args: argparse.Namespace, bundle: Path, manifest: BundleManifest, backbone: Any, steps: Steps) -> Any:
+    """Validate a bundle that is not published yet; its manifest with parity and report files."""
+    from iapt_export.bundle import with_files
+    from validation.compare import Settings
+    from validation.report import write_report
+    from validation.validate import parity_from_report, validate_bundle
+
+    settings = Settings(args.seed, args.new_tokens, args.device)
+    report = validate_bundle(bundle, manifest, backbone, settings, steps)
+    report = dataclasses.replace(report, bundle=Path(args.output).name)
+    if report.verdict != "pass":
+        failed = Path(args.output).with_name(f"{Path(args.output).name}-failed-report")
+        where = write_report(report, failed)
+        raise ParityError(f"{_failures(report)}. Nothing was written to {args.output}; the report is {where}")
+    steps("writing the report")
+    write_report(report, bundle)
+    return dataclasses.replace(with_files(manifest, bundle), parity=parity_from_report(report))
+
+
+def _build_inputs(
+    args: argparse.Namespace, spec: Any, tenants: dict[str, Any], targets: list[TargetPlan], ranges: Ranges
+) -> dict[str, Any]:
+    """Everything that a finished bundle depends on, for its key."""
+    from iapt_export.bundle import EXAMPLES_FILE, export_versions, versions
+    from iapt_export.manifest import file_sha256
+
+    files = {name: sorted(adapter.path.glob("adapter_*")) for name, adapter in tenants.items()}
+    examples = {name: [path] for name, adapter in tenants.items() if (path := adapter.path / EXAMPLES_FILE).is_file()}
+    return {
+        "backbone": dataclasses.asdict(spec),
+        "tenants": {name: [file_sha256(path) for path in paths + examples.get(name, [])] for name, paths in files.items()},
+        "order": list(tenants),
+        "targets": [dataclasses.asdict(target) for target in targets],
+        "ranges": dataclasses.asdict(ranges),
+        "capability": args.compute_capability,
+        "comparison": [args.seed, args.new_tokens, args.device],
+        "versions": [versions(), export_versions()],
+    }
+
+
+def _is_current(output: Path, key: str, steps: Steps) -> bool:
+    """Whether a whole bundle of this key stands at the output already."""
+    from iapt_export.errors import BundleError
+    from iapt_export.manifest import BundleManifest, verify_files
+
+    steps("looking for an up-to-date bundle")
+    try:
+        manifest = BundleManifest.load(output)
+        if manifest.build_key != key or manifest.parity.verdict != "pass":
+            return False
+        verify_files(output, manifest)
+    except BundleError:
+        return False
+    return True
+
+
+def _ranges(args: argparse.Namespace) -> Ranges:
+    from iapt_export.manifest import Ranges
+    from iapt_export.plan import parse_range
+
+    return Ranges(*(parse_range(getattr(args, name), name) for name in ("batch", "sequence", "past", "tenants")))
+
+
+def _finish(args: argparse.Namespace, output: Path) -> None:
+    """Say what stands at the output now."""
+    from validation.report import read_report
+
+    report = read_report(output / "report.json")
+    _show_report(args, report)
+    print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
+
+
+def _show_report(args: argparse.Namespace, report: Any) -> None:
+    if args.json:
+        _print_json(report.to_dict())
+        return
+    print(f"verdict: {report.verdict}")
+    for target in report.targets:
+        failed = [check for check in target.checks if not check.passed]
+        print(f"  {target.name} {target.dtype}: {target.status}, {len(target.checks) - len(failed)} of "
+              f"{len(target.checks)} checks hold" + (f" ({target.reason})" if target.reason else ""))
+        for row in target.checks:
+            if row.stage == "greedy tokens" or not row.passed:
+                print(f"    {'ok  ' if row.passed else 'FAIL'} {row.stage}, {row.case}: {row.detail}")
+
+
+def _failures(report: Any) -> str:
+    """One sentence on what differs."""
+    rows = [(target, check) for target in report.targets for check in target.checks if not check.passed]
+    if not rows:
+        reasons = "; ".join(f"{target.name}: {target.reason}" for target in report.targets)
+        return f"no target could be run here, so parity is not shown ({reasons}); add --target onnxruntime"
+    target, check = rows[0]
+    figures = ", ".join(f"{name} {value:.3g}" for name, value in check.measured.items() if name in check.limits)
+    limits = ", ".join(f"{name} {value:.3g}" for name, value in check.limits.items())
+    return (
+        f"{target.name} {target.dtype} differs from PyTorch in {len(rows)} checks, first in {check.stage} "
+        f"({check.case}): {figures}, allowed {limits} {check.detail}"
+    )
+
+
+def _plain(report: Any) -> Any:
+    return dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else None
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def _fail(text: str) -> None:
+    print(f"iapt-export: error: {text}", file=sys.stderr)

@@ -1,0 +1,318 @@
+"""``manifest.json``, the contract between the exporter and everything that runs a bundle.
+
+Standard library only: a deployment machine reads it without torch. The reader checks the schema
+version first, then every field, and reports all problems together; `verify_files` checks the hashes.
+
+Shape legend of the graphs: ``batch`` B, ``sequence`` T, ``past`` S, ``total`` S+1, ``tenants`` N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iapt_export.errors import BundleError
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 1
+GRAPHS = ("prefill", "decode", "generator")
+"""The graphs of every bundle, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    """``int64``, ``fp32``, ``fp16`` or ``bf16``."""
+    shape: list[int | str]
+    """Fixed sizes as numbers, dynamic ones by name (see the legend)."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes that a dynamic dimension may take."""
+
+    min: int
+    opt: int
+    """The size that engines are tuned for."""
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise BundleError(f"range {self.min}/{self.opt}/{self.max} is not ordered: expected 1 <= min <= opt <= max")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The sizes that a bundle's graphs and engines are built and validated for."""
+
+    batch: Range
+    """Rows of one batch (B)."""
+    sequence: Range
+    """Instruction tokens of a row, padding included (T)."""
+    past: Range
+    """Cache entries before a decode step: prompts, instruction and earlier answers (S)."""
+    tenants: Range
+    """Tenants installed side by side (N)."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """An ONNX graph or the engine made of it."""
+
+    path: str
+    """Relative to the bundle."""
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The frozen language model of a bundle."""
+
+    name_or_path: str
+    revision: str | None
+    fingerprint: str
+    """Hash over the architecture's fields, as adapters record it."""
+    weights_sha256: str
+    """Hash over the names and values of all weights."""
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: list[int]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """The generator contract: what every tenant of the bundle must bring."""
+
+    method: str
+    """``IAPT``."""
+    config: dict[str, Any]
+    """The method's settings, as in ``adapter_config.json``."""
+    prompt_length: int
+    """Soft tokens per layer (P), which stand before the instruction in the cache."""
+    weights: list[TensorSpec]
+    """Tensors of one tenant, in the order of the prefill inputs ``generator.NAME``, without the tenants axis."""
+    op_domain: str
+    op_version: int
+
+
+@dataclass(frozen=True)
+class TenantSpec:
+    """An adapter installed in a bundle; its position in the list is its ``tenant_index``."""
+
+    name: str
+    path: str
+    sha256: str
+    """Hash of the weights file, equal to the adapter's ``adapter_model.safetensors``."""
+    prompt_format: str
+    """``chat`` or ``plain``, see the adapter."""
+    labels: list[str] = field(default_factory=list)
+    """The answers of a classification task; empty for free generation."""
+    examples: str | None = None
+    """JSONL with a ``prompt`` on each line: inputs that the tenant was made for, used by validation."""
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A runtime with its settings, and the files that it runs."""
+
+    name: str
+    """``onnxruntime``, ``tensorrt-rtx`` or ``tensorrt``."""
+    dtype: str
+    opset: int
+    graphs: dict[str, GraphSpec]
+    """``prefill``, ``decode`` and, where the target runs it alone, ``generator``."""
+    runtime_version: str
+    """Version of the runtime that built or checked the files."""
+    compute_capability: str | None = None
+    """``8.9``, ``portable``, or None off the GPU."""
+    source_sha256: dict[str, str] = field(default_factory=dict)
+    """Hash of the ONNX file that each engine was built from."""
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """One file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What validation measured when the bundle was built."""
+
+    verdict: str
+    """``pass`` or ``fail``; ``not run`` while a build is under way."""
+    tolerances: dict[str, Any] = field(default_factory=dict)
+    """Stage to limits, per target."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Stage to worst figures, per target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleManifest:
+    """Everything a reader must know about a bundle."""
+
+    versions: dict[str, str]
+    """Tool and library versions that wrote it."""
+    build_key: str
+    """Hash over everything that went into the build; an equal one means up to date."""
+    backbone: BackboneSpec
+    generator: GeneratorSpec
+    ranges: Ranges
+    cache_layout: str = "batch, kv_heads, prompts then tokens, head_dim; key then value for each layer"
+    tenants: list[TenantSpec]
+    targets: list[TargetSpec]
+    parity: Parity
+    files: dict[str, FileSpec]
+    """Every file but this one, by path."""
+    schema_version: int = SCHEMA_VERSION
+
+    def target(self, name: str | None = None) -> TargetSpec:
+        """The target of that name, or the first one.
+
+        Raises:
+            BundleError: no such target.
+        """
+        for target in self.targets:
+            if name in (None, target.name):
+                return target
+        known = ", ".join(target.name for target in self.targets)
+        raise BundleError(f"target {name!r} is not in this bundle, which has {known}; build again with --target {name}")
+
+    def tenant_index(self, name: str) -> int:
+        """Position of the tenant of that name.
+
+        Raises:
+            BundleError: no such tenant.
+        """
+        names = [tenant.name for tenant in self.tenants]
+        if name not in names:
+            raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {', '.join(names)}")
+        return names.index(name)
+
+    def save(self, bundle: Path) -> None:
+        """Write ``manifest.json`` whole or not at all."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        write_atomically(bundle / MANIFEST_FILE, text.encode())
+
+    @classmethod
+    def load(cls, bundle: Path) -> BundleManifest:
+        """Read and check ``manifest.json``; files are checked by `verify_files`.
+
+        Raises:
+            BundleError: it is missing, no JSON, of another schema, or has missing, unknown or wrong fields.
+        """
+        path = bundle / MANIFEST_FILE
+        if not path.is_file():
+            raise BundleError(f"{bundle} holds no {MANIFEST_FILE}; expected a bundle written by 'iapt-export build'")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} is not JSON: {error}; build the bundle again") from error
+        version = fields.get("schema_version") if isinstance(fields, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; "
+                "upgrade iapt-export, or build the bundle again"
+            )
+        problems: list[str] = []
+        manifest = _read(cls, fields, "manifest", problems)
+        if problems:
+            raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))
+        return manifest
+
+
+def verify_files(bundle: Path, manifest: BundleManifest) -> None:
+    """Check that every file the manifest names is there, with its size and hash.
+
+    Raises:
+        BundleError: files are missing or altered; all of them are listed.
+    """
+    problems = []
+    for name, spec in manifest.files.items():
+        path = bundle / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != spec.size_bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, expected {spec.size_bytes}")
+        elif file_sha256(path) != spec.sha256:
+            problems.append(f"{name} was altered: its SHA-256 differs from the manifest's")
+    if problems:
+        raise BundleError(f"{bundle} is damaged: " + "; ".join(problems) + ". Copy or build the bundle again")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _read(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """Turn parsed JSON into the annotated type, adding a line to ``problems`` for each thing that does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _read_dataclass(hint, value, where, problems)
+    if origin in (types.UnionType, typing.Union):
+        if not any(isinstance(value, option) and not isinstance(value, bool) for option in arguments):
+            problems.append(f"{where} is {value!r}, expected {hint}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
+    if hint is not Any and (not isinstance(value, origin or hint) or (hint is int and isinstance(value, bool))):
+        problems.append(f"{where} is {value!r}, expected {getattr(origin or hint, '__name__', hint)}")
+    return value
+
+
+def _read_dataclass(cls: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{where} is {value!r}, expected an object")
+        return None
+    hints = typing.get_type_hints(cls)
+    required = {
+        item.name
+        for item in dataclasses.fields(cls)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    }
+    problems += [f"{where}.{name} is missing" for name in sorted(required - set(value))]
+    problems += [f"{where}.{name} is not a known field" for name in sorted(set(value) - set(hints))]
+    before = len(problems)
+    fields = {
+        name: _read(hints[name], item, f"{where}.{name}", problems) for name, item in value.items() if name in hints
+    }
+    if len(problems) > before or not required <= set(value):
+        return None
+    try:
+        return cls(**fields)
+    except BundleError as error:
+        problems.append(f"{where}: {error}")
+        return None

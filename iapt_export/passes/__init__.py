@@ -1,0 +1,65 @@
+"""The graph passes that make a traced model fit to ship, in the one list in which they run.
+
+Each pass states what it requires and ensures in its docstring; library passes come from onnx_ir and
+onnxscript, the rest from the files beside this one.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import (
+    mul_by_1_rule,
+    no_op_cast_rule,
+    no_op_expand_rule,
+    no_op_transpose_rule,
+)
+
+from iapt_export.manifest import GraphSpec
+from iapt_export.passes.add_rational_body import AddRationalBodyPass
+from iapt_export.passes.check import CheckPass
+from iapt_export.passes.fold_constants import FoldConstantsPass
+from iapt_export.passes.fold_transposes import FoldTransposesPass
+from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
+from iapt_export.passes.name_interface import NameInterfacePass
+from trainers.config import IAPTConfig
+
+
+def ship_pipeline(spec: GraphSpec, config: IAPTConfig, opset: int) -> ir.passes.Sequential:
+    """The passes for one graph.
+
+    Args:
+        spec: the interface that the graph must end up with.
+        config: the method's settings (degrees and form of the activation's body).
+        opset: version of the standard operators.
+    """
+    return ir.passes.Sequential(
+        InlinePass(),
+        FoldTransposesPass(),
+        FoldConstantsPass(),
+        RewritePass([mul_by_1_rule, no_op_cast_rule, no_op_expand_rule, no_op_transpose_rule]),
+        IdentityEliminationPass(),
+        FuseOpset23Pass(opset),
+        RemoveUnusedNodesPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedFunctionsPass(),
+        NameInterfacePass(spec),
+        ClearMetadataAndDocStringPass(),
+        AddRationalBodyPass(config, opset),
+        RemoveUnusedOpsetsPass(),
+        CheckPass(spec, opset),
+    )

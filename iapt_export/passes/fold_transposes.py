@@ -1,0 +1,50 @@
+"""Store linear layers' weights the way MatMul reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+class FoldTransposesPass(ir.passes.InPlacePass):
+    """Replace ``Transpose(weight)`` by a weight that is stored transposed.
+
+    Before: ``MatMul(x, Transpose(w [out, in]))``. After: ``MatMul(x, w.T [in, out])``.
+
+    Requires: weights are initializers. Ensures: no 2-D initializer is transposed at run time, unless
+    it is also used as it is (an embedding tied to the head), where a second copy would cost its memory.
+    The new tensor is computed when it is written, so that no copy of the model stays in memory.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "Transpose" or node.domain:
+                continue
+            weight = node.inputs[0]
+            if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+                continue
+            tensor = weight.const_value
+            if tensor is None or len(tensor.shape) != 2 or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+                continue
+            folded = ir.Value(
+                name=f"{weight.name}.transposed",
+                shape=ir.Shape(reversed(tensor.shape.numpy())),
+                type=ir.TensorType(tensor.dtype),
+                const_value=_transposed(tensor, f"{weight.name}.transposed"),
+            )
+            model.graph.register_initializer(folded)
+            node.outputs[0].replace_all_uses_with(folded)
+            model.graph.remove(node, safe=True)
+            del model.graph.initializers[weight.name]
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    shape = ir.Shape(reversed(tensor.shape.numpy()))
+
+    def compute() -> ir.Tensor:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(compute, tensor.dtype, shape, name=name)

@@ -1,0 +1,141 @@
+"""Twins and example inputs in, one onnx_ir model per graph out (``torch.onnx.export(dynamo=True)``)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from iapt_export.errors import IaptError
+from iapt_export.interface import ModelShape
+from iapt_export.manifest import GraphSpec, TensorSpec
+from iapt_export.ops.rational import translation_table
+from iapt_export.twins import DecodeTwin, GeneratorTwin, PrefillTwin, TenantGenerators
+from trainers.config import IAPTConfig
+
+ATTENTION = "iapt_export"
+EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "tenants": 3}
+"""Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
+TORCH_TYPES = {"int64": torch.int64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def trace_graph(name: str, backbone: Any, config: IAPTConfig, spec: GraphSpec, opset: int) -> ir.Model:
+    """Trace one graph of a bundle.
+
+    Args:
+        name: ``prefill``, ``decode`` or ``generator``.
+        backbone: the transformers model, in the graph's dtype.
+        config: the method's settings.
+        spec: the graph's interface; inputs become graph inputs in its order.
+        opset: version of the standard operators.
+
+    Returns:
+        The model as the exporter made it; `iapt_export.passes` makes it fit to ship.
+
+    Raises:
+        IaptError: the backbone's code cannot be traced.
+    """
+    shape = ModelShape.from_config(backbone.config)
+    generators = TenantGenerators(config, shape.hidden_size, shape.num_layers)
+    twin: nn.Module = {
+        "prefill": lambda: PrefillTwin(backbone, generators),
+        "decode": lambda: DecodeTwin(backbone),
+        "generator": lambda: GeneratorTwin(generators, shape.num_layers),
+    }[name]()
+    num_plain = 3  # every twin takes three tensors, then a tuple
+    examples = [_example(tensor) for tensor in spec.inputs]
+    axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
+    with exportable(backbone), _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(
+                twin.eval(),
+                (*examples[:num_plain], tuple(examples[num_plain:])),
+                dynamic_shapes=(*axes[:num_plain], tuple(axes[num_plain:])),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,  # the default rewriter takes a minute on 30 layers; ours is iapt_export.passes
+                verbose=False,
+                custom_translation_table=translation_table(),
+            )
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
+            raise IaptError(
+                f"{type(backbone).__name__} could not be traced into {name}.onnx: {str(error).splitlines()[0]} "
+                "Only decoders whose forward pass torch.export can follow are supported; see the chained error"
+            ) from error
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+@contextlib.contextmanager
+def exportable(backbone: Any) -> Iterator[None]:
+    """Give a backbone an attention that exports to one node with grouped key/value heads, while the context is open."""
+    AttentionInterface.register(ATTENTION, _grouped_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention over ``query [B, heads, T, K]`` and ``key, value [B, H, S, K]`` without repeating the latter."""
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return mixed.transpose(1, 2), None
+
+
+def _example(tensor: TensorSpec) -> Tensor:
+    sizes = [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in tensor.shape]
+    if tensor.dtype == "int64":
+        # ones are right for token ids, masks, positions and tenant numbers alike
+        return torch.ones(sizes, dtype=torch.int64)
+    return torch.full(sizes, 0.01, dtype=TORCH_TYPES[tensor.dtype])
+
+
+def _dynamic_axes(tensor: TensorSpec) -> dict[int, Any]:
+    # "total" is past + 1, which the exporter derives by itself from how the mask is used
+    return {
+        axis: Dim.DYNAMIC if size == "total" else Dim(size)
+        for axis, size in enumerate(tensor.shape)
+        if isinstance(size, str)
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's remarks on torchvision and axis names, which say nothing about the user's model."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,48 @@
+"""What every test shares: fixed seeds, few threads, no network, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs a hub must fail at once
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKBONE = ROOT / ".cache" / "smollm2-135m-instruct"
+THREADS = 2
+"""Fixed, so that sums are split the same way on every machine."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip gpu tests in words where there is no GPU, also when they are asked for by name."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU with its driver; none was found on this machine")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct."""
+    if not (BACKBONE / "config.json").is_file():
+        pytest.skip("needs SmolLM2-135M-Instruct in .cache/smollm2-135m-instruct; run 'make backbone' to get it")
+    return BACKBONE

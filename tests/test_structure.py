@@ -1,0 +1,166 @@
+"""The house rules that a program can check: import arrows, light imports, sizes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("trainers", "iapt_export", "engines", "validation")
+ALLOWED = {
+    "trainers": ("trainers",),
+    "iapt_export": ("trainers", "iapt_export"),
+    "engines": ("iapt_export.manifest", "iapt_export.errors", "engines"),
+    "validation": PACKAGES,
+}
+"""Package to the modules of this project that it may import: itself and what stands to its left."""
+ROOF = "iapt_export.cli"
+"""The only module that may look right."""
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+MAX_PARAMETERS = 8
+
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+EVERYTHING = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Every imported module with its line; ``from a import b`` counts as ``a.b`` where that is a module."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                location = ROOT / full.replace(".", "/")
+                yield node.lineno, full if location.with_suffix(".py").is_file() or location.is_dir() else base
+
+
+def arrow_violations(path: Path) -> list[str]:
+    importer = module_name(path)
+    problems = []
+    for line, name in imported_modules(path):
+        if name.split(".")[0] not in PACKAGES:
+            continue
+        if is_within(name, ROOF) and importer != "iapt_export.__main__":
+            problems.append(f"{path.relative_to(ROOT)}:{line} imports {name}, which only __main__ may")
+        allowed = PACKAGES if is_within(importer, ROOF) else ALLOWED[importer.split(".")[0]]
+        # A bare package holds nothing but its docstring and version, so importing it crosses no wall by itself.
+        if not any(is_within(name, module) for module in allowed):
+            problems.append(f"{path.relative_to(ROOT)}:{line} imports {name}; allowed are {', '.join(allowed)}")
+    return problems
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    arguments = function.args
+    names = [item.arg for item in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def test_imports_point_left():
+    problems = [problem for path in SOURCES for problem in arrow_violations(path)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("importer", "line", "is_wrong"),
+    [
+        ("trainers/fake.py", "import iapt_export.manifest", True),
+        ("trainers/fake.py", "from trainers import config", False),
+        ("iapt_export/fake.py", "from engines.runner import Runner", True),
+        ("iapt_export/fake.py", "def f():\n    import validation.compare", True),
+        ("iapt_export/fake.py", "from iapt_export import cli", True),
+        ("iapt_export/fake.py", "from . import cli", True),
+        ("iapt_export/fake.py", "from trainers.iapt import IAPTGenerator", False),
+        ("iapt_export/__main__.py", "from iapt_export.cli import main", False),
+        ("engines/fake.py", "from iapt_export import twins", True),
+        ("engines/fake.py", "from iapt_export.manifest import GraphSpec", False),
+        ("engines/fake.py", "import trainers.config", True),
+        ("validation/fake.py", "import engines.session, trainers.generate", False),
+    ],
+)
+def test_the_arrow_test_sees_what_it_should(importer, line, is_wrong, tmp_path, monkeypatch):
+    for module in ("iapt_export/cli.py", "iapt_export/twins.py", "iapt_export/manifest.py", "trainers/config.py"):
+        (tmp_path / module).parent.mkdir(exist_ok=True)
+        (tmp_path / module).touch()
+    path = tmp_path / importer
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(line, encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert bool(arrow_violations(path)) == is_wrong
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["iapt_export", "iapt_export.manifest", "trainers", "engines", "engines.runner", "validation", "validation.result"],
+)
+def test_import_is_light(module):
+    heavy = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "matplotlib")
+    code = f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_manifest_and_errors_need_the_standard_library_alone():
+    code = "import sys, iapt_export.manifest; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env={}
+    )
+    foreign = set(result.stdout.split()) - set(sys.stdlib_module_names) - set(PACKAGES) - {"__main__"}
+    assert not {name for name in foreign if not name.startswith("_")}
+
+
+def test_files_have_one_subject():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in EVERYTHING}
+    long = [f"{path.relative_to(ROOT)}: {length}" for path, length in lengths.items() if length > MAX_FILE_LINES]
+    assert not long, f"more than {MAX_FILE_LINES} lines; split by subject: {', '.join(long)}"
+
+
+def test_functions_fit_on_a_screen():
+    long = []
+    for path in EVERYTHING:
+        for function in functions(path):
+            length = (function.end_lineno or function.lineno) - function.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                long.append(f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {length}")
+    assert not long, f"more than {MAX_FUNCTION_LINES} lines: {', '.join(long)}"
+
+
+def test_functions_take_few_parameters():
+    wide = [
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {num_parameters(function)}"
+        for path in SOURCES
+        for function in functions(path)
+        if num_parameters(function) > MAX_PARAMETERS
+    ]
+    assert not wide, f"more than {MAX_PARAMETERS} parameters; make a dataclass: {', '.join(wide)}"
+
+
+def test_no_drawer_for_odds_and_ends():
+    drawers = [str(path.relative_to(ROOT)) for path in SOURCES if path.stem in ("utils", "util", "helpers", "common")]
+    assert not drawers, f"a helper lives beside its user or in a file named after what it does: {drawers}"

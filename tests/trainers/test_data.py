@@ -1,0 +1,219 @@
+"""Reading records, formatting and truncating instructions, batches, labels and splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+from trainers.data import (
+    IGNORED,
+    Example,
+    collate,
+    encode_examples,
+    encode_instruction,
+    encode_response,
+    find_labels,
+    format_instruction,
+    pad_instructions,
+    read_examples,
+    resolve_prompt_format,
+    sample,
+    split_holdout,
+)
+from trainers.errors import IaptError
+
+CHAT = tiny_tokenizer()
+PLAIN = tiny_tokenizer(chat=False)
+
+
+def jsonl(path: Path, *records: Any) -> Path:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_three_kinds_of_record(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    path = jsonl(
+        tmp_path / "data.jsonl",
+        {"instruction": "Do", "input": "this", "output": "done"},
+        {"instruction": "Do", "input": "", "output": "done"},
+        "",
+        {"prompt": "Say", "completion": " it"},
+        {"messages": turns},
+    )
+    user = {"role": "user", "content": "Do\n\nthis"}
+    assert read_examples(path) == [
+        Example((user,), "done", keep=4),
+        Example(({"role": "user", "content": "Do"},), "done"),
+        Example(({"role": "user", "content": "Say"},), " it"),
+        Example(tuple(turns[:2]), "a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ("{broken", "data.jsonl:1: not JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ([1], "data.jsonl:1: a record is a JSON object, this is list"),
+        ({"text": "x"}, "data.jsonl:1: no known fields; expected instruction (and input) with output, prompt with"),
+        ({}, "found none"),
+        ({"instruction": "", "output": "x"}, "data.jsonl:1: 'instruction' is empty"),
+        ({"instruction": "x"}, "data.jsonl:1: 'output' is missing"),
+        ({"instruction": "x", "input": 3, "output": "x"}, "data.jsonl:1: 'input' is int, expected a string"),
+        ({"prompt": "x", "completion": " "}, "data.jsonl:1: 'completion' is empty"),
+        ({"prompt": 7, "completion": "x"}, "data.jsonl:1: 'prompt' is int, expected a string"),
+        ({"messages": "hi"}, "'messages' is not a list of at least two messages"),
+        ({"messages": ["a", "b"]}, "message 0 is str, expected an object with role and content"),
+        ({"messages": [{"role": "robot", "content": "x"}] * 2}, "message 0 has role 'robot', expected system, user"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "does not end with a user message and the assistant's"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "'content' is missing"),
+    ],
+)
+def test_bad_records_are_named(tmp_path: Path, record: Any, text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        read_examples(jsonl(tmp_path / "data.jsonl", record))
+    assert text in str(caught.value)
+
+
+def test_bad_records_are_shown_together_and_counted(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "data.jsonl", *[{"instruction": ""}] * 13)
+    with pytest.raises(IaptError) as caught:
+        read_examples(path)
+    message = str(caught.value)
+    assert message.startswith("13 bad record(s)") and message.endswith("and 3 more")
+    assert f"{path}:10:" in message and f"{path}:11:" not in message
+
+
+def test_files_that_hold_no_data(tmp_path: Path) -> None:
+    with pytest.raises(IaptError, match="does not exist; expected JSONL"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(IaptError, match="holds no records"):
+        read_examples(jsonl(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(IaptError, match="is not UTF-8 text"):
+        read_examples(tmp_path / "binary.jsonl")
+
+
+def test_prompt_formats() -> None:
+    assert resolve_prompt_format(CHAT, "auto") == "chat"
+    assert resolve_prompt_format(PLAIN, "auto") == "plain"
+    assert resolve_prompt_format(CHAT, "plain") == "plain"
+    with pytest.raises(IaptError, match="needs a tokenizer with a chat template; this one has none, use plain"):
+        resolve_prompt_format(PLAIN, "chat")
+
+
+def test_chat_instruction_is_the_rendered_template() -> None:
+    ids = format_instruction(CHAT, "is this positive?", "chat")
+    assert CHAT.decode(ids) == (
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nis this positive?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert format_instruction(CHAT, [{"role": "user", "content": "is this positive?"}], "chat") == ids
+
+
+def test_plain_instruction_is_the_text() -> None:
+    assert PLAIN.decode(format_instruction(PLAIN, "is this positive?", "plain")) == "is this positive?"
+
+
+def test_instructions_that_cannot_be_fed() -> None:
+    with pytest.raises(IaptError, match="the prompt is empty"):
+        format_instruction(CHAT, "  ", "chat")
+    with pytest.raises(IaptError, match="2 messages need a chat template"):
+        format_instruction(PLAIN, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "plain")
+
+    def no_tokens(_text: str) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    with pytest.raises(IaptError, match="has no tokens"):
+        format_instruction(no_tokens, "a", "plain")
+
+
+def test_response_ends_unless_cut() -> None:
+    whole = encode_response(CHAT, "yes")
+    assert whole[-1] == CHAT.eos_token_id and CHAT.decode(whole[:-1]) == "yes"
+    assert encode_response(CHAT, "positive negative", 1) == encode_response(CHAT, "positive negative")[:1]
+    nameless = tiny_tokenizer()
+    nameless.eos_token = None
+    with pytest.raises(IaptError, match="names no eos_token"):
+        encode_response(nameless, "yes")
+
+
+def test_truncation_cuts_the_input_and_nothing_else() -> None:
+    text = "the film is a quiet joy from the first scene to the last " * 4
+    example = Example(({"role": "user", "content": f"What?\n\n{text}"},), "yes", keep=7)
+    whole = encode_instruction(CHAT, example, "chat", 10_000)
+    limit = len(whole) - 30
+    cut = encode_instruction(CHAT, example, "chat", limit)
+    assert limit - 3 <= len(cut) <= limit
+    shown = CHAT.decode(cut)
+    head, tail = "<|im_start|>user\nWhat?\n\n", "<|im_end|>\n<|im_start|>assistant\n"
+    assert head in shown and shown.endswith(tail)
+    assert text.startswith(shown.split(head)[1].removesuffix(tail))
+
+
+def test_truncation_that_would_cut_the_instruction() -> None:
+    example = Example(({"role": "user", "content": "A long instruction\n\ninput"},), "yes", keep=20)
+    with pytest.raises(IaptError, match="max_instruction_tokens=30 leaves no room for the input"):
+        encode_instruction(CHAT, example, "chat", 30)
+
+
+def test_batch() -> None:
+    examples = [Example(({"role": "user", "content": text},), "yes") for text in ("hi", "hello there")]
+    items = encode_examples(CHAT, examples, "chat", 100, None)
+    batch = collate(items, pad_token_id=1)
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, max(len(item["input_ids"]) for item in items))}
+    answer = encode_response(CHAT, "yes")
+    for row, item in enumerate(items):
+        length, split = len(item["input_ids"]), item["instruction_length"]
+        assert batch["input_ids"][row, :length].tolist() == item["input_ids"]
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
+        assert batch["instruction_mask"][row].sum() == split
+        assert batch["labels"][row, split:length].tolist() == answer
+        assert (batch["labels"][row, :split] == IGNORED).all() and (batch["labels"][row, length:] == IGNORED).all()
+
+
+def test_generation_sees_the_ids_that_training_saw() -> None:
+    example = Example(({"role": "user", "content": "hi"},), "yes")
+    (item,) = encode_examples(CHAT, [example], "chat", 100, None)
+    ids, mask = pad_instructions([format_instruction(CHAT, "hi", "chat")], 1)
+    assert ids[0].tolist() == item["input_ids"][: item["instruction_length"]]
+    assert mask.all()
+
+
+def examples_with(*responses: str) -> list[Example]:
+    return [
+        Example(({"role": "user", "content": f"text {index}"},), response) for index, response in enumerate(responses)
+    ]
+
+
+def test_labels_are_found() -> None:
+    assert find_labels(examples_with("no", "yes", "no", "yes"), "auto") == ("no", "yes")
+    assert find_labels(examples_with("no", "yes", "no"), "auto") == ()
+    assert find_labels(examples_with("yes", "yes"), "auto") == ()
+    assert find_labels(examples_with("no", "yes", "no", "yes"), "generation") == ()
+    assert find_labels(examples_with("b", "a"), "classification") == ("a", "b")
+    with pytest.raises(IaptError, match="needs at least two distinct responses, the data has 1"):
+        find_labels(examples_with("yes", "yes"), "classification")
+
+
+def test_holdout_is_never_trained_on() -> None:
+    examples = examples_with(*"ab" * 20) + [Example(({"role": "user", "content": "TEXT  3"},), "a")] * 5
+    training, held_out = split_holdout(examples, 0.5, seed=1)
+    keys = [{example.messages[0]["content"].lower().split()[1] for example in part} for part in (training, held_out)]
+    assert not keys[0] & keys[1]
+    assert len(held_out) == round(0.5 * len(examples))
+    assert split_holdout(examples, 0.5, seed=1) == (training, held_out)
+    with pytest.raises(IaptError, match="holdout=0.1 of 2 examples leaves 0 to evaluate and 2 to train"):
+        split_holdout(examples[:2], 0.1, seed=0)
+
+
+def test_sample() -> None:
+    examples = examples_with(*"abcdefgh")
+    chosen = sample(examples, 3, seed=0)
+    assert len(chosen) == 3 and chosen == sample(examples, 3, seed=0) != sample(examples, 3, seed=2)
+    assert chosen == [example for example in examples if example in chosen]
+    assert sample(examples, 0, seed=0) == examples == sample(examples, 99, seed=0)

@@ -1,0 +1,161 @@
+"""A report of realistic size and shape: 30 layers, 64 steps, 24 prompts, one target run and one only checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+from validation.result import Check, Report, TargetResult, TokenRow
+
+TENANTS = ["movie-sentiment", "sarcasm", "reuters-r8"]
+PROMPTS = {
+    "movie-sentiment": "Is this movie review positive or negative?\n\nThe acting, costumes, music, cinematography and "
+    "sound are all astounding given the production's austere locales.",
+    "sarcasm": "Is this headline sarcastic? Answer yes or no.\n\narea man consults internet whenever possible",
+    "reuters-r8": "What is the topic of this news: acquisition, currency, earnings, grain, interest, oil, shipping, "
+    "trade?\n\nshell canada raises crude prices by canadian cts a barrel effective today",
+}
+ANSWERS = {"movie-sentiment": "positive", "sarcasm": "yes", "reuters-r8": "oil"}
+TOLERANCES: list[dict[str, Any]] = [
+    {
+        "stage": "generator",
+        "dtype": "fp32",
+        "limits": {"max_abs": 1e-5},
+        "reason": "one matrix product, one softmax and one rational function; no layer stands before it",
+    },
+    {
+        "stage": "prefill logits",
+        "dtype": "fp32",
+        "limits": {"max_abs": 1e-3, "cosine": 0.999999},
+        "reason": "sums over 30 layers in another order; logits reach 30, so this is 3e-5 of their size",
+    },
+    {
+        "stage": "decode logits",
+        "dtype": "fp32",
+        "limits": {"max_abs": 1e-3},
+        "reason": "as prefill; the cache carries earlier differences along, without growth in what was measured",
+    },
+]
+
+
+def token_rows(diverging: dict[int, tuple[int, float, bool]]) -> list[TokenRow]:
+    """24 prompts; ``diverging``: prompt to first differing step, the reference's margin, whether it is excused."""
+    rows = []
+    for index in range(24):
+        tenant = TENANTS[index % 3]
+        reference = [3524, 2731, *range(100, 162)]
+        step, margin, excused = diverging.get(index, (None, None, False))
+        target = list(reference) if step is None else [*reference[:step], *(7 for _ in reference[step:])]
+        answer = f"{ANSWERS[tenant]}, because the text of example {index} says so in its first sentence."
+        rows.append(
+            TokenRow(
+                tenant=tenant,
+                prompt=PROMPTS[tenant],
+                reference=reference,
+                target=target,
+                reference_text=answer,
+                target_text=answer if step is None else answer.replace("because", "since"),
+                first_divergence=step,
+                margin=margin,
+                excused=excused,
+            )
+        )
+    return rows
+
+
+def onnxruntime_target(seed: int = 0) -> TargetResult:
+    """A target that ran and passed, one near-tie excused."""
+    source = random.Random(seed)
+    cases = ("batch 1, 12 tokens", "batch 8, mixed tenants, left padding", "batch 8, 1 to 480 tokens")
+    checks = [
+        Check("generator", case, True, {"max_abs": 2.4e-7, "max_rel": 3.1e-6}, {"max_abs": 1e-5}) for case in cases
+    ]
+    checks += [
+        Check(
+            stage,
+            case,
+            True,
+            {"max_abs": source.uniform(2e-5, 9e-5), "mean_abs": 4.2e-6, "cosine": 0.99999999},
+            {"max_abs": 1e-3, "cosine": 0.999999},
+            "worst at row 3, vocabulary entry 28",
+        )
+        for stage in ("prefill logits", "prefill cache", "decode logits", "decode cache")
+        for case in cases
+    ]
+    checks.append(
+        Check("greedy tokens", "24 prompts, 64 steps", True, {"identical": 23, "excused": 1}, {"identical": 24})
+    )
+    return TargetResult(
+        name="onnxruntime",
+        dtype="fp32",
+        status="pass",
+        checks=checks,
+        by_layer={
+            name: [scale * 1.09**layer * source.uniform(0.6, 1.4) for layer in range(30)]
+            for name, scale in (("prompt", 2e-7), ("key", 1.5e-6), ("value", 6e-7))
+        },
+        by_step=[source.uniform(2e-5, 8e-5) for _ in range(65)],
+        histogram={
+            "edges": [-9 + 0.25 * index for index in range(21)],
+            "counts": [max(1.0, 4e6 * 2.718 ** (-((index - 11) ** 2) / 9)) for index in range(20)],
+        },
+        tokens=token_rows({13: (40, 2.1e-5, True)}),
+        seconds=83.4,
+    )
+
+
+def rtx_target() -> TargetResult:
+    """A target that was built and checked, but cannot run here."""
+    checks = [
+        Check("interface", f"{graph} engine", True, {"differences": 0}, {"differences": 0}, "66 tensors, 1 profile")
+        for graph in ("prefill", "decode")
+    ]
+    reason = (
+        "This machine has no NVIDIA GPU, so the engine cannot run; its inputs, outputs, shapes, profiles and types "
+        "were checked. A GeForce RTX card (Turing or newer) with driver 580 or newer runs it: 'iapt-export validate'."
+    )
+    return TargetResult(name="tensorrt-rtx", dtype="fp16", status="checked, not run", reason=reason, checks=checks)
+
+
+def passing_report() -> Report:
+    """What a good build reports."""
+    return Report(
+        bundle="demo-bundle",
+        verdict="pass",
+        backbone="SmolLM2-135M-Instruct",
+        method="IAPT",
+        tenants=TENANTS,
+        seed=0,
+        created="",
+        environment={"python": "3.11.7", "torch": "2.13.0", "onnxruntime": "1.31.1", "processor": "x86_64, 2 threads"},
+        tolerances=TOLERANCES,
+        targets=[onnxruntime_target(), rtx_target()],
+        command="iapt-export validate demo-bundle --model .cache/smollm2-135m-instruct",
+    )
+
+
+def failing_report() -> Report:
+    """One cache check out of bounds, a broken step, and tokens that differ."""
+    target = onnxruntime_target()
+    bad = Check(
+        "prefill cache",
+        "batch 8, mixed tenants, left padding",
+        False,
+        {"max_abs": 0.41, "mean_abs": 0.012, "cosine": 0.93},
+        {"max_abs": 1e-3, "cosine": 0.999999},
+        "layer 17 key, row 5, head 2, slot 3: expected 1.204, got 0.793",
+    )
+    worse = Check("decode logits", "batch 1, 12 tokens", False, {"max_abs": float("nan")}, {"max_abs": 1e-3})
+    by_layer = {
+        name: [*errors[:17], *(error * 4e4 for error in errors[17:])] for name, errors in target.by_layer.items()
+    }
+    target = dataclasses.replace(
+        target,
+        status="fail",
+        checks=[*target.checks[:9], bad, *target.checks[9:], worse],
+        by_layer=by_layer,
+        by_step=[*target.by_step[:40], float("inf"), float("nan"), *target.by_step[42:]],
+        tokens=token_rows({2: (0, 3.2, False), 5: (17, 0.8, False), 13: (40, 2.1e-5, True)}),
+    )
+    return dataclasses.replace(passing_report(), verdict="fail", targets=[target, rtx_target()])

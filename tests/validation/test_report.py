@@ -1,0 +1,213 @@
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from iapt_export.errors import BundleError
+from tests.validation.fake_report import failing_report, onnxruntime_target, passing_report, token_rows
+from validation.report import (
+    format_figure,
+    format_value,
+    headline,
+    read_report,
+    render_html,
+    target_plots,
+    write_report,
+)
+
+HOSTILE = '<script>alert(1)</script> & "quotes" </pre><img src=x onerror=alert(2)> {{ 7 * 7 }}'
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, run, or show."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def with_prompt(text):
+    row = dataclasses.replace(token_rows({})[0], prompt=text, reference_text=text, target_text=text, tenant=text)
+    target = dataclasses.replace(onnxruntime_target(), tokens=[row], reason=text, name=text)
+    return dataclasses.replace(passing_report(), targets=[target], bundle=text, command=text)
+
+
+@pytest.mark.parametrize("report", [passing_report(), with_prompt(HOSTILE), with_prompt("naïve 日本語 \U0001f600")])
+def test_reading_gives_what_was_written(report, tmp_path):
+    page = write_report(report, tmp_path / "new" / "folder")
+    assert page.name == "report.html"
+    assert read_report(page.parent) == report
+    assert read_report(page.parent / "report.json") == report
+
+
+def test_figures_that_are_not_finite_survive_as_strict_json(tmp_path):
+    write_report(failing_report(), tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    again = read_report(tmp_path)
+    assert repr(again) == repr(failing_report())  # NaN differs from itself, its text does not
+
+
+def test_equal_reports_give_equal_bytes(tmp_path):
+    for folder in ("first", "second"):
+        write_report(failing_report(), tmp_path / folder)
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["report.html", "report.json"]
+
+
+def test_untrusted_text_is_shown_but_never_run():
+    html = render_html(with_prompt(HOSTILE))
+    page = Page(html)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert "49" not in re.findall(r"quotes.{0,40}", html)
+    assert page.text.count(HOSTILE) >= 4
+
+
+def test_text_that_utf8_cannot_hold_is_replaced(tmp_path):
+    write_report(with_prompt("half a pair: \ud83d"), tmp_path)
+    assert "half a pair: ?" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("report", [passing_report(), failing_report()])
+def test_page_is_well_formed_and_loads_nothing(report):
+    html = render_html(report)
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)
+    loaded = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "srcset")]
+    assert all(value.startswith("#") for value in loaded), loaded
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_verdict_and_its_reasons_are_on_the_page():
+    good, bad = Page(render_html(passing_report())), Page(render_html(failing_report()))
+    assert "PASS" in good.text
+    assert "FAIL" not in good.text
+    assert "FAIL" in bad.text
+    assert "2 checks did not hold" in bad.text
+    assert "layer 17 key, row 5, head 2, slot 3" in bad.text
+    assert "not finite" in bad.text
+    assert bad.text.index("prefill cache") < bad.text.index("generator")  # what failed stands first
+    for text in ("checked, not run", "no NVIDIA GPU", "Tolerances, and why", "sums over 30 layers", "2.13.0"):
+        assert text in good.text
+    assert passing_report().command in good.text
+
+
+def test_divergences_are_open_and_say_what_differs():
+    html = render_html(failing_report())
+    assert html.count("<details open>") == 3
+    text = Page(html).text
+    assert "First difference at step 17: PyTorch chose token 115, onnxruntime chose token 7" in text
+    assert "led by 3.2, more than the tolerance" in text
+    assert "led by 2.1e-5, less than the tolerance: excused" in text
+
+
+def test_a_row_that_ended_early_is_no_error():
+    row = dataclasses.replace(token_rows({0: (2, 0.5, False)})[0], target=[3524, 2731])
+    report = dataclasses.replace(
+        passing_report(), targets=[dataclasses.replace(onnxruntime_target(), tokens=[row], name="early")]
+    )
+    assert "early had stopped" in Page(render_html(report)).text
+
+
+def test_every_plot_is_there_and_only_where_there_are_figures():
+    ran, checked = passing_report().targets
+    drawn = target_plots(ran)
+    titles = ["Error per layer", "Error per step", "Distribution of the error", "Token agreement"]
+    assert [plot.title for plot in drawn] == titles
+    assert target_plots(checked) == []
+    layers, steps, histogram, tokens = (plot.svg for plot in drawn)
+    assert all(f">{word}</text>" in layers for word in ("prompt", "key", "value", "layer"))
+    assert "limit of decode logits" in steps
+    assert ">1e-6</text>" in histogram
+    assert "excused tie" in tokens
+    assert "differs" not in tokens
+
+
+def test_plots_take_the_page_colours():
+    for plot in target_plots(failing_report().targets[0]):
+        assert "var(--ink)" in plot.svg
+        assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]\b", plot.svg)
+        assert not re.search(r"<svg[^>]* (width|height)=", plot.svg)
+
+
+def test_identical_outputs_plot_without_a_logarithm_of_zero():
+    target = dataclasses.replace(onnxruntime_target(), by_step=[0.0] * 65, by_layer={"key": [0.0] * 30})
+    assert len(target_plots(target)) == 4
+
+
+def test_headline_names_what_was_not_run():
+    assert "1 target could not be run" in headline(passing_report())
+    checked = dataclasses.replace(passing_report(), targets=passing_report().targets[1:])
+    assert headline(checked).startswith("Nothing could be run here")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (24, "24"),
+        (3.14e-6, "3.1e-6"),
+        (1e-3, "1e-3"),
+        (0.25, "0.25"),
+        (0.99999999, "1-1e-8"),
+        (1.5e7, "1.5e7"),
+    ],
+)
+def test_figures_read_well(number, text):
+    assert format_figure(number) == text
+
+
+def test_table_cells_read_well():
+    assert format_value({"max_abs": 1e-3, "layers": [1, 2], "exact": True}) == "max_abs 1e-3, layers 1, 2, exact True"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist; 'iapt-export validate' writes it"),
+        ("{", "is not JSON"),
+        ("[]", "schema_version is None"),
+        ('{"schema_version": 99}', "schema_version is 99, this version of iapt-export reads 1"),
+        ('{"schema_version": 1}', "is not a report: 'targets'"),
+        ('{"schema_version": 1, "targets": []}', "is not a report: .*missing"),
+        ('{"schema_version": 1, "targets": [3]}', "is not a report"),
+    ],
+)
+def test_damaged_reports_are_refused(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content, encoding="utf-8")
+    with pytest.raises(BundleError, match=message):
+        read_report(tmp_path)

@@ -1,0 +1,168 @@
+"""The model card: what was trained on what, with which command, and how well it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from trainers.adapter import AdapterConfig
+from trainers.config import IAPTConfig, TrainConfig
+from trainers.evaluate import ClassificationReport, Report
+
+CARD_FILE = "README.md"
+CURVE_FILE = "training.svg"
+REPORT_FILE = "evaluation.json"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
+"""Whose versions the card names."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the card tells."""
+
+    adapter: AdapterConfig
+    method: IAPTConfig
+    config: TrainConfig
+    model_name: str
+    """The backbone as it was asked for."""
+    data: str
+    """The training file as it was asked for."""
+    training_size: int
+    """Examples trained on."""
+    steps: int
+    seconds: float
+    history: list[tuple[int, float]]
+    """(step, loss)"""
+    report: Report | None
+    baseline: Report | None
+    output: str
+    """The adapter directory as it was asked for."""
+    command: str | None = None
+    """The command to show; None puts it together from the settings."""
+
+
+def write_card(folder: Path, run: Run) -> None:
+    """Write ``README.md``, ``evaluation.json`` and, where matplotlib is installed, ``training.svg`` into ``folder``."""
+    scores = {
+        "adapter": run.report.to_dict() if run.report else None,
+        "baseline": run.baseline.to_dict() if run.baseline else None,
+    }
+    (folder / REPORT_FILE).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    curve = _curve(run.history)
+    if curve is not None:
+        (folder / CURVE_FILE).write_bytes(curve)
+    (folder / CARD_FILE).write_text(_text(run, with_curve=curve is not None), encoding="utf-8")
+
+
+def command_line(run: Run) -> str:
+    """The ``iapt-export train`` call of a run, with every setting that is not a default and no absolute path."""
+    words = ["iapt-export", "train", "--model", _relative(run.model_name), "--data", _relative(run.data)]
+    words += ["--output", _relative(run.output)]
+    for config in (run.method, run.config):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if value == field.default or field.name in ("resume", "data_note"):
+                continue
+            text = _relative(value) if field.name == "eval_file" else str(value)
+            words += ["--" + field.name.replace("_", "-"), text.lower() if isinstance(value, bool) else text]
+    return shlex.join(words)
+
+
+def _text(run: Run, with_curve: bool) -> str:
+    name = PurePath(run.output).name
+    base = _relative(run.adapter.base_model_name_or_path)
+    versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
+    source = _relative(run.config.eval_file) or f"{run.config.holdout:.0%} of the data, held out"
+    parts = [
+        f"---\nbase_model: {base}\nlibrary_name: iapt-export\npipeline_tag: text-generation\n"
+        "tags:\n- iapt\n- prompt-tuning\n---",
+        f"# {name}",
+        f"An IAPT adapter (instruction-aware soft prompts, arXiv 2405.18203) for `{base}`, "
+        f"with {run.method.prompt_length} prompt tokens per layer and a bottleneck of {run.method.bottleneck}.",
+        "## Results",
+        _results(run),
+        "## Data",
+        f"Training: `{_relative(run.data)}`, {run.training_size:,} examples. Evaluation: `{source}`"
+        + (f", {run.report.count:,} examples" if run.report else "")
+        + ", none of them seen in training."
+        + (f"\n\n{run.config.data_note}" if run.config.data_note else ""),
+        "## Training",
+        f"```sh\n{run.command or command_line(run)}\n```",
+        f"{run.steps:,} steps of batch {run.config.batch_size * run.config.gradient_accumulation}, "
+        f"seed {run.config.seed}, {run.config.precision}, "
+        f"{run.seconds / 60:.0f} minutes. Versions: {versions}. The backbone stayed frozen.",
+    ]
+    if with_curve:
+        parts.append(f"![Training loss]({CURVE_FILE})")
+    parts += [
+        "## Use",
+        f"```sh\niapt-export build --model {_relative(run.model_name)} --adapter {_relative(run.output)} "
+        "--output bundle\n```",
+        f"Prompts are given in the `{run.adapter.prompt_format}` format, as in training.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(run: Run) -> str:
+    if isinstance(run.report, ClassificationReport):
+        zero_shot = run.baseline.accuracy if isinstance(run.baseline, ClassificationReport) else None
+        rows = [
+            "| | accuracy |\n|---|---|",
+            f"| this adapter | {run.report.accuracy:.3f} |",
+            *([f"| zero-shot (the backbone alone, same prompt) | {zero_shot:.3f} |"] if zero_shot is not None else []),
+            f"| always the most frequent label | {run.report.majority_accuracy:.3f} |",
+            "",
+            f"On {run.report.count:,} held-out examples. The answer is the label with the highest likelihood, "
+            "its end-of-sequence token included.",
+            "",
+            "| label | recall |\n|---|---|",
+            *(f"| {label} | {recall:.3f} |" for label, recall in run.report.recall.items()),
+        ]
+        return "\n".join(rows)
+    if run.report is None:
+        return "Not evaluated."
+    rows = ["| | loss per token | perplexity |\n|---|---|---|"]
+    for name, report in (("this adapter", run.report), ("the backbone alone", run.baseline)):
+        if report is not None and not isinstance(report, ClassificationReport):
+            rows.append(f"| {name} | {report.loss:.4f} | {report.perplexity:.2f} |")
+    return "\n".join([*rows, "", f"On {run.report.count:,} held-out examples."])
+
+
+def _curve(history: list[tuple[int, float]]) -> bytes | None:
+    """The loss over steps as SVG, the same bytes for the same numbers; None without matplotlib or history."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    if len(history) < 2:
+        return None
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "iapt-export", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*history, strict=True), color="#2f5d8a")
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss (nats per token)")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _relative(path: str) -> str:
+    """Leave a machine's folders out of a path."""
+    return PurePath(path).name if PurePath(path).is_absolute() else path
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,273 @@
+"""Hold a bundle's targets against PyTorch: generators, prefill, every decode step, greedy tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engines.session import Request, Session
+from iapt_export.manifest import BundleManifest, TargetSpec
+from validation.cases import prompts_from_bundle
+from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, max_abs, relative
+from validation.reference import Reference, numpy
+from validation.result import Check, TargetResult, TokenRow
+from validation.tolerances import tolerance
+from validation.truth import RowCache, Truth, padded, record_truth
+
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is compared."""
+
+    seed: int = 0
+    """Order of the prompts."""
+    new_tokens: int = 64
+    """Greedy tokens for each prompt."""
+    device: str = "cpu"
+    """``cpu`` or ``cuda``, for ONNX Runtime."""
+
+
+@dataclass
+class _Errors:
+    """The figures of one comparison as they come in."""
+
+    checks: list[Check] = field(default_factory=list)
+    by_layer: dict[str, list[float]] = field(default_factory=dict)
+    by_step: list[float] = field(default_factory=list)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1))
+
+    def judge(self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "") -> None:
+        """Add a check of ``measured`` against the table's limit for the stage."""
+        limit = tolerance(stage, dtype)
+        passed = limit is None or limit.holds(measured[limit.metric])
+        limits = {} if limit is None else {limit.metric: limit.limit}
+        self.checks.append(Check(stage, case, passed, measured, limits, detail))
+
+    def layers(self, part: str, errors: list[float]) -> None:
+        """Keep the worst error of each layer over all cases."""
+        before = self.by_layer.get(part, [0.0] * len(errors))
+        self.by_layer[part] = [max(pair) for pair in zip(before, errors, strict=True)]
+
+
+def measure_truth(
+    bundle: Path, manifest: BundleManifest, reference: Reference, settings: Settings, on_step: OnStep
+) -> list[Truth]:
+    """The reference's answers to the bundle's prompts, logits and caches kept for the first batch."""
+    target = manifest.target()
+    codec = Session(bundle, manifest, target, {}).codec
+    prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed)
+    return record_truth(
+        reference,
+        prompts,
+        new_tokens=settings.new_tokens,
+        num_kept=manifest.ranges.batch.max,
+        on_step=lambda: on_step("PyTorch generates the reference"),
+    )
+
+
+def compare_target(
+    session: Session, reference: Reference, truths: list[Truth], settings: Settings, on_step: OnStep
+) -> TargetResult:
+    """Compare one runnable target with the reference.
+
+    Args:
+        session: active, on the target.
+        reference: the PyTorch side.
+        truths: its answers, from `measure_truth`.
+        settings: how much is compared.
+        on_step: called with a word on each step, for progress.
+    """
+    started = time.perf_counter()
+    errors = _Errors()
+    target = session.target
+    first = truths[: session.manifest.ranges.batch.max]
+    on_step(f"{target.name}: generators")
+    if "generator" in target.graphs:
+        _compare_generator(session, reference, first, errors)
+    for case, rows in (("mixed tenants, left padding", first), ("one row", truths[:1])):
+        on_step(f"{target.name}: prefill and decode, {case}")
+        _compare_steps(session, f"batch {len(rows)}, {case}", rows, errors)
+    tokens = _compare_tokens(session, truths, settings, errors, on_step)
+    passed = all(check.passed for check in errors.checks)
+    return TargetResult(
+        name=target.name,
+        dtype=target.dtype,
+        status="pass" if passed else "fail",
+        checks=errors.checks,
+        by_layer=errors.by_layer,
+        by_step=errors.by_step,
+        histogram={"edges": HISTOGRAM_EDGES.tolist(), "counts": errors.counts.tolist()},
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _compare_generator(session: Session, reference: Reference, truths: list[Truth], errors: _Errors) -> None:
+    """Feed the generator graph what the reference's generators read, one batch of all tenants."""
+    names = [tenant.name for tenant in session.manifest.tenants]
+    rows = [next(truth for truth in truths if truth.prompt.tenant == name) for name in names if _has(truths, name)]
+    length = max(len(row.prompt.tokens) for row in rows)
+    spec = session.target.graphs["generator"]
+    hidden_spec = spec.inputs[0]
+    sizes = (len(rows), hidden_spec.shape[1], length, hidden_spec.shape[3])
+    hidden, wanted = np.zeros(sizes, np.float32), []
+    mask = np.zeros((len(rows), length), np.int64)
+    for index, row in enumerate(rows):
+        ids, ones = padded([row.prompt.tokens], 0)
+        prompts, states = reference.prompts_and_hidden(names.index(row.prompt.tenant), ids, ones)
+        hidden[index, :, length - ids.shape[1] :] = numpy(states[0])
+        mask[index, length - ids.shape[1] :] = 1
+        wanted.append(numpy(prompts[0]))
+    feeds = {
+        "hidden_states": hidden.astype(session.weights["generator.down_weight"].dtype),
+        "attention_mask": mask,
+        "tenant_index": np.array([names.index(row.prompt.tenant) for row in rows], np.int64),
+    }
+    with session.runners["generator"] as runner:
+        made = runner.infer({**feeds, **session.weights})["prompts"].astype(np.float32)
+    expected = np.stack(wanted)
+    by_layer = [relative(made[:, layer], expected[:, layer]) for layer in range(made.shape[1])]
+    errors.layers("prompt", by_layer)
+    worst = int(np.argmax(by_layer))
+    measured = {"relative": by_layer[worst], "max_abs": max_abs(made, expected), "cosine": cosine(made, expected)}
+    case = f"batch {len(rows)}, one row a tenant"
+    errors.judge("generator", case, session.target.dtype, measured, f"worst in layer {worst}")
+
+
+def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Errors) -> None:
+    """Feed the reference's own tokens, so that each step is compared on equal ground."""
+    dtype = session.target.dtype
+    logits, cache, mask = session.prefill(
+        [list(truth.prompt.tokens) for truth in truths], [truth.prompt.tenant for truth in truths]
+    )
+    measured = _compare_logits(logits, truths, 0, errors)
+    errors.judge("prefill logits", case, dtype, measured)
+    _compare_cache(cache, mask, truths, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
+    steps, worst, agreed, total = max(len(truth.tokens) for truth in truths), {}, measured["agreed"], len(truths)
+    for step in range(1, steps):
+        tokens = np.array([(truth.tokens + truth.tokens[-1:] * steps)[step - 1] for truth in truths], np.int64)
+        logits, cache, mask = session.decode(tokens, mask, cache)
+        measured = _compare_logits(logits, truths, step, errors)
+        agreed, total = agreed + measured["agreed"], total + measured["rows"]
+        if not worst or measured["relative"] > worst["relative"]:
+            worst = {**measured, "step": step}
+    if worst:
+        errors.judge("decode logits", case, dtype, worst, f"worst at step {worst['step']}")
+        _compare_cache(
+            cache, mask, truths, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors
+        )
+    errors.judge("top-1 agreement", case, dtype, {"agreement": agreed / total, "steps": total})
+
+
+def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: _Errors) -> dict[str, float]:
+    rows = [(logits[i].astype(np.float32), t.logits[step], t) for i, t in enumerate(truths) if step < len(t.logits)]
+    worst = {
+        "relative": max(relative(made, wanted) for made, wanted, _ in rows),
+        "max_abs": max(max_abs(made, wanted) for made, wanted, _ in rows),
+        "cosine": min(cosine(made, wanted) for made, wanted, _ in rows),
+        "agreed": float(sum(_agrees(made, truth, step) for made, _, truth in rows)),
+        "rows": float(len(rows)),
+    }
+    for made, wanted, _ in rows:
+        errors.counts += error_counts(np.nan_to_num(made), wanted)
+    errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
+    errors.by_step[step] = max(errors.by_step[step], worst["max_abs"])
+    return worst
+
+
+def _agrees(made: np.ndarray, truth: Truth, step: int) -> bool:
+    """Same best token, or the reference itself all but ties."""
+    return int(made.argmax()) == truth.tokens[step] or truth.margins[step] < tie_margin(truth, "fp32")
+
+
+def tie_margin(truth: Truth, dtype: str) -> float:
+    """Lead of the reference's best logit below which another choice is a tie: twice the logits' tolerance."""
+    limit = tolerance("decode logits", dtype)
+    assert limit is not None
+    return 2 * limit.limit * truth.peak
+
+
+def _compare_cache(
+    cache: dict[str, np.ndarray],
+    mask: np.ndarray,
+    truths: list[Truth],
+    wanted: list[RowCache],
+    stage: str,
+    case: str,
+    dtype: str,
+    errors: _Errors,
+) -> None:
+    parts: dict[str, list[float]] = {"key": [], "value": []}
+    for layer in range(len(wanted[0])):
+        for part, name in enumerate(("key", "value")):
+            array = cache[f"past_key_values.{layer}.{name}"]
+            worst = 0.0
+            for row, rows in enumerate(wanted):
+                expected = rows[layer][part]
+                made = array[row][:, mask[row].astype(bool)][:, : expected.shape[1]].astype(np.float32)
+                worst = max(worst, relative(made, expected))
+            parts[name].append(worst)
+    for name, by_layer in parts.items():
+        errors.layers(name, by_layer)
+        worst_layer = int(np.argmax(by_layer))
+        detail = f"{name}s, worst in layer {worst_layer}"
+        errors.judge(stage, case, dtype, {"relative": by_layer[worst_layer]}, detail)
+
+
+def _compare_tokens(
+    session: Session, truths: list[Truth], settings: Settings, errors: _Errors, on_step: OnStep
+) -> list[TokenRow]:
+    """Generate freely in mixed batches and compare the tokens."""
+    rows: list[TokenRow] = []
+    size = session.manifest.ranges.batch.max
+    for start in range(0, len(truths), size):
+        on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(truths))}")
+        batch = truths[start : start + size]
+        requests = [Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=settings.new_tokens) for t in batch]
+        rows += [_token_row(session, t, tokens) for t, tokens in zip(batch, session.generate(requests), strict=True)]
+    identical = sum(row.first_divergence is None for row in rows)
+    excused = sum(row.excused for row in rows)
+    measured = {
+        "identical": (identical + excused) / len(rows),
+        "rows": float(len(rows)),
+        "excused": float(excused),
+        "tokens": float(sum(len(row.reference) for row in rows)),
+    }
+    detail = f"{identical} of {len(rows)} rows identical, {excused} excused as ties"
+    errors.judge("greedy tokens", f"{len(rows)} prompts, mixed batches", session.target.dtype, measured, detail)
+    return rows
+
+
+def _token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
+    pairs = zip(truth.tokens, tokens, strict=False)
+    divergence = next((step for step, (wanted, made) in enumerate(pairs) if wanted != made), None)
+    if divergence is None and len(tokens) != len(truth.tokens):
+        divergence = min(len(tokens), len(truth.tokens))
+    margin = None if divergence is None or divergence >= len(truth.margins) else truth.margins[divergence]
+    return TokenRow(
+        tenant=truth.prompt.tenant,
+        prompt=truth.prompt.text,
+        reference=truth.tokens,
+        target=tokens,
+        reference_text=session.codec.decode(truth.tokens),
+        target_text=session.codec.decode(tokens),
+        first_divergence=divergence,
+        margin=margin,
+        excused=margin is not None and margin < tie_margin(truth, session.target.dtype),
+    )
+
+
+def _has(truths: list[Truth], name: str) -> bool:
+    return any(truth.prompt.tenant == name for truth in truths)
+
+
+def target_label(target: TargetSpec) -> str:
+    """``onnxruntime:fp32``."""
+    return f"{target.name}:{target.dtype}"

@@ -1,0 +1,96 @@
+"""What validation finds, as plain data: the words of ``report.json`` and of the HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One stage of one case held against its limits."""
+
+    stage: str
+    """A row of the tolerance table: ``generator``, ``prefill logits``, ``prefill cache``, ``decode logits``,
+    ``decode cache``, ``greedy tokens`` or ``interface``."""
+    case: str
+    """What was fed: a name that can be read, such as ``batch 8, mixed tenants, left padding``."""
+    passed: bool
+    measured: dict[str, float]
+    """Metric to figure, for example ``max_abs``, ``max_rel``, ``mean_abs``, ``cosine``, ``identical``."""
+    limits: dict[str, float]
+    """Metric to the limit that was applied."""
+    detail: str = ""
+    """Where the worst element lies, or why the check failed."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Greedy tokens of one prompt, reference and target side by side."""
+
+    tenant: str
+    prompt: str
+    reference: list[int]
+    """Token ids that PyTorch chose."""
+    target: list[int]
+    """Token ids that the target chose."""
+    reference_text: str
+    target_text: str
+    first_divergence: int | None
+    """Step of the first differing token, None when all agree."""
+    margin: float | None
+    """Lead of the reference's best logit over its second at that step."""
+    excused: bool
+    """The margin is smaller than the logits' tolerance: a tie, not an error."""
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """Everything that was found out about one target."""
+
+    name: str
+    dtype: str
+    status: str
+    """``pass``, ``fail``, or ``checked, not run`` where this machine cannot run the engine."""
+    reason: str = ""
+    """Why the target was not run, and what would run it."""
+    checks: list[Check] = field(default_factory=list)
+    by_layer: dict[str, list[float]] = field(default_factory=dict)
+    """``prompt``, ``key``, ``value`` to the worst absolute error of each layer."""
+    by_step: list[float] = field(default_factory=list)
+    """Worst absolute logits error of each decode step; step 0 is prefill."""
+    histogram: dict[str, list[float]] = field(default_factory=dict)
+    """``edges`` (log10 of the absolute logits error, one more than counts) and ``counts``."""
+    tokens: list[TokenRow] = field(default_factory=list)
+    seconds: float = 0.0
+    """Time that the comparison took."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A bundle's verdict with everything behind it."""
+
+    bundle: str
+    verdict: str
+    """``pass`` or ``fail``."""
+    backbone: str
+    method: str
+    tenants: list[str]
+    seed: int
+    created: str
+    """UTC, ISO 8601; empty in a build's own report, so that equal inputs give equal bytes."""
+    environment: dict[str, str]
+    """Versions, processor, threads."""
+    tolerances: list[dict[str, Any]]
+    """The rows of the tolerance table that applied, with their reasons."""
+    targets: list[TargetResult]
+    command: str
+    """How to run the comparison again."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, ready for JSON."""
+        return dataclasses.asdict(self)

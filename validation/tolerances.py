@@ -1,0 +1,83 @@
+"""The one table of limits: stage and dtype to the largest error that passes, each with its reason.
+
+Figures are relative: the largest absolute difference of a tensor over the largest absolute value of
+the reference's, so that one limit serves layers whose keys differ a hundredfold in size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from iapt_export.errors import IaptError
+
+STAGES = (
+    "interface",
+    "generator",
+    "prefill logits",
+    "prefill cache",
+    "decode logits",
+    "decode cache",
+    "top-1 agreement",
+    "greedy tokens",
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """A limit for one metric of one stage in one dtype."""
+
+    stage: str
+    dtype: str
+    metric: str
+    """``relative`` is an upper limit; ``agreement`` and ``identical`` are lower ones."""
+    limit: float
+    reason: str
+
+    def holds(self, value: float) -> bool:
+        """Whether a measured value passes; NaN never does."""
+        return value <= self.limit if self.metric == "relative" else value >= self.limit
+
+
+_FP32 = "summation order differs between runtimes; 30 layers leave a few 1e-6, the limit is about ten times that"
+_FP16 = "11 significant bits, rounded once an operator over 30 layers of residual sums"
+_BF16 = "8 significant bits, rounded once an operator over 30 layers of residual sums"
+
+TABLE = (
+    Tolerance("generator", "fp32", "relative", 2e-5, "two projections and a softmax; fp32 rounding only"),
+    Tolerance("prefill logits", "fp32", "relative", 1e-4, _FP32),
+    Tolerance("prefill cache", "fp32", "relative", 1e-4, _FP32),
+    Tolerance("decode logits", "fp32", "relative", 1e-4, _FP32),
+    Tolerance("decode cache", "fp32", "relative", 1e-4, _FP32),
+    Tolerance("top-1 agreement", "fp32", "agreement", 0.999, "only ties within the logits' tolerance may differ"),
+    Tolerance("greedy tokens", "fp32", "identical", 1.0, "every row identical, or its first difference an excused tie"),
+    Tolerance("generator", "fp16", "relative", 2e-2, _FP16),
+    Tolerance("prefill logits", "fp16", "relative", 5e-2, _FP16),
+    Tolerance("prefill cache", "fp16", "relative", 5e-2, _FP16),
+    Tolerance("decode logits", "fp16", "relative", 5e-2, _FP16),
+    Tolerance("decode cache", "fp16", "relative", 5e-2, _FP16),
+    Tolerance("top-1 agreement", "fp16", "agreement", 0.95, "near ties change sides under rounding"),
+    Tolerance("generator", "bf16", "relative", 1e-1, _BF16),
+    Tolerance("prefill logits", "bf16", "relative", 2e-1, _BF16),
+    Tolerance("prefill cache", "bf16", "relative", 2e-1, _BF16),
+    Tolerance("decode logits", "bf16", "relative", 2e-1, _BF16),
+    Tolerance("decode cache", "bf16", "relative", 2e-1, _BF16),
+    Tolerance("top-1 agreement", "bf16", "agreement", 0.85, "near ties change sides under rounding"),
+)
+
+
+def tolerance(stage: str, dtype: str) -> Tolerance | None:
+    """The limit for a stage and dtype; None where a stage is reported but not judged (greedy tokens below fp32).
+
+    Raises:
+        IaptError: no such stage or dtype.
+    """
+    if stage not in STAGES or dtype not in {row.dtype for row in TABLE}:
+        raise IaptError(f"there is no tolerance for stage {stage!r} in {dtype!r}")
+    return next((row for row in TABLE if (row.stage, row.dtype) == (stage, dtype)), None)
+
+
+def rows_for(dtypes: set[str]) -> list[dict[str, Any]]:
+    """The table's rows for these dtypes, as plain dictionaries for the report."""
+    return [dataclasses.asdict(row) for row in TABLE if row.dtype in dtypes]

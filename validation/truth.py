@@ -1,0 +1,118 @@
+"""The reference's answers to the comparison's prompts, recorded once and held against every target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trainers.generate import decode
+from validation.cases import Prompt
+from validation.reference import Reference, numpy
+
+RowCache = list[tuple[np.ndarray, np.ndarray]]
+"""One row's keys and values by layer, ``[H, entries, K]``, padding left out."""
+
+
+@dataclass
+class Truth:
+    """What PyTorch computes for one prompt."""
+
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    """Greedy tokens, the end token included."""
+    margins: list[float] = field(default_factory=list)
+    """Lead of the best logit over the second at each step."""
+    peak: float = 0.0
+    """Largest absolute logit seen."""
+    logits: list[np.ndarray] = field(default_factory=list)
+    """``[V]`` for each step; kept only where asked for."""
+    prefill_cache: RowCache = field(default_factory=list)
+    final_cache: RowCache = field(default_factory=list)
+
+
+def record_truth(
+    reference: Reference,
+    prompts: list[Prompt],
+    *,
+    new_tokens: int,
+    num_kept: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Truth]:
+    """Generate greedily with the reference, tenant by tenant.
+
+    Args:
+        reference: the PyTorch side.
+        prompts: in the order of the comparison.
+        new_tokens: tokens for each prompt, unless it ends earlier.
+        num_kept: the first so many prompts keep their logits and caches.
+        on_step: called after each step, for progress.
+
+    Returns:
+        One `Truth` for each prompt, in their order.
+    """
+    truths = [Truth(prompt) for prompt in prompts]
+    kept = {id(truth) for truth in truths[:num_kept]}
+    for tenant, spec in enumerate(reference.manifest.tenants):
+        rows = [truth for truth in truths if truth.prompt.tenant == spec.name]
+        for start in range(0, len(rows), 8):
+            _record_batch(reference, tenant, rows[start : start + 8], new_tokens, kept, on_step)
+    return truths
+
+
+@torch.no_grad()
+def _record_batch(
+    reference: Reference,
+    tenant: int,
+    rows: list[Truth],
+    new_tokens: int,
+    kept: set[int],
+    on_step: Callable[[], None],
+) -> None:
+    ids, mask = padded([row.prompt.tokens for row in rows], reference.manifest.backbone.pad_token_id)
+    logits, cache = reference.prefill(tenant, ids, mask)
+    mask = torch.cat([mask.new_ones(len(rows), reference.num_prompts), mask], dim=1)
+    for index, row in _kept_rows(rows, kept):
+        row.prefill_cache = row_cache(cache, mask, index)
+    done = [False] * len(rows)
+    for _ in range(new_tokens):
+        best = logits.topk(2, dim=-1)
+        for index, row in enumerate(rows):
+            if done[index]:
+                continue
+            row.tokens.append(int(best.indices[index, 0]))
+            row.margins.append(float(best.values[index, 0] - best.values[index, 1]))
+            row.peak = max(row.peak, float(logits[index].abs().max()))
+            if id(row) in kept:
+                row.logits.append(numpy(logits[index]))
+            done[index] = row.tokens[-1] in reference.manifest.backbone.eos_token_ids
+        on_step()
+        if all(done) or len(max((row.tokens for row in rows), key=len)) == new_tokens:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits = decode(reference.model, best.indices[:, 0], mask, cache)
+    for index, row in _kept_rows(rows, kept):
+        entries = reference.num_prompts + len(row.prompt.tokens) + len(row.tokens) - 1
+        row.final_cache = [(key[:, :entries], value[:, :entries]) for key, value in row_cache(cache, mask, index)]
+
+
+def padded(prompts: list[tuple[int, ...]], pad_token: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask ``[B, T]``, padded on the left."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad_token] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def row_cache(cache: DynamicCache, mask: Tensor, row: int) -> RowCache:
+    """One row's entries of a PyTorch cache ``[B, H, S, K]``, where ``mask [B, S]`` is set."""
+    real = mask[row].bool()
+    return [(numpy(layer.keys[row][:, real]), numpy(layer.values[row][:, real])) for layer in cache.layers]
+
+
+def _kept_rows(rows: list[Truth], kept: set[int]) -> Iterator[tuple[int, Truth]]:
+    return ((index, row) for index, row in enumerate(rows) if id(row) in kept)

@@ -1,0 +1,103 @@
+"""Run every comparison that this machine can, check the rest as far as it can be, and write the verdict."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from engines.session import Session
+from iapt_export.errors import NotRunnableError
+from iapt_export.manifest import BundleManifest, Parity, TargetSpec
+from validation.compare import OnStep, Settings, compare_target, measure_truth
+from validation.interface import check_built_engines
+from validation.reference import Reference
+from validation.result import Report, TargetResult
+from validation.tolerances import rows_for
+
+
+def validate_bundle(
+    bundle: Path, manifest: BundleManifest, backbone: Any, settings: Settings, on_step: OnStep = lambda _: None
+) -> Report:
+    """Compare a bundle with PyTorch.
+
+    Args:
+        bundle: its folder.
+        manifest: its manifest, already checked against the files.
+        backbone: the `trainers.backbone.Backbone` that the bundle was built from, in fp32.
+        settings: how much is compared.
+        on_step: called with a word on each step, for progress.
+
+    Returns:
+        The report; its verdict is ``fail`` when any check fails, or when no target at all could be run.
+
+    Raises:
+        IaptError: the backbone is another one, or the example prompts cannot be read.
+    """
+    reference = Reference(bundle, manifest, backbone)
+    truths = measure_truth(bundle, manifest, reference, settings, on_step)
+    results = []
+    for target in manifest.targets:
+        session = Session.open(bundle, target.name, device=settings.device, verify=False)
+        try:
+            with session:
+                results.append(compare_target(session, reference, truths, settings, on_step))
+        except NotRunnableError as error:
+            on_step(f"{target.name}: not runnable here, checking the built engines")
+            results.append(_not_run(bundle, manifest, target, str(error)))
+    ran = [result for result in results if result.status in ("pass", "fail")]
+    passed = bool(ran) and all(check.passed for result in results for check in result.checks)
+    return Report(
+        bundle=bundle.name,
+        verdict="pass" if passed else "fail",
+        backbone=manifest.backbone.name_or_path,
+        method=manifest.generator.method,
+        tenants=[tenant.name for tenant in manifest.tenants],
+        seed=settings.seed,
+        created="",
+        environment=environment(),
+        tolerances=rows_for({result.dtype for result in results}),
+        targets=results,
+        command=f"iapt-export validate {bundle.name} --model {manifest.backbone.name_or_path} --seed {settings.seed}",
+    )
+
+
+def parity_from_report(report: Report) -> Parity:
+    """What the manifest keeps of a report: the limits, and the worst figure of each stage and target."""
+    limits = {row["stage"] + " " + row["dtype"]: {row["metric"]: row["limit"]} for row in report.tolerances}
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    for target in report.targets:
+        stages = measured.setdefault(f"{target.name}:{target.dtype}", {})
+        for check in target.checks:
+            worst = stages.get(check.stage)
+            if worst is None or check.measured.get("relative", 0) > worst.get("relative", 0):
+                stages[check.stage] = check.measured
+    return Parity(report.verdict, limits, measured)
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that the figures depend on."""
+    import numpy
+    import onnxruntime
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": numpy.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _not_run(bundle: Path, manifest: BundleManifest, target: TargetSpec, reason: str) -> TargetResult:
+    return TargetResult(
+        name=target.name,
+        dtype=target.dtype,
+        status="checked, not run",
+        reason=reason,
+        checks=check_built_engines(bundle, manifest, target),
+    )
