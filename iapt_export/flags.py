@@ -104,7 +104,7 @@ def _build(command: argparse.ArgumentParser) -> None:
         help="onnxruntime, tensorrt-rtx or tensorrt, once for each (without any: onnxruntime)",
     )
     targets.add_argument("--dtype", metavar="DTYPE", help="fp32, fp16 or bf16, for targets that name none")
-    targets.add_argument("--opset", type=int, metavar="N", help="20 or 23 (without: what each target does best with)")
+    targets.add_argument("--opset", type=int, metavar="N", help="20 or 23 (without: 23)")
     targets.add_argument(
         "--compute-capability", metavar="X.Y", help="GPU generation to build for, such as 8.9 (without: portable)"
     )
@@ -115,7 +115,9 @@ def _build(command: argparse.ArgumentParser) -> None:
     ranges.add_argument("--tenants", default="1:4:64", help="tenants installed side by side")
     _comparison(command)
     command.add_argument(
-        "--cache", metavar="DIR", help=f"where finished stages are kept (without: ${CACHE_VARIABLE} or the user's cache)"
+        "--cache",
+        metavar="DIR",
+        help=f"where finished stages are kept (without: ${CACHE_VARIABLE} or the user's cache)",
     )
 
 
@@ -136,7 +138,9 @@ def _validate(command: argparse.ArgumentParser) -> None:
 def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", metavar="BUNDLE")
     command.add_argument("--tenant", required=True, metavar="NAME", help="whose adapter answers")
-    command.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="once for each row of a batch")
+    command.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="once for each row of a batch"
+    )
     command.add_argument("--target", metavar="T", help="which of the bundle's targets runs (without: the first)")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where ONNX Runtime runs")
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer")

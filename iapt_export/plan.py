@@ -11,8 +11,12 @@ from iapt_export.manifest import Range, Ranges
 from trainers.adapter import Adapter, check_adapter_fits, load_adapter
 from trainers.config import IAPTConfig
 
+OPSETS = (20, 23)
+"""20 decomposes attention and normalisation; 23 has operators for them."""
+DEFAULT_OPSET = 23
 DTYPES = ("fp32", "fp16", "bf16")
-TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+TENSORRT = ("tensorrt-rtx", "tensorrt")
+TARGETS = ("onnxruntime", *TENSORRT)
 DEFAULT_DTYPE = {"onnxruntime": "fp32", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
 
 
@@ -36,11 +40,13 @@ def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> 
     Args:
         requested: as on the command line; empty means ONNX Runtime.
         dtype: for the targets that name none; None takes each target's default.
-        opset: for all; None takes 23, or 20 where TensorRT needs the decomposed attention (fp32).
+        opset: for all targets; None takes 23.
 
     Raises:
-        IaptError: unknown or repeated target, unknown dtype, or an opset that the target cannot take in that dtype.
+        IaptError: unknown or repeated target, unknown dtype or opset.
     """
+    if opset not in (None, *OPSETS):
+        raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     plans: list[TargetPlan] = []
     for text in requested or ["onnxruntime"]:
         name, _, suffix = text.partition(":")
@@ -51,24 +57,11 @@ def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> 
             raise IaptError(f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join(DTYPES)}")
         if any(plan.name == name for plan in plans):
             raise IaptError(f"target {name!r} is given twice; build a second bundle for another dtype")
-        plans.append(TargetPlan(name, chosen, _opset(name, chosen, opset)))
+        plans.append(TargetPlan(name, chosen, opset or DEFAULT_OPSET))
     return plans
 
 
-def _opset(target: str, dtype: str, requested: int | None) -> int:
-    decomposed = target != "onnxruntime" and dtype == "fp32"
-    best = 20 if decomposed else 23
-    if requested is None:
-        return best
-    if decomposed and requested != 20:
-        raise IaptError(
-            f"{target} has no fp32 kernel for the Attention operator of opset {requested}; "
-            "use --opset 20 for its decomposed form, or --dtype fp16"
-        )
-    return requested
-
-
-def parse_range(text: str, name: str, lowest: int = 1) -> Range:
+def parse_range(text: str, name: str) -> Range:
     """Read ``MAX`` or ``MIN:OPT:MAX``.
 
     Raises:
@@ -79,11 +72,16 @@ def parse_range(text: str, name: str, lowest: int = 1) -> Range:
         raise IaptError(f"--{name} {text!r} is not MAX or MIN:OPT:MAX in whole numbers, for example 8 or 1:4:8")
     values = [int(part) for part in parts]
     if len(values) == 1:
-        values = [min(lowest, values[0]), max(min(lowest, values[0]), values[0] // 2), values[0]]
+        values = [1, max(1, values[0] // 2), values[0]]
     low, opt, high = values
     if not 1 <= low <= opt <= high:
         raise IaptError(f"--{name} {text!r} is not ordered: expected 1 <= MIN <= OPT <= MAX")
     return Range(low, opt, high)
+
+
+def plan_ranges(texts: dict[str, str]) -> Ranges:
+    """Read the four ranges as on the command line; see `parse_range`."""
+    return Ranges(**{name: parse_range(text, name) for name, text in texts.items()})
 
 
 def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_tenants: int) -> None:

@@ -51,7 +51,7 @@ class PrefillTwin(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, tenant_index: Tensor, stacked: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """``input_ids, attention_mask [B, T]``, ``tenant_index [B]`` to ``logits [B, 1, V]`` and K, V ``[B, H, P+T, K]``."""
+        """``input_ids, attention_mask [B, T]``, ``tenant_index [B]`` to logits ``[B, 1, V]``, K, V ``[B, H, P+T, K]``."""
         rows = self.generators.rows(tenant_index, stacked)
         num_prompts = self.generators.config.prompt_length
         index = last_token(attention_mask) + num_prompts  # [B]
@@ -78,7 +78,7 @@ class DecodeTwin(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """``input_ids, position_ids [B, 1]``, ``attention_mask [B, S+1]``, K, V ``[B, H, S, K]`` to logits, K, V of S+1."""
+        """``input_ids, position_ids [B, 1]``, ``attention_mask [B, S+1]``, K, V of S entries to logits, K, V of S+1."""
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         output = self.backbone(
             input_ids=input_ids,

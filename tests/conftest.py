@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.bundles import tiny_build, tiny_bundle
+
+__all__ = ["tiny_build", "tiny_bundle"]
+
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / ".cache" / "smollm2-135m-instruct"
 THREADS = 2

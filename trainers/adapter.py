@@ -23,6 +23,8 @@ from trainers.iapt import IAPTGenerator, parameter_shapes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EXAMPLES_FILE = "examples.jsonl"
+"""Optional: a ``prompt`` on each line, inputs that the adapter was made for; validation uses them."""
 SCHEMA_VERSION = 1
 METHODS = {"IAPT": IAPTConfig}
 """``peft_type`` to the method's configuration."""
@@ -143,7 +145,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(fields, dict):
         raise IaptError(f"{path} holds a {type(fields).__name__}; expected a JSON object")
     if (version := fields.get("schema_version")) != SCHEMA_VERSION:
-        raise IaptError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; upgrade iapt-export")
+        raise IaptError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; upgrade iapt-export"
+        )
     method = fields.get("peft_type")
     if method not in METHODS:
         raise IaptError(f"{path}: peft_type {method!r} is not a known method; known: {', '.join(METHODS)}")

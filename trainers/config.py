@@ -131,9 +131,9 @@ class TrainConfig:
     max_response_tokens: int = 256
     """Longer responses are cut, and then carry no end-of-sequence token. Labels are never cut."""
     prompt_format: PromptFormat = "auto"
-    """chat: the tokenizer's chat template around the instruction; plain: text as it is; auto: chat where there is one."""
+    """chat: the instruction in the tokenizer's chat template; plain: text as it is; auto: chat where there is one."""
     task: Task = "auto"
-    """classification scores the data's distinct responses as labels, generation measures loss; auto counts responses."""
+    """classification scores the distinct responses as labels, generation measures loss; auto counts responses."""
     eval_file: str = ""
     """JSONL file to evaluate on; empty holds part of the training data out."""
     holdout: float = 0.1
@@ -215,11 +215,10 @@ def configs_from_fields(fields: dict[str, Any], source: str) -> tuple[IAPTConfig
     if unknown:
         raise IaptError(f"{source}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(types))}")
     values = {name: _converted(name, value, types[name], source) for name, value in fields.items()}
-    method, training = (
-        cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
-        for cls in classes
-    )
-    return method, training
+    chosen = [
+        {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values} for cls in classes
+    ]
+    return IAPTConfig(**chosen[0]), TrainConfig(**chosen[1])
 
 
 def read_train_file(path: str | Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None
     """
     if tokenizer.eos_token_id is None:
         raise IaptError("the tokenizer names no eos_token, so no answer could end; set it in tokenizer_config.json")
-    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"]) + [int(tokenizer.eos_token_id)]
+    ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
     return ids if max_tokens is None else ids[:max_tokens]
 
 

@@ -263,7 +263,9 @@ def evaluate_generation(
         if progress:
             progress(done, len(items))
     loss_per_token = total / tokens
-    return GenerationReport(count=len(items), tokens=tokens, loss=loss_per_token, perplexity=exp(min(loss_per_token, 700.0)))
+    return GenerationReport(
+        count=len(items), tokens=tokens, loss=loss_per_token, perplexity=exp(min(loss_per_token, 700.0))
+    )
 
 
 def response_loss(
@@ -303,5 +305,3 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-

@@ -140,9 +140,10 @@ class IAPTGenerator(nn.Module):
             numerator, denominator = initial_coefficients(
                 config.init_function, config.numerator_degree, config.denominator_degree, config.rational_form
             )
+            parameters = dict(self.named_parameters())
             with torch.no_grad():
-                self.numerator.copy_(torch.from_numpy(numerator).expand_as(self.numerator))
-                self.denominator.copy_(torch.from_numpy(denominator).expand_as(self.denominator))
+                for name, values in (("numerator", numerator), ("denominator", denominator)):
+                    parameters[name].copy_(torch.from_numpy(values).expand_as(parameters[name]))
 
     def layer_weights(self, layer: int) -> LayerWeights:
         """The weights that act at ``layer``."""
@@ -154,14 +155,15 @@ class IAPTGenerator(nn.Module):
 
 
 def layer_weights(tensors: dict[str, Tensor], layer: int, group: int, stacked_rows: bool = False) -> LayerWeights:
-    """Pick one layer's tensors out of stacked ones (``[G or L, ...]``, or ``[B, G or L, ...]`` with ``stacked_rows``)."""
+    """Pick one layer's tensors from ``[G or L, ...]``, or from ``[B, G or L, ...]`` with ``stacked_rows``."""
 
     def pick(name: str, index: int) -> Tensor | None:
         tensor = tensors.get(name)
         return None if tensor is None else tensor.select(1 if stacked_rows else 0, index)
 
     down, up = pick("down_weight", group), pick("up_weight", group)
-    assert down is not None and up is not None
+    assert down is not None
+    assert up is not None
     return LayerWeights(
         down_weight=down,
         down_bias=pick("down_bias", group),

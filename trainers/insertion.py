@@ -20,7 +20,7 @@ PromptFunction = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, instruction hidden states ``[B, T, D]``, instruction mask ``[B, T]``) to prompts ``[B, P, D]``."""
 
 
-def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+def decoder_layers(backbone: Any) -> nn.ModuleList:
     """The decoder's list of layers, found by its length and its place nearest the root.
 
     Raises:
@@ -41,7 +41,7 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
 
 
 def forward_with_prompts(
-    backbone: nn.Module,
+    backbone: Any,
     prompts: PromptFunction,
     num_prompt_tokens: int,
     input_ids: Tensor,
@@ -109,9 +109,7 @@ def _hooked(layers: nn.ModuleList, replace: Callable[[int, Tensor], Tensor]) -> 
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)
-    ]
+    handles = [layer.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)]
     try:
         yield
     finally:
@@ -120,7 +118,7 @@ def _hooked(layers: nn.ModuleList, replace: Callable[[int, Tensor], Tensor]) -> 
 
 
 @contextmanager
-def _selected(backbone: nn.Module, select: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+def _selected(backbone: Any, select: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
     """Apply ``select`` to what enters the LM head while the context is open."""
     if select is None:
         yield

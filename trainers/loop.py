@@ -182,9 +182,7 @@ class Progress(TrainerCallback):
         self.say = say
         self.started, self.first = time.monotonic(), 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
         self.started, self.first = time.monotonic(), state.global_step
 

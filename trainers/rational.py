@@ -15,7 +15,6 @@ from math import erf, sqrt
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from trainers.errors import IaptError

@@ -35,12 +35,14 @@ def start_at_sink(generator: IAPTGenerator, backbone: Any, first_token: int) -> 
     ids = torch.tensor([[first_token]], device=backbone.device)
     states = backbone(input_ids=ids, output_hidden_states=True).hidden_states
     before = torch.stack([state[0, 0].float() for state in states[: generator.num_layers]])  # [L, D]
+    parameters = dict(generator.named_parameters())
+    down = parameters["down_weight"]
     for group in range(max(generator.layer_groups) + 1):
         members = [layer for layer, mine in enumerate(generator.layer_groups) if mine == group]
-        sink = _unit(before[members].mean(dim=0)).to(generator.down_weight.device)  # [D]
-        generator.down_weight[group] -= torch.outer(sink, sink @ generator.down_weight[group])
+        sink = _unit(before[members].mean(dim=0)).to(down.device)  # [D]
+        down[group] -= torch.outer(sink, sink @ down[group])
         if generator.config.bias:
-            generator.up_bias[group] = sink * SINK_SCALE * generator.hidden_size**0.5
+            parameters["up_bias"][group] = sink * SINK_SCALE * generator.hidden_size**0.5
 
 
 def _unit(vector: Tensor) -> Tensor:

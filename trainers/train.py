@@ -261,6 +261,7 @@ def _arguments(setup: Setup) -> TrainingArguments:
         logging_nan_inf_filter=False,
         report_to=config.report_to,
         bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 without a GPU is refused
         seed=config.seed,
         data_seed=config.seed,
         disable_tqdm=True,
@@ -288,9 +289,7 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     config, backbone = setup.config, setup.backbone
     if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
         backbone = load_backbone(backbone.name_or_path, dtype=config.precision)
-    task = Evaluation(
-        backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config
-    )
+    task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
     generator = load_adapter(setup.work / "adapter").generator()
     say(f"evaluating the adapter on {len(setup.evaluation)} examples")
     report = evaluate(backbone.model, generator, task, say)

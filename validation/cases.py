@@ -36,22 +36,31 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
-def prompts_from_bundle(bundle: Path, manifest: BundleManifest, codec: TextCodec, seed: int) -> list[Prompt]:
-    """Prompts of all tenants in a seeded order that mixes them: `MIN_PROMPTS` at least.
+def prompts_from_bundle(
+    bundle: Path, manifest: BundleManifest, codec: TextCodec, seed: int, new_tokens: int
+) -> list[Prompt]:
+    """Prompts of all tenants in a seeded order that mixes them: `MIN_PROMPTS` at least, where so many fit.
 
     Raises:
-        BundleError: an examples file is not JSONL with ``prompt`` fields, or no prompt fits the bundle.
+        IaptError: an examples file is not JSONL with ``prompt`` fields.
+        BundleError: no prompt of some tenant fits the bundle, so that the tenant would go uncompared.
     """
     per_tenant = -(-MIN_PROMPTS // len(manifest.tenants))
+    room = manifest.ranges.past.max - manifest.generator.prompt_length - new_tokens + 1
+    longest = min(manifest.ranges.sequence.max, room)
     found: list[Prompt] = []
     for tenant in manifest.tenants:
         texts = list(GENERAL_PROMPTS) if tenant.examples is None else read_examples(bundle / tenant.examples)
-        if len(texts) < per_tenant:
-            texts += [f"{text} ({len(texts)})" for text in (texts * per_tenant)[: per_tenant - len(texts)]]
+        rounds = range(1, -(-per_tenant // len(texts)))
+        texts += [f"{text} ({number})" for number in rounds for text in texts]
         tokenised = [Prompt(tenant.name, text, tuple(codec.encode(text, tenant.prompt_format))) for text in texts]
-        found += [prompt for prompt in tokenised if len(prompt.tokens) <= manifest.ranges.sequence.max][:per_tenant]
-    if not found:
-        raise BundleError(f"no example prompt has at most {manifest.ranges.sequence.max} tokens; raise --sequence")
+        fitting = [prompt for prompt in tokenised if len(prompt.tokens) <= longest][:per_tenant]
+        if not fitting:
+            raise BundleError(
+                f"tenant {tenant.name}: no example prompt has at most {longest} tokens, so nothing to compare; "
+                "raise --sequence or --past, or lower --new-tokens"
+            )
+        found += fitting
     random.Random(seed).shuffle(found)
     return found
 
@@ -60,7 +69,7 @@ def read_examples(path: Path) -> list[str]:
     """The ``prompt`` of each line of an examples file.
 
     Raises:
-        IaptError: a line is not a JSON object with a non-empty ``prompt``.
+        IaptError: a line is not a JSON object with a non-empty ``prompt``, or there is none.
     """
     texts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -71,4 +80,6 @@ def read_examples(path: Path) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise IaptError(f"{path}:{number}: the prompt is empty or no text")
         texts.append(text)
+    if not texts:
+        raise IaptError(f'{path} is empty; expected a JSON object like {{"prompt": "..."}} on each line')
     return texts

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from engines.session import Request, Session
-from iapt_export.manifest import BundleManifest, TargetSpec
+from iapt_export.manifest import BundleManifest
 from validation.cases import prompts_from_bundle
 from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, max_abs, relative
 from validation.reference import Reference, numpy
@@ -62,7 +61,7 @@ def measure_truth(
     """The reference's answers to the bundle's prompts, logits and caches kept for the first batch."""
     target = manifest.target()
     codec = Session(bundle, manifest, target, {}).codec
-    prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed)
+    prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.new_tokens)
     return record_truth(
         reference,
         prompts,
@@ -90,7 +89,9 @@ def compare_target(
     first = truths[: session.manifest.ranges.batch.max]
     on_step(f"{target.name}: generators")
     if "generator" in target.graphs:
-        _compare_generator(session, reference, first, errors)
+        one_each = list({truth.prompt.tenant: truth for truth in truths}.values())
+        for start in range(0, len(one_each), len(first)):
+            _compare_generator(session, reference, one_each[start : start + len(first)], errors)
     for case, rows in (("mixed tenants, left padding", first), ("one row", truths[:1])):
         on_step(f"{target.name}: prefill and decode, {case}")
         _compare_steps(session, f"batch {len(rows)}, {case}", rows, errors)
@@ -109,10 +110,9 @@ def compare_target(
     )
 
 
-def _compare_generator(session: Session, reference: Reference, truths: list[Truth], errors: _Errors) -> None:
-    """Feed the generator graph what the reference's generators read, one batch of all tenants."""
+def _compare_generator(session: Session, reference: Reference, rows: list[Truth], errors: _Errors) -> None:
+    """Feed the generator graph what the reference's generators read, rows of different tenants in one batch."""
     names = [tenant.name for tenant in session.manifest.tenants]
-    rows = [next(truth for truth in truths if truth.prompt.tenant == name) for name in names if _has(truths, name)]
     length = max(len(row.prompt.tokens) for row in rows)
     spec = session.target.graphs["generator"]
     hidden_spec = spec.inputs[0]
@@ -150,12 +150,12 @@ def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Er
     measured = _compare_logits(logits, truths, 0, errors)
     errors.judge("prefill logits", case, dtype, measured)
     _compare_cache(cache, mask, truths, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
-    steps, worst, agreed, total = max(len(truth.tokens) for truth in truths), {}, measured["agreed"], len(truths)
-    for step in range(1, steps):
-        tokens = np.array([(truth.tokens + truth.tokens[-1:] * steps)[step - 1] for truth in truths], np.int64)
+    num_steps, worst, agreed = len(truths[0].tokens), {}, measured["agreed"]
+    for step in range(1, num_steps):
+        tokens = np.array([truth.tokens[step - 1] for truth in truths], np.int64)
         logits, cache, mask = session.decode(tokens, mask, cache)
         measured = _compare_logits(logits, truths, step, errors)
-        agreed, total = agreed + measured["agreed"], total + measured["rows"]
+        agreed += measured["agreed"]
         if not worst or measured["relative"] > worst["relative"]:
             worst = {**measured, "step": step}
     if worst:
@@ -163,17 +163,16 @@ def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Er
         _compare_cache(
             cache, mask, truths, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors
         )
-    errors.judge("top-1 agreement", case, dtype, {"agreement": agreed / total, "steps": total})
+    errors.judge("top-1 agreement", case, dtype, {"agreement": agreed / num_steps, "steps": float(num_steps)})
 
 
 def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: _Errors) -> dict[str, float]:
-    rows = [(logits[i].astype(np.float32), t.logits[step], t) for i, t in enumerate(truths) if step < len(t.logits)]
+    rows = [(logits[i].astype(np.float32), truth.logits[step], truth) for i, truth in enumerate(truths)]
     worst = {
         "relative": max(relative(made, wanted) for made, wanted, _ in rows),
         "max_abs": max(max_abs(made, wanted) for made, wanted, _ in rows),
         "cosine": min(cosine(made, wanted) for made, wanted, _ in rows),
-        "agreed": float(sum(_agrees(made, truth, step) for made, _, truth in rows)),
-        "rows": float(len(rows)),
+        "agreed": sum(_agrees(made, truth, step) for made, _, truth in rows) / len(rows),
     }
     for made, wanted, _ in rows:
         errors.counts += error_counts(np.nan_to_num(made), wanted)
@@ -230,7 +229,10 @@ def _compare_tokens(
     for start in range(0, len(truths), size):
         on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(truths))}")
         batch = truths[start : start + size]
-        requests = [Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=settings.new_tokens) for t in batch]
+        requests = [
+            Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=settings.new_tokens, ignore_eos=True)
+            for t in batch
+        ]
         rows += [_token_row(session, t, tokens) for t, tokens in zip(batch, session.generate(requests), strict=True)]
     identical = sum(row.first_divergence is None for row in rows)
     excused = sum(row.excused for row in rows)
@@ -262,12 +264,3 @@ def _token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
         margin=margin,
         excused=margin is not None and margin < tie_margin(truth, session.target.dtype),
     )
-
-
-def _has(truths: list[Truth], name: str) -> bool:
-    return any(truth.prompt.tenant == name for truth in truths)
-
-
-def target_label(target: TargetSpec) -> str:
-    """``onnxruntime:fp32``."""
-    return f"{target.name}:{target.dtype}"

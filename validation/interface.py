@@ -16,13 +16,21 @@ def check_built_engines(bundle: Path, manifest: BundleManifest, target: TargetSp
     """
     if target.name == "onnxruntime":
         return []
-    from engines.tensorrt_builder import check_engine
+    from engines.engine_info import EngineInfo, check_engine
 
     checks = []
     for name, spec in target.graphs.items():
-        problems = check_engine(bundle / spec.path, spec, manifest.ranges)
+        engine = bundle / spec.path
+        problems = check_engine(spec, EngineInfo.load(engine), manifest.ranges, engine)
         detail = "; ".join(problems) or "inputs, outputs, types, shapes and profiles agree with the manifest"
         checks.append(
-            Check("interface", f"{name}.engine", not problems, {"problems": float(len(problems))}, {"problems": 0.0}, detail)
+            Check(
+                "interface",
+                f"{name}.engine",
+                not problems,
+                {"problems": float(len(problems))},
+                {"problems": 0.0},
+                detail,
+            )
         )
     return checks

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -52,16 +53,19 @@ STYLE: dict[Any, Any] = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
 }
+EDGE = 0.97
+"""Height of marks at the upper edge, as a share of the axis."""
 MARKERS = ("o", "s", "^")
 """Series differ in shape as well, for readers who do not tell the colours apart."""
 
 
 def error_per_layer(target: TargetResult) -> str:
-    """Worst absolute error of prompts, keys and values in each layer."""
-    figure, axes = _figure(target, "layer", "worst absolute error")
+    """Worst relative error of prompts, keys and values in each layer."""
+    figure, axes = _figure(target, "layer", "worst relative error")
     for (name, errors), colour, marker in zip(target.by_layer.items(), SERIES, MARKERS, strict=False):
         _line(axes, errors, colour, marker, name)
-    _limit(axes, _limit_of(target, "prefill cache"), "limit of keys and values")
+    _limit(axes, _limit_of(target, "prefill cache", "relative"), "limit of keys and values")
+    _whole_decades(axes)
     _legend(axes)
     return _svg(figure, f"{target.name} {target.dtype}: error per layer")
 
@@ -70,7 +74,8 @@ def error_per_step(target: TargetResult) -> str:
     """Worst absolute logits error of each step; step 0 is prefill."""
     figure, axes = _figure(target, "step (0 is prefill)", "worst absolute error")
     _line(axes, target.by_step, SERIES[0], "", "logits")
-    _limit(axes, _limit_of(target, "decode logits"), "limit of decode logits")
+    _limit(axes, _limit_of(target, "decode logits", "max_abs"), "limit of decode logits")
+    _whole_decades(axes)
     _legend(axes)
     return _svg(figure, f"{target.name} {target.dtype}: error per step")
 
@@ -84,7 +89,7 @@ def error_histogram(target: TargetResult) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{value:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(_short_count))
-    limit = _limit_of(target, "decode logits")
+    limit = _limit_of(target, "decode logits", "max_abs")
     if limit:
         axes.axvline(math.log10(limit), color=BAD, linestyle=(0, (4, 3)), linewidth=1.2, label="limit")
         _legend(axes)
@@ -127,6 +132,7 @@ def _figure(target: TargetResult, x_label: str, y_label: str, log: bool = True) 
         axes.set_axisbelow(True)
         if log:
             axes.set_yscale("log")
+            axes.set_autoscaley_on(False)  # see _whole_decades
             axes.yaxis.set_major_locator(LogLocator(numticks=7))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{math.log10(value):.0f}"))
             axes.yaxis.set_minor_locator(LogLocator(subs=()))
@@ -141,7 +147,16 @@ def _line(axes: Axes, errors: Sequence[float], colour: str, marker: str, label: 
     broken = [index for index, error in enumerate(errors) if not math.isfinite(error)]
     if broken:
         edge = axes.get_xaxis_transform()
-        axes.plot(broken, [0.97] * len(broken), "x", color=BAD, transform=edge, label=f"{label}: not finite")
+        axes.plot(broken, [EDGE] * len(broken), "x", color=BAD, transform=edge, label=f"{label}: not finite")
+
+
+def _whole_decades(axes: Axes) -> None:
+    """End the axis at powers of ten, three or more of them, so that it has labels and noise looks like noise."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    shown = [float(y) for y in drawn if math.isfinite(y) and y > 0 and y != EDGE]
+    low, high = math.floor(math.log10(min(shown, default=1e-9))), math.ceil(math.log10(max(shown, default=1e-6)))
+    missing = max(0, 3 - (high - low))
+    axes.set_ylim(10.0 ** (low - missing // 2), 10.0 ** (high + missing - missing // 2))
 
 
 def _limit(axes: Axes, limit: float | None, label: str) -> None:
@@ -149,9 +164,9 @@ def _limit(axes: Axes, limit: float | None, label: str) -> None:
         axes.axhline(limit, color=BAD, linestyle=(0, (4, 3)), linewidth=1.2, label=label)
 
 
-def _limit_of(target: TargetResult, stage: str) -> float | None:
-    """The limit on the largest absolute error that a stage was held against."""
-    limits = [check.limits["max_abs"] for check in target.checks if check.stage == stage and "max_abs" in check.limits]
+def _limit_of(target: TargetResult, stage: str, metric: str) -> float | None:
+    """The limit on a metric that a stage was held against."""
+    limits = [check.limits[metric] for check in target.checks if check.stage == stage and metric in check.limits]
     return max(limits, default=None)
 
 

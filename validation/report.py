@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from iapt_export.errors import BundleError
 from iapt_export.manifest import write_atomically
@@ -25,7 +24,7 @@ JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_FILE = "report.html.jinja"
-UPPER_METRICS = ("max_abs", "max_rel", "mean_abs")
+UPPER_METRICS = ("relative", "max_abs", "max_rel", "mean_abs")
 """Metrics whose limit is a ceiling, so that the share of it that was used means something."""
 
 
@@ -35,7 +34,8 @@ class Plot:
 
     title: str
     caption: str
-    svg: Markup
+    svg: str
+    """An ``<svg>`` element, safe to be put into a page."""
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -129,7 +129,7 @@ def target_plots(target: TargetResult) -> list[Plot]:
         (
             target.by_layer,
             "Error per layer",
-            "Worst absolute difference from PyTorch in the soft prompts and in the cache that prefill writes.",
+            "Worst difference from PyTorch in soft prompts and cache, over the largest value of the layer's tensor.",
             plots.error_per_layer,
         ),
         (
@@ -151,7 +151,7 @@ def target_plots(target: TargetResult) -> list[Plot]:
             plots.token_agreement,
         ),
     ]
-    return [Plot(title, caption, Markup(draw(target))) for figures, title, caption, draw in candidates if figures]
+    return [Plot(title, caption, draw(target)) for figures, title, caption, draw in candidates if figures]
 
 
 def format_figure(number: float) -> str:

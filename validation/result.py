@@ -59,7 +59,7 @@ class TargetResult:
     """Why the target was not run, and what would run it."""
     checks: list[Check] = field(default_factory=list)
     by_layer: dict[str, list[float]] = field(default_factory=dict)
-    """``prompt``, ``key``, ``value`` to the worst absolute error of each layer."""
+    """``prompt``, ``key``, ``value`` to the worst error of each layer, relative to the tensor's largest value."""
     by_step: list[float] = field(default_factory=list)
     """Worst absolute logits error of each decode step; step 0 is prefill."""
     histogram: dict[str, list[float]] = field(default_factory=dict)

@@ -24,7 +24,7 @@ class Truth:
 
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
-    """Greedy tokens, the end token included."""
+    """Greedy tokens."""
     margins: list[float] = field(default_factory=list)
     """Lead of the best logit over the second at each step."""
     peak: float = 0.0
@@ -43,12 +43,14 @@ def record_truth(
     num_kept: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Truth]:
-    """Generate greedily with the reference, tenant by tenant.
+    """Generate greedily with the reference, tenant by tenant, past any end token.
+
+    A classifier ends after two tokens; going on compares every row over the same number of steps.
 
     Args:
         reference: the PyTorch side.
         prompts: in the order of the comparison.
-        new_tokens: tokens for each prompt, unless it ends earlier.
+        new_tokens: tokens for each prompt.
         num_kept: the first so many prompts keep their logits and caches.
         on_step: called after each step, for progress.
 
@@ -78,26 +80,20 @@ def _record_batch(
     mask = torch.cat([mask.new_ones(len(rows), reference.num_prompts), mask], dim=1)
     for index, row in _kept_rows(rows, kept):
         row.prefill_cache = row_cache(cache, mask, index)
-    done = [False] * len(rows)
-    for _ in range(new_tokens):
+    for step in range(new_tokens):
         best = logits.topk(2, dim=-1)
         for index, row in enumerate(rows):
-            if done[index]:
-                continue
             row.tokens.append(int(best.indices[index, 0]))
             row.margins.append(float(best.values[index, 0] - best.values[index, 1]))
             row.peak = max(row.peak, float(logits[index].abs().max()))
             if id(row) in kept:
                 row.logits.append(numpy(logits[index]))
-            done[index] = row.tokens[-1] in reference.manifest.backbone.eos_token_ids
         on_step()
-        if all(done) or len(max((row.tokens for row in rows), key=len)) == new_tokens:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = decode(reference.model, best.indices[:, 0], mask, cache)
+        if step + 1 < new_tokens:
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = decode(reference.model, best.indices[:, 0], mask, cache)
     for index, row in _kept_rows(rows, kept):
-        entries = reference.num_prompts + len(row.prompt.tokens) + len(row.tokens) - 1
-        row.final_cache = [(key[:, :entries], value[:, :entries]) for key, value in row_cache(cache, mask, index)]
+        row.final_cache = row_cache(cache, mask, index)
 
 
 def padded(prompts: list[tuple[int, ...]], pad_token: int) -> tuple[Tensor, Tensor]:

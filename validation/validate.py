@@ -17,7 +17,12 @@ from validation.tolerances import rows_for
 
 
 def validate_bundle(
-    bundle: Path, manifest: BundleManifest, backbone: Any, settings: Settings, on_step: OnStep = lambda _: None
+    bundle: Path,
+    manifest: BundleManifest,
+    backbone: Any,
+    settings: Settings,
+    on_step: OnStep = lambda _: None,
+    name: str = "",
 ) -> Report:
     """Compare a bundle with PyTorch.
 
@@ -27,6 +32,7 @@ def validate_bundle(
         backbone: the `trainers.backbone.Backbone` that the bundle was built from, in fp32.
         settings: how much is compared.
         on_step: called with a word on each step, for progress.
+        name: what the report calls the bundle; its folder's name unless it stands under a temporary one.
 
     Returns:
         The report; its verdict is ``fail`` when any check fails, or when no target at all could be run.
@@ -47,8 +53,9 @@ def validate_bundle(
             results.append(_not_run(bundle, manifest, target, str(error)))
     ran = [result for result in results if result.status in ("pass", "fail")]
     passed = bool(ran) and all(check.passed for result in results for check in result.checks)
+    name = name or bundle.name
     return Report(
-        bundle=bundle.name,
+        bundle=name,
         verdict="pass" if passed else "fail",
         backbone=manifest.backbone.name_or_path,
         method=manifest.generator.method,
@@ -58,7 +65,8 @@ def validate_bundle(
         environment=environment(),
         tolerances=rows_for({result.dtype for result in results}),
         targets=results,
-        command=f"iapt-export validate {bundle.name} --model {manifest.backbone.name_or_path} --seed {settings.seed}",
+        command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
+        f"--seed {settings.seed} --new-tokens {settings.new_tokens}",
     )
 
 

@@ -13,7 +13,12 @@ from trainers.errors import IaptError
 
 def test_defaults_are_the_papers_settled_parts() -> None:
     config = IAPTConfig()
-    assert (config.prompt_length, config.pooling, config.activation, config.sharing) == (4, "attention", "rational", "all")
+    assert (config.prompt_length, config.pooling, config.activation, config.sharing) == (
+        4,
+        "attention",
+        "rational",
+        "all",
+    )
     assert (config.numerator_degree, config.denominator_degree, config.rational_form) == (5, 4, "B")
 
 

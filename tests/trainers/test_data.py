@@ -37,7 +37,11 @@ def jsonl(path: Path, *records: Any) -> Path:
 
 
 def test_three_kinds_of_record(tmp_path: Path) -> None:
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ]
     path = jsonl(
         tmp_path / "data.jsonl",
         {"instruction": "Do", "input": "this", "output": "done"},
@@ -110,7 +114,9 @@ def test_prompt_formats() -> None:
 def test_chat_instruction_is_the_rendered_template() -> None:
     ids = format_instruction(CHAT, "is this positive?", "chat")
     assert CHAT.decode(ids) == (
-        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nis this positive?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou help.<|im_end|>\n"
+        "<|im_start|>user\nis this positive?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     assert format_instruction(CHAT, [{"role": "user", "content": "is this positive?"}], "chat") == ids
 
@@ -207,7 +213,7 @@ def test_holdout_is_never_trained_on() -> None:
     assert not keys[0] & keys[1]
     assert len(held_out) == round(0.5 * len(examples))
     assert split_holdout(examples, 0.5, seed=1) == (training, held_out)
-    with pytest.raises(IaptError, match="holdout=0.1 of 2 examples leaves 0 to evaluate and 2 to train"):
+    with pytest.raises(IaptError, match=r"holdout=0\.1 of 2 examples leaves 0 to evaluate and 2 to train"):
         split_holdout(examples[:2], 0.1, seed=0)
 
 

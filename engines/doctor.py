@@ -1,0 +1,296 @@
+"""What this machine can build and run, what is missing, and how to get it.
+
+Versions come from package metadata: nothing heavy is imported to find out that it is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.cuda_driver import Driver, find_driver
+from engines.tensorrt_flavour import DATACENTRE, RTX, Flavour
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+OK, LIMITED, MISSING = "ok", "limited", "missing"
+
+GIB = 2**30
+MIN_DISK_GIB, MIN_MEMORY_GIB = 5, 8
+"""The demo needs this much: a 135M backbone in two types, its engines, and their build."""
+
+EXTRAS = {
+    "torch": "export",
+    "transformers": "export",
+    "accelerate": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": RTX.extra,
+    "tensorrt": DATACENTRE.extra,
+    "cuda.bindings": RTX.extra,
+}
+"""Python modules that are looked for, and the extra of this project that brings each."""
+
+DISTRIBUTIONS = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "cuda.bindings": ("cuda-bindings",),
+}
+"""Modules whose package is called otherwise, or may be one of several."""
+
+TOOLS = {
+    "gcc": "apt-get install gcc",
+    "g++": "apt-get install g++",
+    "make": "apt-get install make",
+    "cmake": "apt-get install cmake, or pip install cmake",
+    "ninja": "apt-get install ninja-build, or pip install ninja",
+    "nvcc": "install NVIDIA's CUDA toolkit",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for, or one conclusion."""
+
+    name: str
+    status: str
+    """``ok``, ``limited`` or ``missing``."""
+    version: str = ""
+    detail: str = ""
+    """What was found, or why it does not serve."""
+    remedy: str = ""
+    """How to get it; empty when there is nothing to do."""
+
+
+def diagnose(folder: Path | None = None) -> list[Finding]:
+    """Look at this machine; takes well under a second.
+
+    Args:
+        folder: where bundles will be written, for the disk space; None means the current one.
+
+    Returns:
+        A finding for Python, each package, the GPU, each compiler, disk and memory.
+    """
+    findings = [_python()]
+    findings += [_module(module, extra) for module, extra in EXTRAS.items()]
+    findings.append(_gpu(find_driver()))
+    findings += [_tool(name, remedy) for name, remedy in TOOLS.items()]
+    findings += [_disk(folder or Path.cwd()), _memory()]
+    return findings
+
+
+def conclude(findings: list[Finding]) -> list[Finding]:
+    """What this machine can do, from what `diagnose` found.
+
+    Returns:
+        A finding for each ability: ``ok``, ``limited`` with its limit, or ``missing`` with what it lacks.
+    """
+    found = {finding.name: finding for finding in findings}
+    return [
+        _ability("train adapters", found, ("torch", "transformers", "accelerate")),
+        _ability("export bundles", found, ("torch", "transformers", "onnx", "onnxscript")),
+        _ability("run on onnxruntime", found, ("onnxruntime",)),
+        *(
+            finding
+            for chosen, module in ((RTX, "tensorrt_rtx"), (DATACENTRE, "tensorrt"))
+            for finding in _tensorrt_abilities(chosen, module, found)
+        ),
+        _ability("compile the C++ parts", found, ("g++", "make", "cmake")),
+    ]
+
+
+def to_data(findings: list[Finding], conclusions: list[Finding]) -> dict[str, Any]:
+    """Both lists as plain data, for ``--json``."""
+    return {
+        "findings": [vars(finding) for finding in findings],
+        "conclusions": [vars(finding) for finding in conclusions],
+    }
+
+
+def render(findings: list[Finding], conclusions: list[Finding]) -> RenderableType:
+    """Both lists as tables for a terminal."""
+    from rich.console import Group
+
+    return Group(
+        _table("What is here", "", findings),
+        "",
+        _table("What this machine can do", "This machine can", conclusions),
+    )
+
+
+def _table(title: str, first_column: str, findings: list[Finding]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {OK: "green", LIMITED: "yellow", MISSING: "red"}
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_edge=False)
+    for column in (first_column, "status", "details"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        details = ", ".join(part for part in (finding.version, finding.detail) if part)
+        if finding.remedy:
+            details += f"{'; ' if details else ''}try: {finding.remedy}"
+        # Text and not a string: 'iapt-export[train]' must not be read as markup
+        table.add_row(Text(finding.name), Text(finding.status, style=colours[finding.status]), Text(details))
+    return table
+
+
+def _python() -> Finding:
+    return Finding("python", OK, platform.python_version(), platform.platform())
+
+
+def _module(module: str, extra: str) -> Finding:
+    spec = _find_spec(module)
+    if spec is None:
+        return Finding(module, MISSING, remedy=_install(module, extra))
+    detail = ""
+    if module == "onnxruntime":
+        detail = "providers: " + ", ".join(_providers(spec.submodule_search_locations or ()))
+    return Finding(module, OK, _version(module), detail)
+
+
+def _find_spec(module: str) -> Any:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # the parent package is missing, or is a stub without a spec
+        return None
+
+
+def _install(module: str, extra: str) -> str:
+    package = DISTRIBUTIONS["cuda.bindings"][0] if module == "cuda.bindings" else f"'iapt-export[{extra}]'"
+    return f"pip install {package}"
+
+
+def _version(module: str) -> str:
+    for name in DISTRIBUTIONS.get(module, (module,)):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _providers(folders: Iterable[str]) -> list[str]:
+    """Execution providers by their libraries; the CPU's is built in."""
+    pattern = re.compile(r"onnxruntime_providers_(\w+)\.(?:so|dll|dylib)$")
+    names = {
+        match[1]
+        for folder in folders
+        for path in Path(folder, "capi").glob("*")
+        if (match := pattern.search(path.name))
+    }
+    return ["cpu", *sorted(names - {"shared"})]
+
+
+def _gpu(driver: Driver) -> Finding:
+    version = " ".join(part for part in (_driver_version(), f"CUDA {driver.cuda_version}") if part)
+    if driver.problem:
+        return Finding(
+            "gpu",
+            MISSING,
+            version if driver.cuda_version else "",
+            driver.problem,
+            f"run on a machine with an NVIDIA GPU and driver {RTX.driver} or newer",
+        )
+    gpus = [
+        f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / GIB:.0f} GiB"
+        for gpu in driver.gpus
+    ]
+    return Finding("gpu", OK, version, "; ".join(gpus))
+
+
+def _driver_version() -> str:
+    """As nvidia-smi tells it: libcuda knows the CUDA version only."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return f"driver {output.splitlines()[0]}" if output else ""
+
+
+def _tool(name: str, remedy: str) -> Finding:
+    path = shutil.which(name)
+    if path is None:
+        return Finding(name, MISSING, remedy=remedy)
+    match = re.search(r"\d+\.\d+(?:\.\d+)?", _output([path, "--version"]).split("release")[-1])
+    return Finding(name, OK, match[0] if match else "", path)
+
+
+def _output(command: list[str]) -> str:
+    """A command's standard output; empty when it fails or hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _disk(folder: Path) -> Finding:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / GIB
+    return _amount("disk", f"{free:.0f} GiB free at {folder}", free, MIN_DISK_GIB, "free some space")
+
+
+def _memory() -> Finding:
+    total, available = (number / GIB for number in _memory_bytes())
+    detail = f"{total:.0f} GiB, {available:.0f} GiB of them free; {os.cpu_count()} processors"
+    return _amount("memory", detail, available, MIN_MEMORY_GIB, "close other programs, or take a larger machine")
+
+
+def _amount(name: str, detail: str, amount: float, needed: int, remedy: str) -> Finding:
+    if amount >= needed:
+        return Finding(name, OK, detail=detail)
+    return Finding(name, LIMITED, detail=f"{detail}; the demo needs {needed} GiB", remedy=remedy)
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """Physical memory and what of it is available."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    try:
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:  # not Linux
+        match = None
+    return total, int(match[1]) * 1024 if match else total
+
+
+def _ability(name: str, found: dict[str, Finding], needs: tuple[str, ...]) -> Finding:
+    lacking = [found[need] for need in needs if found[need].status == MISSING]
+    if not lacking:
+        return Finding(name, OK)
+    remedies = dict.fromkeys(finding.remedy for finding in lacking)
+    lacks = ", ".join(finding.detail if finding.name == "gpu" else f"no {finding.name}" for finding in lacking)
+    return Finding(name, MISSING, detail=lacks, remedy="; ".join(remedies))
+
+
+def _tensorrt_abilities(chosen: Flavour, module: str, found: dict[str, Finding]) -> list[Finding]:
+    """Building and running the engines of one flavour."""
+    build_needs = (module,) if chosen.builds_without_gpu else (module, "gpu")
+    build = _ability(f"build {chosen.target} engines", found, build_needs)
+    if build.status == OK and chosen.builds_without_gpu:
+        build = Finding(build.name, OK, detail="also without a GPU, for " + ", ".join(chosen.compute_capabilities))
+    run = _ability(f"run {chosen.target} engines", found, (module, "gpu", "cuda.bindings"))
+    return [build, _limited_to(chosen, run, found["gpu"])]
+
+
+def _limited_to(chosen: Flavour, run: Finding, gpu: Finding) -> Finding:
+    """The ability to run, given up where no GPU is one that the flavour serves."""
+    here = re.findall(r"compute capability (\d+\.\d+)", gpu.detail) if gpu.status == OK else []
+    if run.status != OK or set(here) & set(chosen.compute_capabilities):
+        return run
+    served = ", ".join(chosen.compute_capabilities)
+    detail = f"this GPU has compute capability {', '.join(here)}, {chosen.target} serves {served}"
+    return Finding(
+        run.name, MISSING, detail=detail, remedy=f"use a GPU of one of these, or --target {DATACENTRE.target}"
+    )

@@ -1,0 +1,153 @@
+"""One tiny bundle for many tests: a two-layer Llama with three tenants, built once through the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iapt_export.bundle import with_files
+from iapt_export.cli import main
+from iapt_export.manifest import BundleManifest
+from tests.tiny import COMMON, save_tiny_backbone, tiny_llama
+from trainers.adapter import AdapterConfig, save_adapter
+from trainers.config import IAPTConfig
+from trainers.iapt import IAPTGenerator
+
+METHOD = IAPTConfig(bottleneck=8)
+NUM_LAYERS = 2
+WIDTH = COMMON["hidden_size"]
+TENANTS = ("alpha", "beta", "gamma")
+NEW_TOKENS = 8
+PROMPTS = (
+    "the film is a quiet joy",
+    "a dull story",
+    "is this positive or negative? the first scene to the last",
+    "grain oil trade",
+    "what is the topic of this news text? money",
+    "nobody will remember",
+    "you are a helpful assistant",
+    "noisy and dull, yes or no?",
+)
+RANGES = ("--batch", "1:2:8", "--sequence", "1:16:96", "--past", "5:64:160", "--tenants", "1:3:4")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class TinyBuild:
+    """A finished build and everything that went into it; tests read it and change copies only."""
+
+    model: Path
+    adapters: dict[str, Path]
+    cache: Path
+    bundle: Path
+
+    def arguments(self, output: Path, *names: str, cache: Path | None = None) -> list[str]:
+        """The command line that builds these tenants (all, when none is named) to ``output``."""
+        adapters = [f"--adapter={self.adapters[name]}" for name in names or self.adapters]
+        places = [f"--model={self.model}", f"--output={output}", f"--cache={cache or self.cache}"]
+        return ["build", *places, *adapters, *RANGES, f"--new-tokens={NEW_TOKENS}"]
+
+
+def run(*argv: str | Path) -> Outcome:
+    """Run the command line in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(word) for word in argv])
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def random_generator(
+    seed: int, method: IAPTConfig = METHOD, width: int = WIDTH, layers: int = NUM_LAYERS
+) -> IAPTGenerator:
+    """A generator whose prompts differ clearly from another seed's, unlike those of an untrained one."""
+    source = torch.Generator().manual_seed(seed)
+    module = IAPTGenerator(method, width, layers)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=source)
+            parameter.add_(noise * (0.05 if name in ("numerator", "denominator") else 0.5))
+    return module.eval().requires_grad_(False)
+
+
+def save_tiny_adapter(folder: Path, seed: int, fingerprint: str, method: IAPTConfig = METHOD, **fields: Any) -> Path:
+    """Write an adapter directory with example prompts, and return it."""
+    module = random_generator(seed, method, fields.get("hidden_size", WIDTH), fields.get("num_layers", NUM_LAYERS))
+    defaults = {"hidden_size": WIDTH, "num_layers": NUM_LAYERS, "prompt_format": "chat" if seed % 2 else "plain"}
+    config = AdapterConfig(
+        base_model_name_or_path="tiny", backbone_fingerprint=fingerprint, method=method, **{**defaults, **fields}
+    )
+    save_adapter(folder, config, dict(module.state_dict()))
+    lines = [json.dumps({"prompt": f"{text} {folder.name}"}) for text in PROMPTS]
+    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
+    """Write the backbone and the adapters of `TENANTS`."""
+    from trainers.backbone import config_fingerprint
+
+    model = tiny_llama(num_hidden_layers=NUM_LAYERS)
+    folder = save_tiny_backbone(root / "model", model)
+    fingerprint = config_fingerprint(model.config)
+    adapters = {name: save_tiny_adapter(root / name, seed, fingerprint) for seed, name in enumerate(TENANTS)}
+    return folder, adapters
+
+
+@functools.cache
+def build_once(root: Path) -> TinyBuild:
+    """The build that all tests of a run share."""
+    model, adapters = save_tiny_inputs(root)
+    build = TinyBuild(model, adapters, root / "cache", root / "bundle")
+    outcome = run(*build.arguments(build.bundle))
+    assert outcome.code == 0, outcome.err
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
+    """The shared tiny build; read only."""
+    return build_once(tmp_path_factory.getbasetemp() / "tiny-build")
+
+
+@pytest.fixture
+def tiny_bundle(tiny_build: TinyBuild, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_build.bundle, tmp_path / "bundle"))
+
+
+def change_manifest(bundle: Path, **fields: Any) -> None:
+    """Overwrite top-level fields of a bundle's manifest."""
+    path = bundle / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | fields), encoding="utf-8")
+
+
+def rehash(bundle: Path) -> None:
+    """Make the manifest agree with the files as they are now, so that only a comparison can tell."""
+    manifest = with_files(BundleManifest.load(bundle), bundle)
+    tenants = [
+        dataclasses.replace(tenant, sha256=manifest.files[tenant.path].sha256)
+        for tenant in manifest.tenants
+    ]
+    dataclasses.replace(manifest, tenants=tenants).save(bundle)

@@ -1,0 +1,117 @@
+"""Stand-ins for a GPU: CUDA's runtime API over the host's memory, and a TensorRT whose engine computes in NumPy.
+
+They keep the real ones' manners: addresses are numbers, calls return a status first, shapes are unknown
+until the inputs' are set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import types
+from typing import Any
+
+import numpy as np
+
+
+class Status(enum.IntEnum):
+    cudaSuccess = 0  # noqa: N815  (CUDA's names)
+    cudaErrorMemoryAllocation = 2  # noqa: N815
+    cudaErrorInvalidDevice = 101  # noqa: N815
+
+
+class FakeCuda:
+    """`cuda.bindings.runtime`: "device" memory is host memory, and every allocation is counted."""
+
+    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+
+    def __init__(self, memory_bytes: int = 1 << 30) -> None:
+        self.memory_bytes = memory_bytes
+        self.live: dict[int, Any] = {}
+        self.streams = 0
+        self.allocations = 0
+
+    def cudaSetDevice(self, device: int) -> tuple[Status]:  # noqa: N802
+        return (Status.cudaSuccess,)
+
+    def cudaStreamCreate(self) -> tuple[Status, int]:  # noqa: N802
+        self.streams += 1
+        return Status.cudaSuccess, 77
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
+        self.streams -= 1
+        return (Status.cudaSuccess,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
+        return (Status.cudaSuccess,)
+
+    def cudaMalloc(self, size: int) -> tuple[Status, int]:  # noqa: N802
+        if size > self.memory_bytes:
+            return Status.cudaErrorMemoryAllocation, 0
+        buffer = ctypes.create_string_buffer(size)
+        address = ctypes.addressof(buffer)
+        self.live[address] = buffer
+        self.allocations += 1
+        return Status.cudaSuccess, address
+
+    def cudaFree(self, address: int) -> tuple[Status]:  # noqa: N802
+        del self.live[address]
+        return (Status.cudaSuccess,)
+
+    def cudaMemcpyAsync(self, *arguments: Any) -> tuple[Status]:  # noqa: N802
+        target, source, size, _, _ = arguments
+        ctypes.memmove(target, source, size)
+        return (Status.cudaSuccess,)
+
+
+class FakeContext:
+    """Computes ``y = x @ generator_weight[tenant_index]``, the tiny prefill without its activation."""
+
+    def __init__(self, dtype: str, *, fails: bool = False, open_sizes: bool = False) -> None:
+        self.types = {"x": dtype, "tenant_index": "int64", "generator_weight": dtype, "y": dtype}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.fails = fails
+        self.open_sizes = open_sizes
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, -1, 8) if self.open_sizes else self.shapes["x"]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.fails:
+            return False
+        x, index, weight = (self._array(name) for name in ("x", "tenant_index", "generator_weight"))
+        result = x.astype(np.float32) @ weight[index].astype(np.float32)
+        self._array("y")[...] = result.astype(self.types["y"])
+        return True
+
+    def _array(self, name: str) -> np.ndarray:
+        shape = self.shapes["x" if name == "y" else name]
+        kind = np.dtype(self.types[name])
+        memory = (ctypes.c_char * (int(np.prod(shape)) * kind.itemsize)).from_address(self.addresses[name])
+        return np.frombuffer(memory, kind).reshape(shape)
+
+
+def fake_tensorrt(version: str, context: FakeContext | None) -> types.SimpleNamespace:
+    """A module ``tensorrt_rtx`` whose every engine has that context; None refuses every engine."""
+
+    class Logger:
+        ERROR, INTERNAL_ERROR = 1, 0
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, data: bytes) -> Any:
+            if context is None:
+                self.logger.log(Logger.ERROR, "Error Code 1: the plan is of another GPU")
+                return None
+            return types.SimpleNamespace(create_execution_context=lambda: context)
+
+    return types.SimpleNamespace(__version__=version, ILogger=Logger, Runtime=Runtime)

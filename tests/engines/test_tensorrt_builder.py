@@ -1,0 +1,511 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from engines import tensorrt_builder, tensorrt_flavour
+from engines.cuda_driver import Driver, Gpu
+from engines.engine_info import EngineInfo, check_engine, info_path, profile_from_spec, read_header
+from engines.tensorrt_builder import BuildOptions, check_options, describe, engine_from_onnx
+from engines.tensorrt_callbacks import BuildProgress, readable_lines
+from engines.tensorrt_flavour import check_target, flavour, load_tensorrt, required_opset, runtime_version
+from iapt_export.errors import BundleError, IaptError, NotRunnableError
+from iapt_export.manifest import GraphSpec, Range, TensorSpec
+from tests.engines.tiny_onnx import RANGES, save_nodes, tiny_attention, tiny_decode, tiny_prefill
+
+try:
+    import tensorrt_rtx
+except ImportError:
+    tensorrt_rtx = None
+
+builds = pytest.mark.skipif(tensorrt_rtx is None, reason="TensorRT for RTX is not installed; see pyproject's extra")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphSpec, EngineInfo]:
+    if tensorrt_rtx is None:
+        pytest.skip("TensorRT for RTX is not installed; see pyproject's extra")
+    folder = tmp_path_factory.mktemp("engine")
+    onnx_path, spec = tiny_prefill(folder)
+    engine_path = folder / "engines" / "prefill.engine"
+    return engine_path, spec, engine_from_onnx(onnx_path, engine_path, spec, RANGES)
+
+
+# --- building
+
+
+def test_a_build_writes_an_engine_and_its_record(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
+    engine_path, spec, info = built
+    assert sorted(path.name for path in engine_path.parent.iterdir()) == ["prefill.engine", "prefill.json"]
+    assert EngineInfo.load(engine_path) == info
+    assert info.target == "tensorrt-rtx"
+    assert info.runtime_version == runtime_version("tensorrt-rtx")
+    assert info.compute_capability == "portable"
+    assert info.size_bytes == engine_path.stat().st_size
+    assert info.seconds > 0
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in info.inputs] == [
+        ("x", "fp16", [-1, -1, 8]),
+        ("tenant_index", "int64", [-1]),
+        ("generator_weight", "fp16", [-1, 8, 8]),
+    ]
+    assert [(tensor.name, tensor.dtype) for tensor in info.outputs] == [("y", "fp16")]
+    assert check_engine(spec, info, RANGES, engine_path) == []
+
+
+def test_the_header_tells_size_version_and_gpus(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
+    engine_path, _, info = built
+    header = read_header(engine_path)
+    assert header is not None
+    assert header.size_bytes == info.size_bytes
+    assert header.runtime_version == info.runtime_version
+    assert header.compute_capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
+
+
+@builds
+@pytest.mark.parametrize("capability", ["7.5", "8.6", "8.9", "12.0"])
+def test_an_engine_for_a_chosen_gpu(tmp_path: Path, capability: str) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    options = BuildOptions(compute_capability=capability)
+    info = engine_from_onnx(onnx_path, tmp_path / "prefill.engine", spec, RANGES, options)
+    header = read_header(tmp_path / "prefill.engine")
+    assert info.compute_capability == capability
+    assert header is not None
+    assert header.compute_capabilities == (capability,)
+    assert check_engine(spec, info, RANGES, tmp_path / "prefill.engine") == []
+
+
+@builds
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("graph", [tiny_prefill, tiny_attention, tiny_decode])
+def test_every_type_builds(tmp_path: Path, graph: object, dtype: str) -> None:
+    onnx_path, spec = graph(tmp_path, dtype)  # type: ignore[operator]
+    info = engine_from_onnx(onnx_path, tmp_path / "graph.engine", spec, RANGES)
+    assert check_engine(spec, info, RANGES, tmp_path / "graph.engine") == []
+
+
+@builds
+def test_opset_20_builds(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path, "fp32", opset=20)
+    assert engine_from_onnx(onnx_path, tmp_path / "prefill.engine", spec, RANGES).size_bytes > 0
+
+
+@builds
+def test_workspace_and_tf32_reach_tensorrt(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path, "fp32")
+    build = tensorrt_builder.network_from_onnx(onnx_path, "tensorrt-rtx")
+    shapes = profile_from_spec(spec, RANGES)
+    exact = tensorrt_builder._configure(build, BuildOptions(workspace_mib=64), shapes)
+    rounded = tensorrt_builder._configure(build, BuildOptions(tf32=True), shapes)
+    assert exact.get_memory_pool_limit(tensorrt_rtx.MemoryPoolType.WORKSPACE) == 64 << 20
+    assert not exact.get_flag(tensorrt_rtx.BuilderFlag.TF32)
+    assert rounded.get_flag(tensorrt_rtx.BuilderFlag.TF32)
+
+
+def test_profiles_follow_the_ranges(tmp_path: Path) -> None:
+    shapes = profile_from_spec(tiny_decode(tmp_path)[1], RANGES)
+    assert shapes["past_key_values_0_key"].min == [1, 2, 5, 16]
+    assert shapes["past_key_values_0_key"].max == [4, 2, 32, 16]
+    # the step's own entry comes on top of the cache
+    assert (shapes["attention_mask"].min, shapes["attention_mask"].opt) == ([1, 6], [2, 17])
+    assert shapes["attention_mask"].max == [4, 33]
+
+
+def test_a_size_without_a_range_is_refused() -> None:
+    spec = GraphSpec("g.onnx", [TensorSpec("x", "fp32", ["batch", "beams"])], [])
+    with pytest.raises(BundleError, match="input x has the dynamic size 'beams'; engines are built over batch, seq"):
+        profile_from_spec(spec, RANGES)
+
+
+# --- progress and cancelling
+
+
+@builds
+def test_progress_is_reported_by_phase(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    steps: list[BuildProgress] = []
+    engine_from_onnx(onnx_path, tmp_path / "prefill.engine", spec, RANGES, on_progress=steps.append)
+    phases = dict.fromkeys(step.phase for step in steps)
+    assert len(phases) > 3
+    assert all(0 <= step.done <= step.total for step in steps)
+    assert all(step.parent in phases for step in steps if step.parent)
+    last = {step.phase: step for step in steps}
+    assert all(step.done == step.total for step in last.values())
+
+
+@builds
+@pytest.mark.parametrize("error", [ValueError("the callback's own"), KeyboardInterrupt()])
+def test_an_error_in_the_callback_cancels_the_build(tmp_path: Path, error: BaseException) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+
+    def fail(step: BuildProgress) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        engine_from_onnx(onnx_path, tmp_path / "out" / "prefill.engine", spec, RANGES, on_progress=fail)
+    assert not (tmp_path / "out").exists()
+
+
+@builds
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+def test_ctrl_c_cancels_the_build_and_leaves_an_older_engine(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    engine_path = tmp_path / "prefill.engine"
+    engine_path.write_bytes(b"an older engine")
+    interrupted: list[str] = []
+
+    def interrupt(step: BuildProgress) -> None:
+        if not interrupted:
+            interrupted.append(step.phase)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine_from_onnx(onnx_path, engine_path, spec, RANGES, on_progress=interrupt)
+    assert engine_path.read_bytes() == b"an older engine"
+    assert not info_path(engine_path).exists()
+
+
+# --- what TensorRT refuses
+
+
+@builds
+@pytest.mark.parametrize(
+    ("nodes", "weight", "message"),
+    [
+        (
+            "y = custom.Strange (x)",
+            "float[8, 8]",
+            r"node /model/Strange \(Strange\): the operator Strange is not known",
+        ),
+        ("y = Unique (x)", "float[8, 8]", r"node /model/Unique \(Unique\): the operator Unique is not supported"),
+        ("y = MatMul (x, w)", "float16[8, 8]", r"node /model/MatMul \(MatMul\): .*must have same input types"),
+    ],
+)
+def test_a_refused_node_is_named(tmp_path: Path, nodes: str, weight: str, message: str) -> None:
+    onnx_path, spec = save_nodes(tmp_path, nodes, weight)
+    with pytest.raises(IaptError, match=message) as caught:
+        engine_from_onnx(onnx_path, tmp_path / "graph.engine", spec, RANGES)
+    assert "driver version is insufficient" not in str(caught.value)
+    assert not (tmp_path / "graph.engine").exists()
+
+
+@builds
+def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "graph.onnx").write_bytes(b"not a graph")
+    with pytest.raises(IaptError, match=r"refuses .*graph\.onnx: the file: .*Failed to parse the ONNX model"):
+        engine_from_onnx(tmp_path / "graph.onnx", tmp_path / "graph.engine", GraphSpec("", [], []), RANGES)
+
+
+def test_a_graph_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(IaptError, match=r"absent\.onnx does not exist; expected an ONNX graph"):
+        engine_from_onnx(tmp_path / "absent.onnx", tmp_path / "graph.engine", GraphSpec("", [], []), RANGES)
+
+
+@builds
+def test_a_failed_build_shows_tensorrts_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx_path, spec = tiny_attention(tmp_path, "fp32")
+    monkeypatch.setattr(tensorrt_builder, "decompose_attention", lambda build: 0)
+    with pytest.raises(IaptError, match=r"cannot build .*Attention operation was not supported.* Try another --dtype"):
+        engine_from_onnx(onnx_path, tmp_path / "decode.engine", spec, RANGES)
+
+
+@builds
+def test_every_attention_may_be_decomposed(tmp_path: Path) -> None:
+    onnx_path, _ = tiny_decode(tmp_path)
+    assert tensorrt_builder.decompose_attention(tensorrt_builder.network_from_onnx(onnx_path, "tensorrt-rtx")) == 1
+
+
+@builds
+def test_a_graph_that_contradicts_the_manifest(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    wrong = dataclasses.replace(spec, inputs=[TensorSpec("x", "fp32", ["batch", 8]), *spec.inputs[1:]], outputs=[])
+    with pytest.raises(BundleError) as caught:
+        engine_from_onnx(onnx_path, tmp_path / "prefill.engine", wrong, RANGES)
+    text = str(caught.value)
+    assert "prefill.onnx is not the graph that the manifest describes" in text
+    assert "input x is fp16, expected fp32" in text
+    assert "input x has shape [-1, -1, 8], expected ['batch', 8]" in text
+    assert "output y is not in the manifest" in text
+
+
+@builds
+def test_a_profile_that_tensorrt_refuses(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    build = tensorrt_builder.network_from_onnx(onnx_path, "tensorrt-rtx")
+    shapes = profile_from_spec(spec, RANGES)
+    shapes["x"] = dataclasses.replace(shapes["x"], max=[1, 1, 8])
+    with pytest.raises(IaptError, match=r"refuses the optimisation profile: .*MIN<=OPT<=MAX"):
+        tensorrt_builder._configure(build, BuildOptions(), shapes)
+
+
+def test_noise_is_dropped_from_tensorrts_messages() -> None:
+    messages = [
+        "Thread context has not been set! Using global log stream.",
+        "ModelImporter.cpp:142: --- Begin node ---\nNode name: /model/Det",
+        "ModelImporter.cpp:151: ERROR: no kernel",
+        "[checkMacros.cpp::catchCudaError::250] (CUDA driver version is insufficient for CUDA runtime version)",
+        "ERROR: no kernel",
+    ]
+    assert readable_lines(messages) == ["ERROR: no kernel"]
+
+
+# --- options and targets
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BuildOptions(target="openvino"), "target 'openvino' is no TensorRT target; expected tensorrt-rtx or tensorrt"),
+        (BuildOptions(compute_capability="9.0"), "'9.0' is not supported; .*GPUs of 9.0 need the target tensorrt"),
+        (BuildOptions(compute_capability="6.1"), "'6.1' is not supported; use portable or one of 7.5, 8.0"),
+        (BuildOptions(target="tensorrt", compute_capability="8.9"), "builds for the GPU of the machine it runs on"),
+        (BuildOptions(refit=True, version_compatible=True), "tensorrt-rtx has no version_compatible, refit; leave it"),
+        (BuildOptions(timing_cache=Path("t")), "tensorrt-rtx has no timing_cache"),
+        (BuildOptions(hardware_compatibility="ampere+"), "tensorrt-rtx has no hardware_compatibility"),
+        (
+            BuildOptions(target="tensorrt", hardware_compatibility="hopper"),
+            r"'hopper' is not known; use ampere\+ or same-compute-capability",
+        ),
+    ],
+)
+def test_options_that_a_target_lacks(options: BuildOptions, message: str) -> None:
+    with pytest.raises(IaptError, match=message):
+        check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tensorrt-rtx", "int8"), "target tensorrt-rtx: dtype 'int8' is not supported; use fp32, fp16, bf16"),
+        (("tensorrt-rtx", "fp16", 18), "opset 18 is not supported; use 20 or 23"),
+        (("tensorrt-rtx", "bf16", 23, "7.5"), "compute capability 7.5 have no bf16 matrix kernels here; use fp16"),
+        (("tensorrt-rtx", "fp32", 23, "7.5"), "compute capability 7.5 have no fp32 matrix kernels"),
+        (("tensorrt-rtx", "int4", 17, "9.0"), "'int4' is not supported.*; opset 17 is.*; compute capability '9.0'"),
+    ],
+)
+def test_targets_that_cannot_be_built(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(IaptError, match=message):
+        check_target(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
+    assert required_opset(target, dtype) == 23
+    check_target(target, dtype, 20)
+
+
+def test_the_options_that_change_an_engine_are_described() -> None:
+    fields = describe(BuildOptions(timing_cache=Path("cache")))
+    assert fields == describe(BuildOptions())
+    assert fields != describe(BuildOptions(tf32=True))
+    json.dumps(fields)
+
+
+def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(NotRunnableError, match=r"tensorrt is not installed .*pip install 'iapt-export\[tensorrt\]'"):
+        load_tensorrt("tensorrt")
+
+
+@pytest.mark.parametrize("error", [OSError("libnvinfer.so: no such file"), ImportError("libnvinfer.so: no such file")])
+def test_a_broken_installation(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(tensorrt_flavour.importlib, "import_module", fail)
+    with pytest.raises(
+        NotRunnableError, match=r"tensorrt is installed but does not load: libnvinfer.so.*--force-reins"
+    ):
+        load_tensorrt("tensorrt")
+
+
+def test_tensorrt_builds_only_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    monkeypatch.setattr(tensorrt_builder, "load_tensorrt", lambda target: _module_without_builder())
+    monkeypatch.setattr(tensorrt_builder, "find_driver", lambda: Driver(problem="no NVIDIA driver found"))
+    with pytest.raises(
+        NotRunnableError, match=r"on the GPU that runs them, and no NVIDIA driver found; .*tensorrt-rtx"
+    ):
+        engine_from_onnx(onnx_path, tmp_path / "p.engine", spec, RANGES, BuildOptions(target="tensorrt"))
+    monkeypatch.setattr(tensorrt_builder, "find_driver", lambda: Driver(gpus=(Gpu("H200", "9.0", 1),)))
+    with pytest.raises(
+        NotRunnableError, match="tensorrt cannot start a build: it gives no reason; see iapt-export doc"
+    ):
+        engine_from_onnx(onnx_path, tmp_path / "p.engine", spec, RANGES, BuildOptions(target="tensorrt"))
+
+
+def _module_without_builder() -> types.SimpleNamespace:
+    class Logger:
+        ERROR, INTERNAL_ERROR = 1, 0
+
+    def fail(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    return types.SimpleNamespace(ILogger=Logger, Builder=fail)
+
+
+def test_what_only_tensorrt_can_do_reaches_its_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"known")
+    options = BuildOptions(
+        target="tensorrt",
+        refit=True,
+        version_compatible=True,
+        hardware_compatibility="ampere+",
+        timing_cache=cache,
+    )
+    check_options(options)
+    calls: list[object] = []
+    config = types.SimpleNamespace(
+        add_optimization_profile=lambda profile: 0,
+        clear_flag=lambda flag: calls.append(f"no {flag}"),
+        set_flag=calls.append,
+        create_timing_cache=lambda known: known.decode() + " timings",
+        set_timing_cache=lambda cache, ignore_mismatch: calls.append((cache, ignore_mismatch)),
+        get_timing_cache=lambda: types.SimpleNamespace(serialize=lambda: b"known and new"),
+    )
+    tensorrt_builder._save_timing_cache(tensorrt_builder._configure(_recording_build(config), options, {}), options)
+    assert calls == ["no TF32", "VERSION_COMPATIBLE", "REFIT", ("known timings", False)]
+    assert config.hardware_compatibility_level == "AMPERE_PLUS"
+    assert cache.read_bytes() == b"known and new"
+    monkeypatch.setattr(tensorrt_builder, "find_driver", lambda: Driver(gpus=(Gpu("H200", "9.0", 1),)))
+    assert tensorrt_builder._built_for(options) == "9.0"
+
+
+def _recording_build(config: types.SimpleNamespace) -> tensorrt_builder.Build:
+    """A build over a stand-in for TensorRT whose enumeration members are their own names."""
+    flags = types.SimpleNamespace(TF32="TF32", REFIT="REFIT", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+    levels = types.SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
+    trt = types.SimpleNamespace(BuilderFlag=flags, HardwareCompatibilityLevel=levels)
+    builder = types.SimpleNamespace(
+        create_builder_config=lambda: config, create_optimization_profile=lambda: types.SimpleNamespace()
+    )
+    return tensorrt_builder.Build(trt, None, builder, None, None)
+
+
+@builds
+def test_the_stand_ins_names_exist_in_the_real_api() -> None:
+    assert {"TF32", "REFIT", "VERSION_COMPATIBLE"} <= set(tensorrt_rtx.BuilderFlag.__members__)
+    assert set(tensorrt_builder.HARDWARE_LEVELS.values()) <= set(tensorrt_rtx.HardwareCompatibilityLevel.__members__)
+    assert {"create_timing_cache", "set_timing_cache", "get_timing_cache"} <= set(dir(tensorrt_rtx.IBuilderConfig))
+
+
+def test_a_gpu_that_an_older_version_does_not_know() -> None:
+    trt = types.SimpleNamespace(ComputeCapability=types.SimpleNamespace(SM89=1), __version__="1.3")
+    assert tensorrt_builder._capability(trt, "8.9") == 1
+    with pytest.raises(IaptError, match=r"compute capability 12.1 is not known to the installed version 1.3; upgrade"):
+        tensorrt_builder._capability(trt, "12.1")
+
+
+def test_flavours_differ_in_what_they_can_do() -> None:
+    rtx, datacentre = flavour("tensorrt-rtx"), flavour("tensorrt")
+    assert rtx.builds_without_gpu
+    assert not rtx.plugins
+    assert datacentre.plugins
+    assert "9.0" in datacentre.compute_capabilities
+    assert "9.0" not in rtx.compute_capabilities
+
+
+# --- checking an engine without a GPU: every planted fault is found
+
+
+def _planted(info: EngineInfo, **changes: object) -> EngineInfo:
+    return dataclasses.replace(info, **changes)  # type: ignore[arg-type]
+
+
+def test_planted_faults_in_record_and_manifest_are_found(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
+    engine_path, spec, info = built
+    output = info.outputs[0]
+    narrow = {**info.profiles[0], "x": dataclasses.replace(info.profiles[0]["x"], max=[4, 8, 8])}
+    cases = [
+        (
+            _planted(info, inputs=[dataclasses.replace(info.inputs[0], dtype="fp32"), *info.inputs[1:]]),
+            "input x is fp32",
+        ),
+        (
+            _planted(info, inputs=[dataclasses.replace(info.inputs[0], shape=[-1, 4, 8]), *info.inputs[1:]]),
+            "x has shape",
+        ),
+        (_planted(info, inputs=info.inputs[1:]), "input x is missing"),
+        (_planted(info, outputs=[]), "output y is missing"),
+        (_planted(info, outputs=[output, dataclasses.replace(output, name="absent")]), "absent is not in the manifest"),
+        (_planted(info, outputs=[output, dataclasses.replace(output, name="absent")]), "no tensor called absent"),
+        (_planted(info, outputs=[dataclasses.replace(output, shape=[-1, -1, 9])]), "output y has shape [-1, -1, 9]"),
+        (_planted(info, profiles=[narrow]), "input x takes [1, 1, 8] to [4, 8, 8], the manifest's ranges need"),
+        (_planted(info, profiles=[]), "input tenant_index takes nothing, the manifest's ranges need [1] to [4]"),
+        (_planted(info, runtime_version="1.6.0.1"), "its record says 1.6.0.1"),
+        (
+            _planted(info, compute_capability="8.9"),
+            "serves the compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1, expected",
+        ),
+        (_planted(info, sha256="0" * 64), "prefill.engine was altered"),
+    ]
+    for faulty, message in cases:
+        problems = check_engine(spec, faulty, RANGES, engine_path)
+        assert any(message in problem for problem in problems), (message, problems)
+
+
+def test_a_profile_too_small_for_the_ranges(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
+    engine_path, spec, info = built
+    wider = dataclasses.replace(RANGES, batch=Range(1, 4, 8))
+    problems = check_engine(spec, info, wider, engine_path)
+    assert "input tenant_index takes [1] to [4], the manifest's ranges need [1] to [8]" in problems
+
+
+def test_damaged_files_are_found(built: tuple[Path, GraphSpec, EngineInfo], tmp_path: Path) -> None:
+    engine_path, spec, info = built
+    data = engine_path.read_bytes()
+    copy = tmp_path / "prefill.engine"
+    assert check_engine(spec, info, RANGES, copy) == ["prefill.engine is missing"]
+    copy.write_bytes(data[:-100])
+    (problem,) = check_engine(spec, info, RANGES, copy)
+    assert f"has {len(data) - 100} bytes, expected {len(data)}: it is truncated or another file" in problem
+
+
+def test_a_record_that_was_made_for_a_damaged_file(built: tuple[Path, GraphSpec, EngineInfo], tmp_path: Path) -> None:
+    """The header is a second witness: it knows the size even where record and file agree on a wrong one."""
+    import hashlib
+
+    engine_path, spec, info = built
+    copy = tmp_path / "prefill.engine"
+    for data, message in [
+        (engine_path.read_bytes()[:-100], "says that it has"),
+        (b"x" * 1000, "does not begin like an engine of tensorrt-rtx"),
+        (b"short", "does not begin like an engine of tensorrt-rtx"),
+    ]:
+        copy.write_bytes(data)
+        agreeing = _planted(info, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        problems = check_engine(spec, agreeing, RANGES, copy)
+        assert any(message in problem for problem in problems), (message, problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is missing; the builder writes it beside every engine"),
+        ("{", "is no engine record"),
+        ("[]", "is no engine record"),
+        ("{}", "is no engine record .'schema_version'"),
+        ('{"schema_version": 9}', "schema_version is 9, this version of iapt-export reads 1; upgrade"),
+        ('{"schema_version": 1, "inputs": [], "outputs": [], "profiles": []}', "is no engine record .*missing"),
+    ],
+)
+def test_bad_records(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "prefill.json").write_text(text)
+    with pytest.raises(BundleError, match=message):
+        EngineInfo.load(tmp_path / "prefill.engine")
+
+
+def test_a_record_survives_the_round_trip(built: tuple[Path, GraphSpec, EngineInfo], tmp_path: Path) -> None:
+    info = built[2]
+    info.save(tmp_path / "copy.engine")
+    assert EngineInfo.load(tmp_path / "copy.engine") == info
+    assert info_path(tmp_path / "copy.engine").name == "copy.json"

@@ -1,0 +1,103 @@
+"""The README tells the truth: its commands, flags, targets, links and names exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from iapt_export.flags import parser
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIRST_SCREEN_LINES = 20
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def shell_commands() -> list[list[str]]:
+    """Every command of the README's shell blocks, as its words; quoted line breaks stay inside their word."""
+    commands: list[list[str]] = []
+    for block in code_blocks("sh"):
+        pending = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            pending = f"{pending}\n{line}" if pending else line
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:  # a quotation that goes on in the next line
+                continue
+            pending = ""
+            if words:
+                commands.append(words)
+        assert not pending
+    return commands
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def known_flags() -> dict[str, set[str]]:
+    action = next(action for action in parser()._actions if hasattr(action, "choices") and action.choices)
+    assert isinstance(action.choices, dict)
+    return {name: set(command._option_string_actions) for name, command in action.choices.items()}
+
+
+def test_the_two_commands_stand_in_the_first_screen():
+    first = "\n".join(README.splitlines()[:FIRST_SCREEN_LINES])
+    assert "make demo" in first
+    assert "make test" in first
+
+
+@pytest.mark.parametrize("words", [words for words in shell_commands() if words[0] == "iapt-export"], ids=" ".join)
+def test_commands_parse(words):
+    assert parser().parse_args(words[1:]).command == words[1]
+
+
+def test_every_command_is_shown_and_exists():
+    shown = set(re.findall(r"iapt-export ([a-z]+)", README))
+    assert shown == set(known_flags())
+
+
+def test_flags_in_prose_exist():
+    flags = set.union(*known_flags().values())
+    for document in DOCUMENTS:
+        mentioned = set(re.findall(r"`(--[a-z-]+)", document.read_text(encoding="utf-8")))
+        assert mentioned <= flags, f"{document.name} mentions {mentioned - flags}"
+
+
+def test_make_targets_exist():
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:`|^\s*|\()make ([a-z-]+)", text, flags=re.MULTILINE))
+        assert named <= make_targets(), f"{document.name} names {named - make_targets()}"
+
+
+def test_links_resolve():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_extras_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {name for group in re.findall(r"\[([a-z,-]+)\]\"", README) for name in group.split(",")}
+    assert named
+    assert named <= set(project["optional-dependencies"])
+
+
+def test_python_example_runs(tiny_build, capsys):
+    (example,) = code_blocks("python")
+    for shown, tiny in (("bundle", str(tiny_build.bundle)), ("reviews", "alpha"), ("news", "beta")):
+        assert f'"{shown}"' in example
+        example = example.replace(f'"{shown}"', repr(tiny))
+    exec(compile(example, "README.md", "exec"), {})
+    rows = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()}
+    assert rows == {"0", "1"}

@@ -1,0 +1,154 @@
+"""The generator: its size, its pooling, and that padding and other rows do not matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainers.config import IAPTConfig
+from trainers.iapt import IAPTGenerator, adaptive_bins, layer_weights, parameter_shapes, pool, prompt_from_instruction
+
+HIDDEN, LAYERS = 32, 3
+
+
+def generator(seed: int = 0, **fields: object) -> IAPTGenerator:
+    torch.manual_seed(seed)
+    return IAPTGenerator(IAPTConfig(**{"bottleneck": 8, **fields}), HIDDEN, LAYERS)  # type: ignore[arg-type]
+
+
+def count(config: IAPTConfig, hidden: int, layers: int) -> int:
+    return sum(torch.Size(shape).numel() for shape in parameter_shapes(config, hidden, layers).values())
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"), [(64, 537_024), (128, 1_069_568), (256, 2_134_656), (512, 4_264_832), (1024, 8_525_184)]
+)
+def test_shared_parameter_count(rank: int, number: int) -> None:
+    """Shared: 2dr + r + d + L (r s + m + 1 + n), at the width and depth of LLaMA-2 7B."""
+    assert count(IAPTConfig(bottleneck=rank, numerator_degree=6, denominator_degree=5), 4096, 32) == number
+
+
+@pytest.mark.parametrize(("rank", "number"), [(64, 16_918_912), (256, 67_281_280)])
+def test_unshared_parameter_count(rank: int, number: int) -> None:
+    """Unshared: L (2dr + r + d + r s + m + 1 + n)."""
+    config = IAPTConfig(bottleneck=rank, numerator_degree=6, denominator_degree=5, sharing="none")
+    assert count(config, 4096, 32) == number
+
+
+def test_parameters_are_what_the_shapes_say() -> None:
+    for fields in (
+        {},
+        {"bias": False, "pooling": "mean"},
+        {"activation": "gelu", "sharing": "groups", "num_groups": 2},
+    ):
+        module = generator(**fields)
+        assert {n: tuple(p.shape) for n, p in module.named_parameters()} == parameter_shapes(
+            module.config, HIDDEN, LAYERS
+        )
+
+
+def test_same_seed_same_weights() -> None:
+    one, two, other = generator(0), generator(0), generator(1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.query, other.query)
+
+
+def test_definition_written_out() -> None:
+    """Down, attention pooling, rational, up, for one row, with loops in place of matrix products."""
+    module = generator(prompt_length=2)
+    hidden = torch.randn(1, 5, HIDDEN)
+    u = torch.stack([hidden[0, t] @ module.down_weight[0] + module.down_bias[0] for t in range(5)])
+    a, b = module.numerator[1], module.denominator[1]
+    for row in range(2):
+        weights = torch.exp(u @ module.query[1, :, row])
+        pooled = sum(weights[t] / weights.sum() * u[t] for t in range(5))
+        top = sum(a[j] * pooled**j for j in range(6))
+        bottom = 1 + sum(b[k] * pooled ** (k + 1) for k in range(4)).abs()
+        expected = (top / bottom) @ module.up_weight[0] + module.up_bias[0]
+        assert torch.allclose(module(1, hidden, torch.ones(1, 5))[0, row], expected, atol=1e-6)
+
+
+def test_scale_divides_the_scores() -> None:
+    u, query = torch.randn(1, 5, 8), torch.randn(8, 4)
+    mask = torch.ones(1, 5)
+    scaled = pool(u, mask, query, IAPTConfig(bottleneck=8, scale=True))
+    assert torch.allclose(scaled, pool(u, mask, query / 8**0.5, IAPTConfig(bottleneck=8)), atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
+@pytest.mark.parametrize("activation", ["rational", "gelu", "relu", "silu", "tanh"])
+def test_padding_and_other_rows_change_nothing(pooling: str, activation: str) -> None:
+    module = generator(pooling=pooling, activation=activation)
+    hidden = torch.randn(1, 6, HIDDEN)
+    alone = module(0, hidden, torch.ones(1, 6))
+    assert alone.shape == (1, 4, HIDDEN)
+    for before, after in ((0, 3), (3, 0), (2, 2)):
+        noise = torch.randn(2, 6 + before + after, HIDDEN) * 100
+        noise[0, before : before + 6] = hidden[0]
+        mask = torch.zeros(2, noise.shape[1])
+        mask[0, before : before + 6] = 1
+        mask[1, :] = 1
+        assert torch.allclose(module(0, noise, mask)[:1], alone, atol=1e-5)
+
+
+def bins_by_definition(length: int, parts: int) -> Tensor:
+    rows = torch.zeros(parts, length, dtype=torch.bool)
+    for i in range(parts):
+        rows[i, i * length // parts : -(-(i + 1) * length // parts)] = True
+    return rows
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 64])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_bins(length: int, parts: int) -> None:
+    assert torch.equal(adaptive_bins(torch.ones(1, length), parts)[0], bins_by_definition(length, parts))
+    padded = torch.cat([torch.zeros(1, 2), torch.ones(1, length), torch.zeros(1, 3)], dim=1)
+    inside = adaptive_bins(padded, parts)[0]
+    assert torch.equal(inside[:, 2 : 2 + length], bins_by_definition(length, parts))
+    assert not inside[:, :2].any() and not inside[:, 2 + length :].any()
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_mean_and_max_are_adaptive_pooling(parts: int) -> None:
+    u, mask = torch.randn(2, 10, 8), torch.ones(2, 10)
+    for pooling, reference in (
+        ("mean", torch.nn.functional.adaptive_avg_pool1d),
+        ("max", torch.nn.functional.adaptive_max_pool1d),
+    ):
+        config = IAPTConfig(pooling=pooling, prompt_length=parts, bottleneck=8)  # type: ignore[arg-type]
+        expected = reference(u.transpose(1, 2), parts).transpose(1, 2)
+        assert torch.allclose(pool(u, mask, None, config), expected, atol=1e-6)
+
+
+def test_one_tenant_per_row() -> None:
+    """Weights with a leading batch give each row what its own generator gives it."""
+    modules = [generator(seed) for seed in (1, 2)]
+    stacked = {
+        name: torch.stack([dict(m.named_parameters())[name] for m in modules])
+        for name, _ in modules[0].named_parameters()
+    }
+    hidden, mask = torch.randn(2, 5, HIDDEN), torch.ones(2, 5)
+    mixed = prompt_from_instruction(hidden, mask, layer_weights(stacked, 2, 0, stacked_rows=True), modules[0].config)
+    for row, module in enumerate(modules):
+        assert torch.allclose(mixed[row], module(2, hidden, mask)[row], atol=1e-6)
+
+
+def test_sharing_groups_choose_their_projection() -> None:
+    module = generator(sharing="groups", num_groups=3)
+    hidden, mask = torch.randn(1, 5, HIDDEN), torch.ones(1, 5)
+    before = [module(layer, hidden, mask) for layer in range(3)]
+    with torch.no_grad():
+        module.up_weight[1] += 1
+    after = [module(layer, hidden, mask) for layer in range(3)]
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_stays_close(dtype: torch.dtype) -> None:
+    module = generator()
+    hidden, mask = torch.randn(2, 6, HIDDEN), torch.ones(2, 6)
+    expected = module(0, hidden, mask)
+    value = module.to(dtype)(0, hidden.to(dtype), mask)
+    assert value.dtype == dtype
+    assert (value.float() - expected).abs().max() < 0.02 * expected.abs().max() + 1e-3

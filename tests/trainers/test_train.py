@@ -1,0 +1,301 @@
+"""Training on a tiny backbone: it learns, repeats itself, resumes, saves the adapter alone, and cleans up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
+from trainers.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from trainers.config import IAPTConfig, TrainConfig
+from trainers.errors import IaptError
+from trainers.evaluate import ClassificationReport, GenerationReport
+from trainers.iapt import IAPTGenerator
+from trainers.loop import AdapterTrainer, EpochSampler, PromptTuned
+from trainers.start import start_at_sink
+from trainers.train import TrainResult, evaluate_adapter, train
+
+METHOD = IAPTConfig(bottleneck=8)
+RUN = TrainConfig(
+    max_steps=6, batch_size=4, warmup_steps=2, logging_steps=1, max_eval_examples=8, learning_rate=1e-2, baseline=False
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_backbone(tmp_path_factory.mktemp("backbone") / "tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty texts; the answer is yes when the text begins with joy."""
+    path = tmp_path_factory.mktemp("data") / "joy.jsonl"
+    records = [
+        {"instruction": "joy?", "input": f"{'joy' if i % 2 else 'dull'} {i} film", "output": "yes" if i % 2 else "no"}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def quiet(_line: str) -> None:
+    """Progress is not under test here."""
+
+
+def run(backbone: str, data: Path, output: Path, method: IAPTConfig = METHOD, **fields: Any) -> TrainResult:
+    return train(backbone, data, output, method, dataclasses.replace(RUN, **fields), say=quiet)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / WEIGHTS_FILE).read_bytes()
+
+
+def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
+    """A random backbone knows no task, but its prompts can learn which two answers occur."""
+    result = run(
+        backbone, data, tmp_path / "a", max_steps=20, logging_steps=5, learning_rate=5e-2, start="random", baseline=True
+    )
+    losses = [loss for _, loss in result.history]
+    assert result.steps == 20
+    assert losses[-1] < 0.85 * losses[0]
+    assert isinstance(result.report, ClassificationReport)
+    assert isinstance(result.baseline, ClassificationReport)
+    assert load_adapter(tmp_path / "a").config.labels == ("no", "yes")
+
+
+def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = dataclasses.replace(RUN, base_model_name="org/model", data_note="From nowhere.", baseline=True)
+    result = train(backbone, data, tmp_path / "a", METHOD, config, say=lines.append)
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card
+    assert backbone not in card
+    for text in (
+        "base_model: org/model",
+        "| this adapter |",
+        "| zero-shot (the backbone alone, same prompt) |",
+        "36 examples",
+        "From nowhere.",
+        "seed 0",
+        "torch 2.",
+        "iapt-export train --model tiny-llama --data joy.jsonl --output a --bottleneck 8",
+        "--max-steps 6",
+        "6 steps of batch 4",
+    ):
+        assert text in card
+    scores = json.loads((tmp_path / "a" / "evaluation.json").read_text(encoding="utf-8"))
+    assert isinstance(result.report, ClassificationReport)
+    assert scores["adapter"]["accuracy"] == result.report.accuracy
+    count = sum(parameter.numel() for parameter in IAPTGenerator(METHOD, 32, 3).parameters())
+    assert lines[0] == f"training {count:,} parameters on 36 examples"
+    assert any(line.startswith("step 6/6  loss ") and "s/step" in line for line in lines)
+    assert lines[-1].startswith(f"wrote {tmp_path / 'a'}: accuracy")
+
+
+def test_same_seed_same_bytes(backbone: str, data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(name))  # the caller's random state does not matter
+        run(backbone, data, tmp_path / name, seed=seed)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+    for file in (CONFIG_FILE, "evaluation.json", "training.svg"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+class InterruptedRunError(Exception):
+    """Stands for Ctrl-C."""
+
+
+@pytest.mark.parametrize("coefficients", ["joint", "bilevel"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coefficients: Any
+) -> None:
+    method = dataclasses.replace(METHOD, coefficients=coefficients)
+    fields: dict[str, Any] = {"max_steps": 14, "save_steps": 5}  # the eleventh step begins a second epoch
+    run(backbone, data, tmp_path / "whole", method, **fields)
+    step = AdapterTrainer.training_step
+
+    def interrupt(self: AdapterTrainer, *arguments: Any) -> Any:
+        if self.state.global_step == 12:
+            raise InterruptedRunError
+        return step(self, *arguments)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", interrupt)
+    with pytest.raises(InterruptedRunError):
+        run(backbone, data, tmp_path / "cut", method, **fields)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut").exists()
+    checkpoint = tmp_path / "cut.training" / "checkpoint-10"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
+    assert (checkpoint / "optimizer.pt").stat().st_size < 4 * (checkpoint / WEIGHTS_FILE).stat().st_size
+    with pytest.raises(IaptError, match="holds checkpoints of an unfinished run; set resume to go on with it"):
+        run(backbone, data, tmp_path / "cut", method, **fields)
+    other = dataclasses.replace(method, bias=False)
+    with pytest.raises(IaptError, match="was written by a run with other settings or another backbone"):
+        run(backbone, data, tmp_path / "cut", other, resume=True, **fields)
+    result = run(backbone, data, tmp_path / "cut", method, resume=True, **fields)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert result.steps == 14
+    assert not (tmp_path / "cut.training").exists()
+
+
+def test_backbone_stays_as_it_is() -> None:
+    model = PromptTuned(tiny_llama(), IAPTGenerator(METHOD, 32, 3))
+    model.train()
+    assert not model.backbone.training
+    assert model.generator.training
+    assert all(name.startswith("generator.") for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"precision": "bf16"}, {"scheduler": "cosine", "weight_decay": 0.1, "eval_steps": 3}]
+)
+def test_other_settings(backbone: str, data: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    run(backbone, data, tmp_path / "a", **fields)
+    assert all(torch.isfinite(tensor).all() for tensor in load_adapter(tmp_path / "a").tensors.values())
+
+
+def test_generation_data_and_plain_format(data: Path, tmp_path: Path) -> None:
+    folder = save_tiny_backbone(tmp_path / "gpt2", tiny_gpt2(), chat=False)
+    result = run(str(folder), data, tmp_path / "a", task="generation", gradient_accumulation=2, baseline=True)
+    assert isinstance(result.report, GenerationReport)
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "| the backbone alone |" in card
+    assert "`plain` format" in card
+    assert load_adapter(tmp_path / "a").config.labels == ()
+
+
+def test_separate_evaluation_file(backbone: str, data: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text('{"instruction": "joy?", "input": "joy", "output": "yes"}\n', encoding="utf-8")
+    report = run(backbone, data, tmp_path / "a", eval_file=str(held_out)).report
+    assert report is not None
+    assert report.count == 1
+    again = evaluate_adapter(backbone, tmp_path / "a", held_out, RUN)
+    assert again == report
+    plain = evaluate_adapter(backbone, None, held_out, RUN, labels=("no", "yes"))
+    assert isinstance(plain, ClassificationReport)
+    held_out.write_text('{"instruction": "joy?", "output": "perhaps"}\n', encoding="utf-8")
+    with pytest.raises(IaptError, match="has responses that the training data lacks: perhaps"):
+        run(backbone, data, tmp_path / "b", eval_file=str(held_out))
+
+
+def test_adapter_of_another_backbone(backbone: str, data: Path, tmp_path: Path) -> None:
+    run(backbone, data, tmp_path / "a")
+    other = save_tiny_backbone(tmp_path / "other", tiny_llama(hidden_size=64))
+    with pytest.raises(IaptError, match="hidden size is 32 in the adapter and 64 in the backbone"):
+        evaluate_adapter(str(other), tmp_path / "a", data, RUN)
+
+
+def test_output_that_is_not_ours(backbone: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine", encoding="utf-8")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "README.md").write_text("mine", encoding="utf-8")
+    for name, text in (
+        ("file", "it is no adapter directory; choose another output"),
+        ("folder", "it holds thesis.tex; choose another output"),
+        ("half", "it is no adapter directory"),
+    ):
+        with pytest.raises(IaptError) as caught:
+            run(backbone, data, tmp_path / name)
+        assert "exists and is not replaced, because" in str(caught.value)
+        assert text in str(caught.value)
+    assert (tmp_path / "folder" / "thesis.tex").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_adapter_is_replaced_when_all_is_done(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(backbone, data, tmp_path / "a")
+    before = weights(tmp_path / "a")
+    run(backbone, data, tmp_path / "a", seed=1)
+    after = weights(tmp_path / "a")
+    assert after != before
+    forward = PromptTuned.forward
+
+    def poisoned(self: PromptTuned, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": forward(self, **batch)["loss"] * float("nan")}
+
+    monkeypatch.setattr(PromptTuned, "forward", poisoned)
+    with pytest.raises(IaptError) as caught:
+        run(backbone, data, tmp_path / "a")
+    assert "the loss became nan at step 1; try a lower learning_rate (now 0.01)" in str(caught.value)
+    assert weights(tmp_path / "a") == after
+
+
+def test_bilevel_trains_each_part_on_its_half(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each step only one part has moved, and the halves share no example."""
+    moved: list[set[str]] = []
+    drop = AdapterTrainer._drop_gradients
+
+    def watch(self: AdapterTrainer, coefficients: bool) -> None:
+        drop(self, coefficients)
+        moved.append({name.split(".")[-1] for name, p in self.model.named_parameters() if p.grad is not None})
+
+    monkeypatch.setattr(AdapterTrainer, "_drop_gradients", watch)
+    run(backbone, data, tmp_path / "a", dataclasses.replace(METHOD, coefficients="bilevel"), max_steps=4)
+    weights_moved = {"down_weight", "down_bias", "query", "up_weight", "up_bias"}
+    assert moved == [weights_moved, {"numerator", "denominator"}] * 2
+
+
+def test_sampler_order() -> None:
+    lengths = [5 + (i * 7) % 13 for i in range(23)]
+    plain = EpochSampler(lengths, 4, seed=0, group_by_length=True, alternate=False)
+    assert sorted(plain) == list(range(23))
+    assert len(plain) == 23
+    first = list(plain)
+    assert list(plain) == first
+    plain.set_epoch(1)
+    assert list(plain) != first
+    halves = EpochSampler(lengths, 4, seed=0, group_by_length=False, alternate=True)
+    order = list(halves)
+    assert len(order) == len(halves) == 16
+    one, two = ({i for b in range(start, 16, 8) for i in order[b : b + 4]} for start in (0, 4))
+    assert one <= set(halves.parts[0])
+    assert two <= set(halves.parts[1])
+    assert not set(halves.parts[0]) & set(halves.parts[1])
+    with pytest.raises(IaptError, match="coefficients=bilevel halves the data and needs 12 examples in each half"):
+        EpochSampler(lengths, 12, seed=0, group_by_length=False, alternate=True)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_start_at_the_sink(make: Any) -> None:
+    model = make()
+    torch.manual_seed(0)
+    generator = IAPTGenerator(IAPTConfig(bottleneck=8, sharing="none"), 32, 3)
+    before = generator.down_weight.detach().clone()
+    start_at_sink(generator, model, 0)
+    states = model(input_ids=torch.tensor([[0]]), output_hidden_states=True).hidden_states
+    for layer in range(3):
+        sink = states[layer][0, 0] / states[layer][0, 0].norm()
+        assert (sink @ generator.down_weight[layer]).abs().max() < 1e-5
+        assert torch.nn.functional.cosine_similarity(generator.up_bias[layer], sink, dim=0) > 0.999
+    assert not torch.equal(before, generator.down_weight)
+    bare = IAPTGenerator(IAPTConfig(bottleneck=8, bias=False), 32, 3)
+    start_at_sink(bare, model, 0)  # nothing to point, nothing raised
+
+
+def test_backbone_without_tokenizer(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainers.backbone import Backbone
+
+    monkeypatch.setattr("trainers.train.load_backbone", lambda name, **_: Backbone(tiny_llama(), None, name))
+    with pytest.raises(IaptError, match="the backbone bare has no tokenizer; training needs one"):
+        run("bare", data, tmp_path / "a")

@@ -1,0 +1,77 @@
+"""Ways in which a bundle can be subtly wrong; each changes one thing and leaves everything else whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from iapt_export.ops.rational import rational_function
+
+
+def between(bundle: Path, file: str, value: str, operator: str, constant: int) -> None:
+    """Put ``operator(value, constant)`` between an int64 input and everything that reads it."""
+    model = onnx.load(bundle / file, load_external_data=False)
+    wrong = f"{value}.wrong"
+    readers = [node for node in model.graph.node if value in node.input]
+    assert readers, f"nothing in {file} reads {value}"
+    for node in readers:
+        names = [wrong if name == value else name for name in node.input]
+        del node.input[:]
+        node.input.extend(names)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(constant, np.int64), f"{value}.constant"))
+    model.graph.node.insert(0, helper.make_node(operator, [value, f"{value}.constant"], [wrong]))
+    (bundle / file).write_bytes(model.SerializeToString())
+
+
+def one_weight(bundle: Path) -> None:
+    """Change a single number of the last layer's MLP."""
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name.startswith("model.layers.1.mlp.down_proj"))
+    offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+    data = np.memmap(bundle / "weights.data", np.float32, "r+", offset, (1,))
+    data += 1.0
+    data.flush()
+
+
+def everybody_is_the_first_tenant(bundle: Path) -> None:
+    between(bundle, "prefill.onnx", "tenant_index", "Mul", 0)
+
+
+def generators_of_the_first_tenant(bundle: Path) -> None:
+    between(bundle, "generator.onnx", "tenant_index", "Mul", 0)
+
+
+def position_off_by_one(bundle: Path) -> None:
+    between(bundle, "decode.onnx", "position_ids", "Add", 1)
+
+
+def no_mask_in_prefill(bundle: Path) -> None:
+    between(bundle, "prefill.onnx", "attention_mask", "Max", 1)
+
+
+def no_mask_in_decode(bundle: Path) -> None:
+    between(bundle, "decode.onnx", "attention_mask", "Max", 1)
+
+
+def wrong_activation_form(bundle: Path) -> None:
+    for file in ("prefill.onnx", "generator.onnx"):
+        model = onnx.load(bundle / file, load_external_data=False)
+        del model.functions[:]
+        model.functions.append(rational_function(6, 4, "A", 23))
+        (bundle / file).write_bytes(model.SerializeToString())
+
+
+SABOTAGES: dict[Callable[[Path], None], tuple[set[str], set[str]]] = {
+    one_weight: ({"prefill logits", "decode logits", "greedy tokens"}, {"generator"}),
+    everybody_is_the_first_tenant: ({"prefill logits", "prefill cache", "decode logits"}, {"generator"}),
+    generators_of_the_first_tenant: ({"generator"}, {"prefill logits", "decode logits", "greedy tokens"}),
+    position_off_by_one: ({"decode logits", "decode cache"}, {"generator", "prefill logits", "prefill cache"}),
+    no_mask_in_prefill: ({"prefill logits", "prefill cache", "decode logits"}, {"generator"}),
+    no_mask_in_decode: ({"decode logits"}, {"generator", "prefill logits", "prefill cache"}),
+    wrong_activation_form: ({"generator", "prefill logits", "prefill cache"}, set()),
+}
+"""Sabotage to the stages that must fail, and those that must still hold."""

@@ -1,0 +1,247 @@
+"""The comparison tells an honest bundle from a wrong one, whatever is wrong, and excuses true ties only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.session import Request, Session
+from iapt_export.errors import BundleError
+from iapt_export.manifest import BundleManifest
+from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
+from tests.validation.sabotage import SABOTAGES
+from trainers.backbone import load_backbone
+from validation import compare
+from validation.cases import Prompt
+from validation.compare import Settings, compare_target, measure_truth, tie_margin
+from validation.reference import Reference
+from validation.truth import Truth
+from validation.validate import validate_bundle
+
+STAGES = {
+    "generator",
+    "prefill logits",
+    "prefill cache",
+    "decode logits",
+    "decode cache",
+    "top-1 agreement",
+    "greedy tokens",
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_build: TinyBuild) -> Any:
+    return load_backbone(str(tiny_build.model))
+
+
+def validate(bundle: Path, *flags: str) -> Outcome:
+    return run("validate", bundle, "--json", "--quiet", f"--new-tokens={NEW_TOKENS}", *flags)
+
+
+def failed_stages(outcome: Outcome) -> set[str]:
+    (target,) = json.loads(outcome.out)["targets"]
+    return {check["stage"] for check in target["checks"] if not check["passed"]}
+
+
+def test_an_honest_bundle_passes_every_stage(tiny_bundle: Path) -> None:
+    outcome = validate(tiny_bundle)
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    (target,) = report["targets"]
+    assert report["verdict"] == target["status"] == "pass"
+    assert {check["stage"] for check in target["checks"]} == STAGES
+    assert all(check["passed"] for check in target["checks"])
+    assert len(target["tokens"]) == 24
+    assert {row["tenant"] for row in target["tokens"]} == {"alpha", "beta", "gamma"}
+    assert all(row["reference"] == row["target"] for row in target["tokens"])
+    assert len(target["by_layer"]["key"]) == 2 and len(target["by_step"]) == NEW_TOKENS
+    answers = {tuple(row["reference"]) for row in target["tokens"]}
+    assert len(answers) > 12, "the tiny tenants must differ, or the comparison compares nothing"
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda sabotage: sabotage.__name__)
+def test_sabotage_is_found(tiny_bundle: Path, sabotage: Callable[[Path], None]) -> None:
+    sabotage(tiny_bundle)
+    damaged = validate(tiny_bundle)
+    assert damaged.code == 1, "the hashes tell first"
+    assert "is damaged" in damaged.err and ("was altered" in damaged.err or "bytes, expected" in damaged.err)
+    rehash(tiny_bundle)
+    outcome = validate(tiny_bundle)
+    assert outcome.code == 3, outcome.err
+    assert "differs from PyTorch in" in outcome.err and "allowed" in outcome.err
+    assert json.loads(outcome.out)["verdict"] == "fail"
+    must_fail, must_hold = SABOTAGES[sabotage]
+    assert must_fail <= failed_stages(outcome)
+    assert not must_hold & failed_stages(outcome)
+
+
+def compared(bundle: Path, backbone: Any) -> set[str]:
+    report = validate_bundle(bundle, BundleManifest.load(bundle), backbone, Settings(0, NEW_TOKENS))
+    return {check.stage for check in report.targets[0].checks if not check.passed}
+
+
+def test_tenants_stacked_in_another_order(
+    tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are right, only ``tenant_index`` points at a neighbour's."""
+    from engines import session
+
+    honest = session.load_tenants
+
+    def reversed_order(*args: Any) -> dict[str, np.ndarray]:
+        return {name: array[::-1].copy() for name, array in honest(*args).items()}
+
+    monkeypatch.setattr(session, "load_tenants", reversed_order)
+    assert {"generator", "prefill logits", "greedy tokens"} <= compared(tiny_build.bundle, backbone)
+
+
+def test_positions_that_count_padding(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right for rows without padding, wrong for all others."""
+    honest = Session.decode
+
+    def decode(self: Session, tokens: np.ndarray, mask: np.ndarray, cache: Any) -> Any:
+        decode_runner = self.runners["decode"]
+
+        def infer(feeds: dict[str, np.ndarray]) -> Any:
+            length = feeds["attention_mask"].shape[1]
+            return decode_runner.infer({**feeds, "position_ids": np.full_like(feeds["position_ids"], length - 1)})
+
+        other = Session(self._bundle, self.manifest, self.target, {"decode": SimpleNamespace(infer=infer)})  # type: ignore[dict-item]
+        return honest(other, tokens, mask, cache)
+
+    monkeypatch.setattr(Session, "decode", decode)
+    assert "decode logits" in compared(tiny_build.bundle, backbone)
+
+
+def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Session.decode
+
+    def decode(self: Session, tokens: np.ndarray, mask: np.ndarray, cache: Any) -> Any:
+        logits, cache, mask = honest(self, tokens, mask, cache)
+        logits = logits.copy()
+        logits[0, logits[0].argmin()] = np.nan  # argmax, and with it every token, may stay as it was
+        return logits, cache, mask
+
+    monkeypatch.setattr(Session, "decode", decode)
+    assert "decode logits" in compared(tiny_build.bundle, backbone)
+
+
+def test_another_backbone_of_the_same_shape_fails(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    from tests.tiny import save_tiny_backbone, tiny_llama
+
+    other = save_tiny_backbone(tmp_path / "other", tiny_llama(seed=1, num_hidden_layers=2))
+    assert validate(tiny_build.bundle, f"--model={other}").code == 3
+
+
+def test_a_backbone_of_another_shape_is_refused(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    from tests.tiny import save_tiny_backbone, tiny_llama
+
+    other = save_tiny_backbone(tmp_path / "other", tiny_llama(num_hidden_layers=3))
+    outcome = validate(tiny_build.bundle, f"--model={other}")
+    assert outcome.code == 1
+    assert "has fingerprint" in outcome.err and "give that one with --model" in outcome.err
+
+
+def test_no_runnable_target_is_no_pass(
+    tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["AzureExecutionProvider"])
+    report = validate_bundle(
+        tiny_build.bundle, BundleManifest.load(tiny_build.bundle), backbone, Settings(0, NEW_TOKENS)
+    )
+    assert (report.verdict, report.targets[0].status) == ("fail", "checked, not run")
+    assert "device 'cpu' is not available" in report.targets[0].reason
+
+
+def test_settings_decide_what_is_compared(tiny_build: TinyBuild, backbone: Any) -> None:
+    manifest = BundleManifest.load(tiny_build.bundle)
+    reference = Reference(tiny_build.bundle, manifest, backbone)
+    steps: list[str] = []
+    truths = measure_truth(tiny_build.bundle, manifest, reference, Settings(1, 3), steps.append)
+    assert {len(truth.tokens) for truth in truths} <= {1, 2, 3} and max(len(t.tokens) for t in truths) == 3
+    assert [bool(truth.logits) for truth in truths] == [True] * 8 + [False] * 16
+    with Session.open(tiny_build.bundle) as session:
+        result = compare_target(session, reference, truths, Settings(1, 3), steps.append)
+    assert (result.status, len(result.by_step)) == ("pass", 3)
+    assert sum(result.histogram["counts"]) == 320 * sum(len(t.logits) for t in truths[:8]) + 320 * len(truths[0].logits)
+    assert steps[0] == "PyTorch generates the reference" and steps[-1].endswith("prompts 17 to 24")
+
+
+def truth(tokens: list[int], margins: list[float], peak: float = 10.0) -> Truth:
+    return Truth(Prompt("alpha", "text", (5,)), tokens, margins, peak)
+
+
+def row(truth: Truth, tokens: list[int], dtype: str = "fp32") -> Any:
+    session = SimpleNamespace(codec=SimpleNamespace(decode=str), target=SimpleNamespace(dtype=dtype))
+    return compare._token_row(session, truth, tokens)  # type: ignore[arg-type]
+
+
+LIMIT = 2 * 1e-4 * 10.0
+"""Twice the tolerance of fp32 logits, times the largest logit."""
+
+
+def test_identical_tokens_need_no_excuse() -> None:
+    made = row(truth([3, 4, 1], [1.0, 0.0, 1.0]), [3, 4, 1])
+    assert (made.first_divergence, made.margin, made.excused) == (None, None, False)
+
+
+@pytest.mark.parametrize(("margin", "excused"), [(0.0, True), (LIMIT * 0.99, True), (LIMIT * 1.01, False), (5.0, False)])
+def test_only_a_tie_excuses_another_token(margin: float, excused: bool) -> None:
+    example = truth([3, 4, 1], [5.0, margin, 5.0])
+    assert tie_margin(example, "fp32") == pytest.approx(LIMIT)
+    made = row(example, [3, 9, 1])
+    assert (made.first_divergence, made.margin, made.excused) == (1, margin, excused)
+
+
+def test_a_tie_excuses_the_first_difference_only() -> None:
+    """What follows a tie may differ; what precedes it may not."""
+    assert row(truth([3, 4, 1], [5.0, 0.0, 5.0]), [3, 9, 9]).excused
+    assert not row(truth([3, 4, 1], [5.0, 0.0, 5.0]), [9, 4, 1]).excused
+
+
+@pytest.mark.parametrize(("tokens", "step"), [([3, 4], 2), ([3, 4, 1, 7], 3), ([], 0)])
+def test_an_answer_of_another_length_differs(tokens: list[int], step: int) -> None:
+    made = row(truth([3, 4, 1], [5.0, 5.0, 5.0]), tokens)
+    assert (made.first_divergence, made.excused) == (step, False)
+
+
+def test_ties_count_as_agreement_step_by_step() -> None:
+    logits = np.zeros(8)
+    logits[2] = 1.0
+    assert compare._agrees(logits, truth([2], [5.0]), 0)
+    assert not compare._agrees(logits, truth([3], [5.0]), 0)
+    assert compare._agrees(logits, truth([3], [LIMIT / 2]), 0)
+
+
+def test_excused_rows_are_counted_and_listed(tiny_build: TinyBuild, backbone: Any) -> None:
+    """Two rows are given a wrong truth: one as a tie, one not; the figures tell them apart."""
+    manifest = BundleManifest.load(tiny_build.bundle)
+    reference = Reference(tiny_build.bundle, manifest, backbone)
+    truths = measure_truth(tiny_build.bundle, manifest, reference, Settings(0, NEW_TOKENS), lambda _: None)
+    for number, margin in ((20, 0.0), (21, 1.0)):
+        truths[number].tokens[0] = (truths[number].tokens[0] + 1) % 320
+        truths[number].margins[0] = margin
+    with Session.open(tiny_build.bundle) as session:
+        result = compare_target(session, reference, truths, Settings(0, NEW_TOKENS), lambda _: None)
+    (check,) = [check for check in result.checks if check.stage == "greedy tokens"]
+    assert (check.measured["identical"], check.measured["excused"], check.passed) == (23 / 24, 1.0, False)
+    assert check.detail == "22 of 24 rows identical, 1 excused as ties"
+    assert [row.excused for row in result.tokens if row.first_divergence is not None] == [True, False]
+    assert result.status == "fail"
+
+
+def test_a_prompt_list_that_does_not_fit(tiny_build: TinyBuild) -> None:
+    outcome = run("validate", tiny_build.bundle, "--quiet", "--new-tokens=157")
+    assert outcome.code == 1
+    assert "tenant alpha: no example prompt has at most 0 tokens" in outcome.err and "lower --new-tokens" in outcome.err
+    with pytest.raises(BundleError, match="not in this bundle"):
+        Session.open(tiny_build.bundle, "tensorrt")
+    assert Request("alpha").max_new_tokens == 64

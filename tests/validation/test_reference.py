@@ -1,0 +1,198 @@
+"""PyTorch's side: the trained modules themselves, tenant by tenant, also behind the runner contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.session import Request, Session
+from engines.text import TextCodec
+from iapt_export.errors import BundleError, IaptError
+from iapt_export.manifest import BundleManifest
+from tests.bundles import NEW_TOKENS, TinyBuild
+from tests.graphs import flat, trained_prefill, worst
+from tests.tiny import padded
+from trainers.adapter import load_adapter
+from trainers.backbone import Backbone, load_backbone
+from trainers.generate import greedy
+from validation.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
+from validation.reference import Reference, TorchRunner
+from validation.truth import record_truth
+
+REQUESTS = [
+    Request("gamma", "the film is a quiet joy", max_new_tokens=NEW_TOKENS),
+    Request("alpha", "a dull and noisy story that nobody will remember", max_new_tokens=NEW_TOKENS),
+    Request("beta", "yes", max_new_tokens=3),
+    Request("gamma", "grain oil", max_new_tokens=NEW_TOKENS),
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_build: TinyBuild) -> BundleManifest:
+    return BundleManifest.load(tiny_build.bundle)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_build: TinyBuild) -> Backbone:
+    return load_backbone(str(tiny_build.model))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_build: TinyBuild, manifest: BundleManifest, backbone: Backbone) -> Reference:
+    return Reference(tiny_build.bundle, manifest, backbone)
+
+
+@pytest.fixture
+def torch_session(tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference) -> Iterator[Session]:
+    target = manifest.target()
+    runners: Any = {name: TorchRunner(name, target.graphs[name], reference) for name in ("prefill", "decode")}
+    with Session(tiny_build.bundle, manifest, target, runners) as session:
+        yield session
+
+
+def test_a_session_on_pytorch_and_one_on_onnx_runtime_answer_alike(
+    tiny_build: TinyBuild, torch_session: Session
+) -> None:
+    with Session.open(tiny_build.bundle) as session:
+        assert torch_session.generate(REQUESTS) == session.generate(REQUESTS)
+
+
+def test_torch_runner_outputs_equal_onnx_runtimes(tiny_build: TinyBuild, torch_session: Session) -> None:
+    ids, mask = padded([5, 9, 2, 7], "left")
+    index = np.array([2, 0, 1, 2])
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "tenant_index": index, **torch_session.weights}
+    with Session.open(tiny_build.bundle) as session:
+        wanted = session.runners["prefill"].infer(feeds)
+    made = torch_session.runners["prefill"].infer(feeds)
+    assert list(made) == list(wanted)
+    for name in wanted:
+        real = slice(None) if name == "logits" else (np.s_[:, :, -2:])  # the last two tokens are real in every row
+        assert worst(made[name][real], wanted[name][real]) < 2e-5
+
+
+def test_prefill_is_the_trained_module(tiny_build: TinyBuild, reference: Reference, backbone: Backbone) -> None:
+    generators = [load_adapter(folder).generator() for folder in tiny_build.adapters.values()]
+    ids, mask = padded([6, 6])
+    for tenant in range(3):
+        logits, cache = reference.prefill(tenant, ids, mask)
+        wanted, layers = trained_prefill(backbone.model, generators, [tenant] * 2, ids, mask)
+        assert worst(logits, wanted) < 1e-5
+        assert all(worst(a, b) < 1e-5 for a, b in zip(flat(cache), layers, strict=True))
+
+
+def test_prompts_and_what_they_were_made_from(reference: Reference) -> None:
+    ids, mask = padded([6, 3], "left")
+    prompts, hidden = reference.prompts_and_hidden(1, ids, mask)
+    assert (prompts.shape, hidden.shape) == ((2, 2, 4, 32), (2, 2, 6, 32))
+    embedded = reference.model.get_input_embeddings()(ids)
+    assert torch.equal(hidden[:, 0], embedded)
+    for layer in range(2):
+        assert torch.equal(prompts[:, layer], reference.generators[1](layer, hidden[:, layer], mask))
+
+
+def test_a_truth_is_what_the_trainer_generates(
+    tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference, backbone: Backbone
+) -> None:
+    prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)
+    truths = record_truth(reference, prompts, new_tokens=NEW_TOKENS, num_kept=2)
+    for truth in truths[:6]:
+        tenant = manifest.tenant_index(truth.prompt.tenant)
+        ids = torch.tensor([truth.prompt.tokens])
+        tokens, margins = greedy(
+            backbone.model,
+            reference.generators[tenant],
+            4,
+            ids,
+            torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            eos_token_ids=tuple(manifest.backbone.eos_token_ids),
+        )
+        assert truth.tokens == tokens[0]
+        assert truth.margins == pytest.approx(margins[0], abs=1e-3)
+    kept = truths[0]
+    assert len(kept.logits) == len(kept.tokens) and kept.peak == max(float(np.abs(x).max()) for x in kept.logits)
+    entries = 4 + len(kept.prompt.tokens)
+    assert {array.shape[1] for pair in kept.prefill_cache for array in pair} == {entries}
+    assert {array.shape[1] for pair in kept.final_cache for array in pair} == {entries + len(kept.tokens) - 1}
+    assert not truths[2].logits and not truths[2].prefill_cache
+
+
+def test_a_reference_for_another_backbone_is_refused(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
+    from tests.tiny import tiny_llama
+
+    other = Backbone(tiny_llama(num_hidden_layers=3), None, "other")
+    with pytest.raises(BundleError, match="other has fingerprint .* with .*; give that one with --model"):
+        Reference(tiny_build.bundle, manifest, other)
+
+
+def test_torch_runner_checks_what_it_is_fed(manifest: BundleManifest, reference: Reference) -> None:
+    spec = manifest.target().graphs["decode"]
+    runner = TorchRunner("decode", spec, reference)
+    with pytest.raises(IaptError, match=r"decode.onnx: the runner is not active; use it in a with block or call act"):
+        runner.infer({})
+    past = {t.name: np.zeros((1, 2, 3, 8), np.float32) for t in spec.inputs if t.name.startswith("past")}
+    feeds = {"input_ids": np.array([[5]]), "attention_mask": np.array([[1, 0, 1, 1]]), **past}
+    with runner:
+        assert runner.infer({**feeds, "position_ids": np.array([[2]])})["logits"].shape == (1, 1, 320)
+        with pytest.raises(IaptError, match="position_ids do not count the mask's real tokens; expected the number"):
+            runner.infer({**feeds, "position_ids": np.array([[3]])})
+        with pytest.raises(IaptError, match="input position_ids is missing"):
+            runner.infer(feeds)
+    with pytest.raises(IaptError, match="not active"):
+        runner.infer(feeds)
+
+
+def test_prompts_mix_tenants_and_fill_up(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
+    codec = TextCodec(tiny_build.bundle)
+    prompts = prompts_from_bundle(tiny_build.bundle, manifest, codec, 0, NEW_TOKENS)
+    assert len(prompts) == MIN_PROMPTS
+    assert len({(prompt.tenant, prompt.text) for prompt in prompts}) == MIN_PROMPTS
+    assert len({prompt.tenant for prompt in prompts[:8]}) > 1
+    assert prompts == prompts_from_bundle(tiny_build.bundle, manifest, codec, 0, NEW_TOKENS)
+    assert prompts != prompts_from_bundle(tiny_build.bundle, manifest, codec, 1, NEW_TOKENS)
+    formats = {tenant.name: tenant.prompt_format for tenant in manifest.tenants}
+    assert set(formats.values()) == {"plain", "chat"}
+    assert all(list(p.tokens) == codec.encode(p.text, formats[p.tenant]) for p in prompts)
+
+
+def test_one_tenant_without_examples_gets_distinct_general_prompts(
+    tiny_build: TinyBuild, manifest: BundleManifest
+) -> None:
+    alone = dataclasses.replace(manifest, tenants=[dataclasses.replace(manifest.tenants[0], examples=None)])
+    prompts = prompts_from_bundle(tiny_build.bundle, alone, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)
+    assert len({prompt.text for prompt in prompts}) >= MIN_PROMPTS - 4  # a few are longer than the range
+    assert any(prompt.text in GENERAL_PROMPTS for prompt in prompts)
+
+
+def test_every_tenant_must_be_compared(tiny_bundle: Path, manifest: BundleManifest) -> None:
+    long = "the film " * 200
+    (tiny_bundle / "tenants/beta.examples.jsonl").write_text(json.dumps({"prompt": long}), encoding="utf-8")
+    with pytest.raises(BundleError, match="tenant beta: no example prompt has at most 96 tokens, so there is nothing"):
+        prompts_from_bundle(tiny_bundle, manifest, TextCodec(tiny_bundle), 0, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", r':1: expected a JSON object like {"prompt": "..."}'),
+        ('{"prompt": "a"}\n{"text": "b"}', r':2: expected a JSON object like {"prompt": "..."}'),
+        ('{"prompt": "a"}\n\n', ":2: expected a JSON object"),
+        ("[1]", ":1: expected a JSON object"),
+        ('{"prompt": " "}', ":1: the prompt is empty or no text"),
+        ('{"prompt": 3}', ":1: the prompt is empty or no text"),
+        ("", "is empty; expected a JSON object"),
+    ],
+)
+def test_bad_examples_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(IaptError) as caught:
+        read_examples(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
