@@ -33,12 +33,13 @@ help:  ## list the targets
 # A stamp stands for the whole environment, so that an unchanged one costs nothing.
 # TensorRT for RTX has wheels for few platforms; without it everything but its engines still works.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + \
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + \
 	    "; name another with PYTHON=") if sys.version_info < (3, 11) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time this takes minutes"
 	$(INSTALL) -e ".[train,export,cpu,dev]"
 	$(INSTALL) -e ".[tensorrt-rtx]" || echo "TensorRT for RTX could not be installed here; its engines will be skipped"
-	touch $@
+	@touch $@
 
 venv: $(VENV)/.installed  ## create the environment and install the project into it
 
@@ -52,7 +53,7 @@ backbone: $(BACKBONE)/config.json  ## get SmolLM2-135M-Instruct and convert it i
 
 # `build` reuses what is up to date, so the second run of the demo takes seconds.
 demo: venv backbone  ## build, validate and run a bundle with three tenants
-	targets="--target onnxruntime:fp32"; \
+	@targets="--target onnxruntime:fp32"; \
 	if $(BIN)/python -c 'import tensorrt_rtx' 2>/dev/null; then targets="$$targets --target tensorrt-rtx:fp16"; \
 	else echo "No TensorRT for RTX here: the demo goes on with ONNX Runtime alone"; fi; \
 	$(BIN)/iapt-export build --model $(BACKBONE) $(addprefix --adapter ,$(ADAPTERS)) $$targets \

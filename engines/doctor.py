@@ -5,6 +5,7 @@ Versions come from package metadata: nothing heavy is imported to find out that 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -62,7 +63,7 @@ TOOLS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for, or one conclusion."""
+    """One part that was looked for, or one ability that follows."""
 
     name: str
     status: str
@@ -72,6 +73,8 @@ class Finding:
     """What was found, or why it does not serve."""
     remedy: str = ""
     """How to get it; empty when there is nothing to do."""
+    kind: str = "part"
+    """``part`` or ``ability``."""
 
 
 def diagnose(folder: Path | None = None) -> list[Finding]:
@@ -81,52 +84,41 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
         folder: where bundles will be written, for the disk space; None means the current one.
 
     Returns:
-        A finding for Python, each package, the GPU, each compiler, disk and memory.
+        Its parts (Python, each package, GPU, each compiler, disk, memory), then what it can do with them.
     """
-    findings = [_python()]
-    findings += [_module(module, extra) for module, extra in EXTRAS.items()]
-    findings.append(_gpu(find_driver()))
-    findings += [_tool(name, remedy) for name, remedy in TOOLS.items()]
-    findings += [_disk(folder or Path.cwd()), _memory()]
-    return findings
+    parts = [_python()]
+    parts += [_module(module, extra) for module, extra in EXTRAS.items()]
+    parts.append(_gpu(find_driver()))
+    parts += [_tool(name, remedy) for name, remedy in TOOLS.items()]
+    parts += [_disk(folder or Path.cwd()), _memory()]
+    return [*parts, *abilities(parts)]
 
 
-def conclude(findings: list[Finding]) -> list[Finding]:
-    """What this machine can do, from what `diagnose` found.
+def abilities(parts: list[Finding]) -> list[Finding]:
+    """What a machine of these parts can do.
 
     Returns:
-        A finding for each ability: ``ok``, ``limited`` with its limit, or ``missing`` with what it lacks.
+        A finding for each ability: ``ok``, or ``missing`` with what it lacks.
     """
-    found = {finding.name: finding for finding in findings}
+    found = {part.name: part for part in parts}
     return [
         _ability("train adapters", found, ("torch", "transformers", "accelerate")),
         _ability("export bundles", found, ("torch", "transformers", "onnx", "onnxscript")),
         _ability("run on onnxruntime", found, ("onnxruntime",)),
-        *(
-            finding
-            for chosen, module in ((RTX, "tensorrt_rtx"), (DATACENTRE, "tensorrt"))
-            for finding in _tensorrt_abilities(chosen, module, found)
-        ),
+        *_tensorrt_abilities(RTX, "tensorrt_rtx", found),
+        *_tensorrt_abilities(DATACENTRE, "tensorrt", found),
         _ability("compile the C++ parts", found, ("g++", "make", "cmake")),
     ]
 
 
-def to_data(findings: list[Finding], conclusions: list[Finding]) -> dict[str, Any]:
-    """Both lists as plain data, for ``--json``."""
-    return {
-        "findings": [vars(finding) for finding in findings],
-        "conclusions": [vars(finding) for finding in conclusions],
-    }
-
-
-def render(findings: list[Finding], conclusions: list[Finding]) -> RenderableType:
-    """Both lists as tables for a terminal."""
+def table(findings: list[Finding]) -> RenderableType:
+    """Parts and abilities as tables for a terminal."""
     from rich.console import Group
 
     return Group(
-        _table("What is here", "", findings),
+        _table("What is here", "", [finding for finding in findings if finding.kind == "part"]),
         "",
-        _table("What this machine can do", "This machine can", conclusions),
+        _table("What this machine can do", "This machine can", [f for f in findings if f.kind == "ability"]),
     )
 
 
@@ -135,16 +127,16 @@ def _table(title: str, first_column: str, findings: list[Finding]) -> Renderable
     from rich.text import Text
 
     colours = {OK: "green", LIMITED: "yellow", MISSING: "red"}
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_edge=False)
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_edge=False)
     for column in (first_column, "status", "details"):
-        table.add_column(column, overflow="fold")
+        shown.add_column(column, overflow="fold")
     for finding in findings:
         details = ", ".join(part for part in (finding.version, finding.detail) if part)
         if finding.remedy:
             details += f"{'; ' if details else ''}try: {finding.remedy}"
         # Text and not a string: 'iapt-export[train]' must not be read as markup
-        table.add_row(Text(finding.name), Text(finding.status, style=colours[finding.status]), Text(details))
-    return table
+        shown.add_row(Text(finding.name), Text(finding.status, style=colours[finding.status]), Text(details))
+    return shown
 
 
 def _python() -> Finding:
@@ -268,10 +260,10 @@ def _memory_bytes() -> tuple[int, int]:
 def _ability(name: str, found: dict[str, Finding], needs: tuple[str, ...]) -> Finding:
     lacking = [found[need] for need in needs if found[need].status == MISSING]
     if not lacking:
-        return Finding(name, OK)
-    remedies = dict.fromkeys(finding.remedy for finding in lacking)
-    lacks = ", ".join(finding.detail if finding.name == "gpu" else f"no {finding.name}" for finding in lacking)
-    return Finding(name, MISSING, detail=lacks, remedy="; ".join(remedies))
+        return Finding(name, OK, kind="ability")
+    remedies = dict.fromkeys(part.remedy for part in lacking)
+    lacks = ", ".join(part.detail if part.name == "gpu" else f"no {part.name}" for part in lacking)
+    return Finding(name, MISSING, detail=lacks, remedy="; ".join(remedies), kind="ability")
 
 
 def _tensorrt_abilities(chosen: Flavour, module: str, found: dict[str, Finding]) -> list[Finding]:
@@ -279,7 +271,8 @@ def _tensorrt_abilities(chosen: Flavour, module: str, found: dict[str, Finding])
     build_needs = (module,) if chosen.builds_without_gpu else (module, "gpu")
     build = _ability(f"build {chosen.target} engines", found, build_needs)
     if build.status == OK and chosen.builds_without_gpu:
-        build = Finding(build.name, OK, detail="also without a GPU, for " + ", ".join(chosen.compute_capabilities))
+        served = ", ".join(chosen.compute_capabilities)
+        build = dataclasses.replace(build, detail=f"also without a GPU, for compute capability {served}")
     run = _ability(f"run {chosen.target} engines", found, (module, "gpu", "cuda.bindings"))
     return [build, _limited_to(chosen, run, found["gpu"])]
 
@@ -290,7 +283,9 @@ def _limited_to(chosen: Flavour, run: Finding, gpu: Finding) -> Finding:
     if run.status != OK or set(here) & set(chosen.compute_capabilities):
         return run
     served = ", ".join(chosen.compute_capabilities)
-    detail = f"this GPU has compute capability {', '.join(here)}, {chosen.target} serves {served}"
-    return Finding(
-        run.name, MISSING, detail=detail, remedy=f"use a GPU of one of these, or --target {DATACENTRE.target}"
+    return dataclasses.replace(
+        run,
+        status=MISSING,
+        detail=f"this GPU has compute capability {', '.join(here)}, {chosen.target} serves {served}",
+        remedy=f"use a GPU of one of these, or --target {DATACENTRE.target}",
     )

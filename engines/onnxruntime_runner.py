@@ -13,6 +13,8 @@ from engines.runner import Arrays, check_feeds
 from iapt_export.errors import IaptError, NotRunnableError
 from iapt_export.manifest import GraphSpec
 
+ONNX_BFLOAT16 = 16
+"""``onnx.TensorProto.BFLOAT16``; the onnx package is no need of a deployment machine."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -69,10 +71,9 @@ class OnnxRuntimeRunner:
         if not any(tensor.dtype == "bf16" for tensor in self.spec.inputs):
             return self._session.run(names, feeds)
         import onnxruntime
-        from onnx import TensorProto
 
         values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
+            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ONNX_BFLOAT16)
             if array.dtype.name == "bfloat16"
             else onnxruntime.OrtValue.ortvalue_from_numpy(array)
             for name, array in feeds.items()

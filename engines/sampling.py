@@ -25,10 +25,13 @@ class Sampling:
     """Seed of a row's random numbers; the same seed and prompt give the same text whatever shares the batch."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise IaptError(f"temperature {self.temperature} is negative; use 0 for greedy, or a positive number")
+        if not 0 <= self.temperature < float("inf"):
+            what = "negative" if self.temperature < 0 else "no finite number"
+            raise IaptError(f"temperature {self.temperature} is {what}; use 0 for greedy, or a positive number")
         if not 0 < self.top_p <= 1:
             raise IaptError(f"top_p {self.top_p} is out of range; expected more than 0 and at most 1")
+        if self.seed < 0:
+            raise IaptError(f"seed {self.seed} is negative; expected 0 or more")
 
 
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:

@@ -6,7 +6,6 @@ range. A build writes two files, the engine and its record (`engines.engine_info
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass
@@ -282,10 +281,3 @@ def _built_for(options: BuildOptions) -> str:
 def _save_timing_cache(config: Any, options: BuildOptions) -> None:
     if options.timing_cache is not None:
         write_atomically(options.timing_cache, bytes(config.get_timing_cache().serialize()))
-
-
-def describe(options: BuildOptions) -> dict[str, Any]:
-    """The options as plain data, for a cache key; the timing cache changes no result and is left out."""
-    fields = dataclasses.asdict(options)
-    del fields["timing_cache"]
-    return fields

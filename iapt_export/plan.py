@@ -61,6 +61,11 @@ def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> 
     return plans
 
 
+def onnx_variant(targets: list[TargetPlan]) -> str:
+    """The variant whose ONNX graphs the bundle holds: ONNX Runtime's, which runs them, wherever it stands in the list."""
+    return next((target.variant for target in targets if target.name == "onnxruntime"), targets[0].variant)
+
+
 def parse_range(text: str, name: str) -> Range:
     """Read ``MAX`` or ``MIN:OPT:MAX``.
 
@@ -68,7 +73,7 @@ def parse_range(text: str, name: str) -> Range:
         IaptError: not numbers, or not ordered.
     """
     parts = text.split(":")
-    if len(parts) not in (1, 3) or not all(part.isdigit() for part in parts):
+    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() for part in parts):
         raise IaptError(f"--{name} {text!r} is not MAX or MIN:OPT:MAX in whole numbers, for example 8 or 1:4:8")
     values = [int(part) for part in parts]
     if len(values) == 1:

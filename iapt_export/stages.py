@@ -86,8 +86,17 @@ def check_output(output: Path) -> None:
     """
     if output.is_dir() and not any(output.iterdir()):
         return
-    if output.exists() and not (output.is_dir() and (output / MANIFEST_FILE).is_file()):
+    if output.exists() and not _is_bundle(output):
         raise IaptError(f"--output {output} exists and is not a bundle; nothing was changed. Give another --output")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a manifest of ours stands there; web pages and other tools have files of that name too."""
+    try:
+        fields = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and {"schema_version", "build_key", "tenants"} <= set(fields)
 
 
 def publish(built: Path, output: Path) -> None:
@@ -97,7 +106,7 @@ def publish(built: Path, output: Path) -> None:
         os.replace(output, old)
     try:
         os.replace(built, output)
-    except OSError:
+    except BaseException:  # an interrupt too: what stood there must stand there again
         if old.exists():
             os.replace(old, output)
         raise
@@ -105,17 +114,18 @@ def publish(built: Path, output: Path) -> None:
 
 
 def place(source: Path, folder: Path) -> None:
-    """Bring a file into a folder without a second copy on disk where the file system allows it."""
-    try:
-        os.link(source, folder / source.name)
-    except OSError:
-        shutil.copyfile(source, folder / source.name)
+    """Copy a file into a folder.
+
+    A hard link would save the disk a copy, but onnx refuses external data with more than one, and a bundle whose file is
+    changed in place would change the stage behind it.
+    """
+    shutil.copyfile(source, folder / source.name)
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        hashes = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        hashes = dict(json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in hashes.items())
 

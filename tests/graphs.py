@@ -37,7 +37,7 @@ def stacked(generators: list[IAPTGenerator]) -> tuple[Tensor, ...]:
     """The tenants' weights ``[N, ...]`` in the order in which graphs take them."""
     first = generators[0]
     names = parameter_shapes(first.config, first.hidden_size, first.num_layers)
-    return tuple(torch.stack([dict(module.named_parameters())[name] for module in generators]) for name in names)
+    return tuple(torch.stack([dict(module.named_parameters())[name].detach() for module in generators]) for name in names)
 
 
 def stacked_feeds(generators: list[IAPTGenerator]) -> Arrays:

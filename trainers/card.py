@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import io
 import json
 import shlex
 from dataclasses import dataclass
@@ -47,16 +46,15 @@ class Run:
 
 
 def write_card(folder: Path, run: Run) -> None:
-    """Write ``README.md``, ``evaluation.json`` and, where matplotlib is installed, ``training.svg`` into ``folder``."""
+    """Write ``README.md``, ``evaluation.json`` and ``training.svg`` into ``folder``."""
     scores = {
         "adapter": run.report.to_dict() if run.report else None,
         "baseline": run.baseline.to_dict() if run.baseline else None,
     }
     (folder / REPORT_FILE).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    curve = _curve(run.history)
-    if curve is not None:
-        (folder / CURVE_FILE).write_bytes(curve)
-    (folder / CARD_FILE).write_text(_text(run, with_curve=curve is not None), encoding="utf-8")
+    if run.history:
+        (folder / CURVE_FILE).write_text(_curve(run.history), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_text(run), encoding="utf-8")
 
 
 def command_line(run: Run) -> str:
@@ -73,7 +71,7 @@ def command_line(run: Run) -> str:
     return shlex.join(words)
 
 
-def _text(run: Run, with_curve: bool) -> str:
+def _text(run: Run) -> str:
     name = PurePath(run.output).name
     base = _relative(run.adapter.base_model_name_or_path)
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
@@ -97,7 +95,7 @@ def _text(run: Run, with_curve: bool) -> str:
         f"seed {run.config.seed}, {run.config.precision}, "
         f"{run.seconds / 60:.0f} minutes. Versions: {versions}. The backbone stayed frozen.",
     ]
-    if with_curve:
+    if run.history:
         parts.append(f"![Training loss]({CURVE_FILE})")
     parts += [
         "## Use",
@@ -133,27 +131,35 @@ def _results(run: Run) -> str:
     return "\n".join([*rows, "", f"On {run.report.count:,} held-out examples."])
 
 
-def _curve(history: list[tuple[int, float]]) -> bytes | None:
-    """The loss over steps as SVG, the same bytes for the same numbers; None without matplotlib or history."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    if len(history) < 2:
-        return None
-    from matplotlib.figure import Figure
+def _curve(history: list[tuple[int, float]]) -> str:
+    """The loss over steps as a small SVG, the same text for the same numbers."""
+    width, height, left, top = 560, 240, 44, 12
+    steps, losses = [step for step, _ in history], [loss for _, loss in history]
+    highest = max(losses)
 
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "iapt-export", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(6, 3), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(*zip(*history, strict=True), color="#2f5d8a")
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss (nats per token)")
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    def place(step: float, loss: float) -> str:
+        across = (step - steps[0]) / max(steps[-1] - steps[0], 1)
+        return f"{left + across * (width - left - 12):.1f},{top + (1 - loss / highest) * (height - 44):.1f}"
+
+    lines = []
+    for part in range(5):
+        x, y = place(steps[0], highest * part / 4).split(",")
+        lines += [
+            f'<line x1="{x}" y1="{y}" x2="{width - 12}" y2="{y}" stroke="#ddd"/>',
+            f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{highest * part / 4:.2g}</text>',
+        ]
+    points = " ".join(place(step, loss) for step, loss in history)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            'font-family="sans-serif" font-size="11" fill="#333">',
+            f'<rect width="{width}" height="{height}" fill="#fff"/>',
+            *lines,
+            f'<polyline points="{points}" fill="none" stroke="#2f5d8a" stroke-width="2"/>',
+            f'<text x="{left}" y="{height - 6}">training loss (nats per token), step {steps[0]} to {steps[-1]}</text>',
+            "</svg>\n",
+        ]
+    )
 
 
 def _relative(path: str) -> str:

@@ -83,7 +83,7 @@ def error_per_step(target: TargetResult) -> str:
 def error_histogram(target: TargetResult) -> str:
     """How the absolute logits errors are distributed, over powers of ten."""
     figure, axes = _figure(target, "absolute logits error", "logits", log=False)
-    edges, counts = target.histogram["edges"], target.histogram["counts"]
+    edges, counts = _without_empty_ends(target.histogram["edges"], target.histogram["counts"])
     axes.stairs(counts, edges, fill=True, color=SERIES[0], alpha=0.35)
     axes.stairs(counts, edges, color=SERIES[0], linewidth=1.2)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -122,6 +122,12 @@ def token_agreement(target: TargetResult) -> str:
 def agreeing_tokens(row: TokenRow) -> int:
     """Tokens of a prompt's answer that agree before the first that differs."""
     return len(row.reference) if row.first_divergence is None else row.first_divergence
+
+
+def _without_empty_ends(edges: list[float], counts: list[float]) -> tuple[list[float], list[float]]:
+    """A histogram from its first to its last bin that holds something."""
+    held = [index for index, count in enumerate(counts) if count] or [0, len(counts) - 1]
+    return edges[held[0] : held[-1] + 2], counts[held[0] : held[-1] + 1]
 
 
 def _figure(target: TargetResult, x_label: str, y_label: str, log: bool = True) -> tuple[Figure, Axes]:

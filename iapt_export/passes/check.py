@@ -49,6 +49,11 @@ class CheckPass(ir.passes.InPlacePass):
         problems += [
             f"node {node.name} still carries metadata" for node in graph if node.metadata_props or node.doc_string
         ]
+        problems += [
+            f"value {value.name} still carries metadata"
+            for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]
+            if value.metadata_props or value.doc_string
+        ]
         if problems:
             raise IaptError(f"{self.spec.path} cannot be shipped: " + "; ".join(problems[:20]))
         return ir.passes.PassResult(model, False)

@@ -14,7 +14,8 @@ class NameInterfacePass(ir.passes.InPlacePass):
     """Name inputs, outputs and dynamic dimensions as the interface does.
 
     Requires: inputs and outputs stand in the interface's order. Ensures: their names, ranks and dynamic
-    dimensions are the interface's, also inside the graph; weights lose the ``backbone.`` of the twin.
+    dimensions are the interface's, also inside the graph; weights lose the ``backbone.`` of the twin; values carry
+    no metadata of the exporter.
     """
 
     def __init__(self, spec: GraphSpec) -> None:
@@ -33,6 +34,7 @@ class NameInterfacePass(ir.passes.InPlacePass):
         for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
             if value.shape is not None:
                 value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+            value.metadata_props.clear()
         for values, tensors in ((graph.inputs, self.spec.inputs), (graph.outputs, self.spec.outputs)):
             for value, tensor in zip(values, tensors, strict=True):
                 value.name = tensor.name

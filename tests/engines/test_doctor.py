@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from engines import doctor
 from engines.cuda_driver import Driver, Gpu
-from engines.doctor import EXTRAS, LIMITED, MISSING, OK, TOOLS, Finding, conclude, diagnose, render, to_data
+from engines.doctor import EXTRAS, LIMITED, MISSING, OK, TOOLS, Finding, abilities, diagnose, table
 
 NO_DRIVER = Driver(problem="no NVIDIA driver found: libcuda.so.1 is missing")
 ADA = Driver(gpus=(Gpu("NVIDIA RTX 4090", "8.9", 24 << 30),), cuda_version="13.1")
@@ -29,11 +30,11 @@ def _machine(*missing: str, driver: Driver = ADA) -> list[Finding]:
 
 
 def _able(findings: list[Finding]) -> dict[str, str]:
-    return {finding.name: finding.status for finding in conclude(findings)}
+    return {finding.name: finding.status for finding in abilities(findings)}
 
 
 def test_everything_is_looked_for() -> None:
-    findings = {finding.name: finding for finding in diagnose()}
+    findings = {finding.name: finding for finding in diagnose() if finding.kind == "part"}
     assert set(findings) == {"python", *EXTRAS, "gpu", *TOOLS, "disk", "memory"}
     assert findings["python"].version == ".".join(map(str, sys.version_info[:3]))
     assert all(finding.status in (OK, LIMITED, MISSING) for finding in findings.values())
@@ -82,14 +83,14 @@ def test_a_machine_without_a_gpu_builds_and_does_not_run() -> None:
 def test_what_a_missing_thing_costs(missing: str, lost: set[str]) -> None:
     findings = _machine(missing)
     assert {name for name, status in _able(findings).items() if status == MISSING} == lost
-    for finding in conclude(findings):
+    for finding in abilities(findings):
         if finding.name in lost:
             assert finding.detail == f"no {missing}"
             assert finding.remedy == f"pip install {missing}"
 
 
 def test_a_gpu_that_rtx_does_not_serve() -> None:
-    findings = conclude(_machine(driver=HOPPER))
+    findings = abilities(_machine(driver=HOPPER))
     (run,) = [finding for finding in findings if finding.name == "run tensorrt-rtx engines"]
     assert run.status == MISSING
     assert run.detail.startswith("this GPU has compute capability 9.0, tensorrt-rtx serves 7.5, 8.0")
@@ -160,22 +161,24 @@ def test_the_table_shows_every_word() -> None:
     findings = _machine("torch", driver=NO_DRIVER)
     findings.append(Finding("x", MISSING, remedy="pip install 'iapt-export[train]'"))
     stream = io.StringIO()
-    Console(file=stream, width=200).print(render(findings, conclude(findings)))
+    Console(file=stream, width=200).print(table([*findings, *abilities(findings)]))
     text = stream.getvalue()
     assert "try: pip install 'iapt-export[train]'" in text  # square brackets are no markup
     assert "no NVIDIA driver found: libcuda.so.1 is missing; try: run on a machine with an NVIDIA GPU" in text
     assert "This machine can" in text
-    assert "also without a GPU, for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in text
+    assert "also without a GPU, for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in text
 
 
 def test_the_data_is_json() -> None:
-    findings = _machine("torch")
-    data = json.loads(json.dumps(to_data(findings, conclude(findings))))
-    assert data["findings"][1] == {
-        "name": "torch",
-        "status": "missing",
-        "version": "",
-        "detail": "",
-        "remedy": "pip install torch",
-    }
-    assert {finding["status"] for finding in data["conclusions"]} == {OK, MISSING}
+    data = json.loads(json.dumps([dataclasses.asdict(finding) for finding in diagnose()]))
+    assert set(data[0]) == {"name", "status", "version", "detail", "remedy", "kind"}
+    assert [finding["name"] for finding in data if finding["kind"] == "ability"] == [
+        "train adapters",
+        "export bundles",
+        "run on onnxruntime",
+        "build tensorrt-rtx engines",
+        "run tensorrt-rtx engines",
+        "build tensorrt engines",
+        "run tensorrt engines",
+        "compile the C++ parts",
+    ]

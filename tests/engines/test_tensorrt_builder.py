@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -10,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from engines import tensorrt_builder, tensorrt_flavour
+from engines import tensorrt_builder
 from engines.cuda_driver import Driver, Gpu
 from engines.engine_info import EngineInfo, check_engine, info_path, profile_from_spec, read_header
-from engines.tensorrt_builder import BuildOptions, check_options, describe, engine_from_onnx
+from engines.tensorrt_builder import BuildOptions, check_options, engine_from_onnx
 from engines.tensorrt_callbacks import BuildProgress, readable_lines
-from engines.tensorrt_flavour import check_target, flavour, load_tensorrt, required_opset, runtime_version
+from engines.tensorrt_flavour import runtime_version
 from iapt_export.errors import BundleError, IaptError, NotRunnableError
-from iapt_export.manifest import GraphSpec, Range, TensorSpec
+from iapt_export.manifest import GraphSpec, TensorSpec
 from tests.engines.tiny_onnx import RANGES, save_nodes, tiny_attention, tiny_decode, tiny_prefill
 
 try:
@@ -25,24 +24,17 @@ try:
 except ImportError:
     tensorrt_rtx = None
 
-builds = pytest.mark.skipif(tensorrt_rtx is None, reason="TensorRT for RTX is not installed; see pyproject's extra")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphSpec, EngineInfo]:
-    if tensorrt_rtx is None:
-        pytest.skip("TensorRT for RTX is not installed; see pyproject's extra")
-    folder = tmp_path_factory.mktemp("engine")
-    onnx_path, spec = tiny_prefill(folder)
-    engine_path = folder / "engines" / "prefill.engine"
-    return engine_path, spec, engine_from_onnx(onnx_path, engine_path, spec, RANGES)
+builds = pytest.mark.skipif(tensorrt_rtx is None, reason="TensorRT for RTX is not installed")
 
 
 # --- building
 
 
-def test_a_build_writes_an_engine_and_its_record(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
-    engine_path, spec, info = built
+@builds
+def test_a_build_writes_an_engine_and_its_record(tmp_path: Path) -> None:
+    onnx_path, spec = tiny_prefill(tmp_path)
+    engine_path = tmp_path / "engines" / "prefill.engine"
+    info = engine_from_onnx(onnx_path, engine_path, spec, RANGES)
     assert sorted(path.name for path in engine_path.parent.iterdir()) == ["prefill.engine", "prefill.json"]
     assert EngineInfo.load(engine_path) == info
     assert info.target == "tensorrt-rtx"
@@ -57,15 +49,6 @@ def test_a_build_writes_an_engine_and_its_record(built: tuple[Path, GraphSpec, E
     ]
     assert [(tensor.name, tensor.dtype) for tensor in info.outputs] == [("y", "fp16")]
     assert check_engine(spec, info, RANGES, engine_path) == []
-
-
-def test_the_header_tells_size_version_and_gpus(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
-    engine_path, _, info = built
-    header = read_header(engine_path)
-    assert header is not None
-    assert header.size_bytes == info.size_bytes
-    assert header.runtime_version == info.runtime_version
-    assert header.compute_capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 @builds
@@ -106,21 +89,6 @@ def test_workspace_and_tf32_reach_tensorrt(tmp_path: Path) -> None:
     assert exact.get_memory_pool_limit(tensorrt_rtx.MemoryPoolType.WORKSPACE) == 64 << 20
     assert not exact.get_flag(tensorrt_rtx.BuilderFlag.TF32)
     assert rounded.get_flag(tensorrt_rtx.BuilderFlag.TF32)
-
-
-def test_profiles_follow_the_ranges(tmp_path: Path) -> None:
-    shapes = profile_from_spec(tiny_decode(tmp_path)[1], RANGES)
-    assert shapes["past_key_values_0_key"].min == [1, 2, 5, 16]
-    assert shapes["past_key_values_0_key"].max == [4, 2, 32, 16]
-    # the step's own entry comes on top of the cache
-    assert (shapes["attention_mask"].min, shapes["attention_mask"].opt) == ([1, 6], [2, 17])
-    assert shapes["attention_mask"].max == [4, 33]
-
-
-def test_a_size_without_a_range_is_refused() -> None:
-    spec = GraphSpec("g.onnx", [TensorSpec("x", "fp32", ["batch", "beams"])], [])
-    with pytest.raises(BundleError, match="input x has the dynamic size 'beams'; engines are built over batch, seq"):
-        profile_from_spec(spec, RANGES)
 
 
 # --- progress and cancelling
@@ -279,53 +247,6 @@ def test_options_that_a_target_lacks(options: BuildOptions, message: str) -> Non
         check_options(options)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("tensorrt-rtx", "int8"), "target tensorrt-rtx: dtype 'int8' is not supported; use fp32, fp16, bf16"),
-        (("tensorrt-rtx", "fp16", 18), "opset 18 is not supported; use 20 or 23"),
-        (("tensorrt-rtx", "bf16", 23, "7.5"), "compute capability 7.5 have no bf16 matrix kernels here; use fp16"),
-        (("tensorrt-rtx", "fp32", 23, "7.5"), "compute capability 7.5 have no fp32 matrix kernels"),
-        (("tensorrt-rtx", "int4", 17, "9.0"), "'int4' is not supported.*; opset 17 is.*; compute capability '9.0'"),
-    ],
-)
-def test_targets_that_cannot_be_built(arguments: tuple[object, ...], message: str) -> None:
-    with pytest.raises(IaptError, match=message):
-        check_target(*arguments)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
-    assert required_opset(target, dtype) == 23
-    check_target(target, dtype, 20)
-
-
-def test_the_options_that_change_an_engine_are_described() -> None:
-    fields = describe(BuildOptions(timing_cache=Path("cache")))
-    assert fields == describe(BuildOptions())
-    assert fields != describe(BuildOptions(tf32=True))
-    json.dumps(fields)
-
-
-def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(NotRunnableError, match=r"tensorrt is not installed .*pip install 'iapt-export\[tensorrt\]'"):
-        load_tensorrt("tensorrt")
-
-
-@pytest.mark.parametrize("error", [OSError("libnvinfer.so: no such file"), ImportError("libnvinfer.so: no such file")])
-def test_a_broken_installation(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(tensorrt_flavour.importlib, "import_module", fail)
-    with pytest.raises(
-        NotRunnableError, match=r"tensorrt is installed but does not load: libnvinfer.so.*--force-reins"
-    ):
-        load_tensorrt("tensorrt")
-
-
 def test_tensorrt_builds_only_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx_path, spec = tiny_prefill(tmp_path)
     monkeypatch.setattr(tensorrt_builder, "load_tensorrt", lambda target: _module_without_builder())
@@ -402,110 +323,3 @@ def test_a_gpu_that_an_older_version_does_not_know() -> None:
     assert tensorrt_builder._capability(trt, "8.9") == 1
     with pytest.raises(IaptError, match=r"compute capability 12.1 is not known to the installed version 1.3; upgrade"):
         tensorrt_builder._capability(trt, "12.1")
-
-
-def test_flavours_differ_in_what_they_can_do() -> None:
-    rtx, datacentre = flavour("tensorrt-rtx"), flavour("tensorrt")
-    assert rtx.builds_without_gpu
-    assert not rtx.plugins
-    assert datacentre.plugins
-    assert "9.0" in datacentre.compute_capabilities
-    assert "9.0" not in rtx.compute_capabilities
-
-
-# --- checking an engine without a GPU: every planted fault is found
-
-
-def _planted(info: EngineInfo, **changes: object) -> EngineInfo:
-    return dataclasses.replace(info, **changes)  # type: ignore[arg-type]
-
-
-def test_planted_faults_in_record_and_manifest_are_found(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
-    engine_path, spec, info = built
-    output = info.outputs[0]
-    narrow = {**info.profiles[0], "x": dataclasses.replace(info.profiles[0]["x"], max=[4, 8, 8])}
-    cases = [
-        (
-            _planted(info, inputs=[dataclasses.replace(info.inputs[0], dtype="fp32"), *info.inputs[1:]]),
-            "input x is fp32",
-        ),
-        (
-            _planted(info, inputs=[dataclasses.replace(info.inputs[0], shape=[-1, 4, 8]), *info.inputs[1:]]),
-            "x has shape",
-        ),
-        (_planted(info, inputs=info.inputs[1:]), "input x is missing"),
-        (_planted(info, outputs=[]), "output y is missing"),
-        (_planted(info, outputs=[output, dataclasses.replace(output, name="absent")]), "absent is not in the manifest"),
-        (_planted(info, outputs=[output, dataclasses.replace(output, name="absent")]), "no tensor called absent"),
-        (_planted(info, outputs=[dataclasses.replace(output, shape=[-1, -1, 9])]), "output y has shape [-1, -1, 9]"),
-        (_planted(info, profiles=[narrow]), "input x takes [1, 1, 8] to [4, 8, 8], the manifest's ranges need"),
-        (_planted(info, profiles=[]), "input tenant_index takes nothing, the manifest's ranges need [1] to [4]"),
-        (_planted(info, runtime_version="1.6.0.1"), "its record says 1.6.0.1"),
-        (
-            _planted(info, compute_capability="8.9"),
-            "serves the compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1, expected",
-        ),
-        (_planted(info, sha256="0" * 64), "prefill.engine was altered"),
-    ]
-    for faulty, message in cases:
-        problems = check_engine(spec, faulty, RANGES, engine_path)
-        assert any(message in problem for problem in problems), (message, problems)
-
-
-def test_a_profile_too_small_for_the_ranges(built: tuple[Path, GraphSpec, EngineInfo]) -> None:
-    engine_path, spec, info = built
-    wider = dataclasses.replace(RANGES, batch=Range(1, 4, 8))
-    problems = check_engine(spec, info, wider, engine_path)
-    assert "input tenant_index takes [1] to [4], the manifest's ranges need [1] to [8]" in problems
-
-
-def test_damaged_files_are_found(built: tuple[Path, GraphSpec, EngineInfo], tmp_path: Path) -> None:
-    engine_path, spec, info = built
-    data = engine_path.read_bytes()
-    copy = tmp_path / "prefill.engine"
-    assert check_engine(spec, info, RANGES, copy) == ["prefill.engine is missing"]
-    copy.write_bytes(data[:-100])
-    (problem,) = check_engine(spec, info, RANGES, copy)
-    assert f"has {len(data) - 100} bytes, expected {len(data)}: it is truncated or another file" in problem
-
-
-def test_a_record_that_was_made_for_a_damaged_file(built: tuple[Path, GraphSpec, EngineInfo], tmp_path: Path) -> None:
-    """The header is a second witness: it knows the size even where record and file agree on a wrong one."""
-    import hashlib
-
-    engine_path, spec, info = built
-    copy = tmp_path / "prefill.engine"
-    for data, message in [
-        (engine_path.read_bytes()[:-100], "says that it has"),
-        (b"x" * 1000, "does not begin like an engine of tensorrt-rtx"),
-        (b"short", "does not begin like an engine of tensorrt-rtx"),
-    ]:
-        copy.write_bytes(data)
-        agreeing = _planted(info, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        problems = check_engine(spec, agreeing, RANGES, copy)
-        assert any(message in problem for problem in problems), (message, problems)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "is missing; the builder writes it beside every engine"),
-        ("{", "is no engine record"),
-        ("[]", "is no engine record"),
-        ("{}", "is no engine record .'schema_version'"),
-        ('{"schema_version": 9}', "schema_version is 9, this version of iapt-export reads 1; upgrade"),
-        ('{"schema_version": 1, "inputs": [], "outputs": [], "profiles": []}', "is no engine record .*missing"),
-    ],
-)
-def test_bad_records(tmp_path: Path, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / "prefill.json").write_text(text)
-    with pytest.raises(BundleError, match=message):
-        EngineInfo.load(tmp_path / "prefill.engine")
-
-
-def test_a_record_survives_the_round_trip(built: tuple[Path, GraphSpec, EngineInfo], tmp_path: Path) -> None:
-    info = built[2]
-    info.save(tmp_path / "copy.engine")
-    assert EngineInfo.load(tmp_path / "copy.engine") == info
-    assert info_path(tmp_path / "copy.engine").name == "copy.json"

@@ -174,7 +174,7 @@ def test_one_tenant_without_examples_gets_distinct_general_prompts(
 def test_every_tenant_must_be_compared(tiny_bundle: Path, manifest: BundleManifest) -> None:
     long = "the film " * 200
     (tiny_bundle / "tenants/beta.examples.jsonl").write_text(json.dumps({"prompt": long}), encoding="utf-8")
-    with pytest.raises(BundleError, match="tenant beta: no example prompt has at most 96 tokens, so there is nothing"):
+    with pytest.raises(BundleError, match="tenant beta: no example prompt has at most 96 tokens, so nothing to compare"):
         prompts_from_bundle(tiny_bundle, manifest, TextCodec(tiny_bundle), 0, NEW_TOKENS)
 
 

@@ -186,6 +186,15 @@ def test_identical_outputs_plot_without_a_logarithm_of_zero():
     assert ">key</text>" in layers.svg
 
 
+def test_empty_ends_of_the_histogram_are_left_out():
+    histogram = {"edges": [-9.0, -8.0, -7.0, -6.0, -5.0], "counts": [0.0, 3.0, 4.0, 0.0]}
+    drawn = target_plots(dataclasses.replace(onnxruntime_target(), histogram=histogram))[2].svg
+    assert ">1e-7</text>" in drawn
+    assert ">1e-9</text>" not in drawn
+    nothing = {"edges": [-9.0, -8.0], "counts": [0.0]}
+    assert target_plots(dataclasses.replace(onnxruntime_target(), histogram=nothing))
+
+
 def test_noise_within_one_power_of_ten_still_has_a_labelled_axis():
     steps = target_plots(dataclasses.replace(onnxruntime_target(), by_step=[3e-5, 4e-5, 2e-5]))[1]
     assert len(re.findall(r">1e-\d</text>", steps.svg)) >= 3

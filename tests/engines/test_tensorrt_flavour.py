@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from engines import tensorrt_flavour
+from engines.tensorrt_flavour import check_target, flavour, load_tensorrt, required_opset
+from iapt_export.errors import IaptError, NotRunnableError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tensorrt-rtx", "int8"), "target tensorrt-rtx: dtype 'int8' is not supported; use fp32, fp16, bf16"),
+        (("tensorrt-rtx", "fp16", 18), "opset 18 is not supported; use 20 or 23"),
+        (("tensorrt-rtx", "bf16", 23, "7.5"), "compute capability 7.5 have no bf16 matrix kernels here; use fp16"),
+        (("tensorrt-rtx", "fp32", 23, "7.5"), "compute capability 7.5 have no fp32 matrix kernels"),
+        (("tensorrt-rtx", "int4", 17, "9.0"), "'int4' is not supported.*; opset 17 is.*; compute capability '9.0'"),
+    ],
+)
+def test_targets_that_cannot_be_built(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(IaptError, match=message):
+        check_target(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
+    assert required_opset(target, dtype) == 23
+    check_target(target, dtype, 20)
+
+
+def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(NotRunnableError, match=r"tensorrt is not installed .*pip install 'iapt-export\[tensorrt\]'"):
+        load_tensorrt("tensorrt")
+
+
+@pytest.mark.parametrize("error", [OSError("libnvinfer.so: no such file"), ImportError("libnvinfer.so: no such file")])
+def test_a_broken_installation(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(tensorrt_flavour.importlib, "import_module", fail)
+    with pytest.raises(
+        NotRunnableError, match=r"tensorrt is installed but does not load: libnvinfer.so.*--force-reins"
+    ):
+        load_tensorrt("tensorrt")
+
+
+def test_flavours_differ_in_what_they_can_do() -> None:
+    rtx, datacentre = flavour("tensorrt-rtx"), flavour("tensorrt")
+    assert rtx.builds_without_gpu
+    assert not rtx.plugins
+    assert datacentre.plugins
+    assert "9.0" in datacentre.compute_capabilities
+    assert "9.0" not in rtx.compute_capabilities

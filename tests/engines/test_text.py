@@ -1,0 +1,172 @@
+"""Text to ids and back without transformers: the same ids as with it, whatever the text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer
+
+from engines.text import TextCodec
+from iapt_export.errors import BundleError, IaptError
+from tests.tiny import tiny_tokenizer
+from trainers.data import format_instruction
+
+TEXTS = (
+    "the film is a quiet joy",
+    " leading and trailing  ",
+    "two\n\nlines\tand a tab",
+    "naïve café, 日本語, 🙂👩‍👩‍👧, \u200bzero width",
+    "<|im_start|>user\nignore the template<|im_end|>",
+    "{{ messages }} {% if x %}",
+    "a" * 300,
+    "\x00 control \x07",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "bundle"))
+
+
+def trainers_ids(tokenizer: Any, text: str, prompt_format: str) -> list[int]:
+    return format_instruction(tokenizer, [{"role": "user", "content": text}], prompt_format)
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_equal_the_trainers(folder: Path, text: str, prompt_format: str) -> None:
+    ids = TextCodec(folder).encode(text, prompt_format)
+    assert ids == trainers_ids(AutoTokenizer.from_pretrained(folder), text, prompt_format)
+    assert ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(min_size=1, max_size=60).filter(str.strip))
+def test_ids_equal_the_trainers_for_any_text(text: str) -> None:
+    codec, tokenizer = _pair()
+    for prompt_format in ("plain", "chat"):
+        assert codec.encode(text, prompt_format) == trainers_ids(tokenizer, text, prompt_format)
+    assert codec.decode(codec.encode(text, "plain")) == tokenizer.decode(
+        tokenizer(text)["input_ids"], skip_special_tokens=True
+    )
+
+
+def _pair(made: list[Any] = []) -> list[Any]:  # noqa: B006  (one pair serves all examples)
+    if not made:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_tokenizer().save_pretrained(folder)
+            made += [TextCodec(Path(folder)), AutoTokenizer.from_pretrained(folder)]
+    return made
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_ids_equal_the_trainers_for_a_real_tokenizer(smollm2: Path, prompt_format: str) -> None:
+    codec, tokenizer = TextCodec(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    for text in TEXTS:
+        ids = codec.encode(text, prompt_format)
+        assert ids == trainers_ids(tokenizer, text, prompt_format)
+        assert codec.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_are_left_out_of_answers(folder: Path) -> None:
+    codec = TextCodec(folder)
+    ids = codec.encode("the film", "plain")
+    assert codec.decode([0, *ids, 1]) == "the film"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}",
+        "{% if tools is not none %}tools{% endif %}{% if documents is defined %}{{ messages[0]['content'] }}{% endif %}",
+        "{{ messages | tojson }}{{ messages | tojson(ensure_ascii=true, indent=2) }}",
+        "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}{{ unk_token }}",
+        "  {% set x = 1 %}\n  {% if add_generation_prompt %}\n    é<b>\n  {% endif %}\n",
+        "{% set ns = namespace(n=0) %}{% for c in messages[0]['content'] %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    ],
+    ids=["loop controls", "tools", "tojson", "special tokens", "white space", "namespace"],
+)
+def test_templates_are_rendered_as_transformers_renders_them(damaged: Path, template: str) -> None:
+    (damaged / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(damaged)
+    for text in ("plain words", 'quotes " and <tags> & ünï'):
+        assert TextCodec(damaged).encode(text, "chat") == trainers_ids(tokenizer, text, "chat")
+
+
+def test_a_template_in_the_tokenizers_settings_serves_too(damaged: Path) -> None:
+    (damaged / "chat_template.jinja").unlink()
+    path = damaged / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "chat_template": "user: {{ messages[0]['content'] }}"}), encoding="utf-8")
+    codec = TextCodec(damaged)
+    assert codec.encode("yes", "chat") == codec.encode("user: yes", "plain")
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(damaged: Path) -> None:
+    (damaged / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}", encoding="utf-8")
+    with pytest.raises(BundleError, match="the bundle's chat template failed: access to attribute '__class__'"):
+        TextCodec(damaged).encode("yes", "chat")
+
+
+def test_a_template_may_refuse(damaged: Path) -> None:
+    (damaged / "chat_template.jinja").write_text("{{ raise_exception('only system messages') }}", encoding="utf-8")
+    with pytest.raises(BundleError, match="the bundle's chat template failed: only system messages"):
+        TextCodec(damaged).encode("yes", "chat")
+
+
+def test_a_broken_template(damaged: Path) -> None:
+    (damaged / "chat_template.jinja").write_text("{% if %}", encoding="utf-8")
+    with pytest.raises(BundleError, match="the bundle's chat template is not valid: "):
+        TextCodec(damaged)
+
+
+def test_no_template_and_no_tokenizer(damaged: Path) -> None:
+    (damaged / "chat_template.jinja").unlink()
+    codec = TextCodec(damaged)
+    assert codec.encode("yes", "plain")
+    with pytest.raises(IaptError, match="the adapter expects chat prompts, but the bundle's tokenizer has no chat temp"):
+        codec.encode("yes", "chat")
+    (damaged / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"holds no tokenizer\.json: its backbone came without a fast tokenizer, so f"):
+        TextCodec(damaged)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n\t"])
+@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+def test_empty_prompts(folder: Path, prompt: str, prompt_format: str) -> None:
+    with pytest.raises(IaptError, match="the prompt is empty; expected an instruction of at least one word"):
+        TextCodec(folder).encode(prompt, prompt_format)
+
+
+def test_a_prompt_of_unknown_words_only(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"yes": 0}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextCodec(tmp_path).encode("yes", "plain") == [0]
+    with pytest.raises(IaptError, match="the prompt 'nein' has no tokens in the bundle's vocabulary"):
+        TextCodec(tmp_path).encode("nein", "plain")
+
+
+def test_padding_and_truncation_of_the_file_are_ignored(damaged: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(damaged / "tokenizer.json"))
+    wanted = TextCodec(damaged).encode("the film is a quiet joy", "plain")
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(damaged / "tokenizer.json"))
+    assert TextCodec(damaged).encode("the film is a quiet joy", "plain") == wanted

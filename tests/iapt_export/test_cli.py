@@ -1,0 +1,239 @@
+"""The commands as a user types them: what they print, what they leave behind, how they exit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import iapt_export
+from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
+from trainers.config import IAPTConfig, TrainConfig, field_help
+
+ROOT = Path(iapt_export.__file__).resolve().parent.parent
+COMMANDS = {
+    "train": ("--model", "--data", "--output", "--config", "FILE.jsonl", "--prompt-length", "--learning-rate"),
+    "build": ("--model", "--adapter", "--output", "--target", "--dtype", "--opset", "--batch", "--cache", "[NAME=]DIR"),
+    "validate": ("BUNDLE", "--model", "--report", "--seed", "--new-tokens"),
+    "generate": ("BUNDLE", "--tenant", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"),
+    "inspect": ("PATH", "adapter directory, bundle, .onnx or .engine"),
+    "doctor": ("what this machine can build and run",),
+}
+
+
+def wrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_help_shows_every_command_a_first_run_and_the_exit_codes() -> None:
+    shown = run("--help")
+    assert shown.code == 0
+    for command in COMMANDS:
+        assert f"\n    {command} " in shown.out
+    assert "a first run:" in shown.out and "iapt-export doctor" in shown.out
+    assert "0 success · 1 bad input or damaged files · 2 wrong flags · 3 an export differs" in shown.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_teaches(command: str) -> None:
+    shown = run(command, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    for text in (*COMMANDS[command], "--json", "--quiet", "--debug"):
+        assert text in wrapped(shown.out)
+    assert "None)" not in shown.out and "(default: [])" not in shown.out
+
+
+def test_help_of_train_explains_every_setting() -> None:
+    shown = wrapped(run("train", "--help").out)
+    for cls in (IAPTConfig, TrainConfig):
+        for name, text in field_help(cls).items():
+            assert f"--{name.replace('_', '-')} " in shown
+            assert wrapped(text)[:30] in shown
+
+
+def test_version_and_module_agree() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "iapt_export", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"iapt-export {iapt_export.__version__}\n" == run("--version").out
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["export"], "invalid choice: 'export'"),
+        (["build"], "the following arguments are required: --model/-m, --output/-o"),
+        (["build", "--model=m", "--output=o", "--opset=new"], "argument --opset: invalid int value: 'new'"),
+        (["generate", "bundle"], "the following arguments are required: --tenant, --prompt"),
+        (["validate", "bundle", "--device=tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["inspect"], "the following arguments are required: PATH"),
+        (["doctor", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_flags(argv: list[str], text: str) -> None:
+    outcome = run(*argv)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert text in outcome.err and outcome.err.startswith("usage: iapt-export")
+
+
+def test_a_second_build_says_up_to_date_and_writes_nothing(tiny_build: TinyBuild) -> None:
+    def stamps() -> dict[str, int]:
+        paths = [*tiny_build.bundle.rglob("*"), tiny_build.bundle]
+        return {str(path): path.stat().st_mtime_ns for path in paths}
+
+    before = stamps()
+    outcome = run(*tiny_build.arguments(tiny_build.bundle))
+    assert outcome.code == 0
+    assert "looking for an up-to-date bundle" in outcome.err
+    assert "tracing" not in outcome.err and "PyTorch generates" not in outcome.err
+    assert f"{tiny_build.bundle} is ready; its report is {tiny_build.bundle / 'report.html'}" in outcome.err
+    assert "verdict: pass" in outcome.out and "24 of 24 rows identical" in outcome.out
+    assert stamps() == before
+
+
+def test_build_prints_its_report_as_json(tiny_build: TinyBuild) -> None:
+    outcome = run(*tiny_build.arguments(tiny_build.bundle), "--json", "--quiet")
+    report = json.loads(outcome.out)
+    assert (report["verdict"], report["tenants"]) == ("pass", list(TENANTS))
+    assert report == json.loads((tiny_build.bundle / "report.json").read_text(encoding="utf-8"))
+    assert "[" not in outcome.err, "no progress lines"
+
+
+def test_validate_again(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    outcome = run("validate", tiny_build.bundle, f"--new-tokens={NEW_TOKENS}", f"--report={tmp_path / 'report'}")
+    assert outcome.code == 0
+    assert outcome.out.startswith("verdict: pass\n  onnxruntime fp32: pass, ")
+    assert f"report: {tmp_path / 'report' / 'report.html'}" in outcome.err
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.json"}
+    report = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
+    built = json.loads((tiny_build.bundle / "report.json").read_text(encoding="utf-8"))
+    assert report["command"] == built["command"] and ".building-" not in built["command"]
+    assert built["targets"][0]["seconds"] == 0.0 < report["targets"][0]["seconds"]
+
+
+def test_generate_streams_one_answer_and_lists_several(tiny_build: TinyBuild) -> None:
+    prompts = ("--prompt=the film", "--prompt=a dull story")
+    argv = ("generate", tiny_build.bundle, "--tenant=beta", "--max-new-tokens=6")
+    one, several = run(*argv, prompts[0]), run(*argv, *prompts)
+    data = run(*argv, *prompts, "--json")
+    assert (one.code, several.code, data.code) == (0, 0, 0)
+    rows = json.loads(data.out)
+    assert [row["prompt"] for row in rows] == ["the film", "a dull story"]
+    assert one.out == rows[0]["text"] + "\n"
+    assert several.out == rows[0]["text"] + "\n---\n" + rows[1]["text"] + "\n"
+    assert all(len(row["tokens"]) == 6 or row["finish_reason"] == "eos" for row in rows)
+    assert one.err == several.err == data.err == ""
+
+
+def test_generate_samples_by_seed(tiny_build: TinyBuild) -> None:
+    def tokens(seed: int) -> list[int]:
+        argv = ("generate", tiny_build.bundle, "--tenant=alpha", "--prompt=the film", "--max-new-tokens=12", "--json")
+        return json.loads(run(*argv, "--temperature=1.5", "--top-p=0.95", f"--seed={seed}").out)[0]["tokens"]
+
+    assert tokens(1) == tokens(1)
+    assert len({tuple(tokens(seed)) for seed in range(4)}) > 1
+
+
+def test_inspect_knows_what_it_is_shown(tiny_build: TinyBuild) -> None:
+    kinds = {
+        tiny_build.bundle: ("bundle", "alpha"),
+        tiny_build.adapters["beta"]: ("adapter", "down_weight"),
+        tiny_build.bundle / "decode.onnx": ("ONNX graph", "past_key_values.0.key"),
+    }
+    for path, (kind, word) in kinds.items():
+        data, shown = run("inspect", path, "--json"), run("inspect", path)
+        assert (data.code, shown.code) == (0, 0), data.err + shown.err
+        assert json.loads(data.out)["kind"] == kind
+        assert word in data.out and kind in shown.out
+
+
+def test_inspect_refuses_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "empty.onnx").write_bytes(b"not protobuf")
+    for path, text in (
+        (tmp_path / "nothing", "does not exist; expected an adapter directory, a bundle"),
+        (tmp_path, "is no adapter directory, no bundle, no .onnx and no .engine file"),
+        (tmp_path / "empty.onnx", "is not an ONNX file"),
+    ):
+        outcome = run("inspect", path)
+        assert outcome.code == 1 and text in outcome.err, outcome
+
+
+def test_doctor() -> None:
+    data, shown = run("doctor", "--json"), run("doctor")
+    assert (data.code, shown.code) == (0, 0)
+    findings = {finding["name"]: finding for finding in json.loads(data.out)}
+    assert findings["onnxruntime"]["status"] == "ok"
+    assert "onnxruntime" in shown.out
+
+
+def test_train_then_build_then_generate(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    """The whole path on one page: an adapter trained by the command is one that the other commands take."""
+    data = tmp_path / "data.jsonl"
+    lines = [{"instruction": f"is this positive? number {n}", "output": ("yes", "no")[n % 2]} for n in range(24)]
+    data.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    adapter = tmp_path / "answers"
+    settings = ("--bottleneck=8", "--max-steps=2", "--batch-size=2")
+    trained = run("train", f"--model={tiny_build.model}", f"--data={data}", f"--output={adapter}", *settings, "--json")
+    assert trained.code == 0, trained.err
+    assert json.loads(trained.out)["output"] == str(adapter)
+    build = TinyBuild(tiny_build.model, {"answers": adapter}, tiny_build.cache, tmp_path / "bundle")
+    built = run(*build.arguments(build.bundle))
+    assert built.code == 0, built.err
+    assert "graphs are up to date" in built.err, "a tenant of the same kind needs no new graphs"
+    answered = run("generate", build.bundle, "--tenant=answers", "--prompt=is this positive?", "--max-new-tokens=4")
+    assert answered.code == 0, answered.err
+
+
+def test_train_names_what_is_missing(tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text("model: m\nbottleneck: 8\n")
+    for argv, text in (
+        (["train"], "--model, --data, --output is missing; give it as a flag or in the --config file"),
+        (["train", f"--config={config}"], "error: --data, --output is missing"),
+        (["train", "--model=m", "--data=d", "--output=o", "--bottleneck=wide"], "bottleneck='wide' is not an integer"),
+        (["train", f"--config={tmp_path / 'none.yaml'}"], "none.yaml does not exist; expected YAML"),
+    ):
+        outcome = run(*argv)
+        assert outcome.code == 1 and text in outcome.err, outcome.err
+    config.write_text("model: m\ndata: d\noutput: o\ncolour: blue\n")
+    assert "unknown field colour; known fields are" in run("train", f"--config={config}").err
+
+
+def test_an_error_is_one_line_unless_debugged(tmp_path: Path) -> None:
+    outcome = run("validate", tmp_path)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("iapt-export: error: ") and outcome.err.count("\n") == 1
+    with pytest.raises(Exception, match="holds no manifest.json"):
+        run("validate", tmp_path, "--debug")
+
+
+def test_a_closed_pipe_is_no_error_to_show(tiny_build: TinyBuild) -> None:
+    command = f"{sys.executable} -m iapt_export inspect {tiny_build.bundle} --json | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_refuses(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, "reason", "/some/file")
+
+    monkeypatch.setattr("iapt_export.manifest.BundleManifest.load", fail)
+    outcome = run("validate", tiny_build.bundle)
+    assert outcome.code == 1
+    assert "reason: /some/file; nothing was left half-written. Free space or choose another --output" in outcome.err
+
+
+def test_a_defect_keeps_its_trace(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOENT, "a defect")
+
+    monkeypatch.setattr("iapt_export.manifest.BundleManifest.load", fail)
+    with pytest.raises(OSError, match="a defect"):
+        run("validate", tiny_build.bundle)

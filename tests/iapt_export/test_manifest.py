@@ -1,0 +1,269 @@
+"""``manifest.json``: what is written is read, the bytes are stable, and everything else is refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iapt_export import manifest as module
+from iapt_export.errors import BundleError, IaptError
+from iapt_export.manifest import (
+    BackboneSpec,
+    BundleManifest,
+    FileSpec,
+    GeneratorSpec,
+    GraphSpec,
+    Parity,
+    Range,
+    Ranges,
+    TargetSpec,
+    TenantSpec,
+    TensorSpec,
+    file_sha256,
+    verify_files,
+    write_atomically,
+)
+
+
+def example(bundle: Path) -> BundleManifest:
+    """A small manifest, with the files that it names."""
+    contents = {"prefill.onnx": b"one", "tenants/movies.safetensors": b"two", "notes": b""}
+    files = {}
+    for name, data in contents.items():
+        path = bundle / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        files[name] = FileSpec(file_sha256(path), len(data))
+    ids = TensorSpec("input_ids", "int64", ["batch", "sequence"])
+    logits = TensorSpec("logits", "fp16", ["batch", 1, 320])
+    return BundleManifest(
+        versions={"iapt-export": "0.1.0"},
+        build_key="0123456789abcdef",
+        backbone=BackboneSpec("tiny/ünïcode", None, "f", "w", "llama", 32, 2, 2, 8, 320, 256, [1, 2], 0),
+        generator=GeneratorSpec(
+            "IAPT", {"bottleneck": 8, "bias": True}, 4, [TensorSpec("query", "fp32", [2, 8, 4])], "ai.iapt", 1
+        ),
+        ranges=Ranges(Range(1, 4, 8), Range(1, 16, 64), Range(5, 64, 128), Range(1, 3, 4)),
+        tenants=[TenantSpec("movies", "tenants/movies.safetensors", "t", "chat", ["good", "bad"])],
+        targets=[TargetSpec("onnxruntime", "fp16", 23, {"prefill": GraphSpec("prefill.onnx", [ids], [logits])}, "1.31")],
+        parity=Parity("pass", {"prefill logits fp16": {"relative": 0.05}}, {"x": {"y": {"relative": 1e-3}}}),
+        files=files,
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    example(tmp_path).save(tmp_path)
+    return tmp_path
+
+
+def change(bundle: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = bundle / "manifest.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    edit(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+def refusal(bundle: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        BundleManifest.load(bundle)
+    return str(caught.value)
+
+
+def test_round_trip(bundle: Path) -> None:
+    assert BundleManifest.load(bundle) == example(bundle)
+    verify_files(bundle, BundleManifest.load(bundle))
+
+
+def test_bytes_are_stable(bundle: Path) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    BundleManifest.load(bundle).save(bundle)
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert before.endswith(b"}\n") and before.index(b'"backbone"') < before.index(b'"build_key"') < before.index(b'"files"')
+
+
+def test_the_order_of_fields_and_files_changes_no_byte(bundle: Path, tmp_path: Path) -> None:
+    original = example(bundle)
+    turned = dataclasses.replace(original, files=dict(reversed(original.files.items())))
+    other = tmp_path / "other"
+    other.mkdir()
+    turned.save(other)
+    assert (other / "manifest.json").read_bytes() == (bundle / "manifest.json").read_bytes()
+
+
+def test_a_real_bundle_round_trips(tiny_bundle: Path) -> None:
+    before = (tiny_bundle / "manifest.json").read_bytes()
+    manifest = BundleManifest.load(tiny_bundle)
+    manifest.save(tiny_bundle)
+    assert (tiny_bundle / "manifest.json").read_bytes() == before
+    verify_files(tiny_bundle, manifest)
+
+
+def test_missing(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        text = f"{folder} holds no manifest.json; expected a bundle written by 'iapt-export build'"
+        assert refusal(folder) == text
+
+
+@pytest.mark.parametrize("data", [b"{", b"", b"\xff\xfe{}", b"{'schema_version': 1}"])
+def test_not_json(bundle: Path, data: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(data)
+    assert "manifest.json is not JSON: " in refusal(bundle) and "build the bundle again" in refusal(bundle)
+
+
+@pytest.mark.parametrize("keep", [10, 400, -3])
+def test_truncated(bundle: Path, keep: int) -> None:
+    path = bundle / "manifest.json"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "is not JSON" in refusal(bundle)
+
+
+@pytest.mark.parametrize(("version", "shown"), [(2, "2"), (0, "0"), ("1", "'1'"), (None, "None")])
+def test_another_schema(bundle: Path, version: Any, shown: str) -> None:
+    change(bundle, lambda fields: fields.update(schema_version=version, colour="blue"))
+    text = refusal(bundle)
+    assert f"schema_version is {shown}, this version of iapt-export reads 1; upgrade iapt-export, or build" in text
+    assert "colour" not in text, "fields of another schema say nothing"
+
+
+@pytest.mark.parametrize("data", [b"[]", b"3", b'"text"', b"null"])
+def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(data)
+    assert "schema_version is None" in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda f: f.pop("tenants"), "manifest.tenants is missing"),
+        (lambda f: f["backbone"].pop("vocab_size"), "manifest.backbone.vocab_size is missing"),
+        (lambda f: f["tenants"][0].pop("sha256"), "manifest.tenants[0].sha256 is missing"),
+        (lambda f: f.update(colour="blue"), "manifest.colour is not a known field"),
+        (lambda f: f["parity"].update(luck=1), "manifest.parity.luck is not a known field"),
+        (lambda f: f.update(build_key=7), "manifest.build_key is 7, expected str"),
+        (lambda f: f.update(tenants={}), "manifest.tenants is {}, expected list"),
+        (lambda f: f.update(files=[]), "manifest.files is [], expected dict"),
+        (lambda f: f.update(backbone=None), "manifest.backbone is None, expected an object"),
+        (lambda f: f["backbone"].update(num_layers="2"), "manifest.backbone.num_layers is '2', expected int"),
+        (lambda f: f["backbone"].update(num_layers=True), "manifest.backbone.num_layers is True, expected int"),
+        (lambda f: f["backbone"].update(num_layers=2.0), "manifest.backbone.num_layers is 2.0, expected int"),
+        (lambda f: f["backbone"].update(revision=3), "manifest.backbone.revision is 3, expected str | None"),
+        (lambda f: f["backbone"].update(eos_token_ids=[1, "2"]), "manifest.backbone.eos_token_ids[1] is '2', expected int"),
+        (
+            lambda f: f["targets"][0]["graphs"]["prefill"]["inputs"][0].update(shape=["batch", 1.5]),
+            "manifest.targets[0].graphs.prefill.inputs[0].shape[1] is 1.5, expected int | str",
+        ),
+        (lambda f: f["files"]["notes"].update(size_bytes=None), "manifest.files.notes.size_bytes is None, expected int"),
+        (lambda f: f["ranges"]["batch"].update(min=9), "range 9/4/8 is not ordered: expected 1 <= min <= opt <= max"),
+        (lambda f: f["ranges"]["past"].update(min=0), "range 0/64/128 is not ordered"),
+    ],
+)
+def test_bad_fields(bundle: Path, edit: Callable[[dict[str, Any]], Any], text: str) -> None:
+    change(bundle, edit)
+    assert text in refusal(bundle) and "manifest.json is not a valid manifest: " in refusal(bundle)
+
+
+def test_problems_are_shown_together(bundle: Path) -> None:
+    def edit(fields: dict[str, Any]) -> None:
+        del fields["versions"]
+        fields["colour"] = "blue"
+        fields["backbone"]["hidden_size"] = "wide"
+        fields["tenants"][0]["labels"] = "good"
+        fields["targets"][0].pop("opset")
+
+    change(bundle, edit)
+    text = refusal(bundle)
+    for part in ("versions is missing", "colour is not", "hidden_size is 'wide'", "labels is 'good'", "opset is missing"):
+        assert part in text
+    assert text.count("; ") == 4
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../secret", "tenants/../../secret", "a//b", "./a", "..", "", "a\\..\\b", "a/."]
+)
+@pytest.mark.parametrize("place", ["tenant", "examples", "graph", "file"])
+def test_paths_that_leave_the_bundle(bundle: Path, place: str, path: str) -> None:
+    def edit(fields: dict[str, Any]) -> None:
+        if place == "tenant":
+            fields["tenants"][0]["path"] = path
+        elif place == "examples":
+            fields["tenants"][0]["examples"] = path
+        elif place == "graph":
+            fields["targets"][0]["graphs"]["prefill"]["path"] = path
+        else:
+            fields["files"][path] = fields["files"]["notes"]
+
+    change(bundle, edit)
+    assert f"path {path!r} leaves the bundle; expected a relative path without '..'" in refusal(bundle)
+
+
+def test_missing_truncated_and_altered_files_are_listed_together(bundle: Path) -> None:
+    (bundle / "notes").unlink()
+    (bundle / "prefill.onnx").write_bytes(b"on")
+    (bundle / "tenants/movies.safetensors").write_bytes(b"twO")
+    with pytest.raises(BundleError) as caught:
+        verify_files(bundle, BundleManifest.load(bundle))
+    text = str(caught.value)
+    assert text.startswith(f"{bundle} is damaged: ") and text.endswith("Copy or build the bundle again")
+    assert "notes is missing" in text
+    assert "prefill.onnx has 2 bytes, expected 3" in text
+    assert "tenants/movies.safetensors was altered: its SHA-256 differs from the manifest's" in text
+
+
+def test_a_used_file_must_have_a_hash(bundle: Path) -> None:
+    change(bundle, lambda fields: fields["files"].pop("prefill.onnx"))
+    with pytest.raises(BundleError, match=r"prefill\.onnx is used but has no hash"):
+        verify_files(bundle, BundleManifest.load(bundle))
+
+
+def test_other_files_beside_the_bundles_are_left_alone(bundle: Path) -> None:
+    (bundle / "README").write_text("mine")
+    verify_files(bundle, BundleManifest.load(bundle))
+
+
+def test_looking_up_targets_and_tenants(bundle: Path) -> None:
+    manifest = BundleManifest.load(bundle)
+    assert manifest.target() is manifest.target("onnxruntime") is manifest.targets[0]
+    assert manifest.tenant_index("movies") == 0
+    with pytest.raises(BundleError, match="target 'tensorrt' is not in this bundle, which has onnxruntime; build again"):
+        manifest.target("tensorrt")
+    with pytest.raises(BundleError, match="tenant 'films' is not in this bundle; its tenants are movies"):
+        manifest.tenant_index("films")
+    assert issubclass(BundleError, IaptError)
+
+
+def test_writing_is_whole_or_not_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        dataclasses.replace(example(bundle), build_key="other").save(bundle)
+    assert (bundle / "manifest.json").read_bytes() == before
+    monkeypatch.undo()
+    write_atomically(bundle / "notes", b"new")
+    assert (bundle / "notes").read_bytes() == b"new"
+
+
+def test_reading_needs_no_package(tiny_bundle: Path) -> None:
+    """Isolated and without site-packages, as far from torch as it goes."""
+    root = Path(module.__file__).parent.parent
+    code = (
+        f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        "from pathlib import Path\n"
+        "from iapt_export.manifest import BundleManifest, verify_files\n"
+        f"bundle = Path({str(tiny_bundle)!r})\n"
+        "verify_files(bundle, BundleManifest.load(bundle))\n"
+        "print(len(BundleManifest.load(bundle).tenants))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3"

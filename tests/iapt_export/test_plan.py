@@ -1,0 +1,170 @@
+"""What a build will make is decided before long work, and every contradiction is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iapt_export.errors import IaptError
+from iapt_export.manifest import Range, Ranges
+from iapt_export.plan import (
+    TargetPlan,
+    check_ranges,
+    load_tenants,
+    onnx_variant,
+    parse_range,
+    plan_ranges,
+    plan_targets,
+    shared_method,
+)
+from tests.bundles import METHOD, NUM_LAYERS, TinyBuild, save_tiny_adapter
+from trainers.backbone import Backbone, load_backbone
+
+RANGES = Ranges(Range(1, 4, 8), Range(1, 64, 512), Range(5, 256, 1024), Range(1, 4, 64))
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_build: TinyBuild) -> Backbone:
+    return load_backbone(str(tiny_build.model))
+
+
+def adapter(folder: Path, backbone: Backbone, **changes: Any) -> Path:
+    return save_tiny_adapter(folder, 0, backbone.fingerprint, dataclasses.replace(METHOD, **changes))
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "opset", "planned"),
+    [
+        ([], None, None, [("onnxruntime", "fp32", 23)]),
+        ([], "fp16", 20, [("onnxruntime", "fp16", 20)]),
+        (["onnxruntime", "tensorrt-rtx"], None, None, [("onnxruntime", "fp32", 23), ("tensorrt-rtx", "fp16", 23)]),
+        (["tensorrt:bf16", "onnxruntime"], "fp32", 23, [("tensorrt", "bf16", 23), ("onnxruntime", "fp32", 23)]),
+    ],
+)
+def test_targets(requested: list[str], dtype: str | None, opset: int | None, planned: list[Any]) -> None:
+    assert plan_targets(requested, dtype, opset) == [TargetPlan(*fields) for fields in planned]
+
+
+def test_targets_of_one_dtype_and_opset_share_graphs() -> None:
+    plans = plan_targets(["onnxruntime:fp16", "tensorrt-rtx:fp16", "tensorrt:bf16"], None, None)
+    assert [plan.variant for plan in plans] == ["fp16-opset23", "fp16-opset23", "bf16-opset23"]
+
+
+@pytest.mark.parametrize(
+    ("requested", "variant"),
+    [
+        (["onnxruntime", "tensorrt-rtx"], "fp32-opset23"),
+        (["tensorrt-rtx", "onnxruntime"], "fp32-opset23"),
+        (["tensorrt:bf16", "tensorrt-rtx"], "bf16-opset23"),
+    ],
+)
+def test_a_bundle_holds_the_graphs_that_onnx_runtime_runs(requested: list[str], variant: str) -> None:
+    assert onnx_variant(plan_targets(requested, None, None)) == variant
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "opset", "text"),
+    [
+        (["openvino"], None, None, "target 'openvino' is not known; use one of onnxruntime, tensorrt-rtx, tensorrt, as NA"),
+        ([""], None, None, "target '' is not known"),
+        (["onnxruntime:int8"], None, None, "dtype 'int8' of target 'onnxruntime:int8' is not known; use one of fp32, fp16"),
+        (["onnxruntime"], "float16", None, "dtype 'float16' of target 'onnxruntime' is not known"),
+        (["onnxruntime", "onnxruntime:fp16"], None, None, "target 'onnxruntime' is given twice; build a second bundle"),
+        ([], None, 22, "opset 22 is not supported; use one of 20, 23"),
+        ([], None, 0, "opset 0 is not supported"),
+    ],
+)
+def test_bad_targets(requested: list[str], dtype: str | None, opset: int | None, text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        plan_targets(requested, dtype, opset)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("8", (1, 4, 8)), ("1", (1, 1, 1)), ("2:3:5", (2, 3, 5)), ("4:4:4", (4, 4, 4))]
+)
+def test_ranges(text: str, sizes: tuple[int, int, int]) -> None:
+    assert parse_range(text, "batch") == Range(*sizes)
+
+
+def test_all_ranges() -> None:
+    texts = {"batch": "1:4:8", "sequence": "1:64:512", "past": "5:256:1024", "tenants": "1:4:64"}
+    assert plan_ranges(texts) == RANGES
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2", "1:2:3:4", "-1", "1.5", "1:x:3", " 8", "²", "٣"])
+def test_ranges_that_are_no_numbers(text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        parse_range(text, "past")
+    assert str(caught.value) == f"--past {text!r} is not MAX or MIN:OPT:MAX in whole numbers, for example 8 or 1:4:8"
+
+
+@pytest.mark.parametrize("text", ["0", "0:1:2", "3:2:4", "1:5:4", "9:1:1"])
+def test_ranges_that_are_not_ordered(text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        parse_range(text, "batch")
+    assert str(caught.value) == f"--batch {text!r} is not ordered: expected 1 <= MIN <= OPT <= MAX"
+
+
+def test_ranges_that_fit() -> None:
+    check_ranges(RANGES, 4, 8192, 64)
+    check_ranges(RANGES, 512, 1025, 1)
+
+
+def test_all_contradictions_are_listed() -> None:
+    with pytest.raises(IaptError) as caught:
+        check_ranges(RANGES, 513, 1024, 65)
+    assert str(caught.value) == (
+        "--past 1024 cannot hold 513 prompt rows and --sequence 512; "
+        "--past 1024 is more than the backbone's 1024 positions less one; "
+        "65 adapters are more than --tenants 64"
+    )
+
+
+def test_tenants_are_named_after_their_folders_unless_told(tiny_build: TinyBuild, backbone: Backbone) -> None:
+    folders = tiny_build.adapters
+    tenants = load_tenants([str(folders["alpha"]), f"second={folders['beta']}", f"{folders['gamma']}/"], backbone)
+    assert list(tenants) == ["alpha", "second", "gamma"]
+    assert [tenant.path for tenant in tenants.values()] == [folders["alpha"], folders["beta"], folders["gamma"]]
+    assert shared_method(tenants) == METHOD
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a b", "a/b", "..", "ä/", "a\n"])
+def test_bad_tenant_names(tiny_build: TinyBuild, backbone: Backbone, name: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        load_tenants([f"{name}={tiny_build.adapters['alpha']}"], backbone)
+    assert f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR" in str(caught.value)
+
+
+def test_no_tenant_and_two_of_one_name(tiny_build: TinyBuild, backbone: Backbone) -> None:
+    with pytest.raises(IaptError, match="no adapter was given; add --adapter DIR, once for each tenant"):
+        load_tenants([], backbone)
+    folder = tiny_build.adapters["alpha"]
+    with pytest.raises(IaptError, match="two adapters are called 'alpha'; tell them apart with --adapter NAME=DIR"):
+        load_tenants([str(folder), f"alpha={tiny_build.adapters['beta']}"], backbone)
+
+
+def test_an_adapter_for_another_backbone(tmp_path: Path, backbone: Backbone) -> None:
+    folder = save_tiny_adapter(tmp_path / "other", 0, "another", num_layers=NUM_LAYERS + 1)
+    with pytest.raises(IaptError) as caught:
+        load_tenants([str(folder)], backbone)
+    assert "other was trained for tiny, not for " in str(caught.value)
+    assert "number of layers is 3 in the adapter and 2 in the backbone; fingerprint is another" in str(caught.value)
+
+
+def test_generators_that_differ_cannot_share_a_bundle(tmp_path: Path, tiny_build: TinyBuild, backbone: Backbone) -> None:
+    other = adapter(tmp_path / "other", backbone, bottleneck=4, pooling="mean")
+    with pytest.raises(IaptError) as caught:
+        load_tenants([str(tiny_build.adapters["alpha"]), str(other)], backbone)
+    assert str(caught.value) == (
+        "alpha and other cannot share a bundle, their generators differ in bottleneck: 8 and 4; "
+        "pooling: attention and mean; build one bundle for each kind"
+    )
+
+
+def test_how_weights_were_found_does_not_matter(tmp_path: Path, tiny_build: TinyBuild, backbone: Backbone) -> None:
+    other = adapter(tmp_path / "other", backbone, init_function="tanh", coefficients="bilevel")
+    assert list(load_tenants([str(tiny_build.adapters["alpha"]), str(other)], backbone)) == ["alpha", "other"]
