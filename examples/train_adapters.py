@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from prepare_data import prepare  # noqa: E402
 
+from trainers.adapter import EXAMPLES_FILE  # noqa: E402
 from trainers.config import TrainConfig  # noqa: E402
 from trainers.errors import IaptError  # noqa: E402
 from trainers.train import evaluate_adapter, train  # noqa: E402
@@ -46,8 +48,9 @@ TASKS = {
     ),
     "sarcasm": replace(
         COMMON,
-        learning_rate=1.5e-3,
-        max_steps=250,
+        learning_rate=6e-4,
+        batch_size=16,
+        max_steps=200,
         data_note="News headlines with a sarcasm mark from PyPI's evals 3.0.1.post1 (registry/data/sarcasm), distinct "
         "headlines split at random. The package is MIT, the headlines are third-party text and not part of this "
         "repository. " + BACKBONE_NOTE,
@@ -77,6 +80,7 @@ def run(task: str, model: str, output: Path) -> None:
         config=config,
         command=f"python examples/train_adapters.py {task}",
     )
+    shutil.copyfile(ROOT / "examples" / "prompts" / f"{task}.jsonl", output / task / EXAMPLES_FILE)
 
 
 def check(task: str, model: str, output: Path) -> bool:

@@ -296,11 +296,12 @@ class _Job:
         from engines.tensorrt_flavour import runtime_version
         from iapt_export import bundle as layout
         from iapt_export.manifest import TargetSpec, file_sha256
+        from iapt_export.save import WEIGHTS_FILE
         from iapt_export.stages import run_stage
 
         options = BuildOptions(target.name, self.args.compute_capability)
         version = runtime_version(target.name)
-        weights = file_sha256(graphs / layout.GRAPH_WEIGHTS_FILE)
+        weights = file_sha256(graphs / WEIGHTS_FILE)
         sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.ENGINE_GRAPHS}
         for name, source in sources.items():
             inputs = {

@@ -62,7 +62,7 @@ def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> 
 
 
 def onnx_variant(targets: list[TargetPlan]) -> str:
-    """The variant whose ONNX graphs the bundle holds: ONNX Runtime's, which runs them, wherever it stands in the list."""
+    """The variant whose ONNX graphs the bundle holds: ONNX Runtime's, which runs them, wherever it stands."""
     return next((target.variant for target in targets if target.name == "onnxruntime"), targets[0].variant)
 
 

@@ -116,8 +116,8 @@ def publish(built: Path, output: Path) -> None:
 def place(source: Path, folder: Path) -> None:
     """Copy a file into a folder.
 
-    A hard link would save the disk a copy, but onnx refuses external data with more than one, and a bundle whose file is
-    changed in place would change the stage behind it.
+    A hard link would save the disk a copy, but onnx refuses external data with more than one, and a bundle whose
+    file is changed in place would change the stage behind it.
     """
     shutil.copyfile(source, folder / source.name)
 

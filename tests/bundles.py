@@ -146,8 +146,5 @@ def change_manifest(bundle: Path, **fields: Any) -> None:
 def rehash(bundle: Path) -> None:
     """Make the manifest agree with the files as they are now, so that only a comparison can tell."""
     manifest = with_files(BundleManifest.load(bundle), bundle)
-    tenants = [
-        dataclasses.replace(tenant, sha256=manifest.files[tenant.path].sha256)
-        for tenant in manifest.tenants
-    ]
+    tenants = [dataclasses.replace(tenant, sha256=manifest.files[tenant.path].sha256) for tenant in manifest.tenants]
     dataclasses.replace(manifest, tenants=tenants).save(bundle)

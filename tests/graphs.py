@@ -37,7 +37,9 @@ def stacked(generators: list[IAPTGenerator]) -> tuple[Tensor, ...]:
     """The tenants' weights ``[N, ...]`` in the order in which graphs take them."""
     first = generators[0]
     names = parameter_shapes(first.config, first.hidden_size, first.num_layers)
-    return tuple(torch.stack([dict(module.named_parameters())[name].detach() for module in generators]) for name in names)
+    return tuple(
+        torch.stack([dict(module.named_parameters())[name].detach() for module in generators]) for name in names
+    )
 
 
 def stacked_feeds(generators: list[IAPTGenerator]) -> Arrays:
@@ -54,9 +56,7 @@ def trained_prefill(
     logits, caches = [], []
     for row, tenant in enumerate(tenants):
         generator = generators[tenant]
-        made, cache = prefill(
-            model, generator, generator.config.prompt_length, ids[row : row + 1], mask[row : row + 1]
-        )
+        made, cache = prefill(model, generator, generator.config.prompt_length, ids[row : row + 1], mask[row : row + 1])
         logits.append(made)
         caches.append(flat(cache))
     return torch.cat(logits), [torch.cat(parts) for parts in zip(*caches, strict=True)]

@@ -15,7 +15,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from trainers.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, load_adapter
+from trainers.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig, load_adapter
 from trainers.backbone import Backbone, load_backbone
 from trainers.card import CARD_FILE, CURVE_FILE, REPORT_FILE, Run, write_card
 from trainers.config import IAPTConfig, TrainConfig
@@ -35,7 +35,7 @@ from trainers.iapt import IAPTGenerator
 from trainers.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
 from trainers.start import start_at_sink
 
-OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVE_FILE, REPORT_FILE}
+OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVE_FILE, REPORT_FILE, EXAMPLES_FILE}
 """All that an adapter directory holds; a folder with anything else in it is never replaced."""
 
 
@@ -318,6 +318,9 @@ def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command
         command=command,
     )
     write_card(staged, run)
+    examples = result.output / EXAMPLES_FILE
+    if examples.is_file():  # the user's own prompts outlive a new training
+        shutil.copyfile(examples, staged / EXAMPLES_FILE)
     if result.output.exists():
         result.output.rename(setup.work / "replaced")
     staged.rename(result.output)

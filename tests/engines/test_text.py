@@ -140,10 +140,14 @@ def test_no_template_and_no_tokenizer(damaged: Path) -> None:
     (damaged / "chat_template.jinja").unlink()
     codec = TextCodec(damaged)
     assert codec.encode("yes", "plain")
-    with pytest.raises(IaptError, match="the adapter expects chat prompts, but the bundle's tokenizer has no chat temp"):
+    with pytest.raises(
+        IaptError, match="the adapter expects chat prompts, but the bundle's tokenizer has no chat temp"
+    ):
         codec.encode("yes", "chat")
     (damaged / "tokenizer.json").unlink()
-    with pytest.raises(BundleError, match=r"holds no tokenizer\.json: its backbone came without a fast tokenizer, so f"):
+    with pytest.raises(
+        BundleError, match=r"holds no tokenizer\.json: its backbone came without a fast tokenizer, so f"
+    ):
         TextCodec(damaged)
 
 

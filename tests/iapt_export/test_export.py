@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -181,8 +182,10 @@ def test_weights_are_stored_once(graphs: Path, model: Any) -> None:
     matrices = {name for name, place in in_decode.items() if place[1] > 1024}
     assert len(matrices) == 7 * NUM_LAYERS + 1  # four of attention and three of the MLP a layer; the tied embedding
     assert {name: in_prefill[name] for name in matrices} == {name: in_decode[name] for name in matrices}
-    places = sorted(set(in_prefill.values()) | set(in_decode.values()) | set(external(graphs / "generator.onnx").values()))
-    for (offset, length), (following, _) in zip(places, places[1:], strict=False):
+    places = sorted(
+        set(in_prefill.values()) | set(in_decode.values()) | set(external(graphs / "generator.onnx").values())
+    )
+    for (offset, length), (following, _) in itertools.pairwise(places):
         assert offset + length <= following
     assert all(offset % 4096 == 0 for offset, _ in places)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -253,7 +256,9 @@ def test_operators_of_each_opset(tiny_build: TinyBuild, opset20: Path) -> None:
             assert versions == {"": opset} | ({} if file == "decode.onnx" else {"ai.iapt": 1})
 
 
-@pytest.mark.parametrize(("file", "nodes"), [("prefill.onnx", NUM_LAYERS), ("generator.onnx", NUM_LAYERS), ("decode.onnx", 0)])
+@pytest.mark.parametrize(
+    ("file", "nodes"), [("prefill.onnx", NUM_LAYERS), ("generator.onnx", NUM_LAYERS), ("decode.onnx", 0)]
+)
 def test_rational_nodes_and_their_body(graphs: Path, file: str, nodes: int) -> None:
     model = proto(graphs / file)
     found = [node for node in model.graph.node if node.op_type == "Rational"]
@@ -269,7 +274,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_equal_inputs_give_equal_bytes_in_another_process(tiny_build: TinyBuild, tmp_path: Path) -> None:
-    """A fresh cache, another output folder's parent, another hash seed: every file is the same, the manifest included."""
+    """A fresh cache, another folder, another hash seed: every file is the same, the manifest included."""
     output = tmp_path / tiny_build.bundle.name
     command = [sys.executable, "-m", "iapt_export", *tiny_build.arguments(output, cache=tmp_path / "cache")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -52,7 +52,9 @@ def example(bundle: Path) -> BundleManifest:
         ),
         ranges=Ranges(Range(1, 4, 8), Range(1, 16, 64), Range(5, 64, 128), Range(1, 3, 4)),
         tenants=[TenantSpec("movies", "tenants/movies.safetensors", "t", "chat", ["good", "bad"])],
-        targets=[TargetSpec("onnxruntime", "fp16", 23, {"prefill": GraphSpec("prefill.onnx", [ids], [logits])}, "1.31")],
+        targets=[
+            TargetSpec("onnxruntime", "fp16", 23, {"prefill": GraphSpec("prefill.onnx", [ids], [logits])}, "1.31")
+        ],
         parity=Parity("pass", {"prefill logits fp16": {"relative": 0.05}}, {"x": {"y": {"relative": 1e-3}}}),
         files=files,
     )
@@ -86,7 +88,9 @@ def test_bytes_are_stable(bundle: Path) -> None:
     before = (bundle / "manifest.json").read_bytes()
     BundleManifest.load(bundle).save(bundle)
     assert (bundle / "manifest.json").read_bytes() == before
-    assert before.endswith(b"}\n") and before.index(b'"backbone"') < before.index(b'"build_key"') < before.index(b'"files"')
+    assert before.endswith(b"}\n") and before.index(b'"backbone"') < before.index(b'"build_key"') < before.index(
+        b'"files"'
+    )
 
 
 def test_the_order_of_fields_and_files_changes_no_byte(bundle: Path, tmp_path: Path) -> None:
@@ -155,12 +159,18 @@ def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
         (lambda f: f["backbone"].update(num_layers=True), "manifest.backbone.num_layers is True, expected int"),
         (lambda f: f["backbone"].update(num_layers=2.0), "manifest.backbone.num_layers is 2.0, expected int"),
         (lambda f: f["backbone"].update(revision=3), "manifest.backbone.revision is 3, expected str | None"),
-        (lambda f: f["backbone"].update(eos_token_ids=[1, "2"]), "manifest.backbone.eos_token_ids[1] is '2', expected int"),
+        (
+            lambda f: f["backbone"].update(eos_token_ids=[1, "2"]),
+            "manifest.backbone.eos_token_ids[1] is '2', expected int",
+        ),
         (
             lambda f: f["targets"][0]["graphs"]["prefill"]["inputs"][0].update(shape=["batch", 1.5]),
             "manifest.targets[0].graphs.prefill.inputs[0].shape[1] is 1.5, expected int | str",
         ),
-        (lambda f: f["files"]["notes"].update(size_bytes=None), "manifest.files.notes.size_bytes is None, expected int"),
+        (
+            lambda f: f["files"]["notes"].update(size_bytes=None),
+            "manifest.files.notes.size_bytes is None, expected int",
+        ),
         (lambda f: f["ranges"]["batch"].update(min=9), "range 9/4/8 is not ordered: expected 1 <= min <= opt <= max"),
         (lambda f: f["ranges"]["past"].update(min=0), "range 0/64/128 is not ordered"),
     ],
@@ -180,7 +190,13 @@ def test_problems_are_shown_together(bundle: Path) -> None:
 
     change(bundle, edit)
     text = refusal(bundle)
-    for part in ("versions is missing", "colour is not", "hidden_size is 'wide'", "labels is 'good'", "opset is missing"):
+    for part in (
+        "versions is missing",
+        "colour is not",
+        "hidden_size is 'wide'",
+        "labels is 'good'",
+        "opset is missing",
+    ):
         assert part in text
     assert text.count("; ") == 4
 
@@ -232,7 +248,9 @@ def test_looking_up_targets_and_tenants(bundle: Path) -> None:
     manifest = BundleManifest.load(bundle)
     assert manifest.target() is manifest.target("onnxruntime") is manifest.targets[0]
     assert manifest.tenant_index("movies") == 0
-    with pytest.raises(BundleError, match="target 'tensorrt' is not in this bundle, which has onnxruntime; build again"):
+    with pytest.raises(
+        BundleError, match="target 'tensorrt' is not in this bundle, which has onnxruntime; build again"
+    ):
         manifest.target("tensorrt")
     with pytest.raises(BundleError, match="tenant 'films' is not in this bundle; its tenants are movies"):
         manifest.tenant_index("films")

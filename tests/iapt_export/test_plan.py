@@ -68,9 +68,19 @@ def test_a_bundle_holds_the_graphs_that_onnx_runtime_runs(requested: list[str], 
 @pytest.mark.parametrize(
     ("requested", "dtype", "opset", "text"),
     [
-        (["openvino"], None, None, "target 'openvino' is not known; use one of onnxruntime, tensorrt-rtx, tensorrt, as NA"),
+        (
+            ["openvino"],
+            None,
+            None,
+            "target 'openvino' is not known; use one of onnxruntime, tensorrt-rtx, tensorrt, as NA",
+        ),
         ([""], None, None, "target '' is not known"),
-        (["onnxruntime:int8"], None, None, "dtype 'int8' of target 'onnxruntime:int8' is not known; use one of fp32, fp16"),
+        (
+            ["onnxruntime:int8"],
+            None,
+            None,
+            "dtype 'int8' of target 'onnxruntime:int8' is not known; use one of fp32, fp16",
+        ),
         (["onnxruntime"], "float16", None, "dtype 'float16' of target 'onnxruntime' is not known"),
         (["onnxruntime", "onnxruntime:fp16"], None, None, "target 'onnxruntime' is given twice; build a second bundle"),
         ([], None, 22, "opset 22 is not supported; use one of 20, 23"),
@@ -136,7 +146,9 @@ def test_tenants_are_named_after_their_folders_unless_told(tiny_build: TinyBuild
 def test_bad_tenant_names(tiny_build: TinyBuild, backbone: Backbone, name: str) -> None:
     with pytest.raises(IaptError) as caught:
         load_tenants([f"{name}={tiny_build.adapters['alpha']}"], backbone)
-    assert f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR" in str(caught.value)
+    assert f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR" in str(
+        caught.value
+    )
 
 
 def test_no_tenant_and_two_of_one_name(tiny_build: TinyBuild, backbone: Backbone) -> None:
@@ -155,7 +167,9 @@ def test_an_adapter_for_another_backbone(tmp_path: Path, backbone: Backbone) -> 
     assert "number of layers is 3 in the adapter and 2 in the backbone; fingerprint is another" in str(caught.value)
 
 
-def test_generators_that_differ_cannot_share_a_bundle(tmp_path: Path, tiny_build: TinyBuild, backbone: Backbone) -> None:
+def test_generators_that_differ_cannot_share_a_bundle(
+    tmp_path: Path, tiny_build: TinyBuild, backbone: Backbone
+) -> None:
     other = adapter(tmp_path / "other", backbone, bottleneck=4, pooling="mean")
     with pytest.raises(IaptError) as caught:
         load_tenants([str(tiny_build.adapters["alpha"]), str(other)], backbone)

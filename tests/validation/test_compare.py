@@ -148,9 +148,7 @@ def test_a_backbone_of_another_shape_is_refused(tiny_build: TinyBuild, tmp_path:
     assert "has fingerprint" in outcome.err and "give that one with --model" in outcome.err
 
 
-def test_no_runnable_target_is_no_pass(
-    tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_runnable_target_is_no_pass(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["AzureExecutionProvider"])
@@ -193,7 +191,9 @@ def test_identical_tokens_need_no_excuse() -> None:
     assert (made.first_divergence, made.margin, made.excused) == (None, None, False)
 
 
-@pytest.mark.parametrize(("margin", "excused"), [(0.0, True), (LIMIT * 0.99, True), (LIMIT * 1.01, False), (5.0, False)])
+@pytest.mark.parametrize(
+    ("margin", "excused"), [(0.0, True), (LIMIT * 0.99, True), (LIMIT * 1.01, False), (5.0, False)]
+)
 def test_only_a_tie_excuses_another_token(margin: float, excused: bool) -> None:
     example = truth([3, 4, 1], [5.0, margin, 5.0])
     assert tie_margin(example, "fp32") == pytest.approx(LIMIT)

@@ -128,7 +128,7 @@ def test_a_reference_for_another_backbone_is_refused(tiny_build: TinyBuild, mani
     from tests.tiny import tiny_llama
 
     other = Backbone(tiny_llama(num_hidden_layers=3), None, "other")
-    with pytest.raises(BundleError, match="other has fingerprint .* with .*; give that one with --model"):
+    with pytest.raises(BundleError, match=r"other has fingerprint .* with .*; give that one with --model"):
         Reference(tiny_build.bundle, manifest, other)
 
 
@@ -174,7 +174,9 @@ def test_one_tenant_without_examples_gets_distinct_general_prompts(
 def test_every_tenant_must_be_compared(tiny_bundle: Path, manifest: BundleManifest) -> None:
     long = "the film " * 200
     (tiny_bundle / "tenants/beta.examples.jsonl").write_text(json.dumps({"prompt": long}), encoding="utf-8")
-    with pytest.raises(BundleError, match="tenant beta: no example prompt has at most 96 tokens, so nothing to compare"):
+    with pytest.raises(
+        BundleError, match="tenant beta: no example prompt has at most 96 tokens, so nothing to compare"
+    ):
         prompts_from_bundle(tiny_bundle, manifest, TextCodec(tiny_bundle), 0, NEW_TOKENS)
 
 

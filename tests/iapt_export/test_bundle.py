@@ -1,0 +1,186 @@
+"""What a bundle's manifest says about its parts, and when a bundle counts as up to date."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from iapt_export import bundle as layout
+from iapt_export.errors import IaptError
+from iapt_export.interface import ModelShape, graph_specs, weight_specs
+from iapt_export.manifest import BundleManifest, Parity, file_sha256
+from iapt_export.stages import content_key
+from tests.bundles import METHOD, TENANTS, TinyBuild
+from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
+from trainers.adapter import load_adapter
+from trainers.backbone import Backbone, load_backbone
+
+
+def backbone(eos: Any, pad: int | None, tokenizer_pad: int | None, generation_eos: Any = None) -> Backbone:
+    model = tiny_llama(num_hidden_layers=1)
+    model.config.eos_token_id, model.config.pad_token_id = eos, pad
+    model.generation_config.eos_token_id = generation_eos
+    return Backbone(model, SimpleNamespace(pad_token_id=tokenizer_pad), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("fields", "eos", "pad"),
+    [
+        ((2, 5, 7), [2], 7),
+        ((2, 5, None), [2], 5),
+        (([2, 3], None, None), [2, 3], 2),
+        ((None, None, None), [], 0),
+        ((0, None, None), [0], 0),
+        ((2, 0, None), [2], 0),
+        ((2, 5, 7, [9, 1]), [9, 1], 7),
+        ((2, 5, 7, 9), [9], 7),
+    ],
+)
+def test_end_and_padding_tokens(fields: tuple[Any, ...], eos: list[int], pad: int) -> None:
+    spec = layout.backbone_spec(backbone(*fields))
+    assert (spec.eos_token_ids, spec.pad_token_id) == (eos, pad)
+
+
+def test_a_backbones_sizes() -> None:
+    shapes = {name: ModelShape.from_config(make().config) for name, make in ARCHITECTURES.items()}
+    assert shapes["llama"] == ModelShape(32, 3, 2, 8, 320, 256)
+    assert shapes["gpt2"] == ModelShape(32, 3, 4, 8, 320, 256)
+    assert shapes["qwen3"].head_dim == 16
+
+
+def test_a_config_without_sizes_is_no_decoder() -> None:
+    with pytest.raises(
+        IaptError, match="states no hidden_size, num_hidden_layers, num_attention_heads or vocab_size; o"
+    ):
+        ModelShape.from_config(SimpleNamespace(hidden_size=32))
+
+
+def test_the_hash_of_weights_sees_every_bit_and_name() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    before = layout.weights_sha256(model)
+    assert before == layout.weights_sha256(tiny_llama(num_hidden_layers=1))
+    changed = copy.deepcopy(model)
+    changed.model.norm.weight.data[3] += torch.finfo(torch.float32).eps
+    assert layout.weights_sha256(changed) != before
+    assert len({layout.weights_sha256(m) for m in (model, changed, tiny_gpt2(), tiny_qwen3())}) == 4
+
+
+def test_one_tenants_weights_and_their_graph_inputs_have_one_order() -> None:
+    shape = ModelShape(32, 2, 2, 8, 320, 256)
+    weights = weight_specs(METHOD, shape, "fp16")
+    specs = graph_specs(METHOD, shape, "fp16")
+    for graph in ("prefill", "generator"):
+        stacked = [tensor for tensor in specs[graph].inputs if tensor.name.startswith("generator.")]
+        assert [tensor.name for tensor in stacked] == [f"generator.{weight.name}" for weight in weights]
+        assert [tensor.shape for tensor in stacked] == [["tenants", *weight.shape] for weight in weights]
+    kinds = {weight.name: weight.dtype for weight in weights}
+    assert {name for name, kind in kinds.items() if kind == "fp32"} == {"numerator", "denominator"}
+
+
+def test_a_bundles_files_and_tenants(tiny_build: TinyBuild) -> None:
+    manifest = BundleManifest.load(tiny_build.bundle)
+    assert [tenant.name for tenant in manifest.tenants] == list(TENANTS)
+    for tenant in manifest.tenants:
+        source = tiny_build.adapters[tenant.name]
+        weights = source / "adapter_model.safetensors"
+        assert (tiny_build.bundle / tenant.path).read_bytes() == weights.read_bytes(), "byte for byte"
+        assert tenant.sha256 == file_sha256(weights) == manifest.files[tenant.path].sha256
+        assert tenant.examples is not None
+        assert (tiny_build.bundle / tenant.examples).read_bytes() == (source / "examples.jsonl").read_bytes()
+    found = {p.relative_to(tiny_build.bundle).as_posix() for p in tiny_build.bundle.rglob("*") if p.is_file()}
+    assert found == {"manifest.json", *manifest.files}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= found
+    assert {"prefill.onnx", "decode.onnx", "generator.onnx", "weights.data", "report.json", "report.html"} <= found
+    assert "stage.json" not in found and not any(name.endswith(".tmp") for name in found)
+
+
+def test_a_manifest_says_what_was_measured(tiny_build: TinyBuild) -> None:
+    manifest = BundleManifest.load(tiny_build.bundle)
+    assert manifest.parity.verdict == "pass"
+    measured = manifest.parity.measured["onnxruntime:fp32"]
+    report = json.loads((tiny_build.bundle / "report.json").read_text(encoding="utf-8"))
+    for stage, figures in measured.items():
+        checks = [check for check in report["targets"][0]["checks"] if check["stage"] == stage]
+        worst = max(check["measured"].get("relative", 0.0) for check in checks)
+        assert figures.get("relative", 0.0) == worst
+    assert set(measured) == {key.removesuffix(" fp32") for key in manifest.parity.tolerances}
+    assert manifest.generator.config == dataclasses.asdict(METHOD)
+    assert (manifest.generator.op_domain, manifest.generator.op_version) == ("ai.iapt", 1)
+    assert {"iapt-export", "torch", "transformers", "onnx", "onnxruntime"} <= set(manifest.versions)
+
+
+def test_placing_leaves_a_stages_record_behind(tmp_path: Path) -> None:
+    (tmp_path / "stage").mkdir()
+    for name in ("prefill.onnx", "stage.json"):
+        (tmp_path / "stage" / name).write_text(name)
+    layout.place_files(tmp_path / "stage", tmp_path / "bundle" / "engines" / "x")
+    assert [path.name for path in (tmp_path / "bundle/engines/x").iterdir()] == ["prefill.onnx"]
+
+
+def test_engines_stand_in_their_targets_folder() -> None:
+    specs = graph_specs(METHOD, ModelShape(32, 2, 2, 8, 320, 256), "fp16")
+    engines = layout.engine_specs(specs, "tensorrt-rtx")
+    assert {name: spec.path for name, spec in engines.items()} == {
+        "prefill": "engines/tensorrt-rtx/prefill.engine",
+        "decode": "engines/tensorrt-rtx/decode.engine",
+    }
+    assert engines["decode"].inputs == specs["decode"].inputs
+
+
+def key(build: TinyBuild, settings: dict[str, Any] | None = None, order: tuple[str, ...] = TENANTS) -> str:
+    spec = layout.backbone_spec(load_backbone(str(build.model)))
+    tenants = {name: load_adapter(build.adapters[name]) for name in order}
+    return content_key(layout.build_inputs(spec, tenants, settings or {"seed": 0}))
+
+
+def test_the_build_key_covers_what_went_in(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    before = key(tiny_build)
+    assert key(tiny_build) == before
+    others = [
+        key(tiny_build, {"seed": 1}),
+        key(tiny_build, order=("beta", "alpha", "gamma")),
+        key(tiny_build, order=TENANTS[:2]),
+    ]
+    for file in ("adapter_config.json", "adapter_model.safetensors", "examples.jsonl"):
+        changed = Path(shutil.copytree(tiny_build.adapters["beta"], tmp_path / file))
+        adapter = load_adapter(changed)
+        (changed / file).write_bytes((changed / file).read_bytes() + b"\n")
+        spec = layout.backbone_spec(load_backbone(str(tiny_build.model)))
+        tenants = {name: load_adapter(tiny_build.adapters[name]) for name in TENANTS} | {"beta": adapter}
+        others.append(content_key(layout.build_inputs(spec, tenants, {"seed": 0})))
+    (changed / "README.md").write_text("a model card changes nothing")
+    assert len({before, *others}) == 1 + len(others)
+
+
+def test_when_a_bundle_is_current(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = BundleManifest.load(tiny_bundle)
+    assert layout.is_current(tiny_bundle, manifest.build_key)
+    assert not layout.is_current(tiny_bundle, "another key")
+    assert not layout.is_current(tmp_path / "nothing", manifest.build_key)
+    for verdict in ("fail", "not run"):
+        dataclasses.replace(manifest, parity=Parity(verdict)).save(tiny_bundle)
+        assert not layout.is_current(tiny_bundle, manifest.build_key)
+    manifest.save(tiny_bundle)
+    assert layout.is_current(tiny_bundle, manifest.build_key)
+    (tiny_bundle / "decode.onnx").write_bytes(b"")
+    assert not layout.is_current(tiny_bundle, manifest.build_key)
+
+
+def test_an_exports_versions_cover_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = layout.export_versions()
+    assert set(versions) >= {"torch", "transformers", "onnx", "onnxscript", "code"} and "onnxruntime" not in versions
+    honest = Path.read_bytes
+
+    def changed(path: Path) -> bytes:
+        return honest(path) + (b"#" if path.name == "check.py" else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert layout.export_versions()["code"] != versions["code"]
