@@ -169,9 +169,9 @@ class Session:
         for index, prompt in enumerate(prompts):
             ids[index, length - len(prompt) :] = prompt
             mask[index, length - len(prompt) :] = 1
-        index = np.array([self.manifest.tenant_index(tenant) for tenant in tenants], dtype=np.int64)
+        rows = np.array([self.manifest.tenant_index(tenant) for tenant in tenants], dtype=np.int64)
         outputs = self.runners["prefill"].infer(
-            {"input_ids": ids, "attention_mask": mask, "tenant_index": index, **self.weights}
+            {"input_ids": ids, "attention_mask": mask, "tenant_index": rows, **self.weights}
         )
         slots = np.ones((len(prompts), self.manifest.generator.prompt_length), dtype=np.int64)
         return outputs["logits"][:, 0], past_from_present(outputs), np.concatenate([slots, mask], axis=1)

@@ -174,7 +174,8 @@ def check_gpu(info: EngineInfo, driver: Driver, device: int) -> None:
     """
     wanted = flavour(info.target)
     fitting = wanted.portable if info.compute_capability == PORTABLE else (info.compute_capability,)
-    need = f"an NVIDIA GPU of compute capability {' or '.join(fitting)} and its driver, {wanted.driver} or newer"
+    listed = " or ".join(part for part in (", ".join(fitting[:-1]), fitting[-1]) if part)
+    need = f"an NVIDIA GPU of compute capability {listed} and its driver, {wanted.driver} or newer"
     if driver.problem:
         raise NotRunnableError(
             f"{info.target} engines do not run here: {driver.problem}; this engine needs {need}. "

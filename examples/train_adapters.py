@@ -48,9 +48,8 @@ TASKS = {
     ),
     "sarcasm": replace(
         COMMON,
-        learning_rate=6e-4,
-        batch_size=16,
-        max_steps=200,
+        learning_rate=1.5e-3,
+        max_steps=250,
         data_note="News headlines with a sarcasm mark from PyPI's evals 3.0.1.post1 (registry/data/sarcasm), distinct "
         "headlines split at random. The package is MIT, the headlines are third-party text and not part of this "
         "repository. " + BACKBONE_NOTE,

@@ -35,11 +35,9 @@ class ModelShape:
         Raises:
             IaptError: a size is missing, so this is not a decoder-only model with plain attention.
         """
-        heads = getattr(config, "num_attention_heads", None)
-        width = getattr(config, "hidden_size", None)
-        layers = getattr(config, "num_hidden_layers", None)
-        vocab = getattr(config, "vocab_size", None)
-        if not all(isinstance(size, int) for size in (heads, width, layers, vocab)):
+        names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
+        heads, width, layers, vocab = (getattr(config, name, 0) for name in names)
+        if not all(isinstance(size, int) and size > 0 for size in (heads, width, layers, vocab)):
             raise IaptError(
                 f"the backbone's config ({type(config).__name__}) states no hidden_size, num_hidden_layers, "
                 "num_attention_heads or vocab_size; only decoder-only language models can be exported"
@@ -76,10 +74,10 @@ def graph_specs(config: IAPTConfig, shape: ModelShape, dtype: str) -> dict[str, 
     ]
     rows = [TensorSpec("tenant_index", "int64", ["batch"]), *stacked]
     logits = TensorSpec("logits", dtype, ["batch", 1, shape.vocab_size])
-    tokens = ["batch", "sequence"]
+    tokens: list[int | str] = ["batch", "sequence"]
 
     def cache(prefix: str, length: str) -> list[TensorSpec]:
-        sizes = ["batch", shape.num_kv_heads, length, shape.head_dim]
+        sizes: list[int | str] = ["batch", shape.num_kv_heads, length, shape.head_dim]
         return [
             TensorSpec(f"{prefix}.{layer}.{part}", dtype, list(sizes))
             for layer in range(shape.num_layers)

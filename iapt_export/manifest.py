@@ -235,7 +235,7 @@ class BundleManifest:
                 "upgrade iapt-export, or build the bundle again"
             )
         problems: list[str] = []
-        manifest = _read(cls, fields, "manifest", problems)
+        manifest: BundleManifest = _read(cls, fields, "manifest", problems)
         problems += [] if manifest is None else _path_problems(manifest)
         if problems:
             raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))

@@ -52,7 +52,7 @@ def stacked_feeds(generators: list[IAPTGenerator]) -> Arrays:
 def trained_prefill(
     model: object, generators: list[IAPTGenerator], tenants: list[int], ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Each row through its own trained generator, alone: logits ``[B, V]`` and K, V of each layer ``[B, H, P+T, K]``."""
+    """Each row through its own trained generator, alone: logits ``[B, V]``, K, V by layer ``[B, H, P+T, K]``."""
     logits, caches = [], []
     for row, tenant in enumerate(tenants):
         generator = generators[tenant]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.runner import Arrays
 from engines.session import Request, Session
 from iapt_export.manifest import BundleManifest
 from validation.cases import prompts_from_bundle
@@ -114,10 +115,9 @@ def _compare_generator(session: Session, reference: Reference, rows: list[Truth]
     """Feed the generator graph what the reference's generators read, rows of different tenants in one batch."""
     names = [tenant.name for tenant in session.manifest.tenants]
     length = max(len(row.prompt.tokens) for row in rows)
-    spec = session.target.graphs["generator"]
-    hidden_spec = spec.inputs[0]
-    sizes = (len(rows), hidden_spec.shape[1], length, hidden_spec.shape[3])
-    hidden, wanted = np.zeros(sizes, np.float32), []
+    backbone = session.manifest.backbone
+    hidden = np.zeros((len(rows), backbone.num_layers, length, backbone.hidden_size), np.float32)
+    wanted = []
     mask = np.zeros((len(rows), length), np.int64)
     for index, row in enumerate(rows):
         ids, ones = padded([row.prompt.tokens], 0)
@@ -125,7 +125,7 @@ def _compare_generator(session: Session, reference: Reference, rows: list[Truth]
         hidden[index, :, length - ids.shape[1] :] = numpy(states[0])
         mask[index, length - ids.shape[1] :] = 1
         wanted.append(numpy(prompts[0]))
-    feeds = {
+    feeds: Arrays = {
         "hidden_states": hidden.astype(session.weights["generator.down_weight"].dtype),
         "attention_mask": mask,
         "tenant_index": np.array([names.index(row.prompt.tenant) for row in rows], np.int64),
@@ -150,7 +150,8 @@ def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Er
     measured = _compare_logits(logits, truths, 0, errors)
     errors.judge("prefill logits", case, dtype, measured)
     _compare_cache(cache, mask, truths, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
-    num_steps, worst, agreed = len(truths[0].tokens), {}, measured["agreed"]
+    num_steps, agreed = len(truths[0].tokens), measured["agreed"]
+    worst: dict[str, float] = {}
     for step in range(1, num_steps):
         tokens = np.array([truth.tokens[step - 1] for truth in truths], np.int64)
         logits, cache, mask = session.decode(tokens, mask, cache)

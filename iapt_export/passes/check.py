@@ -51,7 +51,7 @@ class CheckPass(ir.passes.InPlacePass):
         ]
         problems += [
             f"value {value.name} still carries metadata"
-            for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]
+            for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
             if value.metadata_props or value.doc_string
         ]
         if problems:

@@ -36,7 +36,7 @@ class FoldTransposesPass(ir.passes.InPlacePass):
             model.graph.register_initializer(folded)
             node.outputs[0].replace_all_uses_with(folded)
             model.graph.remove(node, safe=True)
-            del model.graph.initializers[weight.name]
+            del model.graph.initializers[str(weight.name)]
             modified = True
         return ir.passes.PassResult(model, modified)
 

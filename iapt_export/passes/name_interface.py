@@ -34,6 +34,7 @@ class NameInterfacePass(ir.passes.InPlacePass):
         for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
             if value.shape is not None:
                 value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+        for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]:
             value.metadata_props.clear()
         for values, tensors in ((graph.inputs, self.spec.inputs), (graph.outputs, self.spec.outputs)):
             for value, tensor in zip(values, tensors, strict=True):
@@ -46,7 +47,7 @@ class NameInterfacePass(ir.passes.InPlacePass):
 
     def _dimension_names(self, graph: ir.Graph) -> dict[str, str]:
         """The exporter's symbols (``s43``) to the interface's names, read off the inputs."""
-        names = {}
+        names: dict[str, str] = {}
         for value, tensor in zip(graph.inputs, self.spec.inputs, strict=True):
             for size, name in zip(value.shape or (), tensor.shape, strict=True):
                 if isinstance(size, ir.SymbolicDim) and isinstance(name, str) and size.value:

@@ -215,7 +215,7 @@ def test_no_driver(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         TensorRTRunner(engine, _spec("fp16"), "tensorrt-rtx").activate()
     assert str(caught.value) == (
         "tensorrt-rtx engines do not run here: no NVIDIA driver found: libcuda.so.1 is missing; this engine needs an "
-        "NVIDIA GPU of compute capability 8.0 or 8.6 or 8.9 or 12.0 or 12.1 and its driver, 580 or newer. "
+        "NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 12.0 or 12.1 and its driver, 580 or newer. "
         "'iapt-export doctor' shows what this machine has"
     )
 

@@ -94,11 +94,11 @@ def test_special_tokens_are_left_out_of_answers(folder: Path) -> None:
     "template",
     [
         "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}",
-        "{% if tools is not none %}tools{% endif %}{% if documents is defined %}{{ messages[0]['content'] }}{% endif %}",
+        "{% if tools is not none %}tools{% endif %}{% if documents is defined %}{{ messages[0].content }}{% endif %}",
         "{{ messages | tojson }}{{ messages | tojson(ensure_ascii=true, indent=2) }}",
         "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}{{ unk_token }}",
         "  {% set x = 1 %}\n  {% if add_generation_prompt %}\n    é<b>\n  {% endif %}\n",
-        "{% set ns = namespace(n=0) %}{% for c in messages[0]['content'] %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{% set x = namespace(n=0) %}{% for c in messages[0].content %}{% set x.n = x.n + 1 %}{% endfor %}{{ x.n }}",
     ],
     ids=["loop controls", "tools", "tojson", "special tokens", "white space", "namespace"],
 )

@@ -209,7 +209,7 @@ def test_an_error_is_one_line_unless_debugged(tmp_path: Path) -> None:
     outcome = run("validate", tmp_path)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("iapt-export: error: ") and outcome.err.count("\n") == 1
-    with pytest.raises(Exception, match="holds no manifest.json"):
+    with pytest.raises(Exception, match=r"holds no manifest\.json"):
         run("validate", tmp_path, "--debug")
 
 
