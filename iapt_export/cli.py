@@ -292,6 +292,7 @@ class _Job:
         return self._engines(target, specs, graphs, bundle)
 
     def _engines(self, target: TargetPlan, specs: Any, graphs: Path, bundle: Path) -> Any:
+        from engines.engine_info import EngineInfo
         from engines.tensorrt_builder import BuildOptions, engine_from_onnx
         from engines.tensorrt_flavour import runtime_version
         from iapt_export import bundle as layout
@@ -325,15 +326,9 @@ class _Job:
             self.steps(text)
             folder, _ = run_stage(self.cache, f"engine-{target.name}-{name}", inputs, make)
             layout.place_files(folder, bundle / "engines" / target.name)
-        return TargetSpec(
-            target.name,
-            target.dtype,
-            target.opset,
-            layout.engine_specs(specs, target.name),
-            version,
-            self.args.compute_capability or "portable",
-            sources,
-        )
+        engines = layout.engine_specs(specs, target.name)
+        built_for = EngineInfo.load(bundle / engines["prefill"].path).compute_capability
+        return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources)
 
 
 def _check_engines(targets: list[TargetPlan], compute_capability: str | None) -> None:

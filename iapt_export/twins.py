@@ -51,7 +51,7 @@ class PrefillTwin(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, tenant_index: Tensor, stacked: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """``input_ids, attention_mask [B, T]``, ``tenant_index [B]`` to ``logits [B, 1, V]`` and K, V of P+T entries."""
+        """``input_ids, attention_mask [B, T]``, ``tenant_index [B]`` to ``logits [B, 1, V]``, K, V of P+T entries."""
         rows = self.generators.rows(tenant_index, stacked)
         num_prompts = self.generators.config.prompt_length
         index = last_token(attention_mask) + num_prompts  # [B]

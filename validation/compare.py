@@ -248,6 +248,12 @@ def _compare_tokens(
     return rows
 
 
+def _answer(session: Session, tokens: list[int]) -> str:
+    """The text that a user would get: up to the end token, past which the comparison goes on."""
+    ends = [step for step, token in enumerate(tokens) if token in session.manifest.backbone.eos_token_ids]
+    return session.codec.decode(tokens[: ends[0]] if ends else tokens)
+
+
 def _token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
     pairs = zip(truth.tokens, tokens, strict=False)
     divergence = next((step for step, (wanted, made) in enumerate(pairs) if wanted != made), None)
@@ -259,8 +265,8 @@ def _token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
         prompt=truth.prompt.text,
         reference=truth.tokens,
         target=tokens,
-        reference_text=session.codec.decode(truth.tokens),
-        target_text=session.codec.decode(tokens),
+        reference_text=_answer(session, truth.tokens),
+        target_text=_answer(session, tokens),
         first_divergence=divergence,
         margin=margin,
         excused=margin is not None and margin < tie_margin(truth, session.target.dtype),

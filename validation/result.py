@@ -38,6 +38,7 @@ class TokenRow:
     target: list[int]
     """Token ids that the target chose."""
     reference_text: str
+    """The reference's answer up to its end token; the tokens above go on past it."""
     target_text: str
     first_divergence: int | None
     """Step of the first differing token, None when all agree."""
