@@ -58,7 +58,7 @@ demo: venv backbone  ## build, validate and run a bundle with three tenants
 	else echo "No TensorRT for RTX here: the demo goes on with ONNX Runtime alone"; fi; \
 	$(BIN)/iapt-export build --model $(BACKBONE) $(addprefix --adapter ,$(ADAPTERS)) $$targets \
 	    --cache $(CACHE)/build --output $(BUNDLE)
-	@PATH="$(abspath $(BIN)):$$PATH" sh examples/ask_tenants.sh $(BUNDLE)
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/ask_tenants.sh $(BUNDLE)
 	@echo "The bundle is $(BUNDLE); its proof of parity, for a browser, is $(BUNDLE)/report.html"
 
 # Tests that need the backbone skip, in words, where it cannot be fetched.

@@ -1,19 +1,18 @@
-#!/bin/sh
-# Ask every tenant of the demo's bundle a few things: ask_tenants.sh BUNDLE
+#!/usr/bin/env bash
+# Ask every tenant of the demo's bundle two things, in one batch each: ask_tenants.sh BUNDLE
 # The texts are ours, written for this demo.
-set -eu
+set -euo pipefail
 bundle=$1
 
 ask() {
-    tenant=$1 question=$2
-    shift 2
-    printf '\n%s: %s\n' "$tenant" "$question"
-    for text in "$@"; do
-        printf '  %s\n    -> ' "$text"
-        iapt-export generate "$bundle" --tenant "$tenant" --max-new-tokens 8 --prompt "$question
+    tenant=$1 question=$2 first=$3 second=$4
+    printf '\n%s: %s\n  1. %s\n  2. %s\n' "$tenant" "$question" "$first" "$second"
+    iapt-export generate "$bundle" --tenant "$tenant" --max-new-tokens 8 \
+        --prompt "$question
 
-$text"
-    done
+$first" --prompt "$question
+
+$second" | sed '/^---$/d; s/^/  -> /'
 }
 
 ask movie-sentiment "Is this movie review positive or negative?" \
@@ -22,7 +21,7 @@ ask movie-sentiment "Is this movie review positive or negative?" \
 
 ask sarcasm "Is this headline sarcastic? Answer yes or no." \
     "local man heroically replies to all" \
-    "senate committee delays vote on infrastructure bill"
+    "new museum of transport opens to visitors in june"
 
 ask reuters-r8 "What is the topic of this news: acquisition, currency, earnings, grain, interest, oil, shipping, trade?" \
     "the company said it agreed to buy all outstanding shares of its rival for cash subject to regulatory approval" \

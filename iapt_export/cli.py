@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iapt_export.errors import IaptError, ParityError
+from iapt_export.errors import IaptError, ParityError, explain
 from iapt_export.flags import parser
 
 if TYPE_CHECKING:
@@ -36,19 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except IaptError as error:
-        if args.debug:
+    except Exception as error:
+        text = explain(error)
+        if args.debug or text is None:
             raise
-        _fail(str(error))
+        _fail(text)
         sys.exit(PARITY_FAILED if isinstance(error, ParityError) else 1)
-    except OSError as error:
-        if args.debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        _fail(
-            f"{error.strerror}: {error.filename or 'writing output'}; nothing was left half-written. "
-            "Free space or choose another --output or --cache, then run the command again: it goes on where it stopped"
-        )
-        sys.exit(1)
 
 
 def train(args: argparse.Namespace) -> None:

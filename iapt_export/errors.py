@@ -1,5 +1,7 @@
 """Errors that a user can fix. Standard library only, so that a deployment machine may import them."""
 
+import errno
+
 from trainers.errors import IaptError
 
 
@@ -15,4 +17,24 @@ class NotRunnableError(IaptError):
     """This machine lacks what a target needs: a runtime, a driver, a GPU. The files themselves may be fine."""
 
 
-__all__ = ["BundleError", "IaptError", "NotRunnableError", "ParityError"]
+EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "yaml"), "train") | dict.fromkeys(
+    ("onnx", "onnx_ir", "onnxscript", "matplotlib"), "export"
+)
+"""Packages that only some commands need, to the extra that brings them."""
+
+
+def explain(error: Exception) -> str | None:
+    """What a user can do about an error, or None when it is a defect of this project."""
+    if isinstance(error, IaptError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
+        return f"{error.name} is not installed and this command needs it; try: pip install 'iapt-export[{extra}]'"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return (
+            f"{error.strerror}: {error.filename or 'writing output'}; nothing was left half-written. Free space or "
+            "choose another --output or --cache, then run the command again: it goes on where it stopped"
+        )
+    return None
+
+
+__all__ = ["BundleError", "IaptError", "NotRunnableError", "ParityError", "explain"]

@@ -74,7 +74,7 @@ def trace_graph(name: str, backbone: Any, config: IAPTConfig, spec: GraphSpec, o
             )
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
             raise IaptError(
-                f"{type(backbone).__name__} could not be traced into {name}.onnx: {str(error).splitlines()[0]} "
+                f"{type(backbone).__name__} could not be traced into {name}.onnx: {_first_line(error)} "
                 "Only decoders whose forward pass torch.export can follow are supported; see the chained error"
             ) from error
     assert onnx_program is not None
@@ -108,6 +108,11 @@ def _grouped_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return mixed.transpose(1, 2), None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _example(tensor: TensorSpec) -> Tensor:

@@ -164,7 +164,8 @@ def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Er
         _compare_cache(
             cache, mask, truths, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors
         )
-    errors.judge("top-1 agreement", case, dtype, {"agreement": agreed / num_steps, "steps": float(num_steps)})
+    compared = {"agreement": agreed / num_steps, "compared": float(num_steps * len(truths))}
+    errors.judge("top-1 agreement", case, dtype, compared)
 
 
 def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: _Errors) -> dict[str, float]:
@@ -178,7 +179,7 @@ def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: 
     for made, wanted, _ in rows:
         errors.counts += error_counts(np.nan_to_num(made), wanted)
     errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
-    errors.by_step[step] = max(errors.by_step[step], worst["max_abs"])
+    errors.by_step[step] = max(errors.by_step[step], worst["relative"])
     return worst
 
 

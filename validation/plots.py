@@ -64,17 +64,17 @@ def error_per_layer(target: TargetResult) -> str:
     figure, axes = _figure(target, "layer", "worst relative error")
     for (name, errors), colour, marker in zip(target.by_layer.items(), SERIES, MARKERS, strict=False):
         _line(axes, errors, colour, marker, name)
-    _limit(axes, _limit_of(target, "prefill cache", "relative"), "limit of keys and values")
+    _limit(axes, _limit_of(target, "prefill cache"), "limit of keys and values")
     _whole_decades(axes)
     _legend(axes)
     return _svg(figure, f"{target.name} {target.dtype}: error per layer")
 
 
 def error_per_step(target: TargetResult) -> str:
-    """Worst absolute logits error of each step; step 0 is prefill."""
-    figure, axes = _figure(target, "step (0 is prefill)", "worst absolute error")
+    """Worst relative logits error of each step; step 0 is prefill."""
+    figure, axes = _figure(target, "step (0 is prefill)", "worst relative error")
     _line(axes, target.by_step, SERIES[0], "", "logits")
-    _limit(axes, _limit_of(target, "decode logits", "max_abs"), "limit of decode logits")
+    _limit(axes, _limit_of(target, "decode logits"), "limit of decode logits")
     _whole_decades(axes)
     _legend(axes)
     return _svg(figure, f"{target.name} {target.dtype}: error per step")
@@ -89,10 +89,6 @@ def error_histogram(target: TargetResult) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{value:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(_short_count))
-    limit = _limit_of(target, "decode logits", "max_abs")
-    if limit:
-        axes.axvline(math.log10(limit), color=BAD, linestyle=(0, (4, 3)), linewidth=1.2, label="limit")
-        _legend(axes)
     return _svg(figure, f"{target.name} {target.dtype}: distribution of the logits error")
 
 
@@ -170,9 +166,11 @@ def _limit(axes: Axes, limit: float | None, label: str) -> None:
         axes.axhline(limit, color=BAD, linestyle=(0, (4, 3)), linewidth=1.2, label=label)
 
 
-def _limit_of(target: TargetResult, stage: str, metric: str) -> float | None:
-    """The limit on a metric that a stage was held against."""
-    limits = [check.limits[metric] for check in target.checks if check.stage == stage and metric in check.limits]
+def _limit_of(target: TargetResult, stage: str) -> float | None:
+    """The relative error that a stage was allowed."""
+    limits = [
+        check.limits["relative"] for check in target.checks if check.stage == stage and "relative" in check.limits
+    ]
     return max(limits, default=None)
 
 

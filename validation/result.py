@@ -62,7 +62,7 @@ class TargetResult:
     by_layer: dict[str, list[float]] = field(default_factory=dict)
     """``prompt``, ``key``, ``value`` to the worst error of each layer, relative to the tensor's largest value."""
     by_step: list[float] = field(default_factory=list)
-    """Worst absolute logits error of each decode step; step 0 is prefill."""
+    """Worst relative logits error of each step; step 0 is prefill, the rest are decode steps."""
     histogram: dict[str, list[float]] = field(default_factory=dict)
     """``edges`` (log10 of the absolute logits error, one more than counts) and ``counts``."""
     tokens: list[TokenRow] = field(default_factory=list)

@@ -15,7 +15,7 @@ from iapt_export.manifest import GraphSpec, TensorSpec
 from iapt_export.passes import ship_pipeline
 from iapt_export.passes.add_rational_body import AddRationalBodyPass
 from iapt_export.passes.check import CheckPass
-from iapt_export.passes.fold_constants import MAX_BYTES, FoldConstantsPass
+from iapt_export.passes.fold_constants import MAX_ELEMENTS, FoldConstantsPass
 from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
@@ -99,7 +99,7 @@ def test_small_constants_are_folded_and_weights_are_not() -> None:
     assert FoldConstantsPass()(model).modified
     assert "Add" not in operators(model)
     assert np.array_equal(run(model, x=X[0]), 2 * X[0])
-    size = MAX_BYTES // 4 + 1
+    size = MAX_ELEMENTS + 1
     large = parse(text.replace("[4]", f"[{size}]"), a=np.ones(size, np.float32), b=np.ones(size, np.float32))
     FoldConstantsPass()(large)
     assert operators(large) == ["Add", "Mul"]

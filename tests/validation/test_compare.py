@@ -178,7 +178,11 @@ def truth(tokens: list[int], margins: list[float], peak: float = 10.0) -> Truth:
 
 
 def row(truth: Truth, tokens: list[int], dtype: str = "fp32") -> Any:
-    session = SimpleNamespace(codec=SimpleNamespace(decode=str), target=SimpleNamespace(dtype=dtype))
+    session = SimpleNamespace(
+        codec=SimpleNamespace(decode=str),
+        target=SimpleNamespace(dtype=dtype),
+        manifest=SimpleNamespace(backbone=SimpleNamespace(eos_token_ids=[1])),
+    )
     return compare._token_row(session, truth, tokens)  # type: ignore[arg-type]
 
 

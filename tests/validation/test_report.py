@@ -159,17 +159,17 @@ def test_every_plot_is_there_and_only_where_there_are_figures():
     layers, steps, histogram, tokens = (plot.svg for plot in drawn)
     assert all(f">{word}</text>" in layers for word in ("prompt", "key", "value", "layer"))
     assert "limit of keys and values" in layers
-    assert ">worst absolute error</text>" in steps
+    assert ">worst relative error</text>" in steps
     assert ">1e-6</text>" in histogram
     assert "excused tie" in tokens
     assert "differs" not in tokens
 
 
-def test_a_limit_on_absolute_errors_is_drawn():
-    check = Check("decode logits", "any", True, {"max_abs": 1e-5}, {"max_abs": 1e-3})
-    _, steps, histogram, _ = target_plots(dataclasses.replace(onnxruntime_target(), checks=[check]))
-    assert "limit of decode logits" in steps.svg
-    assert ">limit</text>" in histogram.svg
+def test_the_limit_of_each_step_is_drawn_where_there_is_one():
+    check = Check("decode logits", "any", True, {"relative": 1e-5}, {"relative": 1e-3})
+    for checks, drawn in (([check], True), ([dataclasses.replace(check, limits={})], False)):
+        steps = target_plots(dataclasses.replace(onnxruntime_target(), checks=checks))[1]
+        assert ("limit of decode logits" in steps.svg) == drawn
 
 
 def test_plots_take_the_page_colours():
@@ -180,7 +180,7 @@ def test_plots_take_the_page_colours():
 
 
 def test_identical_outputs_plot_without_a_logarithm_of_zero():
-    target = dataclasses.replace(onnxruntime_target(), by_step=[0.0] * 65, by_layer={"key": [0.0] * 30})
+    target = dataclasses.replace(onnxruntime_target(), checks=[], by_step=[0.0] * 65, by_layer={"key": [0.0] * 30})
     layers, steps, _, _ = target_plots(target)
     assert ">1e-9</text>" in steps.svg
     assert ">key</text>" in layers.svg

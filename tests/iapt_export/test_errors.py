@@ -1,0 +1,31 @@
+"""Which errors are the user's to fix, and what they are told."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from iapt_export.errors import BundleError, explain
+
+
+def test_our_errors_explain_themselves() -> None:
+    assert explain(BundleError("prefill.onnx is missing")) == "prefill.onnx is missing"
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "train"), ("onnx.helper", "export")])
+def test_a_missing_package_names_its_extra(module: str, extra: str) -> None:
+    text = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert text is not None
+    assert f"pip install 'iapt-export[{extra}]'" in text
+    assert module in text
+
+
+def test_a_full_disk_is_explained_and_other_defects_are_not() -> None:
+    text = explain(OSError(errno.ENOSPC, "No space left on device", "weights.data"))
+    assert text is not None
+    assert "weights.data" in text
+    assert "goes on where it stopped" in text
+    assert explain(OSError(errno.EIO, "I/O error")) is None
+    assert explain(ModuleNotFoundError("No module named 'colour'", name="colour")) is None
+    assert explain(ValueError("a defect")) is None

@@ -1,0 +1,71 @@
+"""Tracing: backbones that cannot be followed are refused in words, and nothing of the exporter's chatter is shown."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from iapt_export.errors import IaptError
+from iapt_export.interface import ModelShape, graph_specs
+from iapt_export.trace import EXAMPLE_SIZES, trace_graph
+from tests.bundles import METHOD
+from tests.tiny import tiny_llama
+
+
+def trace(model: Any, name: str = "decode") -> Any:
+    return trace_graph(name, model, METHOD, graph_specs(METHOD, ModelShape.from_config(model.config), "fp32")[name], 23)
+
+
+def test_a_forward_pass_that_depends_on_values_is_refused() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    before = model.config._attn_implementation
+
+    def branch(_module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 2 if output.sum().item() > 0 else output
+
+    model.model.norm.register_forward_hook(branch)
+    with pytest.raises(IaptError) as caught:
+        trace(model)
+    text = str(caught.value)
+    assert text.startswith("LlamaForCausalLM could not be traced into decode.onnx: ") and "\n" not in text
+    assert text.endswith(
+        "Only decoders whose forward pass torch.export can follow are supported; see the chained error"
+    )
+    assert caught.value.__cause__ is not None
+    assert model.config._attn_implementation == before
+
+
+def test_an_error_without_text_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(IaptError, match=r"could not be traced into decode\.onnx: RuntimeError"):
+        trace(tiny_llama(num_hidden_layers=1))
+
+
+def test_defects_of_ours_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(TypeError, match="a defect"):
+        trace(tiny_llama(num_hidden_layers=1))
+
+
+def test_tracing_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace(tiny_llama(num_hidden_layers=1))
+    assert capfd.readouterr() == ("", "")
+    assert not caught
+
+
+def test_example_sizes_cannot_be_taken_for_one_another() -> None:
+    """Equal sizes would be tied together by the tracer, and ones be broadcast."""
+    sizes = list(EXAMPLE_SIZES.values())
+    assert len(set(sizes)) == len(sizes) and 1 not in sizes
+    assert EXAMPLE_SIZES["total"] == EXAMPLE_SIZES["past"] + 1
