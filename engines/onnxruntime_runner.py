@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from engines.runner import Arrays, check_feeds
+from engines.runner import Arrays, Runner, check_feeds
 from iapt_export.errors import IaptError, NotRunnableError
 from iapt_export.manifest import GraphSpec
 
@@ -19,7 +18,7 @@ ONNX_BFLOAT16 = 16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Runner):
     """One ONNX graph in an ONNX Runtime session; see `engines.runner.Runner`.
 
     bf16 arrays travel as ``ml_dtypes.bfloat16``, which ONNX Runtime takes as OrtValues only.
@@ -84,15 +83,6 @@ class OnnxRuntimeRunner:
     def deactivate(self) -> None:
         """Give the session's memory back."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        self.activate()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.deactivate()
 
 
 def _array_from_value(value: Any) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
@@ -16,22 +17,38 @@ NUMPY_TYPES = {"int64": "int64", "fp32": "float32", "fp16": "float16", "bf16": "
 """Tensor types of the manifest to NumPy's names (``bfloat16`` comes with ml_dtypes)."""
 
 
-class Runner(Protocol):
-    """Runs one graph over named arrays.
+class Activated(ABC):
+    """Made cheaply, loaded by `activate`, given back by `deactivate`; as a context manager it does both."""
 
-    A runner is made cheaply, loads its file in `activate`, and gives everything back in `deactivate`;
-    as a context manager it does both.
-    """
-
-    spec: GraphSpec
-
+    @abstractmethod
     def activate(self) -> None:
-        """Load the graph.
+        """Load what is needed; a second call does nothing.
 
         Raises:
-            IaptError: this machine cannot run it; the text says why and what would.
+            NotRunnableError: this machine lacks what is needed; the text says what would run it.
         """
 
+    @abstractmethod
+    def deactivate(self) -> None:
+        """Give memory back; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        self.activate()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.deactivate()
+
+
+class Runner(Activated):
+    """Runs one graph over named arrays."""
+
+    spec: GraphSpec
+    """The graph's interface."""
+
+    @abstractmethod
     def infer(self, feeds: Arrays) -> Arrays:
         """Run the graph once.
 
@@ -44,15 +61,6 @@ class Runner(Protocol):
         Raises:
             IaptError: the runner is not active, or an input is missing, unknown, or of another type or shape.
         """
-
-    def deactivate(self) -> None:
-        """Give memory back; a second call does nothing."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def check_feeds(spec: GraphSpec, feeds: Arrays) -> None:

@@ -13,13 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from engines.loading import load_tenants, open_runners
-from engines.runner import Arrays, Runner
+from engines.runner import Activated, Arrays, Runner
 from engines.sampling import Sampling, choose
 from engines.text import TextCodec
 from iapt_export.errors import IaptError
@@ -65,7 +63,7 @@ class _Row:
     done: bool = False
 
 
-class Session:
+class Session(Activated):
     """Generates with one target of one bundle."""
 
     def __init__(self, bundle: Path, manifest: BundleManifest, target: TargetSpec, runners: dict[str, Runner]) -> None:
@@ -110,15 +108,6 @@ class Session:
         for runner in self.runners.values():
             runner.deactivate()
         self.weights = {}
-
-    def __enter__(self) -> Self:
-        self.activate()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.deactivate()
 
     @property
     def codec(self) -> TextCodec:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
@@ -12,14 +11,14 @@ import numpy as np
 from engines.cuda_driver import Driver, Gpu, find_driver
 from engines.cuda_memory import CudaStream
 from engines.engine_info import EngineInfo, read_header
-from engines.runner import NUMPY_TYPES, Arrays, check_feeds
+from engines.runner import NUMPY_TYPES, Arrays, Runner, check_feeds
 from engines.tensorrt_callbacks import make_logger
 from engines.tensorrt_flavour import PORTABLE, RTX, flavour, load_tensorrt
 from iapt_export.errors import BundleError, IaptError, NotRunnableError
 from iapt_export.manifest import GraphSpec
 
 
-class TensorRTRunner:
+class TensorRTRunner(Runner):
     """One engine on one GPU; see `engines.runner.Runner`.
 
     Arrays travel through the host's memory on each call, which is what parity needs; bf16 arrays are
@@ -86,15 +85,6 @@ class TensorRTRunner:
         if self._stream is not None:
             stream, self._stream = self._stream, None
             stream.close()
-
-    def __enter__(self) -> Self:
-        self.activate()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.deactivate()
 
     def _open(self, trt: Any) -> None:
         self._stream = CudaStream(self.device)

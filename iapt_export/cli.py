@@ -73,7 +73,15 @@ def train(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Make a bundle: load, plan, export, build engines, lay out, validate, publish."""
     from iapt_export import bundle as layout
-    from iapt_export.plan import check_ranges, load_tenants, onnx_variant, plan_ranges, plan_targets, shared_method
+    from iapt_export.plan import (
+        check_device,
+        check_ranges,
+        load_tenants,
+        onnx_variant,
+        plan_ranges,
+        plan_targets,
+        shared_method,
+    )
     from iapt_export.progress import Steps
     from iapt_export.stages import check_output, content_key, default_cache, publish, temporary_folder
     from trainers.backbone import load_backbone
@@ -81,6 +89,7 @@ def build(args: argparse.Namespace) -> None:
     output, cache = Path(args.output), Path(args.cache) if args.cache else default_cache()
     check_output(output)
     targets = plan_targets(args.target, args.dtype, args.opset)
+    check_device(targets, args.device)
     _check_engines(targets, args.compute_capability)
     with Steps(quiet=args.quiet) as steps:
         steps(f"loading {args.model}")

@@ -61,6 +61,19 @@ def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> 
     return plans
 
 
+def check_device(targets: list[TargetPlan], device: str) -> None:
+    """Refuse what ONNX Runtime cannot run on the device that the comparison will use.
+
+    Raises:
+        IaptError: bf16 on the CPU, where ONNX Runtime has no matrix product in it.
+    """
+    if device == "cpu" and any((target.name, target.dtype) == ("onnxruntime", "bf16") for target in targets):
+        raise IaptError(
+            "ONNX Runtime multiplies no bf16 matrices on the CPU, so onnxruntime:bf16 could not be compared; "
+            "use fp32 or fp16, or --device cuda on a machine with an NVIDIA GPU"
+        )
+
+
 def onnx_variant(targets: list[TargetPlan]) -> str:
     """The variant whose ONNX graphs the bundle holds: ONNX Runtime's, which runs them, wherever it stands."""
     return next((target.variant for target in targets if target.name == "onnxruntime"), targets[0].variant)

@@ -8,8 +8,7 @@ the runner contract, so that a session can generate with it.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from engines.runner import Arrays, check_feeds
+from engines.runner import Arrays, Runner, check_feeds
 from iapt_export.errors import BundleError, IaptError
 from iapt_export.manifest import BundleManifest, GraphSpec
 from trainers.adapter import METHODS
@@ -75,7 +74,7 @@ class Reference:
         return torch.stack(made, dim=1), torch.stack(hidden_states, dim=1)
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """Prefill or decode in eager PyTorch behind the runner contract; rows of different tenants run apart."""
 
     def __init__(self, name: str, spec: GraphSpec, reference: Reference) -> None:
@@ -129,15 +128,6 @@ class TorchRunner:
     def deactivate(self) -> None:
         """Nothing to give back."""
         self._active = False
-
-    def __enter__(self) -> Self:
-        self.activate()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.deactivate()
 
 
 def numpy(tensor: Tensor) -> np.ndarray:

@@ -190,6 +190,16 @@ def test_train_then_build_then_generate(tiny_build: TinyBuild, tmp_path: Path) -
     assert answered.code == 0, answered.err
 
 
+@pytest.mark.slow
+def test_build_in_fp16(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    outcome = run(*tiny_build.arguments(tmp_path / "bundle"), "--dtype=fp16", "--json")
+    assert outcome.code == 0, outcome.err
+    (target,) = json.loads(outcome.out)["targets"]
+    assert (target["dtype"], target["status"]) == ("fp16", "pass")
+    answer = run("generate", tmp_path / "bundle", "--tenant=beta", "--prompt=the film", "--max-new-tokens=4", "--json")
+    assert json.loads(answer.out)[0]["tokens"]
+
+
 def test_train_names_what_is_missing(tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text("model: m\nbottleneck: 8\n")

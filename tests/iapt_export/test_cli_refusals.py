@@ -96,6 +96,7 @@ def test_adapters_that_cannot_share_a_bundle(tiny_build: TinyBuild, tmp_path: Pa
             "dtype 'int4' of target 'onnxruntime:int4' is not known; use one of fp32, fp16, bf",
         ),
         (["--dtype=float32"], "dtype 'float32' of target 'onnxruntime' is not known"),
+        (["--dtype=bf16"], "ONNX Runtime multiplies no bf16 matrices on the CPU"),
         (["--opset=22"], "opset 22 is not supported; use one of 20, 23"),
         (["--target=onnxruntime", "--target=onnxruntime"], "target 'onnxruntime' is given twice"),
         (["--compute-capability=8.9"], "--compute-capability is for TensorRT targets; add --target tensorrt-rtx"),

@@ -12,6 +12,7 @@ from iapt_export.errors import IaptError
 from iapt_export.manifest import Range, Ranges
 from iapt_export.plan import (
     TargetPlan,
+    check_device,
     check_ranges,
     load_tenants,
     onnx_variant,
@@ -91,6 +92,14 @@ def test_bad_targets(requested: list[str], dtype: str | None, opset: int | None,
     with pytest.raises(IaptError) as caught:
         plan_targets(requested, dtype, opset)
     assert text in str(caught.value)
+
+
+def test_bf16_needs_a_device_that_multiplies_it() -> None:
+    targets = plan_targets(["tensorrt-rtx:bf16", "onnxruntime:bf16"], None, None)
+    check_device(targets, "cuda")
+    check_device(targets[:1], "cpu")
+    with pytest.raises(IaptError, match="ONNX Runtime multiplies no bf16 matrices on the CPU, so onnxruntime:bf16"):
+        check_device(targets, "cpu")
 
 
 @pytest.mark.parametrize(
