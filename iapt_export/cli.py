@@ -64,8 +64,8 @@ def train(args: argparse.Namespace) -> None:
             {
                 "output": str(result.output),
                 "steps": result.steps,
-                "report": _plain(result.report),
-                "baseline": _plain(result.baseline),
+                "report": result.report and result.report.to_dict(),
+                "baseline": result.baseline and result.baseline.to_dict(),
             }
         )
 
@@ -84,7 +84,6 @@ def build(args: argparse.Namespace) -> None:
     )
     from iapt_export.progress import Steps
     from iapt_export.stages import check_output, content_key, default_cache, publish, temporary_folder
-    from trainers.backbone import load_backbone
 
     output, cache = Path(args.output), Path(args.cache) if args.cache else default_cache()
     check_output(output)
@@ -93,7 +92,7 @@ def build(args: argparse.Namespace) -> None:
     _check_engines(targets, args.compute_capability)
     with Steps(quiet=args.quiet) as steps:
         steps(f"loading {args.model}")
-        backbone = load_backbone(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        backbone = _load(args, args.model)
         tenants = load_tenants(args.adapter, backbone)
         method = shared_method(tenants)
         ranges = plan_ranges({name: getattr(args, name) for name in ("batch", "sequence", "past", "tenants")})
@@ -110,9 +109,10 @@ def build(args: argparse.Namespace) -> None:
             _finish(args, output)
             return
         job = _Job(args, cache, backbone, spec, method, ranges, steps)
-        graphs = {target.variant: job.export(target) for target in reversed(targets)}
+        shipped = onnx_variant(targets)
+        graphs = {target.variant: job.export(target, target.variant == shipped) for target in reversed(targets)}
         with temporary_folder(output) as bundle:
-            layout.place_files(graphs[onnx_variant(targets)], bundle)
+            layout.place_files(graphs[shipped], bundle)
             layout.place_tokenizer(backbone, bundle)
             manifest = layout.new_manifest(
                 spec,
@@ -134,7 +134,6 @@ def validate(args: argparse.Namespace) -> None:
     """Compare a bundle with PyTorch and say where they differ."""
     from iapt_export.manifest import BundleManifest, verify_files
     from iapt_export.progress import Steps
-    from trainers.backbone import load_backbone
     from validation.compare import Settings
     from validation.report import write_report
     from validation.summary import failure
@@ -147,9 +146,7 @@ def validate(args: argparse.Namespace) -> None:
         verify_files(bundle, manifest)
         name = args.model or manifest.backbone.name_or_path
         steps(f"loading {name}")
-        backbone = load_backbone(
-            name, revision=args.revision or manifest.backbone.revision, trust_remote_code=args.trust_remote_code
-        )
+        backbone = _load(args, name, revision=manifest.backbone.revision)
         settings = Settings(args.seed, args.new_tokens, args.device)
         report = validate_bundle(bundle, manifest, backbone, settings, steps)
     where = write_report(report, Path(args.report)) if args.report else None
@@ -192,12 +189,7 @@ def inspect(args: argparse.Namespace) -> None:
     from iapt_export.inspection import describe, table
 
     found = describe(Path(args.path))
-    if args.json:
-        _print_json(found)
-    else:
-        from rich.console import Console
-
-        Console().print(table(found))
+    _show(args, found, table(found))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -205,12 +197,7 @@ def doctor(args: argparse.Namespace) -> None:
     from engines.doctor import diagnose, table
 
     findings = diagnose()
-    if args.json:
-        _print_json([dataclasses.asdict(finding) for finding in findings])
-    else:
-        from rich.console import Console
-
-        Console().print(table(findings))
+    _show(args, [dataclasses.asdict(finding) for finding in findings], table(findings))
 
 
 COMMANDS = {
@@ -242,17 +229,19 @@ class _Job:
 
         return ModelShape.from_config(self.backbone.model.config)
 
-    def export(self, target: TargetPlan) -> Path:
-        """The folder with the ONNX graphs that a target runs or is built from."""
+    def export(self, target: TargetPlan, shipped: bool) -> Path:
+        """The folder with the ONNX graphs that a target is built from, or all graphs if the bundle ships them."""
         from iapt_export import bundle as layout
         from iapt_export.export import export_graphs
+        from iapt_export.manifest import GRAPHS
         from iapt_export.stages import run_stage
-        from trainers.backbone import load_backbone
 
+        names = GRAPHS if shipped else layout.ENGINE_GRAPHS
         inputs = {
             "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
             "method": dataclasses.asdict(self.method),
             "variant": target.variant,
+            "graphs": names,
             "versions": layout.export_versions(),
         }
 
@@ -260,18 +249,14 @@ class _Job:
             backbone = self.backbone
             if target.dtype != "fp32":
                 # loaded again rather than cast: transformers keeps rotary frequencies in fp32, a cast would not
-                backbone = load_backbone(
-                    self.args.model,
-                    dtype=target.dtype,
-                    revision=self.args.revision,
-                    trust_remote_code=self.args.trust_remote_code,
-                )
+                backbone = _load(self.args, self.args.model, dtype=target.dtype)
             export_graphs(
                 backbone.model,
                 self.method,
                 folder,
                 dtype=target.dtype,
                 opset=target.opset,
+                names=names,
                 on_step=lambda text: self.steps(f"{target.variant}: {text}"),
             )
 
@@ -346,6 +331,15 @@ def _check_engines(targets: list[TargetPlan], compute_capability: str | None) ->
         load_tensorrt(target.name)
 
 
+def _load(args: argparse.Namespace, name: str, *, dtype: str = "fp32", revision: str | None = None) -> Any:
+    """The backbone of that name, under the command's flags."""
+    from trainers.backbone import load_backbone
+
+    return load_backbone(
+        name, dtype=dtype, revision=args.revision or revision, trust_remote_code=args.trust_remote_code
+    )
+
+
 def _prove(args: argparse.Namespace, bundle: Path, manifest: BundleManifest, backbone: Any, steps: Steps) -> Any:
     """Validate a bundle that is not published yet; its manifest with parity and report files."""
     from iapt_export.bundle import with_files
@@ -385,8 +379,14 @@ def _show_report(args: argparse.Namespace, report: Any) -> None:
         print(summary(report))
 
 
-def _plain(report: Any) -> Any:
-    return dataclasses.asdict(report) if dataclasses.is_dataclass(report) and not isinstance(report, type) else None
+def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
+    """Data as JSON where asked for, else as a rich table."""
+    from rich.console import Console
+
+    if args.json:
+        _print_json(data)
+    else:
+        Console().print(table)
 
 
 def _print_json(data: Any) -> None:

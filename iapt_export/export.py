@@ -23,9 +23,10 @@ def export_graphs(
     *,
     dtype: str,
     opset: int,
+    names: tuple[str, ...] = GRAPHS,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphSpec]:
-    """Write ``prefill.onnx``, ``decode.onnx``, ``generator.onnx`` and their shared ``weights.data``.
+    """Write the graphs (``prefill.onnx``, ``decode.onnx``, ``generator.onnx``) and their shared ``weights.data``.
 
     Args:
         backbone: the transformers model, loaded in ``dtype``.
@@ -33,6 +34,7 @@ def export_graphs(
         folder: an existing, empty folder.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         opset: 20 or 23.
+        names: which graphs; engines need no generator of their own.
         on_step: called with a word on each step, for progress.
 
     Returns:
@@ -45,7 +47,7 @@ def export_graphs(
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     specs = graph_specs(config, ModelShape.from_config(backbone.config), dtype)
     models = {}
-    for name in GRAPHS:
+    for name in names:
         on_step(f"tracing {name}.onnx")
         model = trace_graph(name, backbone, config, specs[name], opset)
         on_step(f"passes over {name}.onnx")

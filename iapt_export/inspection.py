@@ -117,9 +117,15 @@ def _value_line(value: Any) -> str:
     return f"{value.name} {value.dtype} {[str(size) if not isinstance(size, int) else size for size in value.shape]}"
 
 
+def _nested(value: Any) -> str:
+    """A value after its name: beside it, or indented below it when it has names of its own."""
+    text = _shown(value)
+    return "\n  " + text.replace("\n", "\n  ") if isinstance(value, dict) else " " + text
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return "\n".join(f"{name}: {_shown(item)}" for name, item in value.items())
+        return "\n".join(f"{name}:{_nested(item)}" for name, item in value.items())
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float):
         return "\n".join(_shown(item) for item in value)
     if dataclasses.is_dataclass(value) or isinstance(value, TensorSpec):

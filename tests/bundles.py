@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
     fingerprint = config_fingerprint(model.config)
     adapters = {name: save_tiny_adapter(root / name, seed, fingerprint) for seed, name in enumerate(TENANTS)}
     return folder, adapters
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from more threads, and those that wait for work take the cores from others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache

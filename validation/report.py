@@ -135,7 +135,7 @@ def target_plots(target: TargetResult) -> list[Plot]:
         (
             target.by_step,
             "Error per step",
-            "Worst absolute difference of the logits. It must not grow as the cache does.",
+            "Worst difference of the logits, over the largest of them. It must not grow as the cache does.",
             plots.error_per_step,
         ),
         (

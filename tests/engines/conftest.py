@@ -1,5 +1,5 @@
 """The tiny bundle for the runtimes' tests."""
 
-from tests.bundles import tiny_build, tiny_bundle
+from tests.bundles import one_thread, tiny_build, tiny_bundle
 
-__all__ = ["tiny_build", "tiny_bundle"]
+__all__ = ["one_thread", "tiny_build", "tiny_bundle"]
