@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from engines.runner import Arrays, Runner, check_feeds
+from iapt_export.bundle import weights_sha256
 from iapt_export.errors import BundleError, IaptError
 from iapt_export.manifest import BundleManifest, GraphSpec
 from trainers.adapter import METHODS
@@ -38,12 +39,17 @@ class Reference:
             backbone: a `trainers.backbone.Backbone` in fp32.
 
         Raises:
-            BundleError: the backbone is not the bundle's.
+            BundleError: the backbone is not the bundle's, or has other weights.
         """
         if backbone.fingerprint != manifest.backbone.fingerprint:
             raise BundleError(
                 f"{backbone.name_or_path} has fingerprint {backbone.fingerprint}, the bundle was built from "
                 f"{manifest.backbone.name_or_path} with {manifest.backbone.fingerprint}; give that one with --model"
+            )
+        if weights_sha256(backbone.model) != manifest.backbone.weights_sha256:
+            raise BundleError(
+                f"{backbone.name_or_path} has the architecture but not the weights of the bundle's backbone, "
+                f"{manifest.backbone.name_or_path}; give the same revision with --model and --revision"
             )
         self.model = backbone.model
         self.manifest = manifest

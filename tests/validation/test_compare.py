@@ -132,11 +132,13 @@ def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatc
     assert "decode logits" in compared(tiny_build.bundle, backbone)
 
 
-def test_another_backbone_of_the_same_shape_fails(tiny_build: TinyBuild, tmp_path: Path) -> None:
+def test_another_backbone_of_the_same_shape_is_refused(tiny_build: TinyBuild, tmp_path: Path) -> None:
     from tests.tiny import save_tiny_backbone, tiny_llama
 
     other = save_tiny_backbone(tmp_path / "other", tiny_llama(seed=1, num_hidden_layers=2))
-    assert validate(tiny_build.bundle, f"--model={other}").code == 3
+    outcome = validate(tiny_build.bundle, f"--model={other}")
+    assert outcome.code == 1
+    assert "has the architecture but not the weights" in outcome.err
 
 
 def test_a_backbone_of_another_shape_is_refused(tiny_build: TinyBuild, tmp_path: Path) -> None:

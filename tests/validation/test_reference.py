@@ -198,3 +198,11 @@ def test_bad_examples_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(IaptError) as caught:
         read_examples(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_backbone_with_other_weights_is_refused(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
+    other = load_backbone(str(tiny_build.model))
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight[5, 3] += 1e-3
+    with pytest.raises(BundleError, match="the architecture but not the weights of the bundle's backbone"):
+        Reference(tiny_build.bundle, manifest, other)
