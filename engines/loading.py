@@ -10,9 +10,7 @@ from safetensors.numpy import load_file
 
 from engines.runner import NUMPY_TYPES, Arrays, Runner
 from iapt_export.errors import BundleError
-from iapt_export.manifest import BundleManifest, TargetSpec
-
-WEIGHT_PREFIX = "generator."
+from iapt_export.manifest import WEIGHT_PREFIX, BundleManifest, TargetSpec
 
 
 def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> dict[str, Runner]:

@@ -119,19 +119,6 @@ def runtime_version(target: str) -> str:
     return str(load_tensorrt(target).__version__)
 
 
-def required_opset(target: str, dtype: str) -> int:
-    """The opset to export for a target.
-
-    It is 23 for every type: where a type has no fused attention kernel (fp32), the builder lets
-    TensorRT decompose the node, so that no second export at opset 20 is needed.
-
-    Raises:
-        IaptError: unknown target or type.
-    """
-    check_target(target, dtype)
-    return 23
-
-
 def check_target(target: str, dtype: str, opset: int = 23, compute_capability: str | None = None) -> None:
     """Refuse what cannot be built, before any long work.
 

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from iapt_export.errors import IaptError
-from iapt_export.manifest import GraphSpec, TensorSpec
+from iapt_export.manifest import WEIGHT_PREFIX, GraphSpec, TensorSpec
 from trainers.config import IAPTConfig
 from trainers.iapt import parameter_shapes
-
-WEIGHT_PREFIX = "generator."
-"""Prefill's and the generator graph's inputs that hold tenants' weights start with this."""
 
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""

@@ -24,6 +24,8 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 1
 GRAPHS = ("prefill", "decode", "generator")
 """The graphs of every bundle, in the order in which they run."""
+WEIGHT_PREFIX = "generator."
+"""Prefill's and the generator graph's inputs that hold tenants' weights start with this."""
 
 
 @dataclass(frozen=True)

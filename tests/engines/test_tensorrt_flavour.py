@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from engines import tensorrt_flavour
-from engines.tensorrt_flavour import check_target, flavour, load_tensorrt, required_opset
+from engines.tensorrt_flavour import check_target, flavour, load_tensorrt
 from iapt_export.errors import IaptError, NotRunnableError
 
 
@@ -27,7 +27,7 @@ def test_targets_that_cannot_be_built(arguments: tuple[object, ...], message: st
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
-    assert required_opset(target, dtype) == 23
+    check_target(target, dtype, 23)
     check_target(target, dtype, 20)
 
 
