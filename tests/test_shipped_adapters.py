@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,30 @@ def test_the_card_beats_zero_shot_and_majority(name: str) -> None:
     assert (ADAPTERS / name / WEIGHTS_FILE).stat().st_size < 2e6
     assert f"{adapter['accuracy']:.3f}" in (ADAPTERS / name / "README.md").read_text(encoding="utf-8")
     assert len(read_examples(ADAPTERS / name / EXAMPLES_FILE)) >= MIN_PROMPTS // len(ANSWERS)
+
+
+@pytest.mark.slow
+def test_export_memory_is_at_most_three_times_the_checkpoint(smollm2: Path, tmp_path: Path) -> None:
+    """Two element types, through the command line, up to the end of the exports: what follows is not export."""
+    code = (
+        "import resource, iapt_export.build as build\n"
+        "from iapt_export.cli import main\n"
+        "class Exported(Exception): pass\n"
+        "def stop(*_):\n"
+        "    raise Exported\n"
+        "build.temporary_folder = stop\n"
+        "try:\n"
+        "    main()\n"
+        "except Exported:\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    command = ["build", f"--model={smollm2}", f"--adapter={ADAPTERS / 'sarcasm'}", f"--output={tmp_path / 'bundle'}"]
+    options = [f"--cache={tmp_path / 'cache'}", "--target=onnxruntime:fp32", "--target=tensorrt-rtx:fp16", "--quiet"]
+    pytest.importorskip("tensorrt_rtx", reason="the second element type is TensorRT for RTX's")
+    done = subprocess.run([sys.executable, "-c", code, *command, *options], capture_output=True, text=True, check=True)
+    checkpoint = sum(path.stat().st_size for path in smollm2.glob("*.safetensors"))
+    ratio = int(done.stdout.split()[-1]) * 1024 / checkpoint
+    assert 1 < ratio <= 3, f"peak memory is {ratio:.2f} times the checkpoint"
 
 
 @pytest.mark.slow

@@ -1,0 +1,216 @@
+"""The build: load, plan, export, build engines, lay out, validate, publish.
+
+Beside the command line, which imports it only to build, this is the one file that may look into every room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+from pathlib import Path
+
+from engines.engine_info import EngineInfo
+from engines.tensorrt_builder import BuildOptions, engine_from_onnx
+from engines.tensorrt_flavour import check_target, load_tensorrt, runtime_version
+from iapt_export import bundle as layout
+from iapt_export.errors import IaptError, ParityError
+from iapt_export.export import export_graphs
+from iapt_export.interface import ModelShape, graph_specs
+from iapt_export.manifest import GRAPHS, BackboneSpec, BundleManifest, GraphSpec, Ranges, TargetSpec, file_sha256
+from iapt_export.plan import (
+    TENSORRT,
+    TargetPlan,
+    check_device,
+    check_ranges,
+    load_tenants,
+    onnx_variant,
+    plan_ranges,
+    plan_targets,
+    shared_method,
+)
+from iapt_export.progress import Steps
+from iapt_export.save import WEIGHTS_FILE
+from iapt_export.stages import check_output, content_key, default_cache, publish, run_stage, temporary_folder
+from trainers.backbone import Backbone, load_backbone
+from trainers.config import IAPTConfig
+from validation.compare import Settings
+from validation.report import write_report
+from validation.summary import failure
+from validation.validate import parity_from_report, validate_bundle
+
+
+def build_bundle(args: argparse.Namespace) -> None:
+    """Make a bundle at ``args.output``, or find an up-to-date one there.
+
+    Raises:
+        IaptError: bad input, or something that cannot be built here.
+        ParityError: what was built does not compute what PyTorch computes; nothing stands at the output then.
+    """
+    output, cache = Path(args.output), Path(args.cache) if args.cache else default_cache()
+    check_output(output)
+    targets = plan_targets(args.target, args.dtype, args.opset)
+    check_device(targets, args.device)
+    _check_engines(targets, args.compute_capability)
+    with Steps(quiet=args.quiet) as steps:
+        steps(f"loading {args.model}")
+        backbone = _load(args, "fp32")
+        tenants = load_tenants(args.adapter, backbone)
+        method = shared_method(tenants)
+        ranges = plan_ranges({name: getattr(args, name) for name in ("batch", "sequence", "past", "tenants")})
+        spec = layout.backbone_spec(backbone)
+        check_ranges(ranges, method.prompt_length, spec.max_positions, len(tenants))
+        settings = {
+            "targets": [dataclasses.asdict(target) for target in targets],
+            "ranges": dataclasses.asdict(ranges),
+            "flags": [args.compute_capability, args.seed, args.new_tokens, args.device],
+        }
+        key = content_key(layout.build_inputs(spec, tenants, settings))
+        steps("looking for an up-to-date bundle")
+        if layout.is_current(output, key):
+            return
+        job = _Job(args, cache, spec, ModelShape.from_config(backbone.model.config), method, ranges, steps, backbone)
+        del backbone  # the job keeps one at a time, in the type that a target needs
+        shipped = onnx_variant(targets)
+        graphs = {target.variant: job.export(target, target.variant == shipped) for target in reversed(targets)}
+        backbone = job.load("fp32")
+        with temporary_folder(output) as bundle:
+            layout.place_files(graphs[shipped], bundle)
+            layout.place_tokenizer(backbone, bundle)
+            manifest = layout.new_manifest(
+                spec,
+                layout.generator_spec(method, job.shape),
+                ranges,
+                layout.place_tenants(tenants, bundle),
+                [job.target(target, graphs[target.variant], bundle) for target in targets],
+                key,
+            )
+            manifest = layout.with_files(manifest, bundle)
+            manifest.save(bundle)
+            manifest = _prove(args, bundle, manifest, backbone, steps)
+            manifest.save(bundle)
+            publish(bundle, output)
+
+
+@dataclasses.dataclass
+class _Job:
+    """What the stages of one build share."""
+
+    args: argparse.Namespace
+    cache: Path
+    spec: BackboneSpec
+    shape: ModelShape
+    method: IAPTConfig
+    ranges: Ranges
+    steps: Steps
+    backbone: Backbone | None
+    dtype: str = "fp32"
+
+    def load(self, dtype: str) -> Backbone:
+        """The backbone in that type; only one is in memory at a time.
+
+        Loaded again rather than cast: transformers keeps rotary frequencies in fp32, a cast would not.
+        """
+        if self.backbone is None or dtype != self.dtype:
+            self.backbone = None
+            gc.collect()  # modules refer to each other, so counting references frees nothing
+            self.backbone, self.dtype = _load(self.args, dtype), dtype
+        return self.backbone
+
+    def export(self, target: TargetPlan, shipped: bool) -> Path:
+        """The folder with the ONNX graphs that a target is built from, or all graphs if the bundle ships them."""
+        names = GRAPHS if shipped else layout.ENGINE_GRAPHS
+        inputs = {
+            "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
+            "method": dataclasses.asdict(self.method),
+            "variant": target.variant,
+            "graphs": names,
+            "versions": layout.export_versions(),
+        }
+
+        def make(folder: Path) -> None:
+            export_graphs(
+                self.load(target.dtype).model,
+                self.method,
+                folder,
+                dtype=target.dtype,
+                opset=target.opset,
+                names=names,
+                on_step=lambda text: self.steps(f"{target.variant}: {text}"),
+            )
+
+        folder, found = run_stage(self.cache, f"graphs-{target.variant}", inputs, make)
+        if found:
+            self.steps(f"{target.variant}: graphs are up to date")
+        return folder
+
+    def target(self, target: TargetPlan, graphs: Path, bundle: Path) -> TargetSpec:
+        """Describe a target; for TensorRT, build its engines first."""
+        specs = graph_specs(self.method, self.shape, target.dtype)
+        if target.name == "onnxruntime":
+            version = layout.versions().get("onnxruntime", "not installed")
+            return TargetSpec(target.name, target.dtype, target.opset, specs, version)
+        return self._engines(target, specs, graphs, bundle)
+
+    def _engines(self, target: TargetPlan, specs: dict[str, GraphSpec], graphs: Path, bundle: Path) -> TargetSpec:
+        options = BuildOptions(target.name, self.args.compute_capability)
+        version = runtime_version(target.name)
+        weights = file_sha256(graphs / WEIGHTS_FILE)
+        sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.ENGINE_GRAPHS}
+        for name, source in sources.items():
+            inputs = {
+                "graph": [source, weights],
+                "ranges": dataclasses.asdict(self.ranges),
+                "options": dataclasses.asdict(options),
+                "version": version,
+            }
+            text = f"{target.name}: building {name}.engine"
+
+            def make(folder: Path, name: str = name, text: str = text) -> None:
+                engine_from_onnx(
+                    graphs / f"{name}.onnx",
+                    folder / f"{name}.engine",
+                    specs[name],
+                    self.ranges,
+                    options,
+                    on_progress=lambda step: self.steps(text, step.done / step.total if not step.parent else None),
+                )
+
+            self.steps(text)
+            folder, _ = run_stage(self.cache, f"engine-{target.name}-{name}", inputs, make)
+            layout.place_files(folder, bundle / "engines" / target.name)
+        engines = layout.engine_specs(specs, target.name)
+        built_for = EngineInfo.load(bundle / engines["prefill"].path).compute_capability
+        return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources)
+
+
+def _check_engines(targets: list[TargetPlan], compute_capability: str | None) -> None:
+    """Refuse, before any long work, engines that cannot be built here."""
+    plans = [target for target in targets if target.name in TENSORRT]
+    if compute_capability and not plans:
+        raise IaptError("--compute-capability is for TensorRT targets; add --target tensorrt-rtx or leave it out")
+    for target in plans:
+        check_target(target.name, target.dtype, target.opset, compute_capability)
+        load_tensorrt(target.name)
+
+
+def _load(args: argparse.Namespace, dtype: str) -> Backbone:
+    """The backbone that the command names."""
+    return load_backbone(args.model, dtype=dtype, revision=args.revision, trust_remote_code=args.trust_remote_code)
+
+
+def _prove(
+    args: argparse.Namespace, bundle: Path, manifest: BundleManifest, backbone: Backbone, steps: Steps
+) -> BundleManifest:
+    """Validate a bundle that is not published yet; its manifest with parity and report files."""
+    settings = Settings(args.seed, args.new_tokens, args.device)
+    report = validate_bundle(bundle, manifest, backbone, settings, steps, Path(args.output).name)
+    # how long it took is not part of what was built: equal inputs give equal bytes
+    report = dataclasses.replace(report, targets=[dataclasses.replace(t, seconds=0.0) for t in report.targets])
+    if report.verdict != "pass":
+        failed = Path(args.output).with_name(f"{Path(args.output).name}-failed-report")
+        where = write_report(report, failed)
+        raise ParityError(f"{failure(report)}. Nothing was written to {args.output}; the report is {where}")
+    steps("writing the report")
+    write_report(report, bundle)
+    return dataclasses.replace(layout.with_files(manifest, bundle), parity=parity_from_report(report))
