@@ -158,9 +158,15 @@ def profile_from_spec(spec: GraphSpec, ranges: Ranges) -> dict[str, ProfileShape
         "sequence": ranges.sequence,
         "past": past,
         "total": Range(past.min + 1, past.opt + 1, past.max + 1),
-        "tenants": ranges.tenants,
+        **dict.fromkeys(_tenant_sizes(spec), ranges.tenants),
     }
     return {tensor.name: _profile_shape(tensor, sizes) for tensor in spec.inputs if _is_dynamic(tensor)}
+
+
+def _tenant_sizes(spec: GraphSpec) -> set[str]:
+    """Names of the sizes that count a method's tenants: ``tenants_METHOD``."""
+    sizes = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+    return {size for size in sizes if size.startswith("tenants_")}
 
 
 def interface_problems(spec: GraphSpec, inputs: list[EngineTensor], outputs: list[EngineTensor]) -> list[str]:

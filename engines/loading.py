@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from engines.runner import NUMPY_TYPES, Arrays, Runner
 from iapt_export.errors import BundleError
-from iapt_export.manifest import WEIGHT_PREFIX, BundleManifest, TargetSpec
+from iapt_export.manifest import BundleManifest, MethodSpec, TargetSpec, TenantSpec
 
 
 def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> dict[str, Runner]:
@@ -33,31 +33,32 @@ def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> di
 
 
 def load_tenants(bundle: Path, manifest: BundleManifest, target: TargetSpec) -> Arrays:
-    """The weights of all tenants, stacked in the manifest's order.
+    """The weights of all tenants, stacked by method in the manifest's order.
 
     Returns:
-        ``generator.NAME`` to ``[N, ...]`` in the type that the target's prefill graph takes.
+        ``METHOD.TENSOR`` to ``[N, ...]`` in the type that the target's graphs take.
 
     Raises:
         BundleError: a tenant's file is missing, no safetensors, or not what the contract asks for.
     """
-    files = [_load_tenant(bundle, manifest, index) for index in range(len(manifest.tenants))]
-    types = {tensor.name: NUMPY_TYPES[tensor.dtype] for tensor in target.graphs["prefill"].inputs}
-    return {
-        WEIGHT_PREFIX + weight.name: _cast(
-            np.stack([file[weight.name] for file in files]), types[WEIGHT_PREFIX + weight.name]
-        )
-        for weight in manifest.generator.weights
-    }
+    types = {tensor.name: tensor.dtype for graph in target.graphs.values() for tensor in graph.inputs}
+    stacks: Arrays = {}
+    for method in manifest.methods:
+        files = [_load_tenant(bundle, tenant, method) for tenant in manifest.tenants_of(method.name)]
+        for weight in method.weights:
+            name = f"{method.name}.{weight.name}"
+            stacks[name] = cast(np.stack([file[weight.name] for file in files]), types[name])
+    return stacks
 
 
-def _load_tenant(bundle: Path, manifest: BundleManifest, index: int) -> Arrays:
-    tenant = manifest.tenants[index]
+def _load_tenant(bundle: Path, tenant: TenantSpec, method: MethodSpec) -> Arrays:
+    if tenant.path is None:
+        raise BundleError(f"tenant {tenant.name} is of method {method.name} but names no weights file")
     try:
         tensors = load_file(bundle / tenant.path)
     except (SafetensorError, OSError) as error:
         raise BundleError(f"tenant {tenant.name}: {tenant.path} is not a whole safetensors file ({error})") from error
-    for weight in manifest.generator.weights:
+    for weight in method.weights:
         found = tensors.get(weight.name)
         if found is None or list(found.shape) != weight.shape:
             came = "nothing" if found is None else f"shape {list(found.shape)}"
@@ -67,9 +68,10 @@ def _load_tenant(bundle: Path, manifest: BundleManifest, index: int) -> Arrays:
     return tensors
 
 
-def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array in a manifest's type, such as ``fp16``."""
+    if dtype == "bf16":
         import ml_dtypes
 
         return array.astype(ml_dtypes.bfloat16)
-    return array.astype(dtype)
+    return array.astype(NUMPY_TYPES[dtype])

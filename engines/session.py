@@ -4,8 +4,8 @@
         for token in session.stream([Request("movie-sentiment", "A fine film.")]):
             print(token.text, end="")
 
-Prefill reads each row's instruction together with its tenant's weights and writes prompts, keys and
-values; every later step is the plain backbone, whoever the tenants are.
+Prefill reads each row's instruction together with its tenant's weights and writes prompts, keys and values; every
+later step is the plain backbone, whoever the tenants are, unless a method treats generated tokens too (LoRA).
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.loading import load_tenants, open_runners
+from engines.loading import cast, load_tenants, open_runners
 from engines.runner import Activated, Arrays, Runner
 from engines.sampling import Sampling, choose
 from engines.text import TextCodec
 from iapt_export.errors import IaptError
-from iapt_export.manifest import BundleManifest, TargetSpec, verify_files
+from iapt_export.manifest import (
+    SENT_PROMPTS,
+    TENANT_INDEX,
+    BundleManifest,
+    TargetSpec,
+    TenantSpec,
+    verify_files,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Request:
     """The instruction's text; or give ``tokens``."""
     tokens: tuple[int, ...] = ()
     """The instruction as token ids, instead of text."""
+    prompts: np.ndarray | None = None
+    """Soft prompts ``[P, D]`` that the client computed, for a tenant whose method takes them (LoPA)."""
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
@@ -61,6 +70,17 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     done: bool = False
+
+
+@dataclass
+class Batch:
+    """What a batch's rows have in the cache."""
+
+    tenants: list[str]
+    mask: np.ndarray
+    """``[B, S]`` int64 over the cache, prompt slots first."""
+    cache: Arrays
+    """``past_key_values.N.*`` to ``[B, H, S, K]``."""
 
 
 class Session(Activated):
@@ -100,8 +120,9 @@ class Session(Activated):
     def activate(self) -> None:
         """Load graphs and tenants."""
         self.weights = load_tenants(self._bundle, self.manifest, self.target)
-        for name in ("prefill", "decode"):
-            self.runners[name].activate()
+        for name in ("encoder", "prefill", "decode"):
+            if name in self.runners:
+                self.runners[name].activate()
 
     def deactivate(self) -> None:
         """Give the memory back."""
@@ -132,7 +153,9 @@ class Session(Activated):
         """
         rows = [self._row(index, request) for index, request in enumerate(requests)]
         self._check(rows)
-        logits, cache, mask = self.prefill([row.prompt for row in rows], [row.request.tenant for row in rows])
+        logits, batch = self.prefill(
+            [row.prompt for row in rows], [row.request.tenant for row in rows], [row.request.prompts for row in rows]
+        )
         step = 0
         while True:
             chosen = np.full(len(rows), self.manifest.backbone.pad_token_id, dtype=np.int64)
@@ -142,15 +165,21 @@ class Session(Activated):
                     yield self._advance(index, row, step, int(chosen[index]))
             if all(row.done for row in rows):
                 return
-            logits, cache, mask = self.decode(chosen, mask, cache)
+            logits = self.decode(chosen, batch)
             step += 1
 
-    def prefill(self, prompts: list[list[int]], tenants: list[str]) -> tuple[np.ndarray, Arrays, np.ndarray]:
+    def prefill(
+        self, prompts: list[list[int]], tenants: list[str], sent: list[np.ndarray | None] | None = None
+    ) -> tuple[np.ndarray, Batch]:
         """Read the instructions, padded on the left to one length.
 
+        Args:
+            prompts: token ids of each row.
+            tenants: each row's tenant.
+            sent: soft prompts ``[P, D]`` that a client computed; None has the encoder make them.
+
         Returns:
-            Logits ``[B, V]``, the cache as ``past_key_values.N.*`` arrays ``[B, H, P+T, K]``, and the
-            mask ``[B, P+T]`` over it (prompt rows first).
+            Logits ``[B, V]``, and the batch with P+T cache entries a row.
         """
         length = max(map(len, prompts))
         ids = np.full((len(prompts), length), self.manifest.backbone.pad_token_id, dtype=np.int64)
@@ -158,28 +187,61 @@ class Session(Activated):
         for index, prompt in enumerate(prompts):
             ids[index, length - len(prompt) :] = prompt
             mask[index, length - len(prompt) :] = 1
-        rows = np.array([self.manifest.tenant_index(tenant) for tenant in tenants], dtype=np.int64)
-        outputs = self.runners["prefill"].infer(
-            {"input_ids": ids, "attention_mask": mask, "tenant_index": rows, **self.weights}
-        )
-        slots = np.ones((len(prompts), self.manifest.generator.prompt_length), dtype=np.int64)
-        return outputs["logits"][:, 0], past_from_present(outputs), np.concatenate([slots, mask], axis=1)
+        feeds = {"input_ids": ids, "attention_mask": mask, **self.tenant_feeds(tenants)}
+        if "encoder" in self.target.graphs:
+            feeds |= self._sent_prompts(feeds, tenants, sent or [None] * len(tenants))
+        outputs = self._infer("prefill", feeds)
+        lengths = np.array([self.manifest.prompt_length(tenant) for tenant in tenants])
+        slots = np.arange(self.manifest.num_slots)[None] >= self.manifest.num_slots - lengths[:, None]
+        whole = np.concatenate([slots.astype(np.int64), mask], axis=1)
+        return outputs["logits"][:, 0], Batch(tenants, whole, past_from_present(outputs))
 
-    def decode(self, tokens: np.ndarray, mask: np.ndarray, cache: Arrays) -> tuple[np.ndarray, Arrays, np.ndarray]:
-        """One step of the plain backbone for ``tokens [B]``; returns logits, cache and mask as `prefill` does."""
-        mask = np.concatenate([mask, np.ones((len(tokens), 1), dtype=np.int64)], axis=1)
-        outputs = self.runners["decode"].infer(
-            {
-                "input_ids": tokens[:, None],
-                "attention_mask": mask,
-                "position_ids": mask.sum(axis=1, keepdims=True) - 1,
-                **cache,
-            }
-        )
-        return outputs["logits"][:, 0], past_from_present(outputs), mask
+    def decode(self, tokens: np.ndarray, batch: Batch) -> np.ndarray:
+        """One step for ``tokens [B]``; extends the batch and returns logits ``[B, V]``."""
+        batch.mask = np.concatenate([batch.mask, np.ones((len(tokens), 1), dtype=np.int64)], axis=1)
+        feeds = {
+            "input_ids": tokens[:, None],
+            "attention_mask": batch.mask,
+            "position_ids": batch.mask.sum(axis=1, keepdims=True) - 1,
+            **batch.cache,
+            **self.tenant_feeds(batch.tenants),
+        }
+        outputs = self._infer("decode", feeds)
+        batch.cache = past_from_present(outputs)
+        return outputs["logits"][:, 0]
+
+    def tenant_feeds(self, tenants: list[str]) -> Arrays:
+        """Every method's stacked weights, and which entry of its stack each row uses: -1 for none."""
+        feeds = dict(self.weights)
+        for method in self.manifest.methods:
+            names = [tenant.name for tenant in self.manifest.tenants_of(method.name)]
+            rows = [names.index(tenant) if tenant in names else -1 for tenant in tenants]
+            feeds[f"{method.name}.{TENANT_INDEX}"] = np.array(rows, dtype=np.int64)
+        return feeds
+
+    def _infer(self, graph: str, feeds: Arrays) -> Arrays:
+        """Run a graph with those of ``feeds`` that it takes; the runner says which are missing."""
+        names = [tensor.name for tensor in self.target.graphs[graph].inputs]
+        return self.runners[graph].infer({name: feeds[name] for name in names if name in feeds})
+
+    def _sent_prompts(self, feeds: Arrays, tenants: list[str], sent: list[np.ndarray | None]) -> Arrays:
+        """``METHOD.prompts [B, P, D]``: what clients sent, the encoder's for the other rows of its method."""
+        inputs = self.target.graphs["prefill"].inputs
+        spec = next(tensor for tensor in inputs if tensor.name.endswith(f".{SENT_PROMPTS}"))
+        name = spec.name.removesuffix(f".{SENT_PROMPTS}")
+        prompts = np.zeros((len(tenants), *map(int, spec.shape[1:])), dtype=np.float32)
+        own = {tenant.name for tenant in self.manifest.tenants_of(name)}
+        missing = [row for row, tenant in enumerate(tenants) if tenant in own and sent[row] is None]
+        if missing:
+            rows = {key: array[missing] for key, array in feeds.items() if array.dtype == np.int64}
+            prompts[missing] = self._infer("encoder", {**feeds, **rows})[SENT_PROMPTS]
+        for row, array in enumerate(sent):
+            if array is not None:
+                prompts[row] = array
+        return {spec.name: cast(prompts, spec.dtype)}
 
     def _row(self, index: int, request: Request) -> _Row:
-        tenant = self.manifest.tenants[self.manifest.tenant_index(request.tenant)]
+        tenant = self.manifest.tenant(request.tenant)
         prompt = list(request.tokens) or self.codec.encode(request.prompt, tenant.prompt_format)
         wrong = [token for token in prompt if not 0 <= token < self.manifest.backbone.vocab_size]
         if wrong:
@@ -189,10 +251,26 @@ class Session(Activated):
             )
         if request.max_new_tokens < 1:
             raise IaptError(f"request {index}: max_new_tokens is {request.max_new_tokens}, expected at least 1")
+        if request.prompts is not None:
+            self._check_sent(index, tenant, request.prompts)
         return _Row(request, prompt, np.random.default_rng(request.sampling.seed))
 
+    def _check_sent(self, index: int, tenant: TenantSpec, prompts: np.ndarray) -> None:
+        name = f"{tenant.method}.{SENT_PROMPTS}"
+        spec = next((tensor for tensor in self.target.graphs["prefill"].inputs if tensor.name == name), None)
+        if spec is None:
+            raise IaptError(
+                f"request {index}: tenant {tenant.name} was trained with {tenant.trained_form}, which makes its own "
+                "prompts; send none (only LoPA's may be computed by the client)"
+            )
+        if list(prompts.shape) != spec.shape[1:] or not np.isfinite(prompts).all():
+            raise IaptError(
+                f"request {index}: the sent prompts have shape {list(prompts.shape)}, expected finite numbers of "
+                f"shape {spec.shape[1:]}"
+            )
+
     def _check(self, rows: list[_Row]) -> None:
-        ranges, slots = self.manifest.ranges, self.manifest.generator.prompt_length
+        ranges, slots = self.manifest.ranges, self.manifest.num_slots
         if not 1 <= len(rows) <= ranges.batch.max:
             raise IaptError(
                 f"{len(rows)} requests in one batch; this bundle takes 1 to {ranges.batch.max} "
@@ -240,4 +318,4 @@ def past_from_present(outputs: Arrays) -> Arrays:
     }
 
 
-__all__ = ["Request", "Sampling", "Session", "Token", "past_from_present"]
+__all__ = ["Batch", "Request", "Sampling", "Session", "Token", "past_from_present"]

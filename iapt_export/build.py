@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 
 from engines.engine_info import EngineInfo
@@ -17,23 +18,24 @@ from iapt_export import bundle as layout
 from iapt_export.errors import IaptError, ParityError
 from iapt_export.export import export_graphs
 from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import GRAPHS, BackboneSpec, BundleManifest, GraphSpec, Ranges, TargetSpec, file_sha256
+from iapt_export.manifest import BackboneSpec, BundleManifest, GraphSpec, Ranges, TargetSpec, file_sha256
 from iapt_export.plan import (
     TENSORRT,
     TargetPlan,
+    TenantPlan,
     check_device,
     check_ranges,
     load_tenants,
     onnx_variant,
     plan_ranges,
     plan_targets,
-    shared_method,
+    plan_tenants,
 )
 from iapt_export.progress import Steps
 from iapt_export.save import WEIGHTS_FILE
 from iapt_export.stages import check_output, content_key, default_cache, publish, run_stage, temporary_folder
 from trainers.backbone import Backbone, load_backbone
-from trainers.config import IAPTConfig
+from trainers.lora import merged
 from validation.compare import Settings
 from validation.report import write_report
 from validation.summary import failure
@@ -55,21 +57,24 @@ def build_bundle(args: argparse.Namespace) -> None:
     with Steps(quiet=args.quiet) as steps:
         steps(f"loading {args.model}")
         backbone = _load(args, "fp32")
-        tenants = load_tenants(args.adapter, backbone)
-        method = shared_method(tenants)
+        adapters = load_tenants(args.adapter, backbone)
+        tenants = plan_tenants(
+            adapters, backbone.model, merge_lora=args.merge_lora, fold_embeddings=args.fold_embeddings
+        )
         ranges = plan_ranges({name: getattr(args, name) for name in ("batch", "sequence", "past", "tenants")})
         spec = layout.backbone_spec(backbone)
-        check_ranges(ranges, method.prompt_length, spec.max_positions, len(tenants))
+        check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters))
         settings = {
             "targets": [dataclasses.asdict(target) for target in targets],
             "ranges": dataclasses.asdict(ranges),
             "flags": [args.compute_capability, args.seed, args.new_tokens, args.device],
+            "tenants": [args.merge_lora, args.fold_embeddings],
         }
-        key = content_key(layout.build_inputs(spec, tenants, settings))
+        key = content_key(layout.build_inputs(spec, adapters, settings))
         steps("looking for an up-to-date bundle")
         if layout.is_current(output, key):
             return
-        job = _Job(args, cache, spec, ModelShape.from_config(backbone.model.config), method, ranges, steps, backbone)
+        job = _Job(args, cache, spec, ModelShape.from_config(backbone.model.config), tenants, ranges, steps, backbone)
         del backbone  # the job keeps one at a time, in the type that a target needs
         shipped = onnx_variant(targets)
         graphs = {target.variant: job.export(target, target.variant == shipped) for target in reversed(targets)}
@@ -79,7 +84,7 @@ def build_bundle(args: argparse.Namespace) -> None:
             layout.place_tokenizer(backbone, bundle)
             manifest = layout.new_manifest(
                 spec,
-                layout.generator_spec(method, job.shape),
+                [layout.method_spec(item) for item in tenants.installed],
                 ranges,
                 layout.place_tenants(tenants, bundle),
                 [job.target(target, graphs[target.variant], bundle) for target in targets],
@@ -100,7 +105,7 @@ class _Job:
     cache: Path
     spec: BackboneSpec
     shape: ModelShape
-    method: IAPTConfig
+    tenants: TenantPlan
     ranges: Ranges
     steps: Steps
     backbone: Backbone | None
@@ -117,27 +122,36 @@ class _Job:
             self.backbone, self.dtype = _load(self.args, dtype), dtype
         return self.backbone
 
+    def specs(self, dtype: str) -> dict[str, GraphSpec]:
+        """The interfaces of the bundle's graphs."""
+        return graph_specs(self.tenants.installed, self.shape, dtype)
+
     def export(self, target: TargetPlan, shipped: bool) -> Path:
         """The folder with the ONNX graphs that a target is built from, or all graphs if the bundle ships them."""
-        names = GRAPHS if shipped else layout.ENGINE_GRAPHS
+        specs = self.specs(target.dtype)
+        names = tuple(specs) if shipped else layout.engine_graphs(specs)
+        lora = self.tenants.merged
         inputs = {
             "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
-            "method": dataclasses.asdict(self.method),
+            "methods": [dataclasses.asdict(layout.method_spec(item)) for item in self.tenants.installed],
+            "merged": layout.adapter_hashes(self.tenants.adapters) if lora else None,
             "variant": target.variant,
             "graphs": names,
             "versions": layout.export_versions(),
         }
 
         def make(folder: Path) -> None:
-            export_graphs(
-                self.load(target.dtype).model,
-                self.method,
-                folder,
-                dtype=target.dtype,
-                opset=target.opset,
-                names=names,
-                on_step=lambda text: self.steps(f"{target.variant}: {text}"),
-            )
+            model = self.load(target.dtype).model
+            with merged(lora, model) if lora else nullcontext():
+                export_graphs(
+                    model,
+                    self.tenants.installed,
+                    folder,
+                    dtype=target.dtype,
+                    opset=target.opset,
+                    names=names,
+                    on_step=lambda text: self.steps(f"{target.variant}: {text}"),
+                )
 
         folder, found = run_stage(self.cache, f"graphs-{target.variant}", inputs, make)
         if found:
@@ -146,7 +160,7 @@ class _Job:
 
     def target(self, target: TargetPlan, graphs: Path, bundle: Path) -> TargetSpec:
         """Describe a target; for TensorRT, build its engines first."""
-        specs = graph_specs(self.method, self.shape, target.dtype)
+        specs = self.specs(target.dtype)
         if target.name == "onnxruntime":
             version = layout.versions().get("onnxruntime", "not installed")
             return TargetSpec(target.name, target.dtype, target.opset, specs, version)
@@ -156,7 +170,7 @@ class _Job:
         options = BuildOptions(target.name, self.args.compute_capability)
         version = runtime_version(target.name)
         weights = file_sha256(graphs / WEIGHTS_FILE)
-        sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.ENGINE_GRAPHS}
+        sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.engine_graphs(specs)}
         for name, source in sources.items():
             inputs = {
                 "graph": [source, weights],

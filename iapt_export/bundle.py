@@ -8,16 +8,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from iapt_export import __version__
 from iapt_export.errors import BundleError
+from iapt_export.installed import Installed
 from iapt_export.interface import ModelShape, weight_specs
 from iapt_export.manifest import (
     MANIFEST_FILE,
     BackboneSpec,
     BundleManifest,
     FileSpec,
-    GeneratorSpec,
     GraphSpec,
+    MethodSpec,
     Parity,
     Ranges,
     TargetSpec,
@@ -26,13 +30,12 @@ from iapt_export.manifest import (
     verify_files,
 )
 from iapt_export.ops import DOMAIN, DOMAIN_VERSION
+from iapt_export.plan import TenantPlan
 from iapt_export.stages import STAGE_FILE, place
 from trainers.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
-from trainers.config import IAPTConfig
+from trainers.methods import FORMS, form_name
 
 TENANTS_FOLDER = "tenants"
-ENGINE_GRAPHS = ("prefill", "decode")
-"""The graphs that engines are built from; the generators alone are only ever compared, not served."""
 EXPORT_PACKAGES = ("iapt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 """Packages whose versions may change what an export writes."""
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
@@ -68,42 +71,53 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def generator_spec(config: IAPTConfig, shape: ModelShape) -> GeneratorSpec:
-    """The contract that every tenant meets; tenants' files hold fp32."""
-    return GeneratorSpec(
-        method="IAPT",
-        config=dataclasses.asdict(config),
-        prompt_length=config.prompt_length,
-        weights=weight_specs(config, shape, "fp32"),
-        op_domain=DOMAIN,
-        op_version=DOMAIN_VERSION,
+def method_spec(item: Installed) -> MethodSpec:
+    """The contract that every tenant of a method meets; tenants' files hold fp32."""
+    return MethodSpec(
+        name=item.name,
+        form=form_name(item.stacked),
+        config=dataclasses.asdict(item.stacked.config),
+        prompt_length=item.method.num_slots,
+        weights=weight_specs(item, "fp32"),
+        in_decode=item.method.in_decode,
     )
 
 
-def place_tenants(tenants: dict[str, Adapter], bundle: Path) -> list[TenantSpec]:
-    """Copy the adapters' weights, byte for byte, and their example prompts into the bundle."""
-    folder = bundle / TENANTS_FOLDER
-    folder.mkdir()
-    specs = []
-    for name, adapter in tenants.items():
-        assert adapter.path is not None
-        data = (adapter.path / WEIGHTS_FILE).read_bytes()
-        path = folder / f"{name}.safetensors"
-        path.write_bytes(data)
-        examples = adapter.path / EXAMPLES_FILE
-        if examples.is_file():
-            (folder / f"{name}.{EXAMPLES_FILE}").write_bytes(examples.read_bytes())
-        specs.append(
-            TenantSpec(
-                name=name,
-                path=f"{TENANTS_FOLDER}/{path.name}",
-                sha256=hashlib.sha256(data).hexdigest(),
-                prompt_format=adapter.config.prompt_format,
-                labels=list(adapter.config.labels),
-                examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples.is_file() else None,
-            )
-        )
-    return specs
+def place_tenants(plan: TenantPlan, bundle: Path) -> list[TenantSpec]:
+    """Write every tenant's weights as the graphs take them, as it was trained, and its example prompts."""
+    (bundle / TENANTS_FOLDER).mkdir()
+    return [_place_tenant(name, plan, bundle) for name in plan.adapters]
+
+
+def _place_tenant(name: str, plan: TenantPlan, bundle: Path) -> TenantSpec:
+    adapter, owner = plan.adapters[name], plan.owner[name]
+    shipped = None
+    if owner is not None:
+        shipped = plan.shipped[name]
+        _save_tensors(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors")
+    trained = shipped is None or shipped.keys() != adapter.tensors.keys()
+    if trained:
+        _save_tensors(adapter.tensors, bundle / TENANTS_FOLDER / f"{name}.trained.safetensors")
+    examples = None if adapter.path is None else adapter.path / EXAMPLES_FILE
+    if examples is not None and examples.is_file():
+        (bundle / TENANTS_FOLDER / f"{name}.{EXAMPLES_FILE}").write_bytes(examples.read_bytes())
+    else:
+        examples = None
+    return TenantSpec(
+        name=name,
+        method=owner,
+        path=f"{TENANTS_FOLDER}/{name}.safetensors" if shipped else None,
+        trained_form=adapter.config.peft_type,
+        trained_config=dataclasses.asdict(adapter.config.method),
+        trained=f"{TENANTS_FOLDER}/{name}.trained.safetensors" if trained else None,
+        prompt_format=adapter.config.prompt_format,
+        labels=list(adapter.config.labels),
+        examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
+    )
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def place_files(source: Path, bundle: Path) -> None:
@@ -124,12 +138,19 @@ def place_tokenizer(backbone: Any, bundle: Path) -> None:
 
 def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpec]:
     """Interfaces of the engines of a target, at their places in the bundle."""
-    return {name: dataclasses.replace(specs[name], path=f"engines/{target}/{name}.engine") for name in ENGINE_GRAPHS}
+    return {
+        name: dataclasses.replace(specs[name], path=f"engines/{target}/{name}.engine") for name in engine_graphs(specs)
+    }
+
+
+def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
+    """The graphs that engines are built from; the generators alone are only ever compared, not served."""
+    return tuple(name for name in specs if name != "generator")
 
 
 def new_manifest(
     backbone: BackboneSpec,
-    generator: GeneratorSpec,
+    methods: list[MethodSpec],
     ranges: Ranges,
     tenants: list[TenantSpec],
     targets: list[TargetSpec],
@@ -140,12 +161,14 @@ def new_manifest(
         versions=versions(),
         build_key=build_key,
         backbone=backbone,
-        generator=generator,
+        methods=methods,
         ranges=ranges,
         tenants=tenants,
         targets=targets,
         parity=Parity("not run"),
         files={},
+        op_domain=DOMAIN,
+        op_version=DOMAIN_VERSION,
     )
 
 
@@ -159,23 +182,29 @@ def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:
 def export_versions() -> dict[str, str]:
     """What may change an export besides its inputs: library versions, and a hash over this project's own part of it."""
     root = Path(__file__).resolve().parent
-    exporter = [root / f"{name}.py" for name in ("export", "interface", "save", "trace", "twins")]
+    exporter = [root / f"{name}.py" for name in ("export", "installed", "interface", "save", "trace", "twins")]
     exporter += sorted((root / "passes").glob("*.py")) + sorted((root / "ops").glob("*.py"))
-    traced = [root.parent / "trainers" / f"{name}.py" for name in ("iapt", "insertion", "rational")]
+    names = ("insertion", "method", "rational", *(cls.__module__.rpartition(".")[2] for cls in FORMS.values()))
+    traced = [root.parent / "trainers" / f"{name}.py" for name in sorted(set(names))]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in exporter + traced)).hexdigest()
     return {name: version for name, version in versions().items() if name in EXPORT_PACKAGES} | {"code": code}
 
 
-def build_inputs(spec: BackboneSpec, tenants: dict[str, Adapter], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a finished bundle depends on; equal inputs mean an equal bundle."""
+def adapter_hashes(tenants: dict[str, Adapter]) -> dict[str, list[str]]:
+    """Tenant to the hashes of its adapter's files."""
     hashes = {}
     for name, adapter in tenants.items():
         assert adapter.path is not None
         files = [adapter.path / file for file in (CONFIG_FILE, WEIGHTS_FILE, EXAMPLES_FILE)]
         hashes[name] = [file_sha256(path) for path in files if path.is_file()]
+    return hashes
+
+
+def build_inputs(spec: BackboneSpec, tenants: dict[str, Adapter], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a finished bundle depends on; equal inputs mean an equal bundle."""
     return {
         "backbone": dataclasses.asdict(spec),
-        "tenants": hashes,
+        "tenants": adapter_hashes(tenants),
         "order": list(tenants),
         "settings": settings,
         "versions": [versions(), export_versions()],

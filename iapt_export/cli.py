@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.errors import IaptError, ParityError, explain
-from iapt_export.flags import parser
+from iapt_export.flags import DEFAULT_METHOD, parser
 
 PARITY_FAILED = 3
 INTERRUPTED = 130
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; see ``iapt-export --help`` for its exit codes."""
     # weights and data are read from disk unless the user names a hub model, so hub chatter only confuses
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args = parser().parse_args(argv)
+    args = parser(argv).parse_args(argv)
     try:
         COMMANDS[args.command](args)
     except KeyboardInterrupt:
@@ -40,18 +40,21 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train an adapter."""
-    from trainers.config import IAPTConfig, TrainConfig, configs_from_fields, read_train_file
+    from trainers.config import TrainConfig, configs_from_fields, read_train_file
+    from trainers.method_configs import config_of
     from trainers.train import train as run
 
-    names = {field.name for cls in (IAPTConfig, TrainConfig) for field in dataclasses.fields(cls)}
     settings = read_train_file(args.config) if args.config else {}
+    named = settings.pop("method", DEFAULT_METHOD)
+    chosen = config_of(str(args.method or named))
+    names = {field.name for cls in (chosen, TrainConfig) for field in dataclasses.fields(cls)}
     settings |= {name: value for name, value in vars(args).items() if name in names}
     required = {name: getattr(args, name) or settings.pop(name, None) for name in ("model", "data", "output")}
     for name in required:
         settings.pop(name, None)
     if missing := [f"--{name}" for name, value in required.items() if not value]:
         raise IaptError(f"{', '.join(missing)} is missing; give it as a flag or in the --config file")
-    method, config = configs_from_fields(settings, args.config or "the command line")
+    method, config = configs_from_fields(chosen, settings, args.config or "the command line")
     say = (lambda line: None) if args.quiet else None
     result = run(required["model"], required["data"], required["output"], method, config, say=say)
     if args.json:

@@ -7,34 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.errors import IaptError
+from iapt_export.installed import Installed, rational_forms
 from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import GRAPHS, GraphSpec
+from iapt_export.manifest import GraphSpec
 from iapt_export.passes import ship_pipeline
 from iapt_export.plan import OPSETS
 from iapt_export.save import save_graphs
 from iapt_export.trace import trace_graph
-from trainers.config import IAPTConfig
 
 
 def export_graphs(
     backbone: Any,
-    config: IAPTConfig,
+    installed: list[Installed],
     folder: Path,
     *,
     dtype: str,
     opset: int,
-    names: tuple[str, ...] = GRAPHS,
+    names: tuple[str, ...] | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphSpec]:
-    """Write the graphs (``prefill.onnx``, ``decode.onnx``, ``generator.onnx``) and their shared ``weights.data``.
+    """Write the graphs (``prefill.onnx``, ``decode.onnx``, ...) and their shared ``weights.data``.
 
     Args:
         backbone: the transformers model, loaded in ``dtype``.
-        config: the generators' settings, which all tenants share.
+        installed: the bundle's methods.
         folder: an existing, empty folder.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         opset: 20 or 23.
-        names: which graphs; engines need no generator of their own.
+        names: which graphs; None writes all that the methods need.
         on_step: called with a word on each step, for progress.
 
     Returns:
@@ -45,13 +45,14 @@ def export_graphs(
     """
     if opset not in OPSETS:
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
-    specs = graph_specs(config, ModelShape.from_config(backbone.config), dtype)
+    specs = graph_specs(installed, ModelShape.from_config(backbone.config), dtype)
     models = {}
-    for name in names:
+    forms = rational_forms(installed)
+    for name in names or specs:
         on_step(f"tracing {name}.onnx")
-        model = trace_graph(name, backbone, config, specs[name], opset)
+        model = trace_graph(name, backbone, installed, specs[name], opset)
         on_step(f"passes over {name}.onnx")
-        models[name] = ship_pipeline(specs[name], config, opset)(model).model
+        models[name] = ship_pipeline(specs[name], forms, opset)(model).model
     on_step("writing graphs and weights")
     save_graphs(models, folder)
     return specs

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import shutil
+import sys
+import textwrap
 from typing import Any
 
 from iapt_export import __version__
+from iapt_export.errors import IaptError
 from iapt_export.stages import CACHE_VARIABLE
-from trainers.config import IAPTConfig, TrainConfig, field_help
+from trainers.config import TrainConfig, field_help, read_train_file, summary_of
+from trainers.method_configs import METHOD_CONFIGS, config_of, flag_name
+
+DEFAULT_METHOD = "iapt"
 
 EPILOG = """\
 a first run:
@@ -22,8 +30,14 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    """The whole command line.
+
+    Args:
+        argv: what will be parsed, by default the process's arguments; ``train`` has the flags of the method that
+            is named there.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     root = argparse.ArgumentParser(
         prog="iapt-export",
         description="Train prompt-tuning adapters, export them with their backbone to ONNX and TensorRT, prove parity.",
@@ -33,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"iapt-export {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, text in (
-        ("train", _train, "train an IAPT adapter on a JSONL file"),
+        ("train", functools.partial(_train, method=_method_of(argv)), "train an adapter on a JSONL file"),
         ("build", _build, "export a backbone with adapters, build engines, validate; writes a bundle"),
         ("validate", _validate, "compare a bundle with PyTorch again"),
         ("generate", _generate, "answer a prompt with one tenant of a bundle; streams tokens"),
@@ -50,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, but not those that only say that a flag was not given."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -66,7 +80,24 @@ def _model(command: argparse.ArgumentParser, *, required: bool, text: str) -> No
     group.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
 
 
-def _train(command: argparse.ArgumentParser) -> None:
+def _method_of(argv: list[str]) -> str:
+    """The method that ``train`` is asked for; the default where that cannot be told, which is an error later on."""
+    if argv[:1] != ["train"]:
+        return DEFAULT_METHOD
+    peek = argparse.ArgumentParser(add_help=False)
+    peek.add_argument("--method", nargs="?")
+    peek.add_argument("--config", nargs="?")
+    found, _ = peek.parse_known_args(argv[1:])
+    try:
+        settings = read_train_file(found.config) if found.config else {}
+        name = str(found.method or settings.get("method", DEFAULT_METHOD))
+        config_of(name)
+    except IaptError:
+        return DEFAULT_METHOD
+    return name
+
+
+def _train(command: argparse.ArgumentParser, method: str) -> None:
     _model(command, required=False, text="Hugging Face id, local folder, or GGUF file")
     command.add_argument(
         "--data",
@@ -75,8 +106,19 @@ def _train(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--output", "-o", metavar="ADAPTER", help="adapter directory to write")
     command.add_argument("--config", metavar="FILE.yaml", help="any of these settings by name; flags win over the file")
-    for title, cls in (("method (IAPT, arXiv 2405.18203)", IAPTConfig), ("training", TrainConfig)):
-        group = command.add_argument_group(title)
+    own = config_of(method)
+    others = {flag_name(name): summary_of(cls) for name, cls in METHOD_CONFIGS.items() if cls is not own}
+    choice = command.add_argument_group(
+        "method", f"{summary_of(own)}\nThe others, whose settings --method NAME --help shows:\n{_lines(others)}"
+    )
+    names = [flag_name(name) for name in METHOD_CONFIGS]
+    choice.add_argument(
+        "--method",
+        choices=names,
+        metavar="NAME",
+        help=f"what is trained: {', '.join(names)} (without: {DEFAULT_METHOD})",
+    )
+    for group, cls in ((choice, own), (command.add_argument_group("training"), TrainConfig)):
         texts = field_help(cls)
         for field in dataclasses.fields(cls):
             text = f"{texts[field.name]} (default: {_shown(field.default)})".replace("%", "%%")
@@ -113,6 +155,17 @@ def _build(command: argparse.ArgumentParser) -> None:
     ranges.add_argument("--sequence", default="1:64:512", help="instruction tokens of a row")
     ranges.add_argument("--past", default="5:256:1024", help="cache entries of a row: prompts, instruction, answer")
     ranges.add_argument("--tenants", default="1:4:64", help="tenants installed side by side")
+    methods = command.add_argument_group("methods")
+    methods.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="add the one LoRA adapter to the backbone's weights: no cost, but no other tenant",
+    )
+    methods.add_argument(
+        "--fold-embeddings",
+        action="store_true",
+        help="ship ADePT's token offsets as one embedding table a tenant: less arithmetic, more memory",
+    )
     _comparison(command)
     command.add_argument(
         "--cache",
@@ -162,4 +215,17 @@ def _flag(name: str) -> str:
 
 
 def _shown(default: Any) -> str:
-    return repr(default) if default == "" else str(default).lower() if isinstance(default, bool) else str(default)
+    if isinstance(default, tuple):
+        return ",".join(default)
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(default) or "empty"
+
+
+def _lines(texts: dict[str, str]) -> str:
+    """A name and its text a line, wrapped as argparse wraps."""
+    width, edge = shutil.get_terminal_size().columns - 2, 2 + max(map(len, texts)) + 2
+    return "\n".join(
+        textwrap.fill(text, max(width, 40), initial_indent=f"  {name}".ljust(edge), subsequent_indent=" " * edge)
+        for name, text in texts.items()
+    )

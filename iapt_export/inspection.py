@@ -51,8 +51,15 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "verdict": manifest.parity.verdict,
         "backbone": f"{manifest.backbone.name_or_path} ({manifest.backbone.model_type}, "
         f"{manifest.backbone.num_layers} layers, width {manifest.backbone.hidden_size})",
-        "method": f"{manifest.generator.method}, {manifest.generator.prompt_length} prompt tokens a layer",
-        "tenants": [tenant.name for tenant in manifest.tenants],
+        "methods": [
+            f"{method.name}: {method.form}, {method.prompt_length} prompt slots"
+            + (", also in decode steps" if method.in_decode else "")
+            for method in manifest.methods
+        ],
+        "tenants": [
+            f"{tenant.name}: {tenant.trained_form}" + (f" as {tenant.method}" if tenant.method else ", merged")
+            for tenant in manifest.tenants
+        ],
         "targets": [_target_line(target) for target in manifest.targets],
         "ranges": {
             name: f"{size['min']} to {size['max']}, tuned for {size['opt']}" for name, size in fields["ranges"].items()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from iapt_export.errors import IaptError
-from iapt_export.manifest import WEIGHT_PREFIX, GraphSpec, TensorSpec
-from trainers.config import IAPTConfig
-from trainers.iapt import parameter_shapes
+from iapt_export.installed import Installed, in_decode
+from iapt_export.manifest import SENT_PROMPTS, TENANT_INDEX, GraphSpec, TensorSpec
+from trainers.iapt import IAPT
 
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""
@@ -49,51 +49,87 @@ class ModelShape:
         )
 
 
-def weight_specs(config: IAPTConfig, shape: ModelShape, dtype: str) -> list[TensorSpec]:
+def weight_specs(item: Installed, dtype: str) -> list[TensorSpec]:
     """One tenant's tensors, as its file holds them but for the type, which is the graph's."""
     return [
-        TensorSpec(name, "fp32" if name in COEFFICIENTS else dtype, list(sizes))
-        for name, sizes in parameter_shapes(config, shape.hidden_size, shape.num_layers).items()
+        TensorSpec(name, "fp32" if name in COEFFICIENTS else dtype, list(parameter.shape))
+        for name, parameter in item.stacked.named_parameters()
     ]
 
 
-def graph_specs(config: IAPTConfig, shape: ModelShape, dtype: str) -> dict[str, GraphSpec]:
-    """Interface of the three graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
+def graph_specs(installed: list[Installed], shape: ModelShape, dtype: str) -> dict[str, GraphSpec]:
+    """Interface of the bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
 
     Args:
-        config: the method's settings, which all tenants share.
+        installed: the bundle's methods.
         shape: the backbone's sizes.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
+
+    Returns:
+        ``prefill`` and ``decode``, ``encoder`` where a method computes its prompts beforehand, ``generator``
+        where a method generates prompts at every layer.
     """
-    stacked = [
-        TensorSpec(WEIGHT_PREFIX + weight.name, weight.dtype, ["tenants", *weight.shape])
-        for weight in weight_specs(config, shape, dtype)
-    ]
-    rows = [TensorSpec("tenant_index", "int64", ["batch"]), *stacked]
+    tokens = [TensorSpec(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask")]
     logits = TensorSpec("logits", dtype, ["batch", 1, shape.vocab_size])
-    tokens: list[int | str] = ["batch", "sequence"]
+    mixed = len(installed) > 1
 
     def cache(prefix: str, length: str) -> list[TensorSpec]:
-        sizes: list[int | str] = ["batch", shape.num_kv_heads, length, shape.head_dim]
-        return [
-            TensorSpec(f"{prefix}.{layer}.{part}", dtype, list(sizes))
-            for layer in range(shape.num_layers)
-            for part in ("key", "value")
-        ]
+        return _cache_tensors(prefix, length, shape, dtype)
 
-    prefill_inputs = [TensorSpec("input_ids", "int64", tokens), TensorSpec("attention_mask", "int64", tokens), *rows]
+    def taken(items: list[Installed]) -> list[TensorSpec]:
+        return [spec for item in items for spec in _method_inputs(item, shape, dtype, mixed)]
+
     decode_inputs = [
         TensorSpec("input_ids", "int64", ["batch", 1]),
         TensorSpec("attention_mask", "int64", ["batch", "total"]),
         TensorSpec("position_ids", "int64", ["batch", 1]),
         *cache("past_key_values", "past"),
+        *taken(in_decode(installed)),
     ]
-    hidden = TensorSpec("hidden_states", dtype, ["batch", shape.num_layers, "sequence", shape.hidden_size])
-    prompts = TensorSpec("prompts", dtype, ["batch", shape.num_layers, config.prompt_length, shape.hidden_size])
-    return {
-        "prefill": GraphSpec("prefill.onnx", prefill_inputs, [logits, *cache("present", "present")]),
+    specs = {
+        "prefill": GraphSpec("prefill.onnx", [*tokens, *taken(installed)], [logits, *cache("present", "present")]),
         "decode": GraphSpec("decode.onnx", decode_inputs, [logits, *cache("present", "total")]),
-        "generator": GraphSpec(
-            "generator.onnx", [hidden, TensorSpec("attention_mask", "int64", tokens), *rows], [prompts]
-        ),
     }
+    for item in installed:
+        if item.encoder:
+            made = TensorSpec(SENT_PROMPTS, dtype, ["batch", item.method.num_slots, shape.hidden_size])
+            specs["encoder"] = GraphSpec("encoder.onnx", [*tokens, *_stacked_inputs(item, dtype)], [made])
+    if generated := generators(installed):
+        hidden = TensorSpec("hidden_states", dtype, ["batch", shape.num_layers, "sequence", shape.hidden_size])
+        length = max(item.method.num_slots for item in generated)
+        made = TensorSpec("prompts", dtype, ["batch", shape.num_layers, length, shape.hidden_size])
+        specs["generator"] = GraphSpec("generator.onnx", [hidden, tokens[1], *taken(generated)], [made])
+    return specs
+
+
+def generators(installed: list[Installed]) -> list[Installed]:
+    """The methods that generate prompts at every layer, which is what ``generator.onnx`` holds."""
+    return [item for item in installed if isinstance(item.method, IAPT)]
+
+
+def _cache_tensors(prefix: str, length: str, shape: ModelShape, dtype: str) -> list[TensorSpec]:
+    sizes: list[int | str] = ["batch", shape.num_kv_heads, length, shape.head_dim]
+    return [
+        TensorSpec(f"{prefix}.{layer}.{part}", dtype, list(sizes))
+        for layer in range(shape.num_layers)
+        for part in ("key", "value")
+    ]
+
+
+def _method_inputs(item: Installed, shape: ModelShape, dtype: str, mixed: bool) -> list[TensorSpec]:
+    """What prefill (and decode, where the method acts there) takes for a method."""
+    if item.encoder is None:
+        return _stacked_inputs(item, dtype)
+    sent = TensorSpec(f"{item.name}.{SENT_PROMPTS}", dtype, ["batch", item.method.num_slots, shape.hidden_size])
+    return [_index(item), sent] if mixed else [sent]
+
+
+def _stacked_inputs(item: Installed, dtype: str) -> list[TensorSpec]:
+    # a size of its own for each method, because each has its own number of tenants
+    stack = f"tenants_{item.name}"
+    weights = weight_specs(item, dtype)
+    return [_index(item), *(TensorSpec(f"{item.name}.{w.name}", w.dtype, [stack, *w.shape]) for w in weights)]
+
+
+def _index(item: Installed) -> TensorSpec:
+    return TensorSpec(f"{item.name}.{TENANT_INDEX}", "int64", ["batch"])

@@ -21,11 +21,16 @@ from typing import Any
 from iapt_export.errors import BundleError
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
-GRAPHS = ("prefill", "decode", "generator")
-"""The graphs of every bundle, in the order in which they run."""
-WEIGHT_PREFIX = "generator."
-"""Prefill's and the generator graph's inputs that hold tenants' weights start with this."""
+SCHEMA_VERSION = 2
+GRAPHS = ("encoder", "prefill", "decode", "generator")
+"""The graphs that a bundle may have, in the order in which they run; prefill and decode are always there.
+
+``encoder`` makes LoPA's prompts, ``generator`` is IAPT's generators alone, for comparison.
+"""
+TENANT_INDEX = "tenant_index"
+"""``METHOD.tenant_index [B]`` is the input that says which entry of a method's stack a row uses, -1 for none."""
+SENT_PROMPTS = "prompts"
+"""``METHOD.prompts [B, P, D]`` is the input of a method whose prompts are computed before prefill."""
 
 
 @dataclass(frozen=True)
@@ -99,33 +104,42 @@ class BackboneSpec:
 
 
 @dataclass(frozen=True)
-class GeneratorSpec:
-    """The generator contract: what every tenant of the bundle must bring."""
+class MethodSpec:
+    """A method of the bundle; its tenants' weights are stacked, and its graph inputs are called ``NAME.*``."""
 
-    method: str
-    """``IAPT``."""
+    name: str
+    """Unique in the bundle: ``iapt``, ``prompt_tuning``, ``iapt_2``."""
+    form: str
+    """What is computed: ``IAPT``, ``PROMPT_TUNING``, ``POSITION_TABLE``, ... (see docs/methods.md)."""
     config: dict[str, Any]
-    """The method's settings, as in ``adapter_config.json``."""
+    """That form's settings."""
     prompt_length: int
-    """Soft tokens per layer (P), which stand before the instruction in the cache."""
+    """Cache entries (P) that stand before the instruction."""
     weights: list[TensorSpec]
-    """Tensors of one tenant, in the order of the prefill inputs ``generator.NAME``, without the tenants axis."""
-    op_domain: str
-    op_version: int
+    """Tensors of one tenant, in the order of the inputs ``NAME.TENSOR``, without the tenants axis."""
+    in_decode: bool = False
+    """Whether decode steps take its weights too; else they are the plain backbone's."""
 
 
 @dataclass(frozen=True)
 class TenantSpec:
-    """An adapter installed in a bundle; its position in the list is its ``tenant_index``."""
+    """An adapter installed in a bundle; its position among its method's tenants is its ``tenant_index``."""
 
     name: str
-    path: str
-    sha256: str
-    """Hash of the weights file, equal to the adapter's ``adapter_model.safetensors``."""
+    method: str | None
+    """Name of its `MethodSpec`; None where it is merged into the backbone's weights."""
+    path: str | None
+    """Its weights as the graphs take them; None where it is merged."""
+    trained_form: str
+    """The method that it was trained with: ``IAPT``, ``LAMP``, ..."""
+    trained_config: dict[str, Any]
+    """The settings that it was trained with."""
     prompt_format: str
     """``chat`` or ``plain``, see the adapter."""
     labels: list[str] = field(default_factory=list)
     """The answers of a classification task; empty for free generation."""
+    trained: str | None = None
+    """Its weights as they were trained, where they are not shipped as they are; validation compares with them."""
     examples: str | None = None
     """JSONL with a ``prompt`` on each line: inputs that the tenant was made for, used by validation."""
 
@@ -139,7 +153,7 @@ class TargetSpec:
     dtype: str
     opset: int
     graphs: dict[str, GraphSpec]
-    """``prefill``, ``decode`` and, where the target runs it alone, ``generator``."""
+    """Name (see `GRAPHS`) to interface and file."""
     runtime_version: str
     """Version of the runtime that built or checked the files."""
     compute_capability: str | None = None
@@ -177,10 +191,13 @@ class BundleManifest:
     build_key: str
     """Hash over everything that went into the build; an equal one means up to date."""
     backbone: BackboneSpec
-    generator: GeneratorSpec
+    methods: list[MethodSpec]
+    tenants: list[TenantSpec]
     ranges: Ranges
     cache_layout: str = "batch, kv_heads, prompts then tokens, head_dim; key then value for each layer"
-    tenants: list[TenantSpec]
+    op_domain: str
+    """Domain of the custom operators."""
+    op_version: int
     targets: list[TargetSpec]
     parity: Parity
     files: dict[str, FileSpec]
@@ -199,16 +216,31 @@ class BundleManifest:
         known = ", ".join(target.name for target in self.targets)
         raise BundleError(f"target {name!r} is not in this bundle, which has {known}; build again with --target {name}")
 
-    def tenant_index(self, name: str) -> int:
-        """Position of the tenant of that name.
+    @property
+    def num_slots(self) -> int:
+        """Prompt slots (P) of a cache: those of the method that has most; rows of others leave the first empty."""
+        return max((method.prompt_length for method in self.methods), default=0)
+
+    def tenant(self, name: str) -> TenantSpec:
+        """The tenant of that name.
 
         Raises:
             BundleError: no such tenant.
         """
-        names = [tenant.name for tenant in self.tenants]
-        if name not in names:
-            raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {', '.join(names)}")
-        return names.index(name)
+        for tenant in self.tenants:
+            if tenant.name == name:
+                return tenant
+        known = ", ".join(tenant.name for tenant in self.tenants)
+        raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {known}")
+
+    def tenants_of(self, method: str) -> list[TenantSpec]:
+        """A method's tenants in the order of their ``tenant_index``."""
+        return [tenant for tenant in self.tenants if tenant.method == method]
+
+    def prompt_length(self, tenant: str) -> int:
+        """Prompt slots that a tenant's rows use."""
+        method = self.tenant(tenant).method
+        return next((spec.prompt_length for spec in self.methods if spec.name == method), 0)
 
     def save(self, bundle: Path) -> None:
         """Write ``manifest.json`` whole or not at all."""
@@ -238,7 +270,7 @@ class BundleManifest:
             )
         problems: list[str] = []
         manifest: BundleManifest = _read(cls, fields, "manifest", problems)
-        problems += [] if manifest is None else _path_problems(manifest)
+        problems += [] if manifest is None else _path_problems(manifest) + _method_problems(manifest)
         if problems:
             raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))
         return manifest
@@ -265,8 +297,9 @@ def verify_files(bundle: Path, manifest: BundleManifest) -> None:
 
 def _used_paths(manifest: BundleManifest) -> list[str]:
     """Paths of the files that a session or a comparison opens by name."""
-    tenants = [path for tenant in manifest.tenants for path in (tenant.path, tenant.examples) if path is not None]
-    return tenants + [graph.path for target in manifest.targets for graph in target.graphs.values()]
+    tenants = [path for tenant in manifest.tenants for path in (tenant.path, tenant.trained, tenant.examples)]
+    graphs = [graph.path for target in manifest.targets for graph in target.graphs.values()]
+    return [path for path in tenants if path is not None] + graphs
 
 
 def _path_problems(manifest: BundleManifest) -> list[str]:
@@ -276,6 +309,20 @@ def _path_problems(manifest: BundleManifest) -> list[str]:
         f"path {path!r} leaves the bundle; expected a relative path without '..'"
         for path in paths
         if path.startswith("/") or "\\" in path or not set(path.split("/")).isdisjoint({"", ".", ".."})
+    ]
+
+
+def _method_problems(manifest: BundleManifest) -> list[str]:
+    """One line for each tenant whose method the manifest does not describe, or that has no weights."""
+    known = {method.name for method in manifest.methods}
+    return [
+        f"tenant {tenant.name} is of method {tenant.method!r}, which the manifest does not describe"
+        for tenant in manifest.tenants
+        if tenant.method is not None and tenant.method not in known
+    ] + [
+        f"tenant {tenant.name} names no weights, neither as path nor as trained"
+        for tenant in manifest.tenants
+        if tenant.path is None and tenant.trained is None
     ]
 
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from iapt_export.errors import IaptError
+from iapt_export.installed import Installed, deploy, install
 from iapt_export.manifest import Range, Ranges
 from trainers.adapter import Adapter, check_adapter_fits, load_adapter
-from trainers.config import IAPTConfig
+from trainers.lora import LoRA
 
 OPSETS = (20, 23)
 """20 decomposes attention and normalisation; 23 has operators for them."""
@@ -122,14 +125,14 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
 
 
 def load_tenants(arguments: list[str], backbone: Any) -> dict[str, Adapter]:
-    """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone and each other.
+    """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
 
     Args:
         arguments: as on the command line; the folder's name is the tenant's unless one is given.
         backbone: a `trainers.backbone.Backbone`.
 
     Raises:
-        IaptError: a bad adapter, one for another backbone, a repeated name, or generators that differ.
+        IaptError: a bad adapter, one for another backbone, or a repeated name.
     """
     tenants: dict[str, Adapter] = {}
     for argument in arguments:
@@ -140,33 +143,67 @@ def load_tenants(arguments: list[str], backbone: Any) -> dict[str, Adapter]:
             raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
         if name in tenants:
             raise IaptError(f"two adapters are called {name!r}; tell them apart with --adapter NAME=DIR")
-        adapter = load_adapter(path)
+        adapter = load_adapter(path, backbone)
         check_adapter_fits(adapter.config, backbone, str(path))
         tenants[name] = adapter
     if not tenants:
         raise IaptError("no adapter was given; add --adapter DIR, once for each tenant")
-    shared_method(tenants)
     return tenants
 
 
-def shared_method(tenants: dict[str, Adapter]) -> IAPTConfig:
-    """The one generator configuration of all tenants: their weights are stacked, so all must have it.
+@dataclass(frozen=True)
+class TenantPlan:
+    """The tenants of a bundle, and what is shipped for each."""
+
+    adapters: dict[str, Adapter]
+    """As they were trained."""
+    installed: list[Installed]
+    """The bundle's methods."""
+    owner: dict[str, str | None]
+    """Tenant to the name of its method; None where it is merged into the backbone."""
+    shipped: dict[str, dict[str, Tensor]]
+    """Tenant to its tensors as the graphs take them."""
+    merged: LoRA | None = None
+    """What is merged into the backbone's weights."""
+
+    @property
+    def num_slots(self) -> int:
+        """Prompt slots of the bundle's cache."""
+        return max((item.method.num_slots for item in self.installed), default=0)
+
+
+def plan_tenants(
+    adapters: dict[str, Adapter], model: Any, *, merge_lora: bool = False, fold_embeddings: bool = False
+) -> TenantPlan:
+    """Decide what is shipped for each tenant.
+
+    Args:
+        adapters: name to adapter.
+        model: the backbone's transformers model.
+        merge_lora: add the one tenant's LoRA to the backbone's weights, so that it costs nothing.
+        fold_embeddings: ship ADePT's offsets as one embedding table for each tenant.
 
     Raises:
-        IaptError: two tenants differ; the fields are named.
+        IaptError: methods that one bundle cannot serve together, or nothing to merge or to fold.
     """
-    (first_name, first), *rest = tenants.items()
-    for name, adapter in rest:
-        mine, theirs = vars(first.config.method), vars(adapter.config.method)
-        # how weights were found does not change what they compute
-        differing = [
-            f"{field}: {mine[field]} and {theirs[field]}"
-            for field in mine
-            if mine[field] != theirs[field] and field not in ("coefficients", "init_function")
-        ]
-        if differing:
+    forms = {name: adapter.config.peft_type for name, adapter in adapters.items()}
+    if fold_embeddings and "ADEPT" not in forms.values():
+        raise IaptError("--fold-embeddings is for ADePT's offsets, and no adapter is of that method; leave it out")
+    if merge_lora:
+        if list(forms.values()) != ["LORA"]:
+            shown = ", ".join(f"{name} ({form})" for name, form in forms.items())
             raise IaptError(
-                f"{first_name} and {name} cannot share a bundle, their generators differ in {'; '.join(differing)}; "
-                "build one bundle for each kind"
+                f"--merge-lora changes the backbone for everyone, so it needs exactly one LoRA adapter; got {shown}. "
+                "Without it each row chooses its own"
             )
-    return first.config.method
+        ((name, adapter),) = adapters.items()
+        module = adapter.module()
+        assert isinstance(module, LoRA)
+        return TenantPlan(adapters, [], {name: None}, {}, module)
+    deployed = {name: deploy(adapter, model, fold_embeddings=fold_embeddings) for name, adapter in adapters.items()}
+    installed, owner = install(adapters, deployed)
+    shipped: dict[str, dict[str, Tensor]] = {
+        name: adapters[name].tensors if forms[name] == "LOPA" else dict(method.state_dict())
+        for name, method in deployed.items()
+    }
+    return TenantPlan(adapters, installed, dict(owner), shipped)

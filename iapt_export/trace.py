@@ -17,11 +17,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from iapt_export.errors import IaptError
-from iapt_export.interface import ModelShape
+from iapt_export.installed import Installed
 from iapt_export.manifest import GraphSpec, TensorSpec
 from iapt_export.ops.rational import translation_table
-from iapt_export.twins import DecodeTwin, GeneratorTwin, PrefillTwin, TenantGenerators
-from trainers.config import IAPTConfig
+from iapt_export.twins import TWINS
 
 ATTENTION = "iapt_export"
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "tenants": 3}
@@ -29,13 +28,13 @@ EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "tenants": 3
 TORCH_TYPES = {"int64": torch.int64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def trace_graph(name: str, backbone: Any, config: IAPTConfig, spec: GraphSpec, opset: int) -> ir.Model:
+def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: GraphSpec, opset: int) -> ir.Model:
     """Trace one graph of a bundle.
 
     Args:
-        name: ``prefill``, ``decode`` or ``generator``.
+        name: one of `iapt_export.manifest.GRAPHS`.
         backbone: the transformers model, in the graph's dtype.
-        config: the method's settings.
+        installed: the bundle's methods.
         spec: the graph's interface; inputs become graph inputs in its order.
         opset: version of the standard operators.
 
@@ -45,14 +44,8 @@ def trace_graph(name: str, backbone: Any, config: IAPTConfig, spec: GraphSpec, o
     Raises:
         IaptError: the backbone's code cannot be traced.
     """
-    shape = ModelShape.from_config(backbone.config)
-    generators = TenantGenerators(config, shape.hidden_size, shape.num_layers)
-    twin: nn.Module = {
-        "prefill": lambda: PrefillTwin(backbone, generators),
-        "decode": lambda: DecodeTwin(backbone),
-        "generator": lambda: GeneratorTwin(generators, shape.num_layers),
-    }[name]()
-    num_plain = 3  # every twin takes three tensors, then a tuple
+    twin = TWINS[name](backbone, installed, spec)
+    num_plain = twin.num_plain
     examples = [_example(tensor) for tensor in spec.inputs]
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
     with exportable(backbone), _quiet(), torch.no_grad():
@@ -116,7 +109,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _example(tensor: TensorSpec) -> Tensor:
-    sizes = [EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in tensor.shape]
+    # a method's own number of tenants is called tenants_METHOD
+    sizes = [EXAMPLE_SIZES[size.split("_")[0]] if isinstance(size, str) else size for size in tensor.shape]
     if tensor.dtype == "int64":
         # ones are right for token ids, masks, positions and tenant numbers alike
         return torch.ones(sizes, dtype=torch.int64)

@@ -1,65 +1,65 @@
 """Export twins: modules that trace well, take and return plain tensors, and compute what the trained ones do.
 
 Each twin has a test against the module it stands for. Tenants enter as stacked weights with
-``tenant_index [B]`` picking a row's tenant, so one graph serves any number of them.
+``METHOD.tenant_index [B]`` picking a row's tenant, so one graph serves any number of them. Every twin takes its
+plain inputs one by one and then the rest as one tuple, in the order of the graph's interface.
 
-Shapes: B batch, T instruction tokens, P prompt tokens, S cache length, N tenants, L layers, D hidden
-width, H key/value heads, K head width, V vocabulary.
+Shapes: B batch, T instruction tokens, P prompt slots, S cache length, L layers, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-import iapt_export.ops.rational  # noqa: F401  (registers torch.ops.iapt.rational)
-from trainers.config import IAPTConfig
-from trainers.iapt import layer_weights, parameter_shapes, prompt_from_instruction
-from trainers.insertion import forward_with_prompts, last_token
+from iapt_export.installed import Installed, in_decode, rows_from_inputs
+from iapt_export.interface import generators
+from iapt_export.manifest import GraphSpec
+from trainers.insertion import continue_from, last_token, read_instruction
 
 
-class TenantGenerators(nn.Module):
-    """Twin of `trainers.iapt.IAPTGenerator` whose weights are inputs, one tenant's per row."""
+class Twin(nn.Module):
+    """What all twins know: the backbone, the methods, and the names of the tensors in the tuple."""
 
-    def __init__(self, config: IAPTConfig, hidden_size: int, num_layers: int) -> None:
-        super().__init__()
-        self.config = config
-        self.groups = config.groups(num_layers)
-        self.names = tuple(parameter_shapes(config, hidden_size, num_layers))
+    num_plain: ClassVar[int] = 2
+    """Inputs that come one by one."""
 
-    def rows(self, tenant_index: Tensor, stacked: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Each row's own weights: ``[N, ...]`` picked by ``tenant_index [B]`` into ``[B, ...]``."""
-        return {name: tensor.index_select(0, tenant_index) for name, tensor in zip(self.names, stacked, strict=True)}
-
-    def prompt(self, layer: int, hidden: Tensor, mask: Tensor, rows: dict[str, Tensor]) -> Tensor:
-        """Soft tokens ``[B, P, D]`` of ``layer``; see `trainers.iapt.prompt_from_instruction`."""
-        weights = layer_weights(rows, layer, self.groups[layer], stacked_rows=True)
-        return prompt_from_instruction(hidden, mask, weights, self.config, torch.ops.iapt.rational)
-
-
-class PrefillTwin(nn.Module):
-    """Instruction in, last-token logits and a filled KV cache (prompts included) out."""
-
-    def __init__(self, backbone: Any, generators: TenantGenerators) -> None:
+    def __init__(self, backbone: Any, installed: list[Installed], spec: GraphSpec) -> None:
         super().__init__()
         self.backbone = backbone
-        self.generators = generators
+        self.installed = installed
+        self.names = [tensor.name for tensor in spec.inputs]
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, tenant_index: Tensor, stacked: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        """``input_ids, attention_mask [B, T]``, ``tenant_index [B]`` to ``logits [B, 1, V]``, K, V of P+T entries."""
-        rows = self.generators.rows(tenant_index, stacked)
-        num_prompts = self.generators.config.prompt_length
-        index = last_token(attention_mask) + num_prompts  # [B]
+    def named(self, rest: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The tuple's tensors by name."""
+        return dict(zip(self.names[-len(rest) :], rest, strict=True)) if rest else {}
+
+
+class EncoderTwin(Twin):
+    """Instruction in, the prompts that LoPA sends out; one per bundle."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """``input_ids, attention_mask [B, T]`` to ``prompts [B, P, D]``."""
+        (item,) = (item for item in self.installed if item.encoder)
+        assert item.encoder is not None
+        weights = item.stacked_rows(self.named(rest))
+        return (item.encoder.prepare(weights, self.backbone, input_ids, attention_mask)["prompts"],)
+
+
+class PrefillTwin(Twin):
+    """Instruction in, last-token logits and a filled KV cache (prompts included) out."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``input_ids, attention_mask [B, T]`` to ``logits [B, 1, V]`` and K, V of P+T entries."""
+        rows = rows_from_inputs(self.installed, self.named(rest))
+        index = last_token(attention_mask) + rows.num_slots  # [B]
         cache = DynamicCache()
-        output = forward_with_prompts(
+        output = read_instruction(
             self.backbone,
-            lambda layer, hidden, mask: self.generators.prompt(layer, hidden, mask, rows),
-            num_prompts,
+            rows,
             input_ids,
             attention_mask,
             select=lambda hidden: hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1])),
@@ -68,46 +68,41 @@ class PrefillTwin(nn.Module):
         return (output.logits, *flatten(cache))
 
 
-class DecodeTwin(nn.Module):
-    """One plain backbone step over a cache of plain tensors; it knows no tenants."""
+class DecodeTwin(Twin):
+    """One step over a cache of plain tensors: the plain backbone's, but for methods that act on generated tokens."""
 
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone = backbone
+    num_plain = 3
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: tuple[Tensor, ...]
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, rest: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """``input_ids, position_ids [B, 1]``, ``attention_mask [B, S+1]``, K, V of S entries to logits, K, V of S+1."""
+        inputs = self.named(rest)
+        past = [tensor for name, tensor in inputs.items() if name.startswith("past_key_values.")]
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        output = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        rows = rows_from_inputs(self.installed, inputs, only=in_decode(self.installed))
+        output = continue_from(self.backbone, rows, input_ids, attention_mask, cache, position_ids=position_ids)
         return (output.logits, *flatten(cache))
 
 
-class GeneratorTwin(nn.Module):
-    """The generators alone: every layer's prompts from every layer's hidden states."""
+class GeneratorTwin(Twin):
+    """IAPT's generators alone: every layer's prompts from every layer's hidden states."""
 
-    def __init__(self, generators: TenantGenerators, num_layers: int) -> None:
-        super().__init__()
-        self.generators = generators
-        self.num_layers = num_layers
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, tenant_index: Tensor, stacked: tuple[Tensor, ...]
-    ) -> tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor]:
         """``hidden_states [B, L, T, D]``, ``attention_mask [B, T]`` to ``prompts [B, L, P, D]``."""
-        rows = self.generators.rows(tenant_index, stacked)
-        prompts = [
-            self.generators.prompt(layer, hidden_states[:, layer], attention_mask, rows)
-            for layer in range(self.num_layers)
-        ]
+        rows = rows_from_inputs(self.installed, self.named(rest), only=generators(self.installed))
+        batch, layers, _, width = hidden_states.shape
+        empty = hidden_states.new_zeros(batch, rows.num_slots, width)
+        prompts = [rows.slots(layer, empty, hidden_states[:, layer], attention_mask) for layer in range(layers)]
         return (torch.stack(prompts, dim=1),)
+
+
+TWINS: dict[str, type[Twin]] = {
+    "encoder": EncoderTwin,
+    "prefill": PrefillTwin,
+    "decode": DecodeTwin,
+    "generator": GeneratorTwin,
+}
 
 
 def flatten(cache: DynamicCache) -> list[Tensor]:

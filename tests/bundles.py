@@ -20,13 +20,16 @@ from iapt_export.bundle import with_files
 from iapt_export.cli import main
 from iapt_export.manifest import BundleManifest
 from tests.tiny import COMMON, save_tiny_backbone, tiny_llama
-from trainers.adapter import AdapterConfig, save_adapter
-from trainers.config import IAPTConfig
-from trainers.iapt import IAPTGenerator
+from trainers.adapter import Adapter, AdapterConfig, save_adapter
+from trainers.insertion import sizes_of
+from trainers.method import Method, Sizes
+from trainers.method_configs import IAPTConfig
+from trainers.methods import new_method
 
 METHOD = IAPTConfig(bottleneck=8)
 NUM_LAYERS = 2
 WIDTH = COMMON["hidden_size"]
+SIZES = sizes_of(tiny_llama(num_hidden_layers=NUM_LAYERS))
 TENANTS = ("alpha", "beta", "gamma")
 NEW_TOKENS = 8
 PROMPTS = (
@@ -78,12 +81,12 @@ def run(*argv: str | Path) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def random_generator(
-    seed: int, method: IAPTConfig = METHOD, width: int = WIDTH, layers: int = NUM_LAYERS
-) -> IAPTGenerator:
-    """A generator whose prompts differ clearly from another seed's, unlike those of an untrained one."""
+def random_method(seed: int, config: Any = METHOD, sizes: Sizes = SIZES) -> Method:
+    """A method whose effect differs clearly from another seed's, unlike that of an untrained one."""
     source = torch.Generator().manual_seed(seed)
-    module = IAPTGenerator(method, width, layers)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = new_method(config, sizes)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=source)
@@ -91,14 +94,24 @@ def random_generator(
     return module.eval().requires_grad_(False)
 
 
-def save_tiny_adapter(folder: Path, seed: int, fingerprint: str, method: IAPTConfig = METHOD, **fields: Any) -> Path:
-    """Write an adapter directory with example prompts, and return it."""
-    module = random_generator(seed, method, fields.get("hidden_size", WIDTH), fields.get("num_layers", NUM_LAYERS))
-    defaults = {"hidden_size": WIDTH, "num_layers": NUM_LAYERS, "prompt_format": "chat" if seed % 2 else "plain"}
-    config = AdapterConfig(
-        base_model_name_or_path="tiny", backbone_fingerprint=fingerprint, method=method, **{**defaults, **fields}
+def tiny_adapter(seed: int, method: Any = METHOD, fingerprint: str = "tiny", **fields: Any) -> Adapter:
+    """An adapter in memory; ``fields`` of its configuration may differ from the tiny backbone's."""
+    sizes = dataclasses.replace(
+        SIZES, **{name: fields[name] for name in ("hidden_size", "num_layers") if name in fields}
     )
-    save_adapter(folder, config, dict(module.state_dict()))
+    config = AdapterConfig(
+        base_model_name_or_path="tiny",
+        backbone_fingerprint=fingerprint,
+        method=method,
+        **{**dataclasses.asdict(sizes), "prompt_format": "chat" if seed % 2 else "plain", **fields},
+    )
+    return Adapter(config, dict(random_method(seed, method, sizes).state_dict()))
+
+
+def save_tiny_adapter(folder: Path, seed: int, fingerprint: str, method: Any = METHOD, **fields: Any) -> Path:
+    """Write an adapter directory with example prompts, and return it."""
+    adapter = tiny_adapter(seed, method, fingerprint, **fields)
+    save_adapter(folder, adapter.config, adapter.tensors)
     lines = [json.dumps({"prompt": f"{text} {folder.name}"}) for text in PROMPTS]
     (folder / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -118,10 +131,19 @@ def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Tiny matrices gain nothing from more threads, and those that wait for work take the cores from others."""
+    with single_thread():
+        yield
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Sums are then split the same way, wherever a build is first asked for."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -129,7 +151,8 @@ def build_once(root: Path) -> TinyBuild:
     """The build that all tests of a run share."""
     model, adapters = save_tiny_inputs(root)
     build = TinyBuild(model, adapters, root / "cache", root / "bundle")
-    outcome = run(*build.arguments(build.bundle))
+    with single_thread():  # a fixture of the whole session comes before one_thread
+        outcome = run(*build.arguments(build.bundle))
     assert outcome.code == 0, outcome.err
     return build
 
@@ -155,6 +178,4 @@ def change_manifest(bundle: Path, **fields: Any) -> None:
 
 def rehash(bundle: Path) -> None:
     """Make the manifest agree with the files as they are now, so that only a comparison can tell."""
-    manifest = with_files(BundleManifest.load(bundle), bundle)
-    tenants = [dataclasses.replace(tenant, sha256=manifest.files[tenant.path].sha256) for tenant in manifest.tenants]
-    dataclasses.replace(manifest, tenants=tenants).save(bundle)
+    with_files(BundleManifest.load(bundle), bundle).save(bundle)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,8 +13,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from iapt_export.installed import Installed
+from iapt_export.interface import ModelShape, graph_specs
+from iapt_export.manifest import GraphSpec
+from tests.bundles import METHOD, SIZES, random_method
 from trainers.generate import prefill
-from trainers.iapt import IAPTGenerator, parameter_shapes
+from trainers.method import Method, Sizes, rows_of
+from trainers.method_configs import method_name
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,33 +40,59 @@ def operators(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
 
 
-def stacked(generators: list[IAPTGenerator]) -> tuple[Tensor, ...]:
-    """The tenants' weights ``[N, ...]`` in the order in which graphs take them."""
-    first = generators[0]
-    names = parameter_shapes(first.config, first.hidden_size, first.num_layers)
-    return tuple(
-        torch.stack([dict(module.named_parameters())[name].detach() for module in generators]) for name in names
-    )
+def installed(config: Any = METHOD, sizes: Sizes = SIZES) -> list[Installed]:
+    """A bundle of one method; its weights do not count."""
+    return [Installed(method_name(config).lower(), random_method(0, config, sizes))]
 
 
-def stacked_feeds(generators: list[IAPTGenerator]) -> Arrays:
-    """The same as named inputs."""
-    first = generators[0]
-    names = parameter_shapes(first.config, first.hidden_size, first.num_layers)
-    return {f"generator.{name}": tensor.numpy() for name, tensor in zip(names, stacked(generators), strict=True)}
+def specs_for(model: Any, methods: list[Installed], dtype: str = "fp32") -> dict[str, GraphSpec]:
+    """The interfaces of the graphs of a backbone with these methods."""
+    return graph_specs(methods, ModelShape.from_config(model.config), dtype)
+
+
+def stacked_feeds(tenants: Sequence[Method], name: str = "iapt") -> Arrays:
+    """The tenants' weights as named inputs ``NAME.TENSOR [N, ...]``."""
+    return {
+        f"{name}.{tensor}": torch.stack([tenant.get_parameter(tensor).detach() for tenant in tenants]).numpy()
+        for tensor, _ in tenants[0].named_parameters()
+    }
+
+
+def iapt_feeds(tenants: Sequence[Method], index: list[int]) -> Arrays:
+    """All that IAPT's graphs take of the tenants: whose row each is, and everybody's weights."""
+    return {"iapt.tenant_index": np.array(index, np.int64), **stacked_feeds(tenants)}
+
+
+def rest(spec: GraphSpec, feeds: Arrays) -> tuple[Tensor, ...]:
+    """What a twin takes as one tuple: the inputs with a dot in their names, in the interface's order."""
+    return tuple(torch.from_numpy(feeds[tensor.name]) for tensor in spec.inputs if "." in tensor.name)
+
+
+def past_feeds(cache: DynamicCache) -> Arrays:
+    """A PyTorch cache as ``past_key_values.N.*``."""
+    pairs = [(layer, part) for layer in range(len(cache.layers)) for part in ("key", "value")]
+    return {
+        f"past_key_values.{layer}.{part}": tensor.numpy()
+        for (layer, part), tensor in zip(pairs, flat(cache), strict=True)
+    }
 
 
 def trained_prefill(
-    model: object, generators: list[IAPTGenerator], tenants: list[int], ids: Tensor, mask: Tensor
+    model: Any, tenants: Sequence[Method], index: list[int], ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Each row through its own trained generator, alone: logits ``[B, V]``, K, V by layer ``[B, H, P+T, K]``."""
+    """Each row through its own trained method, alone: logits ``[B, V]``, K, V by layer ``[B, H, P+T, K]``."""
     logits, caches = [], []
-    for row, tenant in enumerate(tenants):
-        generator = generators[tenant]
-        made, cache = prefill(model, generator, generator.config.prompt_length, ids[row : row + 1], mask[row : row + 1])
+    for row, tenant in enumerate(index):
+        made, cache = prefill(model, rows_of(tenants[tenant]), ids[row : row + 1], mask[row : row + 1])
         logits.append(made)
         caches.append(flat(cache))
     return torch.cat(logits), [torch.cat(parts) for parts in zip(*caches, strict=True)]
+
+
+def trained_prompt(tenant: Method, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+    """The prompts ``[B, P, D]`` that a trained method puts before a layer, made of ``hidden [B, T, D]``."""
+    empty = hidden.new_zeros(len(hidden), tenant.num_slots, hidden.shape[-1])
+    return tenant.slots(tenant.weights(), layer, empty, hidden, mask)
 
 
 def flat(cache: DynamicCache) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import tomllib
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from iapt_export.flags import parser
+from trainers.method import Sizes
+from trainers.method_configs import config_of
+from trainers.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,3 +105,16 @@ def test_python_example_runs(tiny_build, capsys):
     exec(compile(example, "README.md", "exec"), {})
     rows = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()}
     assert rows == {"0", "1"}
+
+
+def test_the_methods_table_counts_the_parameters_of_smollm2():
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| ([\d,]+) \| [^|]+\|$", README, flags=re.MULTILINE)
+    width, inner, keys = 576, 1536, 192
+    linears = {"self_attn.q_proj": (width, width), "self_attn.v_proj": (width, keys), "mlp.up_proj": (width, inner)}
+    sizes = Sizes(width, 30, 3, 64, 49152, linears)
+    assert len(rows) == len(METHODS)
+    for name, stated in rows:
+        config = config_of(name)()
+        method = METHODS[name.upper().replace("-", "_")]
+        counted = sum(math.prod(shape) for shape in method.shapes(config, sizes).values())
+        assert int(stated.replace(",", "")) == counted, name

@@ -16,6 +16,7 @@ from trainers.adapter import EXAMPLES_FILE, WEIGHTS_FILE, check_adapter_fits, lo
 from trainers.backbone import Backbone, load_backbone
 from trainers.data import format_instruction
 from trainers.generate import greedy
+from trainers.method import rows_of
 from validation.cases import MIN_PROMPTS, read_examples
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
@@ -40,7 +41,12 @@ def test_answers_in_pytorch(name: str, backbone: Backbone) -> None:
     for index, answer in ANSWERS[name].items():
         ids = torch.tensor([format_instruction(backbone.tokenizer, prompts[index], adapter.config.prompt_format)])
         tokens, _ = greedy(
-            backbone.model, adapter.generator(), 4, ids, torch.ones_like(ids), max_new_tokens=8, eos_token_ids=(2,)
+            backbone.model,
+            rows_of(adapter.module()),
+            ids,
+            torch.ones_like(ids),
+            max_new_tokens=8,
+            eos_token_ids=(2,),
         )
         assert backbone.tokenizer.decode(tokens[0], skip_special_tokens=True) == answer
 

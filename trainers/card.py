@@ -7,11 +7,15 @@ import importlib.metadata
 import json
 import shlex
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePath
+from typing import Any
 
 from trainers.adapter import AdapterConfig
-from trainers.config import IAPTConfig, TrainConfig
+from trainers.config import TrainConfig, summary_of
 from trainers.evaluate import ClassificationReport, Report
+from trainers.method_configs import IAPTConfig, flag_name
+from trainers.methods import METHODS
 
 CARD_FILE = "README.md"
 CURVE_FILE = "training.svg"
@@ -25,7 +29,6 @@ class Run:
     """What the card tells."""
 
     adapter: AdapterConfig
-    method: IAPTConfig
     config: TrainConfig
     model_name: str
     """The backbone as it was asked for."""
@@ -61,13 +64,18 @@ def command_line(run: Run) -> str:
     """The ``iapt-export train`` call of a run, with every setting that is not a default and no absolute path."""
     words = ["iapt-export", "train", "--model", _relative(run.model_name), "--data", _relative(run.data)]
     words += ["--output", _relative(run.output)]
-    for config in (run.method, run.config):
+    method = run.adapter.method
+    if not isinstance(method, IAPTConfig):  # the default
+        words += ["--method", flag_name(run.adapter.peft_type)]
+    for config in (method, run.config):
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if value == field.default or field.name in ("resume", "data_note"):
                 continue
-            text = _relative(value) if field.name == "eval_file" else str(value)
-            words += ["--" + field.name.replace("_", "-"), text.lower() if isinstance(value, bool) else text]
+            words += [
+                "--" + field.name.replace("_", "-"),
+                _relative(value) if field.name == "eval_file" else _shown(value),
+            ]
     return shlex.join(words)
 
 
@@ -78,10 +86,11 @@ def _text(run: Run) -> str:
     source = _relative(run.config.eval_file) or f"{run.config.holdout:.0%} of the data, held out"
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: iapt-export\npipeline_tag: text-generation\n"
-        "tags:\n- iapt\n- prompt-tuning\n---",
+        "tags:\n" + "".join(f"- {tag}\n" for tag in _tags(run)) + "---",
         f"# {name}",
-        f"An IAPT adapter (instruction-aware soft prompts, arXiv 2405.18203) for `{base}`, "
-        f"with {run.method.prompt_length} prompt tokens per layer and a bottleneck of {run.method.bottleneck}.",
+        f"An adapter for `{base}`. The backbone stayed frozen.",
+        "## Method",
+        _method(run),
         "## Results",
         _results(run),
         "## Data",
@@ -93,7 +102,7 @@ def _text(run: Run) -> str:
         f"```sh\n{run.command or command_line(run)}\n```",
         f"{run.steps:,} steps of batch {run.config.batch_size * run.config.gradient_accumulation}, "
         f"seed {run.config.seed}, {run.config.precision}, "
-        f"{run.seconds / 60:.0f} minutes. Versions: {versions}. The backbone stayed frozen.",
+        f"{run.seconds / 60:.0f} minutes. Versions: {versions}.",
     ]
     if run.history:
         parts.append(f"![Training loss]({CURVE_FILE})")
@@ -104,6 +113,38 @@ def _text(run: Run) -> str:
         f"Prompts are given in the `{run.adapter.prompt_format}` format, as in training.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _tags(run: Run) -> list[str]:
+    own = flag_name(run.adapter.peft_type)
+    return [own, "prompt-tuning"] if run.adapter.method.prompt_length and own != "prompt-tuning" else [own]
+
+
+def _method(run: Run) -> str:
+    """The method in a sentence with its paper, how much was trained, and every setting."""
+    adapter = run.adapter
+    shapes = METHODS[adapter.peft_type].shapes(adapter.method, adapter.sizes)
+    count = sum(prod(shape) for shape in shapes.values())
+    settings = ((field.name, getattr(adapter.method, field.name)) for field in dataclasses.fields(adapter.method))
+    length = adapter.method.prompt_length
+    slots = f" {length} cache entries stand before the instruction." if length else ""
+    return "\n".join(
+        [
+            summary_of(type(adapter.method)),
+            "",
+            f"{count:,} trained parameters.{slots}",
+            "",
+            "| setting | |\n|---|---|",
+            *(f"| `{name}` | {_shown(value) or 'empty'} |" for name, value in settings),
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    """A setting as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _results(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""What a method and a training run are made of: frozen dataclasses, checked when they are made.
+"""What a training run is made of, a frozen dataclass that is checked when it is made; and how settings are read.
 
 Standard library only, so that reading an adapter's configuration needs no torch.
 The string below a field is its help text on the command line.
@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,87 +18,11 @@ from typing import Any, Literal, get_args
 
 from trainers.errors import IaptError
 
-Activation = Literal["rational", "gelu", "relu", "silu", "tanh"]
-CoefficientLearning = Literal["joint", "bilevel"]
-InitFunction = Literal["gelu", "relu", "silu", "tanh", "leaky_relu"]
-Pooling = Literal["attention", "mean", "max"]
 Precision = Literal["fp32", "bf16"]
 PromptFormat = Literal["auto", "chat", "plain"]
-RationalForm = Literal["A", "B"]
 Scheduler = Literal["linear", "cosine", "constant"]
-Sharing = Literal["all", "none", "groups"]
-Start = Literal["sink", "random"]
+Start = Literal["backbone", "random"]
 Task = Literal["auto", "classification", "generation"]
-
-MAX_DEGREE = 8
-"""Largest polynomial degree of a rational activation; beyond it fp32 Horner evaluation loses its accuracy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IAPTConfig:
-    """Instruction-Aware Prompt Tuning (arXiv 2405.18203), its settled parts and our choices for the open ones.
-
-    Settled by the paper: the order down, pool, activate, up; self-attention pooling with learned
-    queries; a learned rational activation; projections shared across layers; four soft tokens.
-    Everything else here (degrees, form, bias, scale, bottleneck) is our choice.
-
-    Raises:
-        IaptError: a field has a value outside its range; all problems are listed together.
-    """
-
-    prompt_length: int = 4
-    """Soft tokens per layer (P)."""
-    bottleneck: int = 256
-    """Width between the down- and the up-projection (R)."""
-    numerator_degree: int = 5
-    """Degree m of the rational activation's numerator."""
-    denominator_degree: int = 4
-    """Degree n of the rational activation's denominator."""
-    rational_form: RationalForm = "B"
-    """Denominator: A is 1 + sum |b_k x^k|, B is 1 + |sum b_k x^k|."""
-    init_function: InitFunction = "gelu"
-    """Function that the rational activation approximates before training."""
-    pooling: Pooling = "attention"
-    """How T instruction tokens become P rows: learned queries, or mean / max over P adaptive bins."""
-    activation: Activation = "rational"
-    """Learned rational activation, or a fixed one (an ablation of the paper)."""
-    sharing: Sharing = "all"
-    """Layers that share the two projections: all, none (each has its own), or groups of neighbours."""
-    num_groups: int = 1
-    """Number of groups when sharing is 'groups'."""
-    bias: bool = True
-    """Give both projections a bias."""
-    scale: bool = False
-    """Divide the pooling scores by sqrt(R)."""
-    coefficients: CoefficientLearning = "joint"
-    """Learn the activation's coefficients jointly, or bi-level on a held-out half of the data."""
-
-    def __post_init__(self) -> None:
-        problems = choice_problems(self)
-        for name, low, high in (
-            ("prompt_length", 1, 1024),
-            ("bottleneck", 1, 65536),
-            ("numerator_degree", 1, MAX_DEGREE),
-            ("denominator_degree", 1, MAX_DEGREE),
-            ("num_groups", 1, 65536),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                problems.append(f"{name}={value!r} is not an integer from {low} to {high}")
-        if self.sharing != "groups" and self.num_groups != 1:
-            problems.append(f"num_groups={self.num_groups} needs sharing='groups', got sharing={self.sharing!r}")
-        raise_problems("IAPT configuration", problems)
-
-    def groups(self, num_layers: int) -> tuple[int, ...]:
-        """The sharing group of each layer, as ``num_layers`` indices in ``range(G)``.
-
-        Raises:
-            IaptError: more groups than layers.
-        """
-        count = {"all": 1, "none": num_layers, "groups": self.num_groups}[self.sharing]
-        if count > num_layers:
-            raise IaptError(f"num_groups={count} is more than the backbone's {num_layers} layers; lower num_groups")
-        return tuple(layer * count // num_layers for layer in range(num_layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +33,8 @@ class TrainConfig:
         IaptError: a field has a value outside its range; all problems are listed together.
     """
 
-    learning_rate: float = 3e-3
-    """Peak learning rate of AdamW."""
+    learning_rate: float = 0.0
+    """Peak learning rate of AdamW; 0 takes the method's own default."""
     num_epochs: float = 3.0
     """Passes over the training data, unless max_steps says otherwise."""
     max_steps: int = 0
@@ -154,8 +79,8 @@ class TrainConfig:
     """Experiment tracker of the Hugging Face Trainer: tensorboard, wandb, mlflow, none, ..."""
     precision: Precision = "fp32"
     """fp32, or bf16 for the backbone and the products (the adapter's weights stay fp32)."""
-    start: Start = "sink"
-    """Initial prompts: along the backbone's attention sink (it starts near the plain backbone's loss), or random."""
+    start: Start = "backbone"
+    """Initial weights: where the method says that they hurt the backbone least, or random."""
     group_by_length: bool = True
     """Put examples of like length into one batch: less padding, same data."""
     resume: bool = False
@@ -188,6 +113,8 @@ class TrainConfig:
         raise_problems("training configuration", problems)
 
 
+_NAMES = "tuple[str, ...]"
+"""Type of the fields that hold names; one text with commas on the command line."""
 _AT_LEAST_ONE = (
     "batch_size",
     "gradient_accumulation",
@@ -199,17 +126,18 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = ("max_steps", "warmup_steps", "max_eval_examples", "eval_steps", "save_steps", "seed")
 
 
-def configs_from_fields(fields: dict[str, Any], source: str) -> tuple[IAPTConfig, TrainConfig]:
+def configs_from_fields(method: type[Any], fields: dict[str, Any], source: str) -> tuple[Any, TrainConfig]:
     """Sort one flat mapping of settings into the method's and the training run's configuration.
 
     Args:
+        method: the method's configuration class.
         fields: field name to value, as a YAML file or the command line gives them; texts are converted.
         source: what the mapping was read from, for the error text.
 
     Raises:
         IaptError: a name that neither has, a text that is no number, or a value outside its range.
     """
-    classes = (IAPTConfig, TrainConfig)
+    classes = (method, TrainConfig)
     types = {field.name: str(field.type) for cls in classes for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - set(types))
     if unknown:
@@ -218,7 +146,7 @@ def configs_from_fields(fields: dict[str, Any], source: str) -> tuple[IAPTConfig
     chosen = [
         {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values} for cls in classes
     ]
-    return IAPTConfig(**chosen[0]), TrainConfig(**chosen[1])
+    return method(**chosen[0]), TrainConfig(**chosen[1])
 
 
 def read_train_file(path: str | Path) -> dict[str, Any]:
@@ -257,10 +185,17 @@ def field_help(cls: type[Any]) -> dict[str, str]:
     return texts
 
 
+def summary_of(cls: type[Any]) -> str:
+    """The first line of a configuration's docstring: what a method is, in a sentence."""
+    return (inspect.getdoc(cls) or cls.__name__).splitlines()[0].replace("``", "")
+
+
 def _converted(name: str, value: Any, kind: str, source: str) -> Any:
     """Turn a text into the field's type (YAML reads 1e-3 as text); other values pass, and the class checks them."""
-    if not isinstance(value, str) or kind not in ("int", "float", "bool"):
+    if not isinstance(value, str) or kind not in ("int", "float", "bool", _NAMES):
         return value
+    if kind == _NAMES:
+        return tuple(part.strip() for part in value.split(","))
     if kind == "bool":
         if value.lower() not in ("true", "false"):
             raise IaptError(f"{source}: {name}={value!r} is not true or false")
@@ -286,13 +221,16 @@ def config_from_dict(cls: type[Any], fields: dict[str, Any], source: str) -> Any
     unknown = sorted(set(fields) - known)
     if unknown:
         raise IaptError(f"{source}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
-    return cls(**fields)
+    lists = {field.name for field in dataclasses.fields(cls) if field.type == _NAMES}
+    listed = {name: tuple(value) for name, value in fields.items() if name in lists and isinstance(value, list)}
+    return cls(**{**fields, **listed})
 
 
 def choice_problems(config: Any) -> list[str]:
     """One line for each ``Literal`` field whose value is not among its choices, each boolean that is none."""
     problems = []
-    hints = {field.name: _resolve(field.type) for field in dataclasses.fields(config)}
+    names = {**vars(sys.modules[type(config).__module__]), "bool": bool}
+    hints = {field.name: names.get(str(field.type)) for field in dataclasses.fields(config)}
     for name, hint in hints.items():
         value, choices = getattr(config, name), get_args(hint)
         if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
@@ -302,11 +240,17 @@ def choice_problems(config: Any) -> list[str]:
     return problems
 
 
+def range_problems(config: Any, **ranges: tuple[int, int]) -> list[str]:
+    """One line for each named field that is no integer from its lowest to its highest value."""
+    problems = []
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            problems.append(f"{name}={value!r} is not an integer from {low} to {high}")
+    return problems
+
+
 def raise_problems(subject: str, problems: list[str]) -> None:
     """Raise one `IaptError` that lists every problem, or return when there is none."""
     if problems:
         raise IaptError(f"{subject}: " + "; ".join(problems))
-
-
-def _resolve(annotation: Any) -> Any:
-    return globals().get(annotation, {"bool": bool}.get(annotation)) if isinstance(annotation, str) else annotation

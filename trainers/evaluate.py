@@ -4,27 +4,26 @@ A label's score is the log-probability of the whole answer, its end-of-sequence 
 the quantity training raises, and it makes labels comparable when one begins another. It is not divided by the
 label's length: a longer label is not less likely by itself once its first token tells it apart.
 
-Without a generator the same functions measure the plain backbone (zero-shot).
+Without a method the same functions measure the plain backbone (zero-shot).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from math import exp
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from trainers.config import TrainConfig
 from trainers.data import IGNORED, Example, Item, collate, encode_examples, encode_response, pad_instructions
 from trainers.generate import prefill
-from trainers.iapt import IAPTGenerator
-from trainers.insertion import PromptFunction, forward_with_prompts, positions
+from trainers.insertion import continue_from, read_instruction
+from trainers.method import Method, Rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -96,37 +95,32 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A backbone with or without a generator, and how many rows it takes at once."""
+    """A backbone, what is done to its rows, and how many it takes at once."""
 
     model: Any
     """The frozen backbone."""
     pad_token_id: int
     """Fills short rows."""
-    generator: PromptFunction | None = None
-    """The adapter's module; None for the plain backbone."""
-    num_prompt_tokens: int = 0
-    """P; 0 for the plain backbone."""
+    rows: Rows = field(default_factory=Rows)
+    """The adapter's method; nothing for the plain backbone."""
     batch_size: int = 16
     """Rows per forward pass."""
 
 
-def evaluate(
-    model: Any, generator: IAPTGenerator | None, task: Evaluation, say: Callable[[str], None] | None = None
-) -> Report:
+def evaluate(model: Any, method: Method | None, task: Evaluation, say: Callable[[str], None] | None = None) -> Report:
     """Measure an adapter, or the plain backbone, on examples as `trainers.data` reads them.
 
     Args:
         model: the frozen backbone.
-        generator: the adapter's module, left as it is; None for the plain backbone.
+        method: the adapter's module, left as it is; None for the plain backbone.
         task: examples and settings.
         say: takes a progress line about every tenth of the way.
     """
     tokenizer, config = task.tokenizer, task.config
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    scorer = Scorer(model, int(pad), batch_size=config.eval_batch_size)
-    if generator is not None:
-        twin = copy.deepcopy(generator).to(device=model.device, dtype=model.dtype).eval()
-        scorer = replace(scorer, generator=twin, num_prompt_tokens=generator.config.prompt_length)
+    if method is not None:
+        method = copy.deepcopy(method).to(device=model.device, dtype=model.dtype).eval()
+    scorer = Scorer(model, int(pad), rows_of(method), config.eval_batch_size)
     progress = None if say is None else _tenths(say)
     limits = (config.max_instruction_tokens, None if task.labels else config.max_response_tokens)
     items = encode_examples(tokenizer, task.examples, task.prompt_format, *limits)
@@ -207,39 +201,21 @@ def label_scores(scorer: Scorer, instructions: Sequence[list[int]], labels: Sequ
     """
     device = scorer.model.device
     ids, mask = (tensor.to(device) for tensor in pad_instructions(instructions, scorer.pad_token_id))
-    logits, cache = _read(scorer, ids, mask)  # [B, V]
+    logits, cache = prefill(scorer.model, scorer.rows, ids, mask)  # [B, V]
     first = logits.float().log_softmax(dim=-1)
-    mask = torch.cat([mask.new_ones(len(ids), scorer.num_prompt_tokens), mask], dim=1)  # [B, S]
-    length, columns = mask.shape[1], []
+    mask = torch.cat([scorer.rows.slot_mask(mask), mask], dim=1)  # [B, S]
+    columns = []
     for label in labels:
         score = first[:, label[0]]
         if len(label) > 1:
             tokens = torch.tensor(label, device=device).expand(len(ids), -1)  # [B, K]
             full = torch.cat([mask, mask.new_ones(len(ids), len(label) - 1)], dim=1)
-            output = scorer.model(
-                input_ids=tokens[:, :-1],
-                attention_mask=full,
-                position_ids=positions(full)[:, length:],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            output = continue_from(scorer.model, scorer.rows, tokens[:, :-1], full, cache)
             follow = output.logits.float().log_softmax(dim=-1)  # [B, K-1, V]
             score = score + follow.gather(2, tokens[:, 1:, None])[..., 0].sum(dim=1)
             cache.crop(1 - len(label))
         columns.append(score.cpu())
     return torch.stack(columns, dim=1)
-
-
-def _read(scorer: Scorer, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
-    """Logits ``[B, V]`` after the instructions, and the cache that holds them."""
-    if scorer.generator is not None:
-        return prefill(scorer.model, scorer.generator, scorer.num_prompt_tokens, ids, mask)
-    return prefill(scorer.model, _no_prompts, 0, ids, mask)
-
-
-def _no_prompts(_layer: int, hidden: Tensor, _mask: Tensor) -> Tensor:
-    """The plain backbone: no prompt rows, ``[B, 0, D]``."""
-    return hidden[:, :0]
 
 
 @torch.no_grad()
@@ -257,8 +233,7 @@ def evaluate_generation(
     for chunk in _by_length([len(item["input_ids"]) for item in items], scorer.batch_size):
         batch = collate([items[index] for index in chunk], scorer.pad_token_id)
         batch = {name: tensor.to(scorer.model.device) for name, tensor in batch.items()}
-        generator = scorer.generator or _no_prompts
-        loss, number = response_loss(scorer.model, generator, scorer.num_prompt_tokens, batch)
+        loss, number = response_loss(scorer.model, scorer.rows, batch)
         total, tokens, done = total + float(loss), tokens + number, done + len(chunk)
         if progress:
             progress(done, len(items))
@@ -268,9 +243,7 @@ def evaluate_generation(
     )
 
 
-def response_loss(
-    model: Any, generator: PromptFunction, num_prompt_tokens: int, batch: dict[str, Tensor]
-) -> tuple[Tensor, int]:
+def response_loss(model: Any, rows: Rows, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Summed negative log-likelihood of the responses, and their number of tokens.
 
     Logits are computed only where a label stands: the vocabulary is 85 times as wide as SmolLM2's hidden
@@ -278,26 +251,24 @@ def response_loss(
 
     Args:
         model: the frozen backbone.
-        generator: makes the prompts; it reads the instruction only.
-        num_prompt_tokens: P.
+        rows: what is done to each row; of the tokens it reads the instruction only.
         batch: as `trainers.data.collate` makes it.
 
     Returns:
         fp32 scalar, and the number of response tokens.
     """
     labels = batch["labels"]
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    output = forward_with_prompts(
+    lines, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    output = read_instruction(
         model,
-        generator,
-        num_prompt_tokens,
+        rows,
         batch["input_ids"],
         batch["attention_mask"],
         instruction_mask=batch["instruction_mask"],
         # The hidden state one place earlier predicts a token; responses never stand first.
-        select=lambda hidden: hidden[rows, columns + (num_prompt_tokens - 1)],  # [K, D]
+        select=lambda hidden: hidden[lines, columns + (rows.num_slots - 1)],  # [K, D]
     )
-    return F.cross_entropy(output.logits.float(), labels[rows, columns], reduction="sum"), len(rows)
+    return F.cross_entropy(output.logits.float(), labels[lines, columns], reduction="sum"), len(lines)
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -8,19 +8,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainers.insertion import PromptFunction, forward_with_prompts, last_token
+from trainers.insertion import continue_from, last_token, read_instruction
+from trainers.method import Rows
 
 
 @torch.no_grad()
-def prefill(
-    model: Any, generator: PromptFunction, num_prompt_tokens: int, input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, DynamicCache]:
+def prefill(model: Any, rows: Rows, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, DynamicCache]:
     """Read the instruction once, prompts included.
 
     Args:
         model: the frozen backbone.
-        generator: the adapter's module (or any prompt function).
-        num_prompt_tokens: P.
+        rows: what is done to each row.
         input_ids: ``[B, T]`` int64.
         attention_mask: ``[B, T]`` int64, padding on either side.
 
@@ -28,49 +26,40 @@ def prefill(
         Logits ``[B, V]`` after each row's last real token, and the cache with P + T entries per layer.
     """
     cache = DynamicCache()
-    index = last_token(attention_mask) + num_prompt_tokens  # [B]
-    rows = torch.arange(len(input_ids), device=input_ids.device)
-    output = forward_with_prompts(
+    index = last_token(attention_mask) + rows.num_slots  # [B]
+    numbers = torch.arange(len(input_ids), device=input_ids.device)
+    output = read_instruction(
         model,
-        generator,
-        num_prompt_tokens,
+        rows,
         input_ids,
         attention_mask,
-        select=lambda hidden: hidden[rows, index][:, None],  # [B, 1, D]
+        select=lambda hidden: hidden[numbers, index][:, None],  # [B, 1, D]
         past_key_values=cache,
     )
     return output.logits[:, 0], cache
 
 
 @torch.no_grad()
-def decode(model: Any, token: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
-    """One plain backbone step.
+def decode(model: Any, rows: Rows, token: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """One step: the plain backbone's, but for methods that treat generated tokens too.
 
     Args:
         model: the frozen backbone.
+        rows: what was done to each row when its instruction was read.
         token: ``[B]`` int64, the tokens just chosen.
-        attention_mask: ``[B, S+1]`` int64 over the cache (prompt rows first) and the new token.
+        mask: ``[B, S+1]`` int64 over the cache (prompt slots first) and the new token.
         cache: S entries per layer, extended in place.
 
     Returns:
         Logits ``[B, V]``.
     """
-    position = attention_mask.sum(dim=1, keepdim=True) - 1  # [B, 1]
-    output = model(
-        input_ids=token[:, None],
-        attention_mask=attention_mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output.logits[:, -1]
+    return continue_from(model, rows, token[:, None], mask, cache).logits[:, -1]
 
 
 @torch.no_grad()
 def greedy(
     model: Any,
-    generator: PromptFunction,
-    num_prompt_tokens: int,
+    rows: Rows,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
@@ -82,9 +71,9 @@ def greedy(
     Returns:
         Per row the new token ids (its EOS included), and for each the lead of the best logit over the second.
     """
-    logits, cache = prefill(model, generator, num_prompt_tokens, input_ids, attention_mask)
+    logits, cache = prefill(model, rows, input_ids, attention_mask)
     batch = len(input_ids)
-    mask = torch.cat([attention_mask.new_ones(batch, num_prompt_tokens), attention_mask], dim=1)
+    mask = torch.cat([rows.slot_mask(attention_mask), attention_mask], dim=1)
     tokens: list[list[int]] = [[] for _ in range(batch)]
     margins: list[list[float]] = [[] for _ in range(batch)]
     done = [False] * batch
@@ -98,5 +87,5 @@ def greedy(
         if all(done) or step + 1 == max_new_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
-        logits = decode(model, best.indices[:, 0], mask, cache)
+        logits = decode(model, rows, best.indices[:, 0], mask, cache)
     return tokens, margins

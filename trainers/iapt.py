@@ -13,13 +13,14 @@ replaced at every layer, and that both projections carry a bias, are our choices
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.config import IAPTConfig
+from trainers.method import Method, Sizes, Weights
+from trainers.method_configs import IAPTConfig
 from trainers.rational import initial_coefficients, rational
 
 FIXED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,56 +29,100 @@ FIXED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+SINK_SCALE = 10.0
+"""Root mean square of the initial up-projection bias. The backbone normalises prompts, so only its size relative
+to the generated part (about 1) counts: large enough to act as sink, small enough to be outweighed soon."""
 
 
-class LayerWeights(NamedTuple):
-    """One layer's generator. Each tensor may carry a leading ``B``: one tenant's weights per row."""
+class IAPT(Method):
+    """One prompt generator per layer, projections shared by group.
 
-    down_weight: Tensor
-    """``[D, R]``"""
-    down_bias: Tensor | None
-    """``[R]``"""
-    query: Tensor | None
-    """``[R, P]``, the learned pooling queries; None for mean and max pooling."""
-    numerator: Tensor | None
-    """``[m+1]``; None for a fixed activation."""
-    denominator: Tensor | None
-    """``[n]``"""
-    up_weight: Tensor
-    """``[R, D]``"""
-    up_bias: Tensor | None
-    """``[D]``"""
-
-
-def prompt_from_instruction(
-    hidden: Tensor,
-    mask: Tensor,
-    weights: LayerWeights,
-    config: IAPTConfig,
-    rational: Callable[[Tensor, Tensor, Tensor, str], Tensor] = rational,
-) -> Tensor:
-    """Generate one layer's soft tokens from the instruction's hidden states.
-
-    Args:
-        hidden: ``[B, T, D]``, any floating type.
-        mask: ``[B, T]``, nonzero at instruction tokens (never padding, never the response).
-        weights: the layer's generator, for all rows or one per row.
-        config: the method's settings.
-        rational: evaluates the activation; an export passes its traceable operator.
-
-    Returns:
-        Prompt tokens ``[B, P, D]`` in the type of ``hidden``.
+    Tensors are stacked so that the adapter file, the tenant file of a bundle and the exported graph's inputs have
+    the same names and shapes: ``down_weight [G, D, R]``, ``down_bias [G, R]``, ``query [L, R, P]``, ``numerator
+    [L, m+1]``, ``denominator [L, n]``, ``up_weight [G, R, D]``, ``up_bias [G, D]``. Projections and queries start
+    from N(0, 0.02), biases from zero.
     """
-    u = hidden @ weights.down_weight  # [B, T, R]
-    if weights.down_bias is not None:
-        u = u + _rows(weights.down_bias)
-    pooled = pool(u, mask, weights.query, config)  # [B, P, R]
-    if weights.numerator is None or weights.denominator is None:
-        active = FIXED_ACTIVATIONS[config.activation](pooled)
-    else:
-        active = rational(pooled, _rows(weights.numerator), _rows(weights.denominator), config.rational_form)
-    prompt = active @ weights.up_weight  # [B, P, D]
-    return prompt if weights.up_bias is None else prompt + _rows(weights.up_bias)
+
+    config: IAPTConfig
+    decayed = ("down_weight", "up_weight", "query")
+    rational: Callable[[Tensor, Tensor, Tensor, str], Tensor] = staticmethod(rational)
+    """Evaluates the activation; an export puts its traceable operator here."""
+
+    @staticmethod
+    def shapes(config: IAPTConfig, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """See `trainers.method.Method.shapes`."""
+        groups = max(config.groups(sizes.num_layers)) + 1
+        width, rank, layers = sizes.hidden_size, config.bottleneck, sizes.num_layers
+        shapes: dict[str, tuple[int, ...]] = {"down_weight": (groups, width, rank)}
+        if config.bias:
+            shapes["down_bias"] = (groups, rank)
+        if config.pooling == "attention":
+            shapes["query"] = (layers, rank, config.prompt_length)
+        if config.activation == "rational":
+            shapes["numerator"] = (layers, config.numerator_degree + 1)
+            shapes["denominator"] = (layers, config.denominator_degree)
+        shapes["up_weight"] = (groups, rank, width)
+        if config.bias:
+            shapes["up_bias"] = (groups, width)
+        return shapes
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The sharing group of each layer."""
+        return self.config.groups(self.sizes.num_layers)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights from torch's current random state."""
+        config, parameters = self.config, dict(self.named_parameters())
+        for name, parameter in parameters.items():  # in this order, on which a seed's weights depend
+            if name in self.decayed:
+                nn.init.normal_(parameter, std=0.02)
+        if config.activation == "rational":
+            numerator, denominator = initial_coefficients(
+                config.init_function, config.numerator_degree, config.denominator_degree, config.rational_form
+            )
+            with torch.no_grad():
+                for name, values in (("numerator", numerator), ("denominator", denominator)):
+                    parameters[name].copy_(torch.from_numpy(values).expand_as(parameters[name]))
+
+    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""
+        config, group = self.config, self.groups[layer]
+        u = tokens @ weights["down_weight"][:, group]  # [B, T, R]
+        if config.bias:
+            u = u + weights["down_bias"][:, group, None]
+        pooled = pool(u, mask, weights["query"][:, layer] if config.pooling == "attention" else None, config)  # [B,P,R]
+        if config.activation == "rational":
+            numerator, denominator = weights["numerator"][:, layer, None], weights["denominator"][:, layer, None]
+            active = self.rational(pooled, numerator, denominator, config.rational_form)
+        else:
+            active = FIXED_ACTIVATIONS[config.activation](pooled)
+        prompt = active @ weights["up_weight"][:, group]  # [B, P, D]
+        return prompt + weights["up_bias"][:, group, None] if config.bias else prompt
+
+    @torch.no_grad()
+    def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
+        """Point the prompts' bias along the backbone's attention sink, and make the generator blind to the sink.
+
+        A pretrained decoder parks unneeded attention on its first token, whose hidden state it drives to one
+        dominant direction (the attention sink, arXiv 2309.17453). Prompts stand before that token and take the
+        place away: with randomly drawn prompts SmolLM2's loss starts at 17 instead of the plain backbone's 5.
+        Prompts that begin in the sink's direction serve as sink themselves, and the loss starts at 5.7. The method
+        is unchanged: only initial values are. The down-projection loses its component along the sink, whose
+        hidden state is a hundred times as long as any other token's and would saturate the pooling.
+        """
+        ids = torch.tensor([instruction[:1]], device=backbone.device)
+        states = backbone(input_ids=ids, output_hidden_states=True).hidden_states
+        before = torch.stack([state[0, 0].float() for state in states[: self.sizes.num_layers]])  # [L, D]
+        parameters = dict(self.named_parameters())
+        down = parameters["down_weight"]
+        for group in range(max(self.groups) + 1):
+            members = [layer for layer, mine in enumerate(self.groups) if mine == group]
+            sink = before[members].mean(dim=0).to(down.device)
+            sink = sink / sink.norm().clamp(min=1e-12)  # [D]
+            down[group] -= torch.outer(sink, sink @ down[group])
+            if self.config.bias:
+                parameters["up_bias"][group] = sink * SINK_SCALE * self.sizes.hidden_size**0.5
 
 
 def pool(u: Tensor, mask: Tensor, query: Tensor | None, config: IAPTConfig) -> Tensor:
@@ -109,90 +154,3 @@ def adaptive_bins(mask: Tensor, num_bins: int) -> Tensor:
     first = index * count // num_bins
     last = ((index + 1) * count + num_bins - 1) // num_bins
     return (rank >= first) & (rank < last) & (kept[:, None, :] == 1)
-
-
-class IAPTGenerator(nn.Module):
-    """The trained part of an adapter: one prompt generator per layer, projections shared by group.
-
-    Parameters are stacked so that the adapter file, the tenant file of a bundle and the exported
-    graph's inputs have the same names and shapes: ``down_weight [G, D, R]``, ``down_bias [G, R]``,
-    ``query [L, R, P]``, ``numerator [L, m+1]``, ``denominator [L, n]``, ``up_weight [G, R, D]``,
-    ``up_bias [G, D]``. Projections and queries start from N(0, 0.02), biases from zero.
-    """
-
-    def __init__(self, config: IAPTConfig, hidden_size: int, num_layers: int) -> None:
-        super().__init__()
-        self.config = config
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.layer_groups = config.groups(num_layers)
-        for name, shape in parameter_shapes(config, hidden_size, num_layers).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the initial weights from torch's current random state."""
-        config = self.config
-        for name, parameter in self.named_parameters():
-            if name in ("down_weight", "up_weight", "query"):
-                nn.init.normal_(parameter, std=0.02)
-        if config.activation == "rational":
-            numerator, denominator = initial_coefficients(
-                config.init_function, config.numerator_degree, config.denominator_degree, config.rational_form
-            )
-            parameters = dict(self.named_parameters())
-            with torch.no_grad():
-                for name, values in (("numerator", numerator), ("denominator", denominator)):
-                    parameters[name].copy_(torch.from_numpy(values).expand_as(parameters[name]))
-
-    def layer_weights(self, layer: int) -> LayerWeights:
-        """The weights that act at ``layer``."""
-        return layer_weights(dict(self.named_parameters()), layer, self.layer_groups[layer])
-
-    def forward(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Soft tokens ``[B, P, D]`` of ``layer`` for ``hidden [B, T, D]`` under ``mask [B, T]``."""
-        return prompt_from_instruction(hidden, mask, self.layer_weights(layer), self.config)
-
-
-def layer_weights(tensors: dict[str, Tensor], layer: int, group: int, stacked_rows: bool = False) -> LayerWeights:
-    """Pick one layer's tensors from ``[G or L, ...]``, or from ``[B, G or L, ...]`` with ``stacked_rows``."""
-
-    def pick(name: str, index: int) -> Tensor | None:
-        tensor = tensors.get(name)
-        return None if tensor is None else tensor.select(1 if stacked_rows else 0, index)
-
-    down, up = pick("down_weight", group), pick("up_weight", group)
-    assert down is not None
-    assert up is not None
-    return LayerWeights(
-        down_weight=down,
-        down_bias=pick("down_bias", group),
-        query=pick("query", layer),
-        numerator=pick("numerator", layer),
-        denominator=pick("denominator", layer),
-        up_weight=up,
-        up_bias=pick("up_bias", group),
-    )
-
-
-def parameter_shapes(config: IAPTConfig, hidden_size: int, num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every trained tensor, in the order in which files and graphs carry them."""
-    groups = max(config.groups(num_layers)) + 1
-    width, rank, layers = hidden_size, config.bottleneck, num_layers
-    shapes: dict[str, tuple[int, ...]] = {"down_weight": (groups, width, rank)}
-    if config.bias:
-        shapes["down_bias"] = (groups, rank)
-    if config.pooling == "attention":
-        shapes["query"] = (layers, rank, config.prompt_length)
-    if config.activation == "rational":
-        shapes["numerator"] = (layers, config.numerator_degree + 1)
-        shapes["denominator"] = (layers, config.denominator_degree)
-    shapes["up_weight"] = (groups, rank, width)
-    if config.bias:
-        shapes["up_bias"] = (groups, width)
-    return shapes
-
-
-def _rows(vector: Tensor) -> Tensor:
-    """Let a per-row vector ``[B, W]`` broadcast over a row's tokens as ``[B, 1, W]``; ``[W]`` does already."""
-    return vector[:, None, :] if vector.dim() == 2 else vector

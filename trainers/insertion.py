@@ -1,49 +1,79 @@
-"""Put per-layer prompts into a frozen decoder: the only file that knows how a backbone is laid out.
+"""Put a method into a frozen decoder: the only file that knows how a backbone is laid out.
 
-Our choices, fixed in every bundle's manifest: prompts are prepended; at every layer the P rows that
-the previous layer made of its prompts are dropped and this layer's prompts take their place; prompt
-rows hold positions 0..P-1 and tokens follow, counted over real tokens only.
+Our choices, fixed in every bundle's manifest: prompts are prepended; a method that makes prompts at every layer
+replaces what the layer before made of them; prompt slots hold positions 0..P-1 and tokens follow, counted over real
+tokens only; a slot that a row's method does not use is masked like padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from trainers.errors import IaptError
-
-PromptFunction = Callable[[int, Tensor, Tensor], Tensor]
-"""(layer, instruction hidden states ``[B, T, D]``, instruction mask ``[B, T]``) to prompts ``[B, P, D]``."""
+from trainers.method import Rows, Sizes
 
 
 def decoder_layers(backbone: Any) -> nn.ModuleList:
-    """The decoder's list of layers, found by its length and its place nearest the root.
+    """The decoder's list of layers, see `layers_path`."""
+    layers: nn.ModuleList = backbone.get_submodule(layers_path(backbone))
+    return layers
+
+
+def layers_path(backbone: Any) -> str:
+    """Name of the decoder's list of layers, found by its length and its place nearest the root.
 
     Raises:
         IaptError: no list of ``config.num_hidden_layers`` modules exists.
     """
     num_layers = backbone.config.num_hidden_layers
-    lists = {
-        name: module
+    lists = [
+        name
         for name, module in backbone.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    }
+    ]
     if not lists:
         raise IaptError(
             f"no list of {num_layers} decoder layers was found in {type(backbone).__name__}; "
             "only decoder-only language models with one list of layers are supported"
         )
-    return lists[min(lists, key=lambda name: (name.count("."), name))]
+    return min(lists, key=lambda name: (name.count("."), name))
 
 
-def forward_with_prompts(
+def sizes_of(backbone: Any) -> Sizes:
+    """The sizes that methods' tensors depend on, linear layers included."""
+    config = backbone.config
+    heads = config.num_attention_heads
+    return Sizes(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        linears={name: _linear_size(module) for name, module in linear_layers(decoder_layers(backbone)[0]).items()},
+        layers_path=layers_path(backbone),
+    )
+
+
+def linear_layers(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a decoder layer by name; GPT-2 keeps its own transposed kind."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def _linear_size(module: nn.Module) -> tuple[int, int]:
+    inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)  # type: ignore[arg-type]
+    return int(inputs), int(outputs)
+
+
+def read_instruction(
     backbone: Any,
-    prompts: PromptFunction,
-    num_prompt_tokens: int,
+    rows: Rows,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
@@ -51,38 +81,88 @@ def forward_with_prompts(
     select: Callable[[Tensor], Tensor] | None = None,
     past_key_values: Any = None,
 ) -> Any:
-    """Run a backbone over ``[prompts; tokens]`` with fresh prompts at every layer.
+    """Run a backbone over ``[prompt slots; tokens]``.
 
     Args:
         backbone: a causal LM of transformers.
-        prompts: makes a layer's prompts from the instruction's hidden states right before it.
-        num_prompt_tokens: P.
+        rows: what is done to each row.
         input_ids: ``[B, T]`` int64.
         attention_mask: ``[B, T]`` int64, 1 at real tokens; padding may stand on either side.
-        instruction_mask: ``[B, T]``, 1 at the tokens the generators may read; None means all real tokens.
+        instruction_mask: ``[B, T]``, 1 at the tokens that methods may read; None means all real tokens.
         select: applied to the final hidden states ``[B, P+T, D]`` before the LM head, to compute only some logits.
         past_key_values: an empty cache to fill, or None to keep none.
 
     Returns:
-        The backbone's output; logits and cache include the P prompt rows unless ``select`` dropped them.
+        The backbone's output; logits and cache include the P prompt slots unless ``select`` dropped them.
     """
-    embeddings = backbone.get_input_embeddings()(input_ids)  # [B, T, D]
-    batch, _, width = embeddings.shape
-    slots = embeddings.new_zeros(batch, num_prompt_tokens, width)
-    mask = torch.cat([attention_mask.new_ones(batch, num_prompt_tokens), attention_mask], dim=1)  # [B, P+T]
     readable = attention_mask if instruction_mask is None else instruction_mask
+    rows = rows.prepared(backbone, input_ids, readable)
+    embeddings = rows.embed(input_ids, backbone.get_input_embeddings()(input_ids), readable)  # [B, T, D]
+    count = rows.num_slots
+    mask = torch.cat([rows.slot_mask(attention_mask), attention_mask], dim=1)  # [B, P+T]
+    cache = past_key_values
+    if rows.changes_cache and cache is None:
+        cache = DynamicCache()  # where keys and values pass by, also in training
 
     def replace(layer: int, hidden: Tensor) -> Tensor:
-        tokens = hidden[:, num_prompt_tokens:]  # [B, T, D]
-        return torch.cat([prompts(layer, tokens, readable).to(hidden.dtype), tokens], dim=1)
+        if rows.mixed:  # an empty slot that sees nothing must not turn into NaN
+            hidden = hidden.masked_fill(mask[..., None] == 0, 0)
+        slots = hidden[:, :count]
+        changed = rows.slots(layer, slots, hidden[:, count:], readable)
+        return hidden if changed is slots else torch.cat([changed, hidden[:, count:]], dim=1)
 
-    with _hooked(decoder_layers(backbone), replace), _selected(backbone, select):
+    with ExitStack() as stack:
+        if count or rows.mixed:
+            stack.enter_context(_hooked(decoder_layers(backbone), replace))
+        if rows.changes_cache:
+            stack.enter_context(_cache_filled(cache, rows))
+        stack.enter_context(_projected(backbone, rows))
+        stack.enter_context(_selected(backbone, select))
         return backbone(
-            inputs_embeds=torch.cat([slots, embeddings], dim=1),
+            inputs_embeds=torch.cat(
+                [embeddings.new_zeros(embeddings.shape[0], count, embeddings.shape[2]), embeddings], 1
+            ),
             attention_mask=mask,
             position_ids=positions(mask),
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+
+
+def continue_from(
+    backbone: Any,
+    rows: Rows,
+    input_ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache,
+    *,
+    position_ids: Tensor | None = None,
+) -> Any:
+    """Run a backbone over tokens that follow a filled cache.
+
+    Args:
+        backbone: a causal LM of transformers.
+        rows: what was done to each row when the instruction was read.
+        input_ids: ``[B, K]`` int64, the next tokens.
+        mask: ``[B, S+K]`` int64 over the cache's entries and these tokens.
+        cache: S entries a layer, extended in place.
+        position_ids: ``[B, K]``; None counts the mask's real tokens.
+
+    Returns:
+        The backbone's output with logits ``[B, K, V]``.
+    """
+    rows = rows.in_decode
+    own = mask[:, -input_ids.shape[1] :]
+    tokens: dict[str, Tensor] = {"input_ids": input_ids}
+    if rows.parts:
+        tokens = {"inputs_embeds": rows.embed(input_ids, backbone.get_input_embeddings()(input_ids), own)}
+    with _projected(backbone, rows):
+        return backbone(
+            **tokens,
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -input_ids.shape[1] :] if position_ids is None else position_ids,
+            past_key_values=cache,
+            use_cache=True,
         )
 
 
@@ -109,12 +189,44 @@ def _hooked(layers: nn.ModuleList, replace: Callable[[int, Tensor], Tensor]) -> 
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            handle = layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _cache_filled(cache: DynamicCache, rows: Rows) -> Iterator[None]:
+    """Let the rows set the slots' keys and values where a layer hands them to the cache, after RoPE."""
+    update = cache.update
+
+    def filled(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        count = rows.num_slots
+        own = rows.key_value(layer, key[:, :, :count], value[:, :, :count])
+        key, value = (torch.cat([new, old[:, :, count:]], dim=2) for new, old in zip(own, (key, value), strict=True))
+        return update(key, value, layer, *args, **kwargs)
+
+    cache.update = filled
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        del cache.update
+
+
+@contextmanager
+def _projected(backbone: Any, rows: Rows) -> Iterator[None]:
+    """Pass the outputs of linear layers through the rows while the context is open."""
+
+    def hook_for(layer: int, name: str) -> Callable[..., Tensor]:
+        return lambda _module, args, output: rows.project(layer, name, args[0], output)
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(backbone) if rows.linear_names else ()):
+            linears = linear_layers(layer)
+            for name in rows.linear_names:
+                stack.callback(linears[name].register_forward_hook(hook_for(index, name)).remove)
+        yield
 
 
 @contextmanager

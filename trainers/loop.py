@@ -19,23 +19,21 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trainers.adapter import AdapterConfig, load_adapter, save_adapter
 from trainers.errors import IaptError
 from trainers.evaluate import response_loss
-from trainers.iapt import IAPTGenerator
+from trainers.method import Method, rows_of
 
 COEFFICIENTS = ("numerator", "denominator")
 """What the second level of bi-level learning trains."""
-DECAYED = ("down_weight", "up_weight", "query")
-"""What weight decay acts on: biases and the activation's coefficients have no reason to be near zero."""
 MEGABATCH = 50
 """Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
 
 
 class PromptTuned(nn.Module):
-    """A frozen backbone and a generator as one module that returns a loss."""
+    """A frozen backbone and a method as one module that returns a loss."""
 
-    def __init__(self, backbone: Any, generator: IAPTGenerator) -> None:
+    def __init__(self, backbone: Any, method: Method) -> None:
         super().__init__()
         self.backbone = backbone
-        self.generator = generator
+        self.method = method
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, instruction_mask: Tensor, labels: Tensor
@@ -47,12 +45,11 @@ class PromptTuned(nn.Module):
             "instruction_mask": instruction_mask,
             "labels": labels,
         }
-        length = self.generator.config.prompt_length
-        loss, tokens = response_loss(self.backbone, self.generator, length, batch)
+        loss, tokens = response_loss(self.backbone, rows_of(self.method), batch)
         return {"loss": loss / tokens}
 
     def train(self, mode: bool = True) -> PromptTuned:
-        """Switch the generator's mode; the backbone stays in evaluation mode, without dropout."""
+        """Switch the method's mode; the backbone stays in evaluation mode, without dropout."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -121,18 +118,39 @@ class AdapterTrainer(Trainer):
     with ``torch.load(weights_only=True)``: resume your own checkpoints, not somebody else's.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, adapter: AdapterConfig, sampler: EpochSampler, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.adapter = adapter
         self.sampler = sampler
+        self.method: Method = self.accelerator.unwrap_model(self.model).method
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that weight decay acts on."""
-        return [name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in DECAYED]
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, one parameter group for each pair of learning rate and weight decay that the method asks for."""
+        if self.optimizer is None:
+            decayed, factors = self.method.decayed, self.method.learning_rate_factors()
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+            for name, parameter in (self.model if model is None else model).named_parameters():
+                if parameter.requires_grad:
+                    own = name.rsplit(".", 1)[-1]
+                    groups.setdefault((factors.get(own, 1.0), own in decayed), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            settings = [
+                {
+                    "params": groups[factor, decays],
+                    "lr": self.args.learning_rate * factor,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                # the first group's rate is the one that is logged
+                for factor, decays in sorted(groups, key=lambda group: group[0] != 1)
+            ]
+            self.optimizer = kind(settings, **options)
+        return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch, forward and backward.
@@ -160,7 +178,7 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         states = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-        prefix = "generator."
+        prefix = "method."
         tensors = {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
         save_adapter(Path(output_dir or str(self.args.output_dir)), self.adapter, tensors)
 
@@ -172,7 +190,7 @@ class AdapterTrainer(Trainer):
                 "resume with the same settings, or delete the folder and start anew"
             )
         target = self.accelerator.unwrap_model(self.model if model is None else model)
-        target.generator.load_state_dict(adapter.tensors)
+        target.method.load_state_dict(adapter.tensors)
 
 
 class Progress(TrainerCallback):

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,17 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from trainers.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig, load_adapter
+from trainers.adapter import (
+    CONFIG_FILE,
+    EXAMPLES_FILE,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    check_adapter_fits,
+    load_adapter,
+)
 from trainers.backbone import Backbone, load_backbone
 from trainers.card import CARD_FILE, CURVE_FILE, REPORT_FILE, Run, write_card
-from trainers.config import IAPTConfig, TrainConfig
+from trainers.config import TrainConfig
 from trainers.data import (
     Example,
     collate,
@@ -31,9 +38,11 @@ from trainers.data import (
 )
 from trainers.errors import IaptError
 from trainers.evaluate import Evaluation, Report, evaluate
-from trainers.iapt import IAPTGenerator
+from trainers.insertion import sizes_of
 from trainers.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
-from trainers.start import start_at_sink
+from trainers.method import Method
+from trainers.method_configs import IAPTConfig, method_name
+from trainers.methods import METHODS, new_method
 
 OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVE_FILE, REPORT_FILE, EXAMPLES_FILE}
 """All that an adapter directory holds; a folder with anything else in it is never replaced."""
@@ -65,7 +74,8 @@ class Setup:
     training: list[Example]
     evaluation: list[Example]
     adapter: AdapterConfig
-    method: IAPTConfig
+    method: Method
+    """With its random initial weights."""
     config: TrainConfig
     work: Path
     """``OUTPUT.training``: checkpoints and the staged result."""
@@ -75,13 +85,13 @@ def train(
     model_name: str,
     data: str | Path,
     output: str | Path,
-    method: IAPTConfig | None = None,
+    method: Any = None,
     config: TrainConfig | None = None,
     *,
     say: Callable[[str], None] | None = None,
     command: str | None = None,
 ) -> TrainResult:
-    """Train an IAPT adapter and write its directory, model card included.
+    """Train an adapter and write its directory, model card included.
 
     While it runs, only ``OUTPUT.training`` exists; ``OUTPUT`` appears, or is replaced, when all is done.
 
@@ -89,7 +99,7 @@ def train(
         model_name: the backbone: Hugging Face id, local folder, or GGUF file.
         data: JSONL file, see `trainers.data`.
         output: the adapter directory to write.
-        method: the method's fields; the defaults if None.
+        method: the method's fields, one of `trainers.method_configs`; IAPT with its defaults if None.
         config: the run's fields; the defaults if None.
         say: takes progress lines; prints to stderr if None.
         command: what to name in the card as the command of this run; put together from the settings if None.
@@ -103,6 +113,8 @@ def train(
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     method, config, output = method or IAPTConfig(), config or TrainConfig(), Path(output)
+    if config.learning_rate == 0:
+        config = replace(config, learning_rate=METHODS[method_name(method)].learning_rate)
     work = _check_output(output, config)
     setup = _setup(model_name, Path(data), method, config, work)
     trainer = _trainer(setup, say)
@@ -131,7 +143,7 @@ def evaluate_adapter(
 
     Args:
         model_name: the backbone.
-        adapter: adapter directory; None for the plain backbone.
+        adapter: adapter directory, ours or stock PEFT's; None for the plain backbone.
         data: JSONL file.
         config: ``max_eval_examples``, ``eval_batch_size``, ``max_instruction_tokens``, ``prompt_format``,
             ``precision`` and ``seed`` count.
@@ -141,11 +153,9 @@ def evaluate_adapter(
     Raises:
         IaptError: bad data or adapter, or an adapter for another backbone.
     """
-    from trainers.adapter import check_adapter_fits
-
     config = config or TrainConfig()
     backbone = load_backbone(model_name, dtype=config.precision)
-    loaded = load_adapter(adapter) if adapter is not None else None
+    loaded = load_adapter(adapter, backbone) if adapter is not None else None
     examples = read_examples(data)
     prompt_format = resolve_prompt_format(backbone.tokenizer, config.prompt_format)
     if loaded is not None:
@@ -154,7 +164,7 @@ def evaluate_adapter(
     labels = tuple(labels) or find_labels(examples, config.task)
     examples = sample(examples, config.max_eval_examples, config.seed)
     task = Evaluation(backbone.tokenizer, examples, tuple(labels), prompt_format, config)
-    return evaluate(backbone.model, loaded.generator() if loaded else None, task, say)
+    return evaluate(backbone.model, loaded.module() if loaded else None, task, say)
 
 
 def _check_output(output: Path, config: TrainConfig) -> Path:
@@ -173,7 +183,7 @@ def _check_output(output: Path, config: TrainConfig) -> Path:
     return work
 
 
-def _setup(model_name: str, data: Path, method: IAPTConfig, config: TrainConfig, work: Path) -> Setup:
+def _setup(model_name: str, data: Path, method: Any, config: TrainConfig, work: Path) -> Setup:
     """Read the data before the backbone: its errors are the more frequent ones."""
     examples = read_examples(data)
     labels = find_labels(examples, config.task)
@@ -187,18 +197,21 @@ def _setup(model_name: str, data: Path, method: IAPTConfig, config: TrainConfig,
     backbone = load_backbone(model_name, dtype=config.precision)
     if backbone.tokenizer is None:
         raise IaptError(f"the backbone {model_name} has no tokenizer; training needs one")
+    set_seed(config.seed)
+    sizes = sizes_of(backbone.model)
+    module = new_method(method, sizes)
+    sizes = replace(sizes, linears={name: sizes.linears[name] for name in module.linear_names})
     adapter = AdapterConfig(
         base_model_name_or_path=config.base_model_name or model_name,
         backbone_fingerprint=backbone.fingerprint,
-        hidden_size=backbone.model.config.hidden_size,
-        num_layers=backbone.model.config.num_hidden_layers,
+        **asdict(sizes),
         method=method,
         revision=backbone.revision,
         prompt_format=resolve_prompt_format(backbone.tokenizer, config.prompt_format),
         labels=labels,
     )
     held_out = sample(held_out, config.max_eval_examples, config.seed)
-    return Setup(backbone, training, held_out, adapter, method, config, work)
+    return Setup(backbone, training, held_out, adapter, module, config, work)
 
 
 def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
@@ -211,10 +224,9 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         max_response=None if setup.adapter.labels else config.max_response_tokens,
     )
     items, eval_items = encode(setup.training), encode(setup.evaluation) if config.eval_steps else None
-    set_seed(config.seed)
-    generator = IAPTGenerator(setup.method, setup.adapter.hidden_size, setup.adapter.num_layers)
-    if config.start == "sink":
-        start_at_sink(generator, setup.backbone.model, items[0]["input_ids"][0])
+    if config.start == "backbone":
+        first = items[0]
+        setup.method.start(setup.backbone.model, tokenizer, first["input_ids"][: first["instruction_length"]])
     arguments = _arguments(setup)
     chunk = arguments.train_batch_size * config.gradient_accumulation * arguments.world_size
     sampler = EpochSampler(
@@ -222,12 +234,12 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         chunk,
         config.seed,
         config.group_by_length,
-        alternate=setup.method.coefficients == "bilevel",
+        alternate=getattr(setup.adapter.method, "coefficients", "joint") == "bilevel",
     )
     trainer = AdapterTrainer(
         setup.adapter,
         sampler,
-        model=PromptTuned(setup.backbone.model, generator),
+        model=PromptTuned(setup.backbone.model, setup.method),
         args=arguments,
         train_dataset=items,
         eval_dataset=eval_items,
@@ -274,7 +286,7 @@ def _arguments(setup: Setup) -> TrainingArguments:
 
 def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> float:
     """Run the Trainer, from the newest checkpoint if asked; returns the seconds it took."""
-    count = sum(parameter.numel() for parameter in trainer.model.generator.parameters())
+    count = sum(parameter.numel() for parameter in setup.method.parameters())
     say(f"training {count:,} parameters on {len(setup.training):,} examples")
     checkpoint = get_last_checkpoint(str(setup.work)) if setup.config.resume and setup.work.is_dir() else None
     if checkpoint:
@@ -290,9 +302,9 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
         backbone = load_backbone(backbone.name_or_path, dtype=config.precision)
     task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
-    generator = load_adapter(setup.work / "adapter").generator()
+    method = load_adapter(setup.work / "adapter").module()
     say(f"evaluating the adapter on {len(setup.evaluation)} examples")
-    report = evaluate(backbone.model, generator, task, say)
+    report = evaluate(backbone.model, method, task, say)
     if not config.baseline:
         return report, None
     say("evaluating the plain backbone")
@@ -304,7 +316,6 @@ def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command
     staged = setup.work / "adapter"
     run = Run(
         adapter=setup.adapter,
-        method=setup.method,
         config=setup.config,
         model_name=model_name,
         data=data,

@@ -41,12 +41,14 @@ def prompts_from_bundle(
 ) -> list[Prompt]:
     """Prompts of all tenants in a seeded order that mixes them: `MIN_PROMPTS` at least, where so many fit.
 
+    One of each method, then one of each tenant, stand first: the first batch's logits and caches are compared too.
+
     Raises:
         IaptError: an examples file is not JSONL with ``prompt`` fields.
         BundleError: no prompt of some tenant fits the bundle, so that the tenant would go uncompared.
     """
     per_tenant = -(-MIN_PROMPTS // len(manifest.tenants))
-    room = manifest.ranges.past.max - manifest.generator.prompt_length - new_tokens + 1
+    room = manifest.ranges.past.max - manifest.num_slots - new_tokens + 1
     longest = min(manifest.ranges.sequence.max, room)
     found: list[Prompt] = []
     for tenant in manifest.tenants:
@@ -62,7 +64,10 @@ def prompts_from_bundle(
             )
         found += fitting
     random.Random(seed).shuffle(found)
-    return found
+    methods = {tenant.name: tenant.method for tenant in manifest.tenants}
+    of_method = {methods[prompt.tenant]: prompt for prompt in reversed(found)}
+    of_tenant = {prompt.tenant: prompt for prompt in reversed(found)}
+    return sorted(found, key=lambda p: 0 if of_method[methods[p.tenant]] is p else 1 if of_tenant[p.tenant] is p else 2)
 
 
 def read_examples(path: Path) -> list[str]:

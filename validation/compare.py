@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.runner import Arrays
-from engines.session import Request, Session
+from engines.session import Batch, Request, Session
 from iapt_export.manifest import BundleManifest
 from validation.cases import prompts_from_bundle
 from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, max_abs, relative
@@ -90,7 +90,12 @@ def compare_target(
     first = truths[: session.manifest.ranges.batch.max]
     on_step(f"{target.name}: generators")
     if "generator" in target.graphs:
-        one_each = list({truth.prompt.tenant: truth for truth in truths}.values())
+        generated = {spec.name for spec in session.manifest.methods if spec.form == "IAPT"}
+        one_each = list(
+            {
+                t.prompt.tenant: t for t in truths if session.manifest.tenant(t.prompt.tenant).method in generated
+            }.values()
+        )
         for start in range(0, len(one_each), len(first)):
             _compare_generator(session, reference, one_each[start : start + len(first)], errors)
     for case, rows in (("mixed tenants, left padding", first), ("one row", truths[:1])):
@@ -113,7 +118,6 @@ def compare_target(
 
 def _compare_generator(session: Session, reference: Reference, rows: list[Truth], errors: _Errors) -> None:
     """Feed the generator graph what the reference's generators read, rows of different tenants in one batch."""
-    names = [tenant.name for tenant in session.manifest.tenants]
     length = max(len(row.prompt.tokens) for row in rows)
     backbone = session.manifest.backbone
     hidden = np.zeros((len(rows), backbone.num_layers, length, backbone.hidden_size), np.float32)
@@ -121,18 +125,18 @@ def _compare_generator(session: Session, reference: Reference, rows: list[Truth]
     mask = np.zeros((len(rows), length), np.int64)
     for index, row in enumerate(rows):
         ids, ones = padded([row.prompt.tokens], 0)
-        prompts, states = reference.prompts_and_hidden(names.index(row.prompt.tenant), ids, ones)
+        prompts, states = reference.prompts_and_hidden(row.prompt.tenant, ids, ones)
         hidden[index, :, length - ids.shape[1] :] = numpy(states[0])
         mask[index, length - ids.shape[1] :] = 1
         wanted.append(numpy(prompts[0]))
-    feeds: Arrays = {
-        "hidden_states": hidden.astype(session.weights["generator.down_weight"].dtype),
-        "attention_mask": mask,
-        "tenant_index": np.array([names.index(row.prompt.tenant) for row in rows], np.int64),
-    }
+    feeds: Arrays = session.tenant_feeds([row.prompt.tenant for row in rows])
+    dtype = next(array.dtype for name, array in feeds.items() if name.endswith(".down_weight"))
+    feeds |= {"hidden_states": hidden.astype(dtype), "attention_mask": mask}
     with session.runners["generator"] as runner:
-        made = runner.infer({**feeds, **session.weights})["prompts"].astype(np.float32)
-    expected = np.stack(wanted)
+        made = runner.infer({t.name: feeds[t.name] for t in runner.spec.inputs})["prompts"].astype(np.float32)
+    expected: np.ndarray = np.zeros_like(made)
+    for index, array in enumerate(wanted):  # shorter prompts stand at the end, before the instruction
+        expected[index, :, -array.shape[1] :] = array
     by_layer = [relative(made[:, layer], expected[:, layer]) for layer in range(made.shape[1])]
     errors.layers("prompt", by_layer)
     worst = int(np.argmax(by_layer))
@@ -144,26 +148,24 @@ def _compare_generator(session: Session, reference: Reference, rows: list[Truth]
 def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Errors) -> None:
     """Feed the reference's own tokens, so that each step is compared on equal ground."""
     dtype = session.target.dtype
-    logits, cache, mask = session.prefill(
+    logits, batch = session.prefill(
         [list(truth.prompt.tokens) for truth in truths], [truth.prompt.tenant for truth in truths]
     )
     measured = _compare_logits(logits, truths, 0, errors)
     errors.judge("prefill logits", case, dtype, measured)
-    _compare_cache(cache, mask, truths, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
+    _compare_cache(batch, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
     num_steps, agreed = len(truths[0].tokens), measured["agreed"]
     worst: dict[str, float] = {}
     for step in range(1, num_steps):
         tokens = np.array([truth.tokens[step - 1] for truth in truths], np.int64)
-        logits, cache, mask = session.decode(tokens, mask, cache)
+        logits = session.decode(tokens, batch)
         measured = _compare_logits(logits, truths, step, errors)
         agreed += measured["agreed"]
         if not worst or measured["relative"] > worst["relative"]:
             worst = {**measured, "step": step}
     if worst:
         errors.judge("decode logits", case, dtype, worst, f"worst at step {worst['step']}")
-        _compare_cache(
-            cache, mask, truths, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors
-        )
+        _compare_cache(batch, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
     compared = {"agreement": agreed / num_steps, "compared": float(num_steps * len(truths))}
     errors.judge("top-1 agreement", case, dtype, compared)
 
@@ -196,9 +198,7 @@ def tie_margin(truth: Truth, dtype: str) -> float:
 
 
 def _compare_cache(
-    cache: dict[str, np.ndarray],
-    mask: np.ndarray,
-    truths: list[Truth],
+    batch: Batch,
     wanted: list[RowCache],
     stage: str,
     case: str,
@@ -208,11 +208,11 @@ def _compare_cache(
     parts: dict[str, list[float]] = {"key": [], "value": []}
     for layer in range(len(wanted[0])):
         for part, name in enumerate(("key", "value")):
-            array = cache[f"past_key_values.{layer}.{name}"]
+            array = batch.cache[f"past_key_values.{layer}.{name}"]
             worst = 0.0
             for row, rows in enumerate(wanted):
                 expected = rows[layer][part]
-                made = array[row][:, mask[row].astype(bool)][:, : expected.shape[1]].astype(np.float32)
+                made = array[row][:, batch.mask[row].astype(bool)][:, : expected.shape[1]].astype(np.float32)
                 worst = max(worst, relative(made, expected))
             parts[name].append(worst)
     for name, by_layer in parts.items():

@@ -1,12 +1,13 @@
 """PyTorch's side of the comparison: eager, tenant by tenant, with nothing of the exporter in it.
 
-It reads the tenants' weights from the bundle and the backbone from where the user says, and runs the
-trained modules of `trainers`, never the export twins. `TorchRunner` puts the same computation behind
-the runner contract, so that a session can generate with it.
+`Reference` reads the weights that were trained from the bundle and the backbone from where the user says, and runs
+the trained modules of `trainers`: no twin, nothing folded, no mixed rows. `TorchRunner` runs what was installed,
+eagerly, behind the runner contract, so that a session can generate with it.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ from transformers import DynamicCache
 from engines.runner import Arrays, Runner, check_feeds
 from iapt_export.bundle import weights_sha256
 from iapt_export.errors import BundleError, IaptError
+from iapt_export.installed import in_decode, installed_from_manifest, rows_from_inputs
 from iapt_export.manifest import BundleManifest, GraphSpec
-from trainers.adapter import METHODS
 from trainers.config import config_from_dict
 from trainers.generate import decode, prefill
-from trainers.iapt import IAPTGenerator
-from trainers.insertion import positions
+from trainers.insertion import positions, sizes_of
+from trainers.method import Method, Weights, rows_of
+from trainers.method_configs import METHOD_CONFIGS
+from trainers.methods import new_method
 
 
 class Reference:
-    """The backbone and every tenant's generator, as the trainer made them."""
+    """The backbone and every tenant's method, as the trainer made them."""
 
     def __init__(self, bundle: Path, manifest: BundleManifest, backbone: Any) -> None:
-        """Load the tenants' generators.
+        """Load the tenants' methods.
 
         Args:
             bundle: the bundle's folder.
@@ -53,83 +56,90 @@ class Reference:
             )
         self.model = backbone.model
         self.manifest = manifest
-        self.num_prompts = manifest.generator.prompt_length
-        spec = manifest.backbone
-        config = config_from_dict(METHODS[manifest.generator.method], manifest.generator.config, "manifest.json")
-        self.generators: list[IAPTGenerator] = []
+        sizes = sizes_of(self.model)
+        self.methods: dict[str, Method] = {}
+        """Tenant to its module with the weights that were trained."""
         for tenant in manifest.tenants:
-            generator = IAPTGenerator(config, spec.hidden_size, spec.num_layers)
-            generator.load_state_dict(load_file(bundle / tenant.path))
-            self.generators.append(generator.eval())
+            config = config_from_dict(METHOD_CONFIGS[tenant.trained_form], tenant.trained_config, "manifest.json")
+            method = new_method(config, sizes)
+            method.load_state_dict(load_file(bundle / (tenant.trained or tenant.path or "")))
+            self.methods[tenant.name] = method.eval()
 
-    def prefill(self, tenant: int, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
+    def prefill(self, tenant: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
         """Logits ``[B, V]`` and cache of rows of one tenant; see `trainers.generate.prefill`."""
-        return prefill(self.model, self.generators[tenant], self.num_prompts, ids, mask)
+        return prefill(self.model, rows_of(self.methods[tenant]), ids, mask)
+
+    def decode(self, tenant: str, token: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits ``[B, V]`` of one more step; see `trainers.generate.decode`."""
+        return decode(self.model, rows_of(self.methods[tenant]), token, mask, cache)
 
     @torch.no_grad()
-    def prompts_and_hidden(self, tenant: int, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def prompts_and_hidden(self, tenant: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Every layer's prompts ``[B, L, P, D]`` and what they were made from ``[B, L, T, D]``."""
-        hidden_states, made = [], []
+        hidden, made = [], []
+        method = copy.copy(self.methods[tenant])
+        make = method.slots
 
-        def record(layer: int, hidden: Tensor, readable: Tensor) -> Tensor:
-            hidden_states.append(hidden)
-            made.append(self.generators[tenant](layer, hidden, readable))
+        def record(weights: Weights, layer: int, slots: Tensor, tokens: Tensor, readable: Tensor) -> Tensor:
+            hidden.append(tokens)
+            made.append(make(weights, layer, slots, tokens, readable))
             return made[-1]
 
-        prefill(self.model, record, self.num_prompts, ids, mask)
-        return torch.stack(made, dim=1), torch.stack(hidden_states, dim=1)
+        method.slots = record  # type: ignore[method-assign, assignment]
+        prefill(self.model, rows_of(method), ids, mask)
+        return torch.stack(made, dim=1), torch.stack(hidden, dim=1)
 
 
 class TorchRunner(Runner):
-    """Prefill or decode in eager PyTorch behind the runner contract; rows of different tenants run apart."""
+    """A graph's computation in eager PyTorch behind the runner contract."""
 
     def __init__(self, name: str, spec: GraphSpec, reference: Reference) -> None:
         self.name = name
         self.spec = spec
-        self.reference = reference
+        self.model = reference.model
+        self.installed = installed_from_manifest(reference.manifest, reference.model)
         self._active = False
 
     def activate(self) -> None:
         """Nothing to load: the reference holds the model."""
         self._active = True
 
+    @torch.no_grad()
     def infer(self, feeds: Arrays) -> Arrays:
-        """See `engines.runner.Runner.infer`; the tenants' weights among the inputs are not used."""
+        """See `engines.runner.Runner.infer`."""
         if not self._active:
             raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
         check_feeds(self.spec, feeds)
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        logits, layers = self._prefill(tensors) if self.name == "prefill" else self._decode(tensors)
+        if self.name == "encoder":
+            return {"prompts": self._encode(tensors).numpy()}
+        logits, cache = self._prefill(tensors) if self.name == "prefill" else self._decode(tensors)
         outputs = {"logits": logits[:, None].numpy()}
-        for index, (key, value) in enumerate(layers):
-            outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = key.numpy(), value.numpy()
+        for index, layer in enumerate(cache.layers):
+            outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = (
+                layer.keys.numpy(),
+                layer.values.numpy(),
+            )
         return outputs
 
-    def _prefill(self, feeds: dict[str, Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        index = feeds["tenant_index"]
-        rows, order = [], []
-        for tenant in index.unique().tolist():
-            chosen = (index == tenant).nonzero()[:, 0]
-            rows.append(self.reference.prefill(tenant, feeds["input_ids"][chosen], feeds["attention_mask"][chosen]))
-            order.append(chosen)
-        back = torch.cat(order).argsort()
-        layers = [
-            tuple(
-                torch.cat([getattr(cache.layers[layer], part) for _, cache in rows])[back]
-                for part in ("keys", "values")
-            )
-            for layer in range(len(rows[0][1].layers))
-        ]
-        return torch.cat([logits for logits, _ in rows])[back], layers  # type: ignore[return-value]
+    def _encode(self, feeds: dict[str, Tensor]) -> Tensor:
+        (item,) = (item for item in self.installed if item.encoder)
+        assert item.encoder is not None
+        weights = item.stacked_rows(feeds)
+        return item.encoder.prepare(weights, self.model, feeds["input_ids"], feeds["attention_mask"])["prompts"]
 
-    def _decode(self, feeds: dict[str, Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _prefill(self, feeds: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
+        rows = rows_from_inputs(self.installed, feeds)
+        return prefill(self.model, rows, feeds["input_ids"], feeds["attention_mask"])
+
+    def _decode(self, feeds: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
         past = [tensor for name, tensor in feeds.items() if name.startswith("past_key_values.")]
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         mask = feeds["attention_mask"]
         if not torch.equal(positions(mask)[:, -1:], feeds["position_ids"]):
             raise IaptError("position_ids do not count the mask's real tokens; expected the number of ones less one")
-        logits = decode(self.reference.model, feeds["input_ids"][:, 0], mask, cache)
-        return logits, [(layer.keys, layer.values) for layer in cache.layers]
+        rows = rows_from_inputs(self.installed, feeds, only=in_decode(self.installed))
+        return decode(self.model, rows, feeds["input_ids"][:, 0], mask, cache), cache
 
     def deactivate(self) -> None:
         """Nothing to give back."""

@@ -41,15 +41,19 @@ class Tolerance:
 
 
 _FP32 = "summation order differs between runtimes; 30 layers leave a few 1e-6, the limit is about ten times that"
+_FP32_CACHE = (
+    "as above, but where a prompt becomes the attention sink its huge hidden state cancels out in the last layers: "
+    "1.1e-4 for a LAMP adapter on SmolLM2, where PyTorch itself is 2e-5 from fp64; the limit is five times that"
+)
 _FP16 = "11 significant bits, rounded once an operator over 30 layers of residual sums"
 _BF16 = "8 significant bits, rounded once an operator over 30 layers of residual sums"
 
 TABLE = (
     Tolerance("generator", "fp32", "relative", 2e-5, "two projections and a softmax; fp32 rounding only"),
     Tolerance("prefill logits", "fp32", "relative", 1e-4, _FP32),
-    Tolerance("prefill cache", "fp32", "relative", 1e-4, _FP32),
+    Tolerance("prefill cache", "fp32", "relative", 5e-4, _FP32_CACHE),
     Tolerance("decode logits", "fp32", "relative", 1e-4, _FP32),
-    Tolerance("decode cache", "fp32", "relative", 1e-4, _FP32),
+    Tolerance("decode cache", "fp32", "relative", 5e-4, _FP32_CACHE),
     Tolerance("top-1 agreement", "fp32", "agreement", 0.999, "only ties within the logits' tolerance may differ"),
     Tolerance("greedy tokens", "fp32", "identical", 1.0, "every row identical, or its first difference an excused tie"),
     Tolerance("generator", "fp16", "relative", 2e-2, _FP16),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from trainers.generate import decode
 from validation.cases import Prompt
 from validation.reference import Reference, numpy
 
@@ -59,17 +58,17 @@ def record_truth(
     """
     truths = [Truth(prompt) for prompt in prompts]
     kept = {id(truth) for truth in truths[:num_kept]}
-    for tenant, spec in enumerate(reference.manifest.tenants):
-        rows = [truth for truth in truths if truth.prompt.tenant == spec.name]
+    for tenant in reference.manifest.tenants:
+        rows = [truth for truth in truths if truth.prompt.tenant == tenant.name]
         for start in range(0, len(rows), 8):
-            _record_batch(reference, tenant, rows[start : start + 8], new_tokens, kept, on_step)
+            _record_batch(reference, tenant.name, rows[start : start + 8], new_tokens, kept, on_step)
     return truths
 
 
 @torch.no_grad()
 def _record_batch(
     reference: Reference,
-    tenant: int,
+    tenant: str,
     rows: list[Truth],
     new_tokens: int,
     kept: set[int],
@@ -77,7 +76,7 @@ def _record_batch(
 ) -> None:
     ids, mask = padded([row.prompt.tokens for row in rows], reference.manifest.backbone.pad_token_id)
     logits, cache = reference.prefill(tenant, ids, mask)
-    mask = torch.cat([mask.new_ones(len(rows), reference.num_prompts), mask], dim=1)
+    mask = torch.cat([mask.new_ones(len(rows), reference.methods[tenant].num_slots), mask], dim=1)
     for index, row in _kept_rows(rows, kept):
         row.prefill_cache = row_cache(cache, mask, index)
     for step in range(new_tokens):
@@ -91,7 +90,7 @@ def _record_batch(
         on_step()
         if step + 1 < new_tokens:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = decode(reference.model, best.indices[:, 0], mask, cache)
+            logits = reference.decode(tenant, best.indices[:, 0], mask, cache)
     for index, row in _kept_rows(rows, kept):
         row.final_cache = row_cache(cache, mask, index)
 

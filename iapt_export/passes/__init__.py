@@ -33,15 +33,14 @@ from iapt_export.passes.fold_constants import FoldConstantsPass
 from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
-from trainers.config import IAPTConfig
 
 
-def ship_pipeline(spec: GraphSpec, config: IAPTConfig, opset: int) -> ir.passes.Sequential:
+def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], opset: int) -> ir.passes.Sequential:
     """The passes for one graph.
 
     Args:
         spec: the interface that the graph must end up with.
-        config: the method's settings (degrees and form of the activation's body).
+        rational_forms: (numerator coefficients, denominator coefficients, form) of the activations, one at most.
         opset: version of the standard operators.
     """
     return ir.passes.Sequential(
@@ -59,7 +58,7 @@ def ship_pipeline(spec: GraphSpec, config: IAPTConfig, opset: int) -> ir.passes.
         RemoveUnusedFunctionsPass(),
         NameInterfacePass(spec),
         ClearMetadataAndDocStringPass(),
-        AddRationalBodyPass(config, opset),
+        AddRationalBodyPass(rational_forms, opset),
         RemoveUnusedOpsetsPass(),
         CheckPass(spec, opset),
     )

@@ -6,28 +6,25 @@ import onnx_ir as ir
 
 from iapt_export.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
 from iapt_export.ops.rational import rational_function
-from trainers.config import IAPTConfig
 
 
 class AddRationalBodyPass(ir.passes.InPlacePass):
     """Append the model-local function ``ai.iapt::Rational`` where the graph has such nodes.
 
-    Requires: all nodes share one degrees pair and form, as a bundle's tenants do. Ensures: exactly one
-    body, so that a runtime without a native kernel can run every node; none in a graph without nodes.
+    Requires: all nodes share one degrees pair and form, which `iapt_export.installed.install` sees to. Ensures:
+    exactly one body, so that a runtime without a native kernel can run every node; none in a graph without nodes.
     """
 
-    def __init__(self, config: IAPTConfig, opset: int) -> None:
+    def __init__(self, forms: set[tuple[int, int, str]], opset: int) -> None:
         super().__init__()
-        self.config = config
+        self.forms = forms
         self.opset = opset
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if not any(node.domain == DOMAIN and node.op_type == RATIONAL for node in model.graph):
             return ir.passes.PassResult(model, False)
-        config = self.config
-        body = rational_function(
-            config.numerator_degree + 1, config.denominator_degree, config.rational_form, self.opset
-        )
+        (form,) = self.forms
+        body = rational_function(*form, self.opset)
         model.functions[(DOMAIN, RATIONAL, "")] = ir.from_proto(body)
         model.opset_imports[DOMAIN] = DOMAIN_VERSION
         return ir.passes.PassResult(model, True)

@@ -125,14 +125,15 @@ def test_greedy_and_sampled_rows_share_a_batch(session: Session) -> None:
 def test_prefill_and_decode_agree_with_one_longer_prefill_of_no_tenant(session: Session) -> None:
     """The cache that prefill writes is the one that decode goes on with: mask and positions line up."""
     prompts = [session.codec.encode(text, "plain") for text in TEXTS]
-    logits, cache, mask = session.prefill(prompts, ["alpha"] * 4)
+    logits, batch = session.prefill(prompts, ["alpha"] * 4)
     longest = max(map(len, prompts))
-    assert logits.shape == (4, 320) and mask.shape == (4, 4 + longest)
-    assert cache["past_key_values.1.value"].shape == (4, 2, 4 + longest, 8)
-    assert mask.sum(axis=1).tolist() == [4 + len(prompt) for prompt in prompts]
-    assert (mask[:, :4] == 1).all() and (mask[:, -1] == 1).all()
-    _, cache, mask = session.decode(np.array([2, 3, 4, 5]), mask, cache)
-    assert mask.shape == (4, 5 + longest) and cache["past_key_values.0.key"].shape[2] == 5 + longest
+    assert logits.shape == (4, 320) and batch.mask.shape == (4, 4 + longest)
+    assert batch.cache["past_key_values.1.value"].shape == (4, 2, 4 + longest, 8)
+    assert batch.mask.sum(axis=1).tolist() == [4 + len(prompt) for prompt in prompts]
+    assert (batch.mask[:, :4] == 1).all() and (batch.mask[:, -1] == 1).all()
+    assert session.decode(np.array([2, 3, 4, 5]), batch).shape == (4, 320)
+    assert batch.mask.shape == (4, 5 + longest) and batch.cache["past_key_values.0.key"].shape[2] == 5 + longest
+    assert batch.tenants == ["alpha"] * 4
 
 
 class Scripted:

@@ -31,7 +31,7 @@ def _spec(dtype: str) -> GraphSpec:
         [
             TensorSpec("x", dtype, ["batch", "sequence", 8]),
             TensorSpec("tenant_index", "int64", ["batch"]),
-            TensorSpec("generator_weight", dtype, ["tenants", 8, 8]),
+            TensorSpec("generator_weight", dtype, ["tenants_iapt", 8, 8]),
         ],
         [TensorSpec("y", dtype, ["batch", "sequence", 8])],
     )

@@ -21,7 +21,7 @@ def tiny_prefill(folder: Path, dtype: str = "fp16", opset: int = 23) -> tuple[Pa
     kind = ONNX_TYPES[dtype]
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": {opset}, "ai.iapt": 1]>
-        prefill ({kind}[batch, sequence, 8] x, int64[batch] tenant_index, {kind}[tenants, 8, 8] generator_weight)
+        prefill ({kind}[batch, sequence, 8] x, int64[batch] tenant_index, {kind}[tenants_iapt, 8, 8] generator_weight)
             => ({kind}[batch, sequence, 8] y) {{
             rows = Gather <axis = 0> (generator_weight, tenant_index)
             hidden = MatMul (x, rows)
@@ -42,7 +42,7 @@ def tiny_prefill(folder: Path, dtype: str = "fp16", opset: int = 23) -> tuple[Pa
         [
             TensorSpec("x", dtype, ["batch", "sequence", 8]),
             TensorSpec("tenant_index", "int64", ["batch"]),
-            TensorSpec("generator_weight", dtype, ["tenants", 8, 8]),
+            TensorSpec("generator_weight", dtype, ["tenants_iapt", 8, 8]),
         ],
         [TensorSpec("y", dtype, ["batch", "sequence", 8])],
     )

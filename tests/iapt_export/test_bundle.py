@@ -16,12 +16,15 @@ import torch
 from iapt_export import bundle as layout
 from iapt_export.errors import IaptError
 from iapt_export.interface import ModelShape, graph_specs, weight_specs
-from iapt_export.manifest import BundleManifest, Parity, file_sha256
+from iapt_export.manifest import BundleManifest, Parity
 from iapt_export.stages import content_key
 from tests.bundles import METHOD, TENANTS, TinyBuild
+from tests.graphs import installed
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
 from trainers.adapter import load_adapter
 from trainers.backbone import Backbone, load_backbone
+
+SHAPE = ModelShape(32, 2, 2, 8, 320, 256)
 
 
 def backbone(eos: Any, pad: int | None, tokenizer_pad: int | None, generation_eos: Any = None) -> Backbone:
@@ -74,13 +77,15 @@ def test_the_hash_of_weights_sees_every_bit_and_name() -> None:
 
 
 def test_one_tenants_weights_and_their_graph_inputs_have_one_order() -> None:
-    shape = ModelShape(32, 2, 2, 8, 320, 256)
-    weights = weight_specs(METHOD, shape, "fp16")
-    specs = graph_specs(METHOD, shape, "fp16")
+    (item,) = installed()
+    weights = weight_specs(item, "fp16")
+    specs = graph_specs([item], SHAPE, "fp16")
     for graph in ("prefill", "generator"):
-        stacked = [tensor for tensor in specs[graph].inputs if tensor.name.startswith("generator.")]
-        assert [tensor.name for tensor in stacked] == [f"generator.{weight.name}" for weight in weights]
-        assert [tensor.shape for tensor in stacked] == [["tenants", *weight.shape] for weight in weights]
+        index, *stacked = [tensor for tensor in specs[graph].inputs if tensor.name.startswith("iapt.")]
+        assert (index.name, index.shape) == ("iapt.tenant_index", ["batch"])
+        assert [tensor.name for tensor in stacked] == [f"iapt.{weight.name}" for weight in weights]
+        assert [tensor.shape for tensor in stacked] == [["tenants_iapt", *weight.shape] for weight in weights]
+    assert [weight.name for weight in layout.method_spec(item).weights] == [weight.name for weight in weights]
     kinds = {weight.name: weight.dtype for weight in weights}
     assert {name for name, kind in kinds.items() if kind == "fp32"} == {"numerator", "denominator"}
 
@@ -91,8 +96,10 @@ def test_a_bundles_files_and_tenants(tiny_build: TinyBuild) -> None:
     for tenant in manifest.tenants:
         source = tiny_build.adapters[tenant.name]
         weights = source / "adapter_model.safetensors"
+        assert tenant.path is not None
         assert (tiny_build.bundle / tenant.path).read_bytes() == weights.read_bytes(), "byte for byte"
-        assert tenant.sha256 == file_sha256(weights) == manifest.files[tenant.path].sha256
+        assert (tenant.method, tenant.trained_form, tenant.trained) == ("iapt", "IAPT", None)
+        assert tenant.trained_config == dataclasses.asdict(METHOD)
         assert tenant.examples is not None
         assert (tiny_build.bundle / tenant.examples).read_bytes() == (source / "examples.jsonl").read_bytes()
     found = {p.relative_to(tiny_build.bundle).as_posix() for p in tiny_build.bundle.rglob("*") if p.is_file()}
@@ -112,8 +119,10 @@ def test_a_manifest_says_what_was_measured(tiny_build: TinyBuild) -> None:
         worst = max(check["measured"].get("relative", 0.0) for check in checks)
         assert figures.get("relative", 0.0) == worst
     assert set(measured) == {key.removesuffix(" fp32") for key in manifest.parity.tolerances}
-    assert manifest.generator.config == dataclasses.asdict(METHOD)
-    assert (manifest.generator.op_domain, manifest.generator.op_version) == ("ai.iapt", 1)
+    (method,) = manifest.methods
+    assert (method.name, method.form, method.prompt_length, method.in_decode) == ("iapt", "IAPT", 4, False)
+    assert method.config == dataclasses.asdict(METHOD)
+    assert (manifest.op_domain, manifest.op_version) == ("ai.iapt", 1)
     assert {"iapt-export", "torch", "transformers", "onnx", "onnxruntime"} <= set(manifest.versions)
 
 
@@ -126,7 +135,7 @@ def test_placing_leaves_a_stages_record_behind(tmp_path: Path) -> None:
 
 
 def test_engines_stand_in_their_targets_folder() -> None:
-    specs = graph_specs(METHOD, ModelShape(32, 2, 2, 8, 320, 256), "fp16")
+    specs = graph_specs(installed(), SHAPE, "fp16")
     engines = layout.engine_specs(specs, "tensorrt-rtx")
     assert {name: spec.path for name, spec in engines.items()} == {
         "prefill": "engines/tensorrt-rtx/prefill.engine",

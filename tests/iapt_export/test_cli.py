@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import iapt_export
+from iapt_export.errors import IaptError
 from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
-from trainers.config import IAPTConfig, TrainConfig, field_help
+from trainers.config import TrainConfig, field_help, summary_of
+from trainers.method_configs import METHOD_CONFIGS, LoRAConfig, flag_name
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
 COMMANDS = {
@@ -48,12 +50,27 @@ def test_help_of_a_command_teaches(command: str) -> None:
     assert "None)" not in shown.out and "(default: [])" not in shown.out
 
 
-def test_help_of_train_explains_every_setting() -> None:
-    shown = wrapped(run("train", "--help").out)
-    for cls in (IAPTConfig, TrainConfig):
-        for name, text in field_help(cls).items():
-            assert f"--{name.replace('_', '-')} " in shown
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_help_of_train_explains_every_setting_of_the_method_asked_for(name: str) -> None:
+    asked = [] if name == "IAPT" else ["--method", flag_name(name)]
+    shown = wrapped(run("train", *asked, "--help").out)
+    for cls in (METHOD_CONFIGS[name], TrainConfig):
+        for field, text in field_help(cls).items():
+            assert f"--{field.replace('_', '-')} " in shown
             assert wrapped(text)[:30] in shown
+    for other, cls in METHOD_CONFIGS.items():
+        assert summary_of(cls)[:40] in shown
+        assert (f" {flag_name(other)} {summary_of(cls)[:20]}" in shown) == (other != name), "the others, a line each"
+    assert ("--bottleneck" in shown) == (name in ("IAPT", "ADEPT"))
+
+
+def test_help_of_train_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom iapt_export.flags import parser\nparser(['train', '--method', 'lora']).format_help()\n"
+        "print(*[name for name in ('torch', 'transformers', 'onnx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_version_and_module_agree() -> None:
@@ -74,6 +91,9 @@ def test_version_and_module_agree() -> None:
         (["validate", "bundle", "--device=tpu"], "argument --device: invalid choice: 'tpu'"),
         (["inspect"], "the following arguments are required: PATH"),
         (["doctor", "--colour"], "unrecognized arguments: --colour"),
+        (["train", "--method=qlora"], "argument --method: invalid choice: 'qlora' (choose from"),
+        (["train", "--method=lora", "--bottleneck=8"], "unrecognized arguments: --bottleneck=8"),
+        (["train", "--method"], "argument --method: expected one argument"),
     ],
 )
 def test_wrong_flags(argv: list[str], text: str) -> None:
@@ -213,6 +233,33 @@ def test_train_names_what_is_missing(tmp_path: Path) -> None:
         assert outcome.code == 1 and text in outcome.err, outcome.err
     config.write_text("model: m\ndata: d\noutput: o\ncolour: blue\n")
     assert "unknown field colour; known fields are" in run("train", f"--config={config}").err
+
+
+def test_the_method_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's method decides which flags there are, unless a flag names another."""
+    asked: list[Any] = []
+
+    def train(*arguments: Any, **_: Any) -> Any:
+        asked.append(arguments[3])
+        raise IaptError("enough seen")
+
+    monkeypatch.setattr("trainers.train.train", train)
+    config = tmp_path / "train.yaml"
+    config.write_text("model: m\ndata: d\noutput: o\nmethod: lopa\n")
+    for flags, method in (
+        (["--head-width=3"], METHOD_CONFIGS["LOPA"](head_width=3)),
+        (["--method=prefix-tuning", "--projection=true"], METHOD_CONFIGS["PREFIX_TUNING"](projection=True)),
+        (["--method", "lora", "--target-modules=q_proj,o_proj"], LoRAConfig(target_modules=("q_proj", "o_proj"))),
+        (["--method=iapt"], METHOD_CONFIGS["IAPT"]()),
+    ):
+        outcome = run("train", f"--config={config}", *flags)
+        assert "enough seen" in outcome.err, outcome.err
+        assert asked.pop() == method
+    config.write_text("model: m\ndata: d\noutput: o\nmethod: qlora\n")
+    outcome = run("train", f"--config={config}")
+    assert outcome.code == 1 and "method 'qlora' is not known; use one of iapt, adept" in outcome.err
+    config.write_text("model: m\ndata: d\noutput: o\nmethod: lopa\nbottleneck: 3\n")
+    assert "unknown field bottleneck; known fields are" in run("train", f"--config={config}").err
 
 
 def test_an_error_is_one_line_unless_debugged(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def set_field(folder: Path, **fields: Any) -> None:
         (lambda a: torch.save({}, a / WEIGHTS), "is not a whole safetensors file"),
         (lambda a: set_tensor(a, "query", torch.full((2, 8, 4), torch.nan)), "tensor query holds NaN or infinity"),
         (lambda a: set_tensor(a, "extra", torch.zeros(1)), "tensor extra is not part of the method"),
-        (lambda a: set_field(a, peft_type="LORA"), "peft_type 'LORA' is not a known method; known: IAPT"),
+        (lambda a: set_field(a, peft_type="BITFIT"), "peft_type 'BITFIT' is not a known method; known: IAPT, ADEPT"),
         (lambda a: set_field(a, colour="blue"), "unknown field colour; known fields are"),
         (lambda a: set_field(a, schema_version=2), "schema_version is 2, this version reads 1; upgrade iapt-export"),
         (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON"),
@@ -80,11 +80,26 @@ def test_an_adapter_for_another_backbone(tiny_build: TinyBuild, tmp_path: Path) 
 
 def test_adapters_that_cannot_share_a_bundle(tiny_build: TinyBuild, tmp_path: Path) -> None:
     fingerprint = load_backbone(str(tiny_build.model)).fingerprint
-    other = save_tiny_adapter(tmp_path / "other", 0, fingerprint, dataclasses.replace(METHOD, prompt_length=2))
+    other = save_tiny_adapter(tmp_path / "other", 0, fingerprint, dataclasses.replace(METHOD, numerator_degree=3))
     outcome = build_with(tiny_build, other, tmp_path / "bundle", f"--adapter={tiny_build.adapters['alpha']}")
     assert outcome.code == 1
-    assert "beta and alpha cannot share" in outcome.err or "other and alpha cannot share" in outcome.err
-    assert "their generators differ in prompt_length: 2 and 4; build one bundle for each kind" in outcome.err
+    assert "the rational activations differ (degrees (3, 4) form B and degrees (5, 4) form B)" in outcome.err
+    assert "a graph holds one body of the operator; build one bundle for each" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--merge-lora", "--merge-lora changes the backbone for everyone, so it needs exactly one LoRA adapter; got"),
+        ("--fold-embeddings", "--fold-embeddings is for ADePT's offsets, and no adapter is of that method"),
+    ],
+)
+def test_flags_of_methods_that_are_not_there(
+    tiny_build: TinyBuild, adapter: Path, tmp_path: Path, flag: str, text: str
+) -> None:
+    outcome = build_with(tiny_build, adapter, tmp_path / "bundle", flag)
+    assert outcome.code == 1 and text in outcome.err, outcome.err
+    assert "tracing" not in outcome.err, "refused before long work"
 
 
 @pytest.mark.parametrize(
@@ -139,9 +154,9 @@ PLACES = [
     "iapt_export.bundle.place_files",
     "iapt_export.bundle.place_tenants",
     "iapt_export.manifest.BundleManifest.save",
-    "validation.validate.validate_bundle",
-    "validation.report.write_report",
-    "iapt_export.stages.publish",
+    "iapt_export.build.validate_bundle",
+    "iapt_export.build.write_report",
+    "iapt_export.build.publish",
 ]
 
 
@@ -249,7 +264,7 @@ def test_a_build_that_differs_from_pytorch_is_not_published(
         ),
         (lambda b: (b / "manifest.json").unlink(), "holds no manifest.json; expected a bundle written by"),
         (lambda b: (b / "manifest.json").write_text("{"), "manifest.json is not JSON"),
-        (lambda b: change_manifest(b, schema_version=2), "schema_version is 2, this version of iapt-export reads 1"),
+        (lambda b: change_manifest(b, schema_version=1), "schema_version is 1, this version of iapt-export reads 2"),
         (lambda b: change_manifest(b, colour="blue"), "manifest.colour is not a known field"),
         (
             lambda b: change_manifest(b, files={"../x": {"sha256": "", "size_bytes": 0}}),

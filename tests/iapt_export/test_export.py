@@ -21,20 +21,32 @@ import torch
 import iapt_export
 from iapt_export.errors import IaptError
 from iapt_export.export import export_graphs
-from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import GRAPHS, BundleManifest
+from iapt_export.installed import rational_forms
+from iapt_export.manifest import BundleManifest
 from iapt_export.passes import ship_pipeline
 from iapt_export.save import save_graphs
 from iapt_export.trace import trace_graph
-from tests.bundles import METHOD, NUM_LAYERS, TENANTS, TinyBuild, random_generator, run
-from tests.graphs import flat, operators, run_onnx, stacked_feeds, trained_prefill, worst
+from tests.bundles import METHOD, NUM_LAYERS, TENANTS, TinyBuild, random_method, run
+from tests.graphs import (
+    flat,
+    iapt_feeds,
+    installed,
+    operators,
+    past_feeds,
+    run_onnx,
+    specs_for,
+    trained_prefill,
+    trained_prompt,
+    worst,
+)
 from tests.tiny import padded
 from trainers.adapter import load_adapter
 from trainers.backbone import load_backbone
 from trainers.generate import decode, prefill
-from trainers.iapt import IAPTGenerator
+from trainers.method import Method, Rows, rows_of
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
+GRAPHS = ("prefill", "decode", "generator")
 ONNX_FILES = [f"{name}.onnx" for name in GRAPHS]
 OPSET_23 = {"Attention": NUM_LAYERS, "RMSNormalization": 2 * NUM_LAYERS + 1, "RotaryEmbedding": 2 * NUM_LAYERS}
 LIMIT = 2e-5
@@ -49,7 +61,7 @@ def model(tiny_build: TinyBuild) -> Any:
 @pytest.fixture(scope="module")
 def opset20(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("opset20")
-    export_graphs(model, METHOD, folder, dtype="fp32", opset=20)
+    export_graphs(model, installed(), folder, dtype="fp32", opset=20)
     return folder
 
 
@@ -59,9 +71,9 @@ def graphs(request: pytest.FixtureRequest, tiny_build: TinyBuild) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tenants(tiny_build: TinyBuild) -> list[IAPTGenerator]:
-    modules = [load_adapter(folder).generator().requires_grad_(False) for folder in tiny_build.adapters.values()]
-    return [*modules, random_generator(9)]
+def tenants(tiny_build: TinyBuild) -> list[Method]:
+    modules = [load_adapter(folder).module().requires_grad_(False) for folder in tiny_build.adapters.values()]
+    return [*modules, random_method(9)]
 
 
 def proto(path: Path) -> onnx.ModelProto:
@@ -90,10 +102,10 @@ def test_names_follow_the_ecosystem(graphs: Path) -> None:
     assert list(shapes(proto(graphs / "prefill.onnx").graph.input)) == [
         "input_ids",
         "attention_mask",
-        "tenant_index",
-        *(f"generator.{name}" for name in ("down_weight", "down_bias", "query", "numerator", "denominator")),
-        "generator.up_weight",
-        "generator.up_bias",
+        "iapt.tenant_index",
+        *(f"iapt.{name}" for name in ("down_weight", "down_bias", "query", "numerator", "denominator")),
+        "iapt.up_weight",
+        "iapt.up_bias",
     ]
     pairs = [f"{layer}.{part}" for layer in range(NUM_LAYERS) for part in ("key", "value")]
     decode_graph = proto(graphs / "decode.onnx").graph
@@ -113,7 +125,7 @@ def test_names_follow_the_ecosystem(graphs: Path) -> None:
 )
 @pytest.mark.parametrize("num_tenants", [1, 3, 4])
 def test_prefill_at_other_sizes(
-    graphs: Path, model: Any, tenants: list[IAPTGenerator], lengths: list[int], index: list[int], num_tenants: int
+    graphs: Path, model: Any, tenants: list[Method], lengths: list[int], index: list[int], num_tenants: int
 ) -> None:
     index = [min(tenant, num_tenants - 1) for tenant in index]
     ids, mask = padded(lengths, "left")
@@ -122,8 +134,7 @@ def test_prefill_at_other_sizes(
         {
             "input_ids": ids.numpy(),
             "attention_mask": mask.numpy(),
-            "tenant_index": np.array(index, np.int64),
-            **stacked_feeds(tenants[:num_tenants]),
+            **iapt_feeds(tenants[:num_tenants], index),
         },
     )
     logits, cache = trained_prefill(model, tenants, index, ids, mask)
@@ -135,11 +146,11 @@ def test_prefill_at_other_sizes(
 
 
 @pytest.mark.parametrize(("batch", "past"), [(1, 1), (1, 5), (5, 17), (3, 60)])
-def test_decode_at_other_sizes(graphs: Path, model: Any, tenants: list[IAPTGenerator], batch: int, past: int) -> None:
+def test_decode_at_other_sizes(graphs: Path, model: Any, tenants: list[Method], batch: int, past: int) -> None:
     ids, mask = padded([max(past - METHOD.prompt_length, 1)] * batch)
-    _, cache = prefill(model, tenants[0], METHOD.prompt_length, ids, mask)
+    _, cache = prefill(model, rows_of(tenants[0]), ids, mask)
     cache.crop(past - cache.get_seq_length())
-    feeds = {f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}": t.numpy() for i, t in enumerate(flat(cache))}
+    feeds = past_feeds(cache)
     assert feeds["past_key_values.0.key"].shape[2] == past
     ones = torch.ones(batch, past + 1, dtype=torch.long)
     token = torch.arange(2, 2 + batch)
@@ -152,21 +163,21 @@ def test_decode_at_other_sizes(graphs: Path, model: Any, tenants: list[IAPTGener
             **feeds,
         },
     )
-    logits = decode(model, token, ones, cache)
+    logits = decode(model, Rows(), token, ones, cache)
     assert worst(made["logits"][:, 0], logits) < LIMIT
     for name, wanted in zip(list(made)[1:], flat(cache), strict=True):
         assert worst(made[name], wanted) < LIMIT
 
 
-def test_generator_at_other_sizes(graphs: Path, tenants: list[IAPTGenerator]) -> None:
+def test_generator_at_other_sizes(graphs: Path, tenants: list[Method]) -> None:
     hidden = torch.randn(5, NUM_LAYERS, 11, 32)
     _, mask = padded([11, 1, 4, 7, 11], "left")
     index = [3, 1, 0, 2, 2]
-    feeds = {"hidden_states": hidden.numpy(), "attention_mask": mask.numpy(), "tenant_index": np.array(index)}
-    made = run_onnx(graphs / "generator.onnx", {**feeds, **stacked_feeds(tenants)})["prompts"]
+    feeds = {"hidden_states": hidden.numpy(), "attention_mask": mask.numpy(), **iapt_feeds(tenants, index)}
+    made = run_onnx(graphs / "generator.onnx", feeds)["prompts"]
     for row, tenant in enumerate(index):
         for layer in range(NUM_LAYERS):
-            wanted = tenants[tenant](layer, hidden[row : row + 1, layer], mask[row : row + 1])
+            wanted = trained_prompt(tenants[tenant], layer, hidden[row : row + 1, layer], mask[row : row + 1])
             assert worst(made[row, layer], wanted[0]) < LIMIT
 
 
@@ -294,8 +305,9 @@ def test_equal_inputs_give_equal_bytes_in_another_process(tiny_build: TinyBuild,
 
 def test_equal_inputs_give_equal_bytes_in_one_process(model: Any, opset20: Path, tmp_path: Path) -> None:
     """Nothing counts up from one export to the next."""
-    spec = graph_specs(METHOD, ModelShape.from_config(model.config), "fp32")["generator"]
-    graph = ship_pipeline(spec, METHOD, 20)(trace_graph("generator", model, METHOD, spec, 20)).model
+    methods = installed()
+    spec = specs_for(model, methods)["generator"]
+    graph = ship_pipeline(spec, rational_forms(methods), 20)(trace_graph("generator", model, methods, spec, 20)).model
     save_graphs({"generator": graph}, tmp_path)
     assert (tmp_path / "generator.onnx").read_bytes() == (opset20 / "generator.onnx").read_bytes()
 
@@ -313,5 +325,5 @@ def test_one_tenant_and_three_have_the_same_graphs(tiny_build: TinyBuild, tmp_pa
 @pytest.mark.parametrize("opset", [22, 19, 24])
 def test_other_opsets_are_refused(model: Any, tmp_path: Path, opset: int) -> None:
     with pytest.raises(IaptError, match=f"opset {opset} is not supported; use one of 20, 23"):
-        export_graphs(model, METHOD, tmp_path, dtype="fp32", opset=opset)
+        export_graphs(model, installed(), tmp_path, dtype="fp32", opset=opset)
     assert list(tmp_path.iterdir()) == []

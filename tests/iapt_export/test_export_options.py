@@ -12,16 +12,13 @@ import onnx
 import pytest
 import torch
 
-from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.passes import ship_pipeline
-from iapt_export.save import save_graphs
-from iapt_export.trace import trace_graph
-from iapt_export.twins import GeneratorTwin, TenantGenerators
-from tests.bundles import METHOD, random_generator
-from tests.graphs import operators, run_onnx, stacked, stacked_feeds, worst
+from iapt_export.export import export_graphs
+from iapt_export.twins import GeneratorTwin
+from tests.bundles import METHOD, SIZES, random_method
+from tests.graphs import iapt_feeds, installed, operators, rest, run_onnx, specs_for, trained_prompt, worst
 from tests.tiny import padded, tiny_llama
-from trainers.config import IAPTConfig
-from trainers.iapt import IAPTGenerator
+from trainers.method import Method
+from trainers.method_configs import IAPTConfig
 
 INDEX = [1, 0, 1]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -49,9 +46,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 def export_generator(config: IAPTConfig, folder: Path, layers: int, dtype: str = "fp32", opset: int = 23) -> Path:
     model = tiny_llama(num_hidden_layers=layers)
-    spec = graph_specs(config, ModelShape.from_config(model.config), dtype)["generator"]
-    graph = ship_pipeline(spec, config, opset)(trace_graph("generator", model, config, spec, opset)).model
-    save_graphs({"generator": graph}, folder)
+    methods = installed(config, dataclasses.replace(SIZES, num_layers=layers))
+    export_graphs(model, methods, folder, dtype=dtype, opset=opset, names=("generator",))
     return folder / "generator.onnx"
 
 
@@ -59,10 +55,17 @@ def inputs(layers: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, layers, 9, 32), padded([9, 2, 6], "left")[1]
 
 
-def worst_prompt(made: Any, tenants: list[IAPTGenerator], hidden: torch.Tensor, mask: torch.Tensor) -> float:
+def trained(config: IAPTConfig, layers: int) -> list[Method]:
+    return [random_method(seed, config, dataclasses.replace(SIZES, num_layers=layers)) for seed in range(2)]
+
+
+def worst_prompt(made: Any, tenants: list[Method], hidden: torch.Tensor, mask: torch.Tensor) -> float:
     """The largest error of any row and layer against the row's own trained generator."""
     return max(
-        worst(made[row, layer], tenants[tenant](layer, hidden[row : row + 1, layer], mask[row : row + 1])[0])
+        worst(
+            made[row, layer],
+            trained_prompt(tenants[tenant], layer, hidden[row : row + 1, layer], mask[row : row + 1])[0],
+        )
         for row, tenant in enumerate(INDEX)
         for layer in range(hidden.shape[1])
     )
@@ -71,22 +74,23 @@ def worst_prompt(made: Any, tenants: list[IAPTGenerator], hidden: torch.Tensor, 
 @pytest.mark.parametrize("option", [*OPTIONS, *TOGETHER])
 def test_options_of_the_twin(option: str) -> None:
     config = dataclasses.replace(METHOD, **(OPTIONS | TOGETHER)[option])
-    tenants = [random_generator(seed, config, 32, 3) for seed in range(2)]
+    tenants = trained(config, 3)
     hidden, mask = inputs(3)
-    (made,) = GeneratorTwin(TenantGenerators(config, 32, 3), 3)(hidden, mask, torch.tensor(INDEX), stacked(tenants))
+    model, methods = tiny_llama(), installed(config, dataclasses.replace(SIZES, num_layers=3))
+    spec = specs_for(model, methods)["generator"]
+    twin = GeneratorTwin(model, methods, spec)
+    (made,) = twin(hidden, mask, rest(spec, iapt_feeds(tenants, INDEX)))
     assert worst_prompt(made, tenants, hidden, mask) < 2e-5
-    (other,) = GeneratorTwin(TenantGenerators(config, 32, 3), 3)(
-        hidden, mask, torch.tensor([0, 1, 0]), stacked(tenants)
-    )
+    (other,) = twin(hidden, mask, rest(spec, iapt_feeds(tenants, [0, 1, 0])))
     assert worst_prompt(other, tenants, hidden, mask) > 1e-2
 
 
 def check_exported(config: IAPTConfig, folder: Path, layers: int) -> None:
     path = export_generator(config, folder, layers)
-    tenants = [random_generator(seed, config, 32, layers) for seed in range(2)]
+    tenants = trained(config, layers)
     hidden, mask = inputs(layers)
-    feeds = {"hidden_states": hidden.numpy(), "attention_mask": mask.numpy(), "tenant_index": np.array(INDEX)}
-    made = run_onnx(path, {**feeds, **stacked_feeds(tenants)})["prompts"]
+    feeds = {"hidden_states": hidden.numpy(), "attention_mask": mask.numpy(), **iapt_feeds(tenants, INDEX)}
+    made = run_onnx(path, feeds)["prompts"]
     assert made.shape == (3, layers, config.prompt_length, 32)
     assert worst_prompt(made, tenants, hidden, mask) < 2e-5
     rational = config.activation == "rational"
@@ -113,18 +117,18 @@ def test_each_option_of_the_graph_alone(option: str, tmp_path: Path) -> None:
 def test_half_precision(dtype: str, limit: float, tmp_path: Path) -> None:
     """Weights and hidden states in half precision, coefficients in fp32, as the interface says."""
     path = export_generator(METHOD, tmp_path, 1, dtype)
-    tenants = [random_generator(seed, METHOD, 32, 1) for seed in range(2)]
+    tenants = trained(METHOD, 1)
     hidden, mask = inputs(1)
     kinds = {value.name: value.type.tensor_type.elem_type for value in onnx.load(path).graph.input}
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[dtype]
-    assert kinds["generator.down_weight"] == kinds["hidden_states"] == half
-    assert kinds["generator.numerator"] == kinds["generator.denominator"] == onnx.TensorProto.FLOAT
+    assert kinds["iapt.down_weight"] == kinds["hidden_states"] == half
+    assert kinds["iapt.numerator"] == kinds["iapt.denominator"] == onnx.TensorProto.FLOAT
     kind = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}[dtype]
     feeds: dict[str, Any] = {"hidden_states": hidden.numpy().astype(kind), "attention_mask": mask.numpy()}
-    weights = {
-        name: array if name.endswith("ator") else array.astype(kind) for name, array in stacked_feeds(tenants).items()
+    feeds |= {
+        name: array if name.endswith(("ator", "index")) else array.astype(kind)
+        for name, array in iapt_feeds(tenants, INDEX).items()
     }
-    feeds |= {"tenant_index": np.array(INDEX), **weights}
     made = reference_or_runtime(path, feeds, dtype)
     assert worst_prompt(made, tenants, hidden, mask) < limit
 

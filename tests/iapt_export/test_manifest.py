@@ -18,8 +18,8 @@ from iapt_export.manifest import (
     BackboneSpec,
     BundleManifest,
     FileSpec,
-    GeneratorSpec,
     GraphSpec,
+    MethodSpec,
     Parity,
     Range,
     Ranges,
@@ -34,7 +34,8 @@ from iapt_export.manifest import (
 
 def example(bundle: Path) -> BundleManifest:
     """A small manifest, with the files that it names."""
-    contents = {"prefill.onnx": b"one", "tenants/movies.safetensors": b"two", "notes": b""}
+    names = ("movies", "style", "jokes", "merged.trained")
+    contents = {"prefill.onnx": b"one", "notes": b"", **{f"tenants/{name}.safetensors": b"two" for name in names}}
     files = {}
     for name, data in contents.items():
         path = bundle / name
@@ -47,11 +48,19 @@ def example(bundle: Path) -> BundleManifest:
         versions={"iapt-export": "0.1.0"},
         build_key="0123456789abcdef",
         backbone=BackboneSpec("tiny/ünïcode", None, "f", "w", "llama", 32, 2, 2, 8, 320, 256, [1, 2], 0),
-        generator=GeneratorSpec(
-            "IAPT", {"bottleneck": 8, "bias": True}, 4, [TensorSpec("query", "fp32", [2, 8, 4])], "ai.iapt", 1
-        ),
+        methods=[
+            MethodSpec("iapt", "IAPT", {"bottleneck": 8, "bias": True}, 4, [TensorSpec("query", "fp32", [2, 8, 4])]),
+            MethodSpec("lora", "LORA", {"rank": 2}, 0, [TensorSpec("a", "fp32", [2, 2, 32])], in_decode=True),
+        ],
         ranges=Ranges(Range(1, 4, 8), Range(1, 16, 64), Range(5, 64, 128), Range(1, 3, 4)),
-        tenants=[TenantSpec("movies", "tenants/movies.safetensors", "t", "chat", ["good", "bad"])],
+        tenants=[
+            TenantSpec("style", "lora", "tenants/style.safetensors", "LORA", {"rank": 2}, "plain"),
+            TenantSpec("movies", "iapt", "tenants/movies.safetensors", "IAPT", {}, "chat", ["good", "bad"]),
+            TenantSpec("merged", None, None, "LORA", {}, "plain", trained="tenants/merged.trained.safetensors"),
+            TenantSpec("jokes", "lora", "tenants/jokes.safetensors", "LORA", {"rank": 2}, "plain"),
+        ],
+        op_domain="ai.iapt",
+        op_version=1,
         targets=[
             TargetSpec("onnxruntime", "fp16", 23, {"prefill": GraphSpec("prefill.onnx", [ids], [logits])}, "1.31")
         ],
@@ -116,7 +125,7 @@ def test_missing(tmp_path: Path) -> None:
         assert refusal(folder) == text
 
 
-@pytest.mark.parametrize("data", [b"{", b"", b"\xff\xfe{}", b"{'schema_version': 1}"])
+@pytest.mark.parametrize("data", [b"{", b"", b"\xff\xfe{}", b"{'schema_version': 2}"])
 def test_not_json(bundle: Path, data: bytes) -> None:
     (bundle / "manifest.json").write_bytes(data)
     assert "manifest.json is not JSON: " in refusal(bundle) and "build the bundle again" in refusal(bundle)
@@ -129,11 +138,11 @@ def test_truncated(bundle: Path, keep: int) -> None:
     assert "is not JSON" in refusal(bundle)
 
 
-@pytest.mark.parametrize(("version", "shown"), [(2, "2"), (0, "0"), ("1", "'1'"), (None, "None")])
+@pytest.mark.parametrize(("version", "shown"), [(1, "1"), (3, "3"), (0, "0"), ("2", "'2'"), (None, "None")])
 def test_another_schema(bundle: Path, version: Any, shown: str) -> None:
     change(bundle, lambda fields: fields.update(schema_version=version, colour="blue"))
     text = refusal(bundle)
-    assert f"schema_version is {shown}, this version of iapt-export reads 1; upgrade iapt-export, or build" in text
+    assert f"schema_version is {shown}, this version of iapt-export reads 2; upgrade iapt-export, or build" in text
     assert "colour" not in text, "fields of another schema say nothing"
 
 
@@ -148,7 +157,19 @@ def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
     [
         (lambda f: f.pop("tenants"), "manifest.tenants is missing"),
         (lambda f: f["backbone"].pop("vocab_size"), "manifest.backbone.vocab_size is missing"),
-        (lambda f: f["tenants"][0].pop("sha256"), "manifest.tenants[0].sha256 is missing"),
+        (lambda f: f["tenants"][0].pop("trained_form"), "manifest.tenants[0].trained_form is missing"),
+        (lambda f: f["tenants"][0].update(method=3), "manifest.tenants[0].method is 3, expected str | None"),
+        (lambda f: f.pop("methods"), "manifest.methods is missing"),
+        (lambda f: f["methods"][0].pop("form"), "manifest.methods[0].form is missing"),
+        (lambda f: f["methods"][1].update(in_decode=1), "manifest.methods[1].in_decode is 1, expected bool"),
+        (
+            lambda f: f["tenants"][1].update(method="adept"),
+            "tenant movies is of method 'adept', which the manifest does not describe",
+        ),
+        (
+            lambda f: f["tenants"][2].update(trained=None),
+            "tenant merged names no weights, neither as path nor as trained",
+        ),
         (lambda f: f.update(colour="blue"), "manifest.colour is not a known field"),
         (lambda f: f["parity"].update(luck=1), "manifest.parity.luck is not a known field"),
         (lambda f: f.update(build_key=7), "manifest.build_key is 7, expected str"),
@@ -204,11 +225,13 @@ def test_problems_are_shown_together(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../secret", "tenants/../../secret", "a//b", "./a", "..", "", "a\\..\\b", "a/."]
 )
-@pytest.mark.parametrize("place", ["tenant", "examples", "graph", "file"])
+@pytest.mark.parametrize("place", ["tenant", "trained", "examples", "graph", "file"])
 def test_paths_that_leave_the_bundle(bundle: Path, place: str, path: str) -> None:
     def edit(fields: dict[str, Any]) -> None:
         if place == "tenant":
             fields["tenants"][0]["path"] = path
+        elif place == "trained":
+            fields["tenants"][2]["trained"] = path
         elif place == "examples":
             fields["tenants"][0]["examples"] = path
         elif place == "graph":
@@ -247,14 +270,35 @@ def test_other_files_beside_the_bundles_are_left_alone(bundle: Path) -> None:
 def test_looking_up_targets_and_tenants(bundle: Path) -> None:
     manifest = BundleManifest.load(bundle)
     assert manifest.target() is manifest.target("onnxruntime") is manifest.targets[0]
-    assert manifest.tenant_index("movies") == 0
+    assert manifest.tenant("movies") is manifest.tenants[1]
     with pytest.raises(
         BundleError, match="target 'tensorrt' is not in this bundle, which has onnxruntime; build again"
     ):
         manifest.target("tensorrt")
-    with pytest.raises(BundleError, match="tenant 'films' is not in this bundle; its tenants are movies"):
-        manifest.tenant_index("films")
+    with pytest.raises(
+        BundleError, match="tenant 'films' is not in this bundle; its tenants are style, movies, merged, jokes"
+    ):
+        manifest.tenant("films")
     assert issubclass(BundleError, IaptError)
+
+
+def test_tenants_and_slots_of_methods(bundle: Path) -> None:
+    """A tenant's place among its method's is its number in the graphs; slots are those of the longest method."""
+    manifest = BundleManifest.load(bundle)
+    names = {method.name: [tenant.name for tenant in manifest.tenants_of(method.name)] for method in manifest.methods}
+    assert names == {"iapt": ["movies"], "lora": ["style", "jokes"]}
+    assert [manifest.prompt_length(tenant.name) for tenant in manifest.tenants] == [0, 4, 0, 0]
+    assert manifest.num_slots == 4
+    alone = dataclasses.replace(manifest, methods=[], tenants=manifest.tenants[2:3])
+    assert (alone.num_slots, alone.prompt_length("merged")) == (0, 0)
+
+
+@pytest.mark.parametrize(("tenant", "field"), [(0, "path"), (2, "trained")])
+def test_every_tenants_files_must_have_a_hash(bundle: Path, tenant: int, field: str) -> None:
+    path = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["tenants"][tenant][field]
+    change(bundle, lambda fields: fields["files"].pop(path))
+    with pytest.raises(BundleError, match=f"{path} is used but has no hash"):
+        verify_files(bundle, BundleManifest.load(bundle))
 
 
 def test_writing_is_whole_or_not_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
 from tests.graphs import run_onnx
-from trainers.config import IAPTConfig
 
 
 def parse(text: str, opset: int = 23, **weights: np.ndarray) -> ir.Model:
@@ -115,6 +114,7 @@ def test_fusions_need_opset_23() -> None:
     assert newer_pass.fused and not any(newer_pass.fused.values()), "a zero tells that nothing matched"
 
 
+FORMS = {(6, 4, "B")}
 RATIONAL = (
     'g (float[n, 4] x, float[6] a, float[4] b) => (float[n, 4] y)\n{ y = ai.iapt.Rational <form = "B"> (x, a, b) }'
 )
@@ -122,10 +122,10 @@ RATIONAL = (
 
 def test_the_rational_body_comes_with_its_nodes_only() -> None:
     plain = parse("g (float[n] x) => (float[n] y)\n{ y = Relu (x) }")
-    assert not AddRationalBodyPass(IAPTConfig(), 23)(plain).modified and not plain.functions
+    assert not AddRationalBodyPass(FORMS, 23)(plain).modified and not plain.functions
     model = parse(RATIONAL)
     for _ in range(2):
-        assert AddRationalBodyPass(IAPTConfig(), 23)(model).modified
+        assert AddRationalBodyPass(FORMS, 23)(model).modified
     assert [key[:2] for key in model.functions] == [("ai.iapt", "Rational")]
     assert model.opset_imports["ai.iapt"] == 1
     ones = np.ones(6, np.float32)
@@ -231,7 +231,7 @@ def test_the_last_check_lists_everything() -> None:
 
 
 def test_the_pipeline_is_one_list_that_ends_with_the_check() -> None:
-    pipeline = ship_pipeline(spec(), IAPTConfig(), 23)
+    pipeline = ship_pipeline(spec(), FORMS, 23)
     names = [type(step).__name__ for step in pipeline.passes]
     assert names[-1] == "CheckPass" and names.count("CheckPass") == 1
     assert names.index("FuseOpset23Pass") < names.index("NameInterfacePass") < names.index("AddRationalBodyPass")

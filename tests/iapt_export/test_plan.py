@@ -19,10 +19,11 @@ from iapt_export.plan import (
     parse_range,
     plan_ranges,
     plan_targets,
-    shared_method,
+    plan_tenants,
 )
 from tests.bundles import METHOD, NUM_LAYERS, TinyBuild, save_tiny_adapter
 from trainers.backbone import Backbone, load_backbone
+from trainers.method_configs import LoRAConfig
 
 RANGES = Ranges(Range(1, 4, 8), Range(1, 64, 512), Range(5, 256, 1024), Range(1, 4, 64))
 
@@ -148,7 +149,9 @@ def test_tenants_are_named_after_their_folders_unless_told(tiny_build: TinyBuild
     tenants = load_tenants([str(folders["alpha"]), f"second={folders['beta']}", f"{folders['gamma']}/"], backbone)
     assert list(tenants) == ["alpha", "second", "gamma"]
     assert [tenant.path for tenant in tenants.values()] == [folders["alpha"], folders["beta"], folders["gamma"]]
-    assert shared_method(tenants) == METHOD
+    plan = plan_tenants(tenants, backbone.model)
+    assert plan.owner == dict.fromkeys(tenants, "iapt")
+    assert (plan.num_slots, plan.merged) == (4, None)
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a b", "a/b", "..", "ä/", "a\n"])
@@ -176,18 +179,34 @@ def test_an_adapter_for_another_backbone(tmp_path: Path, backbone: Backbone) -> 
     assert "number of layers is 3 in the adapter and 2 in the backbone; fingerprint is another" in str(caught.value)
 
 
-def test_generators_that_differ_cannot_share_a_bundle(
-    tmp_path: Path, tiny_build: TinyBuild, backbone: Backbone
-) -> None:
-    other = adapter(tmp_path / "other", backbone, bottleneck=4, pooling="mean")
+LORA = LoRAConfig(rank=2)
+MERGE = "--merge-lora changes the backbone for everyone, so it needs exactly one LoRA adapter; got "
+REFUSED: dict[str, tuple[dict[str, Any], list[Any], str]] = {
+    "two to merge": ({"merge_lora": True}, [LORA, LORA], f"{MERGE}a (LORA), b (LORA). Without it each row chooses"),
+    "merging beside another": ({"merge_lora": True}, [METHOD, LORA], f"{MERGE}a (IAPT), b (LORA). Without it"),
+    "nothing to merge": ({"merge_lora": True}, [METHOD], f"{MERGE}a (IAPT). Without it each row chooses its own"),
+    "nothing to fold": (
+        {"fold_embeddings": True},
+        [METHOD, LORA],
+        "--fold-embeddings is for ADePT's offsets, and no adapter is of that method; leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_nothing_to_merge_or_to_fold(case: str, tmp_path: Path, backbone: Backbone) -> None:
+    flags, configs, text = REFUSED[case]
+    folders = [
+        save_tiny_adapter(tmp_path / name, 0, backbone.fingerprint, config)
+        for name, config in zip("ab", configs, strict=False)
+    ]
     with pytest.raises(IaptError) as caught:
-        load_tenants([str(tiny_build.adapters["alpha"]), str(other)], backbone)
-    assert str(caught.value) == (
-        "alpha and other cannot share a bundle, their generators differ in bottleneck: 8 and 4; "
-        "pooling: attention and mean; build one bundle for each kind"
-    )
+        plan_tenants(load_tenants([str(folder) for folder in folders], backbone), backbone.model, **flags)
+    assert text in str(caught.value)
 
 
-def test_how_weights_were_found_does_not_matter(tmp_path: Path, tiny_build: TinyBuild, backbone: Backbone) -> None:
-    other = adapter(tmp_path / "other", backbone, init_function="tanh", coefficients="bilevel")
-    assert list(load_tenants([str(tiny_build.adapters["alpha"]), str(other)], backbone)) == ["alpha", "other"]
+def test_a_merged_tenant_has_no_method(tmp_path: Path, backbone: Backbone) -> None:
+    folder = save_tiny_adapter(tmp_path / "style", 0, backbone.fingerprint, LORA)
+    plan = plan_tenants(load_tenants([str(folder)], backbone), backbone.model, merge_lora=True)
+    assert (plan.installed, plan.owner, plan.shipped, plan.num_slots) == ([], {"style": None}, {}, 0)
+    assert plan.merged is not None

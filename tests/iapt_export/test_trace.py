@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from iapt_export.errors import IaptError
-from iapt_export.interface import ModelShape, graph_specs
 from iapt_export.trace import EXAMPLE_SIZES, trace_graph
-from tests.bundles import METHOD
+from tests.graphs import installed, specs_for
 from tests.tiny import tiny_llama
 
 
 def trace(model: Any, name: str = "decode") -> Any:
-    return trace_graph(name, model, METHOD, graph_specs(METHOD, ModelShape.from_config(model.config), "fp32")[name], 23)
+    methods = installed()
+    return trace_graph(name, model, methods, specs_for(model, methods)[name], 23)
 
 
 def test_a_forward_pass_that_depends_on_values_is_refused() -> None:

@@ -10,16 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.passes import ship_pipeline
-from iapt_export.save import save_graphs
-from iapt_export.trace import exportable, trace_graph
-from iapt_export.twins import DecodeTwin, GeneratorTwin, PrefillTwin, TenantGenerators
-from tests.bundles import METHOD, random_generator
-from tests.graphs import flat, run_onnx, stacked, stacked_feeds, trained_prefill, worst
+from iapt_export.export import export_graphs
+from iapt_export.trace import exportable
+from iapt_export.twins import DecodeTwin, GeneratorTwin, PrefillTwin
+from tests.bundles import METHOD, random_method
+from tests.graphs import (
+    flat,
+    iapt_feeds,
+    installed,
+    past_feeds,
+    rest,
+    run_onnx,
+    specs_for,
+    trained_prefill,
+    trained_prompt,
+    worst,
+)
 from tests.tiny import ARCHITECTURES, padded
 from trainers.generate import decode, prefill
-from trainers.iapt import IAPTGenerator
+from trainers.insertion import sizes_of
+from trainers.method import Method, Rows, rows_of
 
 WIDTH = 32
 INDEX = [2, 0, 1, 2]
@@ -34,8 +44,15 @@ EXPORTED = [
 """Beside Llama, which the shared tiny bundle exports."""
 
 
-def generators(layers: int) -> list[IAPTGenerator]:
-    return [random_generator(seed, METHOD, WIDTH, layers) for seed in range(3)]
+def trained(model: Any) -> list[Method]:
+    return [random_method(seed, METHOD, sizes_of(model)) for seed in range(3)]
+
+
+def twin_of(twin: type[Any], name: str, model: Any) -> tuple[Any, Any]:
+    """A twin over IAPT alone, and how it takes its tuple."""
+    methods = installed(METHOD, sizes_of(model))
+    spec = specs_for(model, methods)[name]
+    return twin(model, methods, spec), lambda feeds: rest(spec, feeds)
 
 
 def real_rows(mask: Tensor) -> np.ndarray:
@@ -54,11 +71,11 @@ def assert_caches_agree(made: list[Any], wanted: list[Tensor], mask: Tensor) -> 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prefill_of_mixed_rows_is_each_tenants_own(architecture: str, side: str) -> None:
     model = ARCHITECTURES[architecture]()
-    tenants = generators(3)
+    tenants = trained(model)
     ids, mask = padded(LENGTHS, side)
-    twin = PrefillTwin(model, TenantGenerators(METHOD, WIDTH, 3))
+    twin, taken = twin_of(PrefillTwin, "prefill", model)
     with exportable(model), torch.no_grad():
-        logits, *cache = twin(ids, mask, torch.tensor(INDEX), stacked(tenants))
+        logits, *cache = twin(ids, mask, taken(iapt_feeds(tenants, INDEX)))
     wanted, layers = trained_prefill(model, tenants, INDEX, ids, mask)
     assert logits.shape == (4, 1, 320)
     assert worst(logits[:, 0], wanted) < LIMIT
@@ -71,13 +88,14 @@ def test_prefill_of_mixed_rows_is_each_tenants_own(architecture: str, side: str)
 def test_decode_is_the_backbones_step(architecture: str) -> None:
     model = ARCHITECTURES[architecture]()
     ids, mask = padded(LENGTHS, "left")
-    _, cache = prefill(model, generators(3)[0], METHOD.prompt_length, ids, mask)
-    past = tuple(tensor.clone() for tensor in flat(cache))
+    _, cache = prefill(model, rows_of(trained(model)[0]), ids, mask)
+    twin, taken = twin_of(DecodeTwin, "decode", model)
+    past = tuple(tensor.clone() for tensor in taken(past_feeds(cache)))
     total = torch.cat([mask.new_ones(4, METHOD.prompt_length), mask, mask.new_ones(4, 1)], dim=1)
     token = torch.tensor([5, 6, 7, 8])
-    wanted = decode(model, token, total, cache)
+    wanted = decode(model, Rows(), token, total, cache)
     with exportable(model), torch.no_grad():
-        logits, *present = DecodeTwin(model)(token[:, None], total, total.sum(1, keepdim=True) - 1, past)
+        logits, *present = twin(token[:, None], total, total.sum(1, keepdim=True) - 1, past)
     assert worst(logits[:, 0], wanted) < LIMIT
     assert [tensor.shape for tensor in present] == [tensor.shape for tensor in flat(cache)]
     assert_caches_agree(present, flat(cache), torch.cat([mask, mask.new_ones(4, 1)], dim=1))
@@ -85,29 +103,28 @@ def test_decode_is_the_backbones_step(architecture: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generators_are_the_trained_modules(side: str) -> None:
-    tenants = generators(3)
+    model = ARCHITECTURES["llama"]()
+    tenants = trained(model)
     hidden = torch.randn(4, 3, 7, WIDTH)
     _, mask = padded(LENGTHS, side)
-    twin = GeneratorTwin(TenantGenerators(METHOD, WIDTH, 3), 3)
-    (made,) = twin(hidden, mask, torch.tensor(INDEX), stacked(tenants))
+    twin, taken = twin_of(GeneratorTwin, "generator", model)
+    (made,) = twin(hidden, mask, taken(iapt_feeds(tenants, INDEX)))
     assert made.shape == (4, 3, METHOD.prompt_length, WIDTH)
     for row, tenant in enumerate(INDEX):
         for layer in range(3):
-            wanted = tenants[tenant](layer, hidden[row : row + 1, layer], mask[row : row + 1])
+            wanted = trained_prompt(tenants[tenant], layer, hidden[row : row + 1, layer], mask[row : row + 1])
             assert worst(made[row, layer], wanted[0]) < LIMIT
 
 
 def test_padding_holds_anything() -> None:
     """What stands at padded places, NaN excepted, changes nothing."""
-    tenants = generators(3)
+    model = ARCHITECTURES["llama"]()
     hidden = torch.randn(4, 3, 7, WIDTH)
     _, mask = padded(LENGTHS, "left")
-    twin = GeneratorTwin(TenantGenerators(METHOD, WIDTH, 3), 3)
+    twin, taken = twin_of(GeneratorTwin, "generator", model)
+    weights = taken(iapt_feeds(trained(model), INDEX))
     noisy = torch.where(mask[:, None, :, None].bool(), hidden, torch.full_like(hidden, 1e3))
-    assert torch.equal(
-        twin(hidden, mask, torch.tensor(INDEX), stacked(tenants))[0],
-        twin(noisy, mask, torch.tensor(INDEX), stacked(tenants))[0],
-    )
+    assert torch.equal(twin(hidden, mask, weights)[0], twin(noisy, mask, weights)[0])
 
 
 def test_the_export_attention_is_taken_back() -> None:
@@ -130,21 +147,18 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     layers = {"n_layer": 1} if request.param == "gpt2" else {"num_hidden_layers": 1}
     model = ARCHITECTURES[request.param](**layers)
     folder = tmp_path_factory.mktemp(request.param)
-    specs = graph_specs(METHOD, ModelShape.from_config(model.config), "fp32")
-    graphs = {
-        name: ship_pipeline(specs[name], METHOD, 23)(trace_graph(name, model, METHOD, specs[name], 23)).model
-        for name in ("prefill", "decode")
-    }
-    save_graphs(graphs, folder)
+    export_graphs(
+        model, installed(METHOD, sizes_of(model)), folder, dtype="fp32", opset=23, names=("prefill", "decode")
+    )
     return model, folder
 
 
 def test_other_architectures_as_onnx(exported: tuple[Any, Path]) -> None:
     model, folder = exported
-    tenants = generators(1)
+    tenants = trained(model)
     ids, mask = padded(LENGTHS, "left")
-    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "tenant_index": np.array(INDEX)}
-    made = run_onnx(folder / "prefill.onnx", {**feeds, **stacked_feeds(tenants)})
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), **iapt_feeds(tenants, INDEX)}
+    made = run_onnx(folder / "prefill.onnx", feeds)
     logits, layers = trained_prefill(model, tenants, INDEX, ids, mask)
     assert worst(made["logits"][:, 0], logits) < LIMIT
     assert_caches_agree(list(made.values())[1:], layers, mask)
@@ -163,6 +177,6 @@ def test_other_architectures_as_onnx(exported: tuple[Any, Path]) -> None:
     for row, tenant in enumerate(INDEX):
         own = ids[row : row + 1, -LENGTHS[row] :]
         ones = torch.ones(1, METHOD.prompt_length + LENGTHS[row] + 1, dtype=torch.long)
-        _, cache = prefill(model, tenants[tenant], METHOD.prompt_length, own, torch.ones_like(own))
-        wanted = decode(model, token[row : row + 1], ones, cache)
+        _, cache = prefill(model, rows_of(tenants[tenant]), own, torch.ones_like(own))
+        wanted = decode(model, Rows(), token[row : row + 1], ones, cache)
         assert worst(step["logits"][row], wanted) < LIMIT

@@ -23,9 +23,12 @@ from trainers.adapter import (
     save_adapter,
 )
 from trainers.backbone import Backbone, config_fingerprint, load_backbone, save_backbone
-from trainers.config import IAPTConfig
 from trainers.errors import IaptError
-from trainers.iapt import IAPTGenerator
+from trainers.iapt import IAPT
+from trainers.insertion import sizes_of
+from trainers.method import Method, Sizes
+from trainers.method_configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, PromptTuningConfig
+from trainers.methods import METHODS, new_method
 
 METHOD = IAPTConfig(bottleneck=8, prompt_length=2)
 
@@ -47,8 +50,18 @@ def config(**fields: Any) -> AdapterConfig:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    save_adapter(tmp_path / "adapter", config(), dict(IAPTGenerator(METHOD, 32, 3).named_parameters()))
+    save_adapter(tmp_path / "adapter", config(), dict(IAPT(METHOD, Sizes(32, 3)).named_parameters()))
     return tmp_path / "adapter"
+
+
+def write(folder: Path, method: Any) -> Method:
+    """Write an adapter of any method as the trainer does, and return the module that it holds."""
+    sizes = sizes_of(tiny_llama())
+    module = new_method(method, sizes)
+    changed = {name: sizes.linears[name] for name in module.linear_names}
+    fields = dataclasses.asdict(dataclasses.replace(sizes, linears=changed))
+    save_adapter(folder, config(method=method, **fields), dict(module.named_parameters()))
+    return module
 
 
 def change_config(folder: Path, **fields: Any) -> None:
@@ -66,14 +79,87 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 def test_round_trip(folder: Path) -> None:
     torch.manual_seed(0)
-    module = IAPTGenerator(METHOD, 32, 3)
+    module = IAPT(METHOD, Sizes(32, 3))
     adapter = load_adapter(folder)
     assert adapter.config == config()
     assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
     for name, parameter in module.named_parameters():
         assert torch.equal(adapter.tensors[name], parameter)
-    hidden, mask = torch.randn(1, 4, 32), torch.ones(1, 4)
-    assert torch.equal(adapter.generator()(1, hidden, mask), module(1, hidden, mask))
+    slots, hidden, mask = torch.zeros(1, 2, 32), torch.randn(1, 4, 32), torch.ones(1, 4)
+    made, wanted = (one.slots(one.weights(), 1, slots, hidden, mask) for one in (adapter.module(), module))
+    assert torch.equal(made, wanted)
+    assert not adapter.module().training
+
+
+METHODS_WITH_OPTIONS = {
+    **{name: cls() for name, cls in METHOD_CONFIGS.items()},
+    "PREFIX_TUNING with projection": METHOD_CONFIGS["PREFIX_TUNING"](projection=True, projection_width=8),
+    "LORA elsewhere": LoRAConfig(rank=2, alpha=3.5, rslora=True, target_modules=("o_proj", "mlp.up_proj")),
+}
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_OPTIONS.values(), ids=METHODS_WITH_OPTIONS)
+def test_round_trip_of_every_method(tmp_path: Path, method: Any) -> None:
+    module = write(tmp_path / "adapter", method)
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.config.method == method
+    assert METHODS[adapter.config.peft_type] is type(module)
+    assert set(adapter.config.sizes.linears) == set(module.linear_names)
+    again = adapter.module()
+    assert list(again.state_dict()) == list(module.state_dict())
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+    save_adapter(tmp_path / "again", adapter.config, adapter.tensors)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+def test_fields_of_other_libraries_do_not_reach_a_method_that_peft_has(tmp_path: Path) -> None:
+    """PEFT reads its own fields at the top of the file, we read ours below; a stranger's are nobody's business."""
+    write(tmp_path, LoRAConfig(rank=2))
+    content = json.loads((tmp_path / CONFIG_FILE).read_text(encoding="utf-8"))
+    assert (content["r"], content["method_config"]["rank"]) == (2, 2)
+    change_config(tmp_path, r=3, use_dora=True)
+    assert load_adapter(tmp_path).config.method == LoRAConfig(rank=2)
+    for nothing in (..., 3):
+        change_config(tmp_path, method_config=nothing)
+        with pytest.raises(IaptError, match="field method_config, an object with the method's settings, is missing"):
+            load_adapter(tmp_path)
+
+
+def test_a_directory_of_stock_peft_needs_its_backbone(tmp_path: Path) -> None:
+    module = write(tmp_path, PromptTuningConfig(prompt_length=3))
+    fields = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
+    for read in (load_adapter, read_adapter_config):
+        with pytest.raises(IaptError, match="was written by stock PEFT and does not say which sizes its backbone has"):
+            read(tmp_path)
+    adapter = load_adapter(tmp_path, Backbone(tiny_llama(), None, "tiny"))
+    assert torch.equal(adapter.tensors["prompt"], module.get_parameter("prompt"))
+    assert adapter.config.method.prompt_length == 3
+
+
+def test_a_backbone_does_not_matter_for_our_own(folder: Path) -> None:
+    assert load_adapter(folder, Backbone(tiny_llama(num_hidden_layers=2), None, "tiny")).config == config()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"peft_type": "LORA"}, "peft_type='LORA' is not the name of the method given, IAPT"),
+        ({"head_dim": -1}, "head_dim=-1 is not an integer of at least 0"),
+        ({"linears": {"mlp": (3,)}}, "linears={'mlp': (3,)} does not give each name its inputs and outputs"),
+        ({"linears": {"mlp": (3, 0)}}, "linears={'mlp': (3, 0)} does not give"),
+    ],
+)
+def test_configuration_refuses(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        config(**fields)
+    assert text in str(caught.value)
+
+
+def test_an_adapter_from_before_there_were_other_methods(folder: Path) -> None:
+    change_config(folder, num_kv_heads=..., head_dim=..., vocab_size=..., linears=..., layers_path=...)
+    assert load_adapter(folder).config == config()
 
 
 def test_layout_is_pefts(folder: Path) -> None:
@@ -94,10 +180,13 @@ def test_half_precision_weights_are_read_as_fp32(folder: Path) -> None:
     ("fields", "text"),
     [
         ({"schema_version": 2}, "schema_version is 2, this version reads 1; upgrade iapt-export"),
-        ({"peft_type": "LORA"}, "peft_type 'LORA' is not a known method; known: IAPT"),
+        ({"schema_version": ...}, "schema_version is None, this version reads 1"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not a known method; known: IAPT, ADEPT, LOPA"),
         ({"colour": "blue"}, "unknown field colour; known fields are"),
         ({"hidden_size": ...}, "field hidden_size is missing"),
         ({"hidden_size": "32"}, "hidden_size='32' is not a positive integer"),
+        ({"linears": {"mlp": [1, 2, 3]}}, "linears={'mlp': (1, 2, 3)} does not give each name its inputs and outputs"),
+        ({"linears": ["mlp"]}, "linears=['mlp'] does not give"),
         ({"prompt_format": "xml"}, "prompt_format='xml' is not one of chat, plain"),
         ({"pooling": "median"}, "pooling='median' is not one of attention, mean, max"),
     ],

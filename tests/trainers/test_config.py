@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config import IAPTConfig, TrainConfig, configs_from_fields, field_help, read_train_file
+from trainers.config import TrainConfig, configs_from_fields, field_help, read_train_file, summary_of
 from trainers.errors import IaptError
+from trainers.method_configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, config_of
 
 
 def test_defaults_are_the_papers_settled_parts() -> None:
@@ -84,22 +85,40 @@ def test_more_groups_than_layers() -> None:
 
 
 def test_every_field_has_a_help_text_of_its_own() -> None:
-    for cls in (IAPTConfig, TrainConfig):
+    for cls in (*METHOD_CONFIGS.values(), TrainConfig):
         texts = field_help(cls)
         assert set(texts) == {field.name for field in dataclasses.fields(cls)}
         assert all(text.endswith(".") and len(text) < 140 for text in texts.values())
 
 
-def test_no_field_name_is_in_both_configurations() -> None:
-    names = [{field.name for field in dataclasses.fields(cls)} for cls in (IAPTConfig, TrainConfig)]
+@pytest.mark.parametrize("cls", METHOD_CONFIGS.values())
+def test_no_field_name_is_in_both_configurations(cls: type) -> None:
+    names = [{field.name for field in dataclasses.fields(item)} for item in (cls, TrainConfig)]
     assert not names[0] & names[1]
+    others = {"model", "revision", "trust_remote_code", "data", "output", "config", "method", "json", "quiet", "debug"}
+    assert not (names[0] | names[1]) & others, "flags of the train command"
+
+
+def test_every_method_is_summed_up_with_its_paper() -> None:
+    for cls in METHOD_CONFIGS.values():
+        assert "(arXiv 2" in summary_of(cls)
+        assert summary_of(cls).endswith(".") and "\n" not in summary_of(cls) and "``" not in summary_of(cls)
+
+
+def test_methods_by_name() -> None:
+    assert config_of("iapt") is config_of("IAPT") is IAPTConfig
+    assert config_of("prompt-tuning") is METHOD_CONFIGS["PROMPT_TUNING"]
+    with pytest.raises(IaptError, match="method 'qlora' is not known; use one of iapt, adept, lopa, lamp, dept, prom"):
+        config_of("qlora")
 
 
 def test_flat_fields_are_sorted_and_converted() -> None:
     fields = {"learning_rate": "1e-3", "bottleneck": "64", "bias": "False", "pooling": "mean", "seed": 3}
-    method, training = configs_from_fields(fields, "flags")
+    method, training = configs_from_fields(IAPTConfig, fields, "flags")
     assert method == IAPTConfig(bottleneck=64, bias=False, pooling="mean")
     assert training == TrainConfig(learning_rate=1e-3, seed=3)
+    named, _ = configs_from_fields(LoRAConfig, {"target_modules": "q_proj, o_proj", "alpha": "4"}, "flags")
+    assert named == LoRAConfig(target_modules=("q_proj", "o_proj"), alpha=4.0)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +132,14 @@ def test_flat_fields_are_sorted_and_converted() -> None:
 )
 def test_flat_fields_refuse(fields: dict[str, object], text: str) -> None:
     with pytest.raises(IaptError) as caught:
-        configs_from_fields(fields, "flags")
+        configs_from_fields(IAPTConfig, fields, "flags")
     assert text in str(caught.value)
 
 
 def test_settings_file(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text("learning_rate: 1e-3\nprompt_length: 2\n", encoding="utf-8")
-    method, training = configs_from_fields(read_train_file(path), str(path))
+    method, training = configs_from_fields(IAPTConfig, read_train_file(path), str(path))
     assert (method.prompt_length, training.learning_rate) == (2, 1e-3)
     path.write_text("", encoding="utf-8")
     assert read_train_file(path) == {}
@@ -137,3 +156,26 @@ def test_settings_file_errors(tmp_path: Path, content: str | None, text: str) ->
     with pytest.raises(IaptError) as caught:
         read_train_file(path)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "text"),
+    [
+        ("prompt-tuning", {"prompt_length": 0}, "prompt_length=0 is not an integer from 1 to 1024"),
+        ("prompt-tuning", {"init": "zeros"}, "init='zeros' is not one of text, vocabulary, random"),
+        ("prefix-tuning", {"projection": "yes"}, "projection='yes' is not true or false"),
+        ("prefix-tuning", {"projection_width": 0}, "projection_width=0 is not an integer from 1 to 65536"),
+        ("adept", {"bottleneck": 0}, "bottleneck=0 is not an integer from 1 to 65536"),
+        ("dept", {"alpha": 0.0}, "alpha=0.0 is not a number above 0"),
+        ("dept", {"rank": True}, "rank=True is not an integer from 1 to 65536"),
+        ("lopa", {"head_width": -1}, "head_width=-1 is not an integer from 0 to 65536"),
+        ("lamp", {"init_length": 100, "window": 7}, "init_length=100 is not a multiple of window=7"),
+        ("lamp", {"init_length": 5, "rank": 8}, "rank=8 is more than init_length=5"),
+        ("lamp", {"init_length": 2000, "window": 1}, "init_length / window is 2000, more than 1024 soft tokens"),
+        ("lora", {"alpha": -1.0}, "alpha=-1.0 is not a number above 0"),
+        ("lora", {"target_modules": ()}, r"target_modules=\(\) is not a list of names, for example q_proj,v_proj"),
+    ],
+)
+def test_every_methods_fields_are_checked(method, fields, text):
+    with pytest.raises(IaptError, match=text):
+        config_of(method)(**fields)

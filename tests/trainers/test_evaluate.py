@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_tokenizer
-from trainers.config import IAPTConfig, TrainConfig
+from trainers.config import TrainConfig
 from trainers.data import Example, encode_examples, encode_response, format_instruction
 from trainers.evaluate import (
     ClassificationReport,
@@ -20,20 +20,28 @@ from trainers.evaluate import (
     evaluate_generation,
     label_scores,
 )
-from trainers.iapt import IAPTGenerator
-from trainers.insertion import forward_with_prompts
+from trainers.insertion import read_instruction, sizes_of
+from trainers.method import Method, rows_of
+from trainers.method_configs import METHOD_CONFIGS, IAPTConfig
+from trainers.methods import new_method
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ("the film is a joy", "dull", "a dull and noisy story that nobody will remember", "joy joy")
 LABELS = ("no", "negative and dull", "yes")
 
 
-def generator(model: Any) -> IAPTGenerator:
+def random_method(model: Any, name: str = "IAPT") -> Method:
+    """A method whose effect is visible: every tensor moved away from its start."""
     torch.manual_seed(3)
-    return IAPTGenerator(IAPTConfig(bottleneck=8), model.config.hidden_size, 3).eval().requires_grad_(False)
+    config = IAPTConfig(bottleneck=8) if name == "IAPT" else METHOD_CONFIGS[name]()
+    module = new_method(config, sizes_of(model))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return module.eval().requires_grad_(False)
 
 
-def score_by_definition(model: Any, module: IAPTGenerator | None, instruction: list[int], label: list[int]) -> float:
+def score_by_definition(model: Any, module: Method | None, instruction: list[int], label: list[int]) -> float:
     """Log-probability of ``label`` after ``instruction``: one unpadded row, no cache."""
     ids = torch.tensor([instruction + label])
     readable = torch.tensor([[1] * len(instruction) + [0] * len(label)])
@@ -41,8 +49,8 @@ def score_by_definition(model: Any, module: IAPTGenerator | None, instruction: l
         logits, offset = model(input_ids=ids).logits[0], 0
     else:
         mask = torch.ones_like(ids)
-        logits = forward_with_prompts(model, module, 4, ids, mask, instruction_mask=readable).logits[0]
-        offset = 4
+        logits = read_instruction(model, rows_of(module), ids, mask, instruction_mask=readable).logits[0]
+        offset = module.num_slots
     chances = logits.log_softmax(dim=-1)
     return sum(float(chances[offset + len(instruction) - 1 + i, token]) for i, token in enumerate(label))
 
@@ -51,16 +59,32 @@ def score_by_definition(model: Any, module: IAPTGenerator | None, instruction: l
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "zero-shot"])
 def test_label_scores(name: str, adapted: bool) -> None:
     model = ARCHITECTURES[name]()
-    module = generator(model) if adapted else None
+    module = random_method(model) if adapted else None
     instructions = [format_instruction(TOKENIZER, text, "chat") for text in TEXTS]
     labels = [encode_response(TOKENIZER, label) for label in LABELS]
     assert {len(label) for label in labels} != {2}  # labels of several lengths
-    scores = label_scores(Scorer(model, 1, module, 4 if adapted else 0), instructions, labels)
+    scores = label_scores(Scorer(model, 1, rows_of(module)), instructions, labels)
     for row, instruction in enumerate(instructions):
         for column, label in enumerate(labels):
             assert float(scores[row, column]) == pytest.approx(
                 score_by_definition(model, module, instruction, label), abs=2e-3
             )
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+@torch.no_grad()
+def test_label_scores_of_every_method(name: str) -> None:
+    """Labels that continue from the cache get what one pass over all gives them, also where methods change them."""
+    model = tiny_llama()
+    module = random_method(model, name)
+    instructions = [format_instruction(TOKENIZER, text, "chat") for text in TEXTS]
+    labels = [encode_response(TOKENIZER, label) for label in LABELS]
+    scores = label_scores(Scorer(model, 1, rows_of(module)), instructions, labels)
+    plain = label_scores(Scorer(model, 1), instructions, labels)
+    assert (scores - plain).abs().max() > 0.1
+    for row, column in ((0, 1), (2, 1), (3, 2)):
+        expected = score_by_definition(model, module, instructions[row], labels[column])
+        assert float(scores[row, column]) == pytest.approx(expected, abs=2e-3)
 
 
 def test_one_token_labels() -> None:
@@ -99,12 +123,12 @@ def test_report_counts() -> None:
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "zero-shot"])
 def test_generation_loss(adapted: bool) -> None:
     model = tiny_llama()
-    module = generator(model) if adapted else None
+    module = random_method(model) if adapted else None
     examples = [
         Example(({"role": "user", "content": text},), answer) for text, answer in zip(TEXTS, TEXTS[::-1], strict=True)
     ]
     items = encode_examples(TOKENIZER, examples, "chat", 100, 100)
-    report = evaluate_generation(Scorer(model, 1, module, 4 if adapted else 0, batch_size=3), items)
+    report = evaluate_generation(Scorer(model, 1, rows_of(module), batch_size=3), items)
     total = tokens = 0.0
     for item in items:
         split = item["instruction_length"]
@@ -119,7 +143,7 @@ def test_generation_loss(adapted: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluate_from_examples(dtype: torch.dtype) -> None:
     model = tiny_llama().to(dtype)
-    module = generator(model)
+    module = random_method(model)
     examples = [Example(({"role": "user", "content": text},), LABELS[i % 3]) for i, text in enumerate(TEXTS * 3)]
     lines: list[str] = []
     task = Evaluation(TOKENIZER, examples, tuple(sorted(LABELS)), "chat", TrainConfig(eval_batch_size=5))
@@ -137,7 +161,7 @@ def test_batch_size_does_not_change_the_result() -> None:
     examples = [Example(({"role": "user", "content": text},), LABELS[i % 3]) for i, text in enumerate(TEXTS * 4)]
     reports = [
         evaluate(
-            model, generator(model), Evaluation(TOKENIZER, examples, LABELS, "chat", TrainConfig(eval_batch_size=n))
+            model, random_method(model), Evaluation(TOKENIZER, examples, LABELS, "chat", TrainConfig(eval_batch_size=n))
         )
         for n in (1, 7, 64)
     ]

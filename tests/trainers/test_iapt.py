@@ -6,19 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config import IAPTConfig
-from trainers.iapt import IAPTGenerator, adaptive_bins, layer_weights, parameter_shapes, pool, prompt_from_instruction
+from trainers.iapt import IAPT, adaptive_bins, pool
+from trainers.method import Sizes
+from trainers.method_configs import IAPTConfig
 
 HIDDEN, LAYERS = 32, 3
 
 
-def generator(seed: int = 0, **fields: object) -> IAPTGenerator:
+def generator(seed: int = 0, **fields: object) -> IAPT:
     torch.manual_seed(seed)
-    return IAPTGenerator(IAPTConfig(**{"bottleneck": 8, **fields}), HIDDEN, LAYERS)  # type: ignore[arg-type]
+    return IAPT(IAPTConfig(**{"bottleneck": 8, **fields}), Sizes(HIDDEN, LAYERS))  # type: ignore[arg-type]
+
+
+def prompts(module: IAPT, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+    """The layer's prompts ``[B, P, D]``, by the module's own weights; what stood in the slots must not count."""
+    slots = torch.full((len(hidden), module.num_slots, HIDDEN), float("nan"))
+    return module.slots(module.weights(), layer, slots, hidden, mask)
 
 
 def count(config: IAPTConfig, hidden: int, layers: int) -> int:
-    return sum(torch.Size(shape).numel() for shape in parameter_shapes(config, hidden, layers).values())
+    return sum(torch.Size(shape).numel() for shape in IAPT.shapes(config, Sizes(hidden, layers)).values())
 
 
 @pytest.mark.parametrize(
@@ -43,9 +50,8 @@ def test_parameters_are_what_the_shapes_say() -> None:
         {"activation": "gelu", "sharing": "groups", "num_groups": 2},
     ):
         module = generator(**fields)
-        assert {n: tuple(p.shape) for n, p in module.named_parameters()} == parameter_shapes(
-            module.config, HIDDEN, LAYERS
-        )
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        assert shapes == IAPT.shapes(module.config, Sizes(HIDDEN, LAYERS))
 
 
 def test_same_seed_same_weights() -> None:
@@ -66,7 +72,7 @@ def test_definition_written_out() -> None:
         top = sum(a[j] * pooled**j for j in range(6))
         bottom = 1 + sum(b[k] * pooled ** (k + 1) for k in range(4)).abs()
         expected = (top / bottom) @ module.up_weight[0] + module.up_bias[0]
-        assert torch.allclose(module(1, hidden, torch.ones(1, 5))[0, row], expected, atol=1e-6)
+        assert torch.allclose(prompts(module, 1, hidden, torch.ones(1, 5))[0, row], expected, atol=1e-6)
 
 
 def test_scale_divides_the_scores() -> None:
@@ -81,7 +87,7 @@ def test_scale_divides_the_scores() -> None:
 def test_padding_and_other_rows_change_nothing(pooling: str, activation: str) -> None:
     module = generator(pooling=pooling, activation=activation)
     hidden = torch.randn(1, 6, HIDDEN)
-    alone = module(0, hidden, torch.ones(1, 6))
+    alone = prompts(module, 0, hidden, torch.ones(1, 6))
     assert alone.shape == (1, 4, HIDDEN)
     for before, after in ((0, 3), (3, 0), (2, 2)):
         noise = torch.randn(2, 6 + before + after, HIDDEN) * 100
@@ -89,7 +95,7 @@ def test_padding_and_other_rows_change_nothing(pooling: str, activation: str) ->
         mask = torch.zeros(2, noise.shape[1])
         mask[0, before : before + 6] = 1
         mask[1, :] = 1
-        assert torch.allclose(module(0, noise, mask)[:1], alone, atol=1e-5)
+        assert torch.allclose(prompts(module, 0, noise, mask)[:1], alone, atol=1e-5)
 
 
 def bins_by_definition(length: int, parts: int) -> Tensor:
@@ -129,18 +135,18 @@ def test_one_tenant_per_row() -> None:
         for name, _ in modules[0].named_parameters()
     }
     hidden, mask = torch.randn(2, 5, HIDDEN), torch.ones(2, 5)
-    mixed = prompt_from_instruction(hidden, mask, layer_weights(stacked, 2, 0, stacked_rows=True), modules[0].config)
+    mixed = modules[0].slots(stacked, 2, torch.zeros(2, 4, HIDDEN), hidden, mask)
     for row, module in enumerate(modules):
-        assert torch.allclose(mixed[row], module(2, hidden, mask)[row], atol=1e-6)
+        assert torch.allclose(mixed[row], prompts(module, 2, hidden, mask)[row], atol=1e-6)
 
 
 def test_sharing_groups_choose_their_projection() -> None:
     module = generator(sharing="groups", num_groups=3)
     hidden, mask = torch.randn(1, 5, HIDDEN), torch.ones(1, 5)
-    before = [module(layer, hidden, mask) for layer in range(3)]
+    before = [prompts(module, layer, hidden, mask) for layer in range(3)]
     with torch.no_grad():
         module.up_weight[1] += 1
-    after = [module(layer, hidden, mask) for layer in range(3)]
+    after = [prompts(module, layer, hidden, mask) for layer in range(3)]
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
@@ -148,7 +154,7 @@ def test_sharing_groups_choose_their_projection() -> None:
 def test_low_precision_stays_close(dtype: torch.dtype) -> None:
     module = generator()
     hidden, mask = torch.randn(2, 6, HIDDEN), torch.ones(2, 6)
-    expected = module(0, hidden, mask)
-    value = module.to(dtype)(0, hidden.to(dtype), mask)
+    expected = prompts(module, 0, hidden, mask)
+    value = prompts(module.to(dtype), 0, hidden.to(dtype), mask)
     assert value.dtype == dtype
     assert (value.float() - expected).abs().max() < 0.02 * expected.abs().max() + 1e-3

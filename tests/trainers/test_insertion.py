@@ -11,20 +11,22 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.tiny import ARCHITECTURES, padded, tiny_llama
-from trainers.config import IAPTConfig
 from trainers.errors import IaptError
 from trainers.generate import decode, greedy, prefill
-from trainers.iapt import IAPTGenerator
-from trainers.insertion import decoder_layers, forward_with_prompts, last_token, positions
+from trainers.iapt import IAPT
+from trainers.insertion import decoder_layers, last_token, positions, read_instruction, sizes_of
+from trainers.method import Method, Rows, rows_of
+from trainers.method_configs import METHOD_CONFIGS, IAPTConfig
+from trainers.methods import new_method
 
 LENGTHS = [4, 9, 6]
 PROMPTS = 4
 
 
-def generator(model: Any, **fields: Any) -> IAPTGenerator:
+def generator(model: Any, cls: type[IAPT] = IAPT, **fields: Any) -> IAPT:
     torch.manual_seed(5)
     config = IAPTConfig(**{"bottleneck": 8, "prompt_length": PROMPTS, **fields})
-    module = IAPTGenerator(config, model.config.hidden_size, model.config.num_hidden_layers)
+    module = cls(config, sizes_of(model))
     with torch.no_grad():
         module.up_weight *= 20  # prompts that differ visibly from row to row
         if config.pooling == "attention":
@@ -32,57 +34,97 @@ def generator(model: Any, **fields: Any) -> IAPTGenerator:
     return module.eval().requires_grad_(False)
 
 
+def any_method(model: Any, name: str) -> Method:
+    """A method of that name, far from where it starts."""
+    if name == "IAPT":
+        return generator(model)
+    torch.manual_seed(5)
+    fields = {"target_modules": ("c_attn", "c_fc")} if name == "LORA" and model.config.model_type == "gpt2" else {}
+    module = new_method(METHOD_CONFIGS[name](**fields), sizes_of(model))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return module.eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_padding_side_does_not_matter(name: str) -> None:
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_padding_side_does_not_matter(name: str, method: str) -> None:
     model = ARCHITECTURES[name]()
-    module = generator(model)
-    results = {side: prefill(model, module, PROMPTS, *padded(LENGTHS, side))[0] for side in ("right", "left")}
+    rows = rows_of(any_method(model, method))
+    results = {side: prefill(model, rows, *padded(LENGTHS, side))[0] for side in ("right", "left")}
     assert torch.allclose(results["right"], results["left"], atol=1e-4)
     ids, mask = padded(LENGTHS)
     for row, length in enumerate(LENGTHS):
-        alone = prefill(model, module, PROMPTS, ids[row : row + 1, :length], mask[row : row + 1, :length])[0]
+        alone = prefill(model, rows, ids[row : row + 1, :length], mask[row : row + 1, :length])[0]
         assert torch.allclose(results["right"][row], alone[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_prompts_matter(name: str) -> None:
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_methods_matter(name: str, method: str) -> None:
     model = ARCHITECTURES[name]()
-    with_prompts = prefill(model, generator(model), PROMPTS, *padded(LENGTHS))[0]
-    without = prefill(model, lambda _layer, hidden, _mask: hidden[:, :0], 0, *padded(LENGTHS))[0]
-    ids, mask = padded(LENGTHS)
+    changed = prefill(model, rows_of(any_method(model, method)), *padded(LENGTHS))[0]
+    assert (changed - prefill(model, Rows(), *padded(LENGTHS))[0]).abs().max() > 0.1
+    for module in model.modules():  # nothing is left behind
+        assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_no_rows_are_the_plain_backbone(name: str, side: str) -> None:
+    model = ARCHITECTURES[name]()
+    ids, mask = padded(LENGTHS, side)
     plain = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-    assert torch.allclose(without, plain[torch.arange(3), last_token(mask)], atol=1e-4)
-    assert (with_prompts - without).abs().max() > 0.1
+    assert torch.equal(read_instruction(model, rows_of(None), ids, mask).logits, plain)
+    logits, cache = prefill(model, Rows(), ids, mask)
+    assert torch.allclose(logits, plain[torch.arange(3), last_token(mask)], atol=1e-4)
+    full = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    whole = model(
+        input_ids=torch.cat([ids, torch.tensor([[7], [8], [9]])], dim=1),
+        attention_mask=full,
+        position_ids=positions(full),
+    ).logits[:, -1]
+    assert torch.allclose(decode(model, Rows(), torch.tensor([7, 8, 9]), full, cache), whole, atol=1e-4)
+
+
+class Watched(IAPT):
+    """Notes what it is asked and what it answers."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self.made: list[Tensor] = []
+
+    def slots(self, weights: Any, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        self.asked.append((layer, tuple(slots.shape), tuple(tokens.shape)))
+        self.made.append(super().slots(weights, layer, slots, tokens, mask))
+        return self.made[-1]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_layer_asks_for_its_own_prompts(name: str) -> None:
     model = ARCHITECTURES[name]()
-    seen: list[tuple[int, tuple[int, ...]]] = []
-
-    def prompts(layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        seen.append((layer, tuple(hidden.shape)))
-        return hidden.new_full((len(hidden), PROMPTS, hidden.shape[2]), 0.1 * layer)
-
-    prefill(model, prompts, PROMPTS, *padded(LENGTHS))
-    assert seen == [(layer, (3, 9, 32)) for layer in range(3)]
+    method = generator(model, Watched)
+    prefill(model, rows_of(method), *padded(LENGTHS))
+    assert method.asked == [(layer, (3, PROMPTS, 32), (3, 9, 32)) for layer in range(3)]
     assert not any(module._forward_pre_hooks for module in model.modules())  # nothing is left behind
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_decoding_agrees_with_reading_it_all(name: str) -> None:
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_decoding_agrees_with_reading_it_all(name: str, method: str) -> None:
     """A cached step after prefill equals a pass over prompt, instruction and new token at once."""
     model = ARCHITECTURES[name]()
-    module = generator(model)
+    rows = rows_of(any_method(model, method))
     ids, mask = padded(LENGTHS)
-    _, cache = prefill(model, module, PROMPTS, ids, mask)
+    _, cache = prefill(model, rows, ids, mask)
     token = torch.tensor([7, 8, 9])
     ones = mask.new_ones(3, 1)
-    step = decode(model, token, torch.cat([mask.new_ones(3, PROMPTS), mask, ones], dim=1), cache)
-    whole = forward_with_prompts(
+    step = decode(model, rows, token, torch.cat([rows.slot_mask(mask), mask, ones], dim=1), cache)
+    whole = read_instruction(
         model,
-        module,
-        PROMPTS,
+        rows,
         torch.cat([ids, token[:, None]], dim=1),
         torch.cat([mask, ones], dim=1),
         instruction_mask=torch.cat([mask, 0 * ones], dim=1),
@@ -91,28 +133,41 @@ def test_decoding_agrees_with_reading_it_all(name: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
-def test_generators_do_not_see_the_response(pooling: str) -> None:
+def test_prompts_do_not_see_the_response(pooling: str) -> None:
     model = tiny_llama()
-    module = generator(model, pooling=pooling)
-    seen: dict[str, list[Tensor]] = {"a": [], "b": []}
+    seen: dict[str, list[Tensor]] = {}
     ids, mask = padded([8, 8])
     instruction = mask.clone()
     instruction[:, 5:] = 0
     logits = {}
-    for name in seen:
-
-        def prompts(layer: int, hidden: Tensor, readable: Tensor, name: str = name) -> Tensor:
-            seen[name].append(module(layer, hidden, readable))
-            return seen[name][-1]
-
-        logits[name] = forward_with_prompts(model, prompts, PROMPTS, ids, mask, instruction_mask=instruction).logits
+    for name in ("a", "b"):
+        method = generator(model, Watched, pooling=pooling)
+        logits[name] = read_instruction(model, rows_of(method), ids, mask, instruction_mask=instruction).logits
+        seen[name] = method.made
         ids = ids.clone()
         ids[:, 5:] = (ids[:, 5:] + 11) % 300 + 2  # another response for the second pass
+    assert len(seen["a"]) == 3
     assert all(torch.equal(a, b) for a, b in zip(seen["a"], seen["b"], strict=True))
     assert torch.allclose(logits["a"][:, : PROMPTS + 5], logits["b"][:, : PROMPTS + 5], atol=1e-5)
 
 
-def kv_prefix_logits(model: Any, module: IAPTGenerator, ids: Tensor, mask: Tensor) -> Tensor:
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_no_method_sees_the_response(method: str) -> None:
+    """Logits up to the end of the instruction do not depend on what follows it."""
+    model = tiny_llama()
+    rows = rows_of(any_method(model, method))
+    ids, mask = padded([8, 8])
+    instruction = mask.clone()
+    instruction[:, 5:] = 0
+    other = ids.clone()
+    other[:, 5:] = (ids[:, 5:] + 11) % 300 + 2
+    one, two = (read_instruction(model, rows, t, mask, instruction_mask=instruction).logits for t in (ids, other))
+    end = rows.num_slots + 5
+    assert torch.allclose(one[:, :end], two[:, :end], atol=1e-5)
+    assert (one[:, end:] - two[:, end:]).abs().max() > 0.1
+
+
+def kv_prefix_logits(model: Any, module: IAPT, ids: Tensor, mask: Tensor) -> Tensor:
     """The second implementation of insertion, for Llama: no prompt row passes through any layer.
 
     Layer l's prompts only act through their keys and values, K_p = RoPE(norm1(p) W_k) at positions 0..P-1 and
@@ -127,7 +182,7 @@ def kv_prefix_logits(model: Any, module: IAPTGenerator, ids: Tensor, mask: Tenso
     cos, sin = inner.rotary_emb(hidden, place)
     causal = torch.ones(length, PROMPTS + length).tril(PROMPTS).bool()[None] & full[:, None, :].bool()  # [B, T, P+T]
     for layer, block in enumerate(inner.layers):
-        prompts = module(layer, hidden, mask)
+        prompts = module.slots(module.weights(), layer, hidden.new_zeros(batch, PROMPTS, 32), hidden, mask)
         normed, prefix = block.input_layernorm(hidden), block.input_layernorm(prompts)
         attention = block.self_attn
         q = attention.q_proj(normed).view(batch, length, heads, width).transpose(1, 2)
@@ -153,7 +208,7 @@ def test_concatenation_equals_kv_prefix(side: str, sharing: str) -> None:
     model = tiny_llama()
     module = generator(model, sharing=sharing)
     ids, mask = padded(LENGTHS, side)
-    concatenated = forward_with_prompts(model, module, PROMPTS, ids, mask).logits[:, PROMPTS:]
+    concatenated = read_instruction(model, rows_of(module), ids, mask).logits[:, PROMPTS:]
     prefixed = kv_prefix_logits(model, module, ids, mask)
     real = mask.bool()
     assert torch.allclose(concatenated[real], prefixed[real], atol=2e-4)
@@ -165,23 +220,22 @@ def test_concatenation_equals_kv_prefix(side: str, sharing: str) -> None:
 def test_logits_of_chosen_places_only() -> None:
     model = tiny_llama()
     ids, mask = padded(LENGTHS)
-    whole = forward_with_prompts(model, generator(model), PROMPTS, ids, mask).logits
+    method = rows_of(generator(model))
+    whole = read_instruction(model, method, ids, mask).logits
     rows, columns = torch.tensor([0, 2, 2]), torch.tensor([3, 4, 5])
-    some = forward_with_prompts(
-        model, generator(model), PROMPTS, ids, mask, select=lambda hidden: hidden[rows, columns]
-    ).logits
+    some = read_instruction(model, method, ids, mask, select=lambda hidden: hidden[rows, columns]).logits
     assert torch.allclose(some, whole[rows, columns], atol=1e-5)
 
 
 def test_greedy_stops_per_row_and_reports_margins() -> None:
     model = tiny_llama()
-    module = generator(model)
+    method = rows_of(generator(model))
     ids, mask = padded(LENGTHS)
-    tokens, margins = greedy(model, module, PROMPTS, ids, mask, max_new_tokens=6)
+    tokens, margins = greedy(model, method, ids, mask, max_new_tokens=6)
     assert [len(row) for row in tokens] == [6, 6, 6] == [len(row) for row in margins]
     assert all(margin >= 0 for row in margins for margin in row)
     stop = tokens[0][1]
-    stopped, _ = greedy(model, module, PROMPTS, ids, mask, max_new_tokens=6, eos_token_ids=(stop,))
+    stopped, _ = greedy(model, method, ids, mask, max_new_tokens=6, eos_token_ids=(stop,))
     assert stopped[0] == tokens[0][: tokens[0].index(stop) + 1]
     for row in (1, 2):
         end = tokens[row].index(stop) + 1 if stop in tokens[row] else 6
@@ -190,7 +244,7 @@ def test_greedy_stops_per_row_and_reports_margins() -> None:
 
 def test_cache_holds_prompts_first() -> None:
     model = tiny_llama()
-    _, cache = prefill(model, generator(model), PROMPTS, *padded(LENGTHS))
+    _, cache = prefill(model, rows_of(generator(model)), *padded(LENGTHS))
     assert isinstance(cache, DynamicCache)
     assert cache.get_seq_length() == PROMPTS + max(LENGTHS)
 

@@ -11,48 +11,15 @@ import pytest
 import torch
 
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
+from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
 from trainers.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from trainers.config import IAPTConfig, TrainConfig
 from trainers.errors import IaptError
 from trainers.evaluate import ClassificationReport, GenerationReport
-from trainers.iapt import IAPTGenerator
+from trainers.iapt import IAPT
 from trainers.loop import AdapterTrainer, EpochSampler, PromptTuned
-from trainers.start import start_at_sink
-from trainers.train import TrainResult, evaluate_adapter, train
-
-METHOD = IAPTConfig(bottleneck=8)
-RUN = TrainConfig(
-    max_steps=6, batch_size=4, warmup_steps=2, logging_steps=1, max_eval_examples=8, learning_rate=1e-2, baseline=False
-)
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_backbone(tmp_path_factory.mktemp("backbone") / "tiny-llama"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty texts; the answer is yes when the text begins with joy."""
-    path = tmp_path_factory.mktemp("data") / "joy.jsonl"
-    records = [
-        {"instruction": "joy?", "input": f"{'joy' if i % 2 else 'dull'} {i} film", "output": "yes" if i % 2 else "no"}
-        for i in range(40)
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def quiet(_line: str) -> None:
-    """Progress is not under test here."""
-
-
-def run(backbone: str, data: Path, output: Path, method: IAPTConfig = METHOD, **fields: Any) -> TrainResult:
-    return train(backbone, data, output, method, dataclasses.replace(RUN, **fields), say=quiet)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / WEIGHTS_FILE).read_bytes()
+from trainers.method import Sizes
+from trainers.method_configs import IAPTConfig
+from trainers.train import evaluate_adapter, train
 
 
 def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
@@ -76,6 +43,7 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
     assert names == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    count = sum(parameter.numel() for parameter in IAPT(METHOD, Sizes(32, 3)).parameters())
     assert str(tmp_path) not in card
     assert backbone not in card
     for text in (
@@ -89,12 +57,16 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
         "iapt-export train --model tiny-llama --data joy.jsonl --output a --bottleneck 8",
         "--max-steps 6",
         "6 steps of batch 4",
+        "IAPT (arXiv 2405.18203)",
+        f"{count:,} trained parameters. 4 cache entries stand before the instruction.",
+        "| `bottleneck` | 8 |",
+        "| `bias` | true |",
+        "tags:\n- iapt\n- prompt-tuning\n---",
     ):
         assert text in card
     scores = json.loads((tmp_path / "a" / "evaluation.json").read_text(encoding="utf-8"))
     assert isinstance(result.report, ClassificationReport)
     assert scores["adapter"]["accuracy"] == result.report.accuracy
-    count = sum(parameter.numel() for parameter in IAPTGenerator(METHOD, 32, 3).parameters())
     assert lines[0] == f"training {count:,} parameters on 36 examples"
     assert any(line.startswith("step 6/6  loss ") and "s/step" in line for line in lines)
     assert lines[-1].startswith(f"wrote {tmp_path / 'a'}: accuracy")
@@ -109,10 +81,6 @@ def test_same_seed_same_bytes(backbone: str, data: Path, tmp_path: Path) -> None
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-class InterruptedRunError(Exception):
-    """Stands for Ctrl-C."""
-
-
 @pytest.mark.parametrize("coefficients", ["joint", "bilevel"])
 def test_interrupted_and_resumed_equals_uninterrupted(
     backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coefficients: Any
@@ -120,14 +88,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     method = dataclasses.replace(METHOD, coefficients=coefficients)
     fields: dict[str, Any] = {"max_steps": 14, "save_steps": 5}  # the eleventh step begins a second epoch
     run(backbone, data, tmp_path / "whole", method, **fields)
-    step = AdapterTrainer.training_step
-
-    def interrupt(self: AdapterTrainer, *arguments: Any) -> Any:
-        if self.state.global_step == 12:
-            raise InterruptedRunError
-        return step(self, *arguments)
-
-    monkeypatch.setattr(AdapterTrainer, "training_step", interrupt)
+    interrupt_at(monkeypatch, 12)
     with pytest.raises(InterruptedRunError):
         run(backbone, data, tmp_path / "cut", method, **fields)
     monkeypatch.undo()
@@ -154,11 +115,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def test_backbone_stays_as_it_is() -> None:
-    model = PromptTuned(tiny_llama(), IAPTGenerator(METHOD, 32, 3))
+    model = PromptTuned(tiny_llama(), IAPT(METHOD, Sizes(32, 3)))
     model.train()
     assert not model.backbone.training
-    assert model.generator.training
-    assert all(name.startswith("generator.") for name, p in model.named_parameters() if p.requires_grad)
+    assert model.method.training
+    assert all(name.startswith("method.") for name, p in model.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
@@ -280,17 +241,17 @@ def test_sampler_order() -> None:
 def test_start_at_the_sink(make: Any) -> None:
     model = make()
     torch.manual_seed(0)
-    generator = IAPTGenerator(IAPTConfig(bottleneck=8, sharing="none"), 32, 3)
-    before = generator.down_weight.detach().clone()
-    start_at_sink(generator, model, 0)
+    method = IAPT(IAPTConfig(bottleneck=8, sharing="none"), Sizes(32, 3))
+    before = method.down_weight.detach().clone()
+    method.start(model, None, [0, 5, 6])
     states = model(input_ids=torch.tensor([[0]]), output_hidden_states=True).hidden_states
     for layer in range(3):
         sink = states[layer][0, 0] / states[layer][0, 0].norm()
-        assert (sink @ generator.down_weight[layer]).abs().max() < 1e-5
-        assert torch.nn.functional.cosine_similarity(generator.up_bias[layer], sink, dim=0) > 0.999
-    assert not torch.equal(before, generator.down_weight)
-    bare = IAPTGenerator(IAPTConfig(bottleneck=8, bias=False), 32, 3)
-    start_at_sink(bare, model, 0)  # nothing to point, nothing raised
+        assert (sink @ method.down_weight[layer]).abs().max() < 1e-5
+        assert torch.nn.functional.cosine_similarity(method.up_bias[layer], sink, dim=0) > 0.999
+    assert not torch.equal(before, method.down_weight)
+    bare = IAPT(IAPTConfig(bottleneck=8, bias=False), Sizes(32, 3))
+    bare.start(model, None, [0])  # nothing to point, nothing raised
 
 
 def test_backbone_without_tokenizer(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,11 @@ def one_weight(bundle: Path) -> None:
 
 
 def everybody_is_the_first_tenant(bundle: Path) -> None:
-    between(bundle, "prefill.onnx", "tenant_index", "Mul", 0)
+    between(bundle, "prefill.onnx", "iapt.tenant_index", "Mul", 0)
 
 
 def generators_of_the_first_tenant(bundle: Path) -> None:
-    between(bundle, "generator.onnx", "tenant_index", "Mul", 0)
+    between(bundle, "generator.onnx", "iapt.tenant_index", "Mul", 0)
 
 
 def position_off_by_one(bundle: Path) -> None:

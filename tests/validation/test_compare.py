@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.session import Request, Session
+from engines.session import Batch, Request, Session
 from iapt_export.errors import BundleError
 from iapt_export.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
@@ -89,7 +89,7 @@ def compared(bundle: Path, backbone: Any) -> set[str]:
 def test_tenants_stacked_in_another_order(
     tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are right, only ``tenant_index`` points at a neighbour's."""
+    """The weights are right, only ``iapt.tenant_index`` points at a neighbour's."""
     from engines import session
 
     honest = session.load_tenants
@@ -105,7 +105,7 @@ def test_positions_that_count_padding(tiny_build: TinyBuild, backbone: Any, monk
     """Right for rows without padding, wrong for all others."""
     honest = Session.decode
 
-    def decode(self: Session, tokens: np.ndarray, mask: np.ndarray, cache: Any) -> Any:
+    def decode(self: Session, tokens: np.ndarray, batch: Batch) -> np.ndarray:
         decode_runner = self.runners["decode"]
 
         def infer(feeds: dict[str, np.ndarray]) -> Any:
@@ -113,7 +113,7 @@ def test_positions_that_count_padding(tiny_build: TinyBuild, backbone: Any, monk
             return decode_runner.infer({**feeds, "position_ids": np.full_like(feeds["position_ids"], length - 1)})
 
         other = Session(self._bundle, self.manifest, self.target, {"decode": SimpleNamespace(infer=infer)})  # type: ignore[dict-item]
-        return honest(other, tokens, mask, cache)
+        return honest(other, tokens, batch)
 
     monkeypatch.setattr(Session, "decode", decode)
     assert "decode logits" in compared(tiny_build.bundle, backbone)
@@ -122,11 +122,10 @@ def test_positions_that_count_padding(tiny_build: TinyBuild, backbone: Any, monk
 def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Session.decode
 
-    def decode(self: Session, tokens: np.ndarray, mask: np.ndarray, cache: Any) -> Any:
-        logits, cache, mask = honest(self, tokens, mask, cache)
-        logits = logits.copy()
+    def decode(self: Session, tokens: np.ndarray, batch: Batch) -> np.ndarray:
+        logits = honest(self, tokens, batch).copy()
         logits[0, logits[0].argmin()] = np.nan  # argmax, and with it every token, may stay as it was
-        return logits, cache, mask
+        return logits
 
     monkeypatch.setattr(Session, "decode", decode)
     assert "decode logits" in compared(tiny_build.bundle, backbone)

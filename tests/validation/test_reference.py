@@ -16,12 +16,13 @@ from engines.session import Request, Session
 from engines.text import TextCodec
 from iapt_export.errors import BundleError, IaptError
 from iapt_export.manifest import BundleManifest
-from tests.bundles import NEW_TOKENS, TinyBuild
-from tests.graphs import flat, trained_prefill, worst
+from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild
+from tests.graphs import flat, trained_prefill, trained_prompt, worst
 from tests.tiny import padded
 from trainers.adapter import load_adapter
 from trainers.backbone import Backbone, load_backbone
 from trainers.generate import greedy
+from trainers.method import rows_of
 from validation.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
 from validation.reference import Reference, TorchRunner
 from validation.truth import record_truth
@@ -66,8 +67,9 @@ def test_a_session_on_pytorch_and_one_on_onnx_runtime_answer_alike(
 
 def test_torch_runner_outputs_equal_onnx_runtimes(tiny_build: TinyBuild, torch_session: Session) -> None:
     ids, mask = padded([5, 9, 2, 7], "left")
-    index = np.array([2, 0, 1, 2])
-    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "tenant_index": index, **torch_session.weights}
+    tenants = torch_session.tenant_feeds(["gamma", "alpha", "beta", "gamma"])
+    assert tenants["iapt.tenant_index"].tolist() == [2, 0, 1, 2]
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), **tenants}
     with Session.open(tiny_build.bundle) as session:
         wanted = session.runners["prefill"].infer(feeds)
     made = torch_session.runners["prefill"].infer(feeds)
@@ -78,23 +80,25 @@ def test_torch_runner_outputs_equal_onnx_runtimes(tiny_build: TinyBuild, torch_s
 
 
 def test_prefill_is_the_trained_module(tiny_build: TinyBuild, reference: Reference, backbone: Backbone) -> None:
-    generators = [load_adapter(folder).generator() for folder in tiny_build.adapters.values()]
+    methods = [load_adapter(folder).module() for folder in tiny_build.adapters.values()]
     ids, mask = padded([6, 6])
-    for tenant in range(3):
+    for index, tenant in enumerate(TENANTS):
         logits, cache = reference.prefill(tenant, ids, mask)
-        wanted, layers = trained_prefill(backbone.model, generators, [tenant] * 2, ids, mask)
+        wanted, layers = trained_prefill(backbone.model, methods, [index] * 2, ids, mask)
         assert worst(logits, wanted) < 1e-5
         assert all(worst(a, b) < 1e-5 for a, b in zip(flat(cache), layers, strict=True))
 
 
 def test_prompts_and_what_they_were_made_from(reference: Reference) -> None:
     ids, mask = padded([6, 3], "left")
-    prompts, hidden = reference.prompts_and_hidden(1, ids, mask)
+    prompts, hidden = reference.prompts_and_hidden("beta", ids, mask)
     assert (prompts.shape, hidden.shape) == ((2, 2, 4, 32), (2, 2, 6, 32))
     embedded = reference.model.get_input_embeddings()(ids)
     assert torch.equal(hidden[:, 0], embedded)
     for layer in range(2):
-        assert torch.equal(prompts[:, layer], reference.generators[1](layer, hidden[:, layer], mask))
+        wanted = trained_prompt(reference.methods["beta"], layer, hidden[:, layer], mask)
+        assert torch.equal(prompts[:, layer], wanted)
+    assert "slots" not in vars(reference.methods["beta"]), "the reference itself goes on unrecorded"
 
 
 def test_a_truth_is_what_the_trainer_generates(
@@ -103,12 +107,10 @@ def test_a_truth_is_what_the_trainer_generates(
     prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)
     truths = record_truth(reference, prompts, new_tokens=NEW_TOKENS, num_kept=2)
     for truth in truths[:6]:
-        tenant = manifest.tenant_index(truth.prompt.tenant)
         ids = torch.tensor([truth.prompt.tokens])
         tokens, margins = greedy(
             backbone.model,
-            reference.generators[tenant],
-            4,
+            rows_of(reference.methods[truth.prompt.tenant]),
             ids,
             torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
@@ -154,7 +156,7 @@ def test_prompts_mix_tenants_and_fill_up(tiny_build: TinyBuild, manifest: Bundle
     prompts = prompts_from_bundle(tiny_build.bundle, manifest, codec, 0, NEW_TOKENS)
     assert len(prompts) == MIN_PROMPTS
     assert len({(prompt.tenant, prompt.text) for prompt in prompts}) == MIN_PROMPTS
-    assert len({prompt.tenant for prompt in prompts[:8]}) > 1
+    assert {prompt.tenant for prompt in prompts[:3]} == set(TENANTS), "the first batch has everybody"
     assert prompts == prompts_from_bundle(tiny_build.bundle, manifest, codec, 0, NEW_TOKENS)
     assert prompts != prompts_from_bundle(tiny_build.bundle, manifest, codec, 1, NEW_TOKENS)
     formats = {tenant.name: tenant.prompt_format for tenant in manifest.tenants}
@@ -206,3 +208,16 @@ def test_a_backbone_with_other_weights_is_refused(tiny_build: TinyBuild, manifes
         other.model.get_input_embeddings().weight[5, 3] += 1e-3
     with pytest.raises(BundleError, match="the architecture but not the weights of the bundle's backbone"):
         Reference(tiny_build.bundle, manifest, other)
+
+
+def test_one_of_each_method_is_in_the_first_batch(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
+    """The first batch is compared logit by logit; a method that is not in it would only show in its tokens."""
+    crowd = [
+        dataclasses.replace(manifest.tenants[number % 3], name=f"t{number}", method="lora" if number == 11 else "iapt")
+        for number in range(12)
+    ]
+    many = dataclasses.replace(manifest, tenants=crowd)
+    for seed in range(5):
+        prompts = prompts_from_bundle(tiny_build.bundle, many, TextCodec(tiny_build.bundle), seed, NEW_TOKENS)
+        assert "t11" in {prompt.tenant for prompt in prompts[:2]}
+        assert len({prompt.tenant for prompt in prompts[:12]}) == 12

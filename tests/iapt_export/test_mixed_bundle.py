@@ -1,0 +1,306 @@
+"""Tenants of several methods in one bundle, through the command line: each row is as if its tenant were alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from engines.loading import open_runners
+from engines.session import Request, Session
+from iapt_export.errors import BundleError, IaptError
+from iapt_export.manifest import BundleManifest
+from tests.bundles import METHOD, NEW_TOKENS, Outcome, TinyBuild, change_manifest, rehash, run, save_tiny_adapter
+from tests.validation.sabotage import between
+from trainers.adapter import load_adapter
+from trainers.backbone import Backbone, load_backbone
+from trainers.generate import greedy
+from trainers.lopa import LoPA
+from trainers.method import rows_of
+from trainers.method_configs import LAMPConfig, LoPAConfig, PrefixTuningConfig, PromptTuningConfig
+from validation.reference import Reference, TorchRunner
+
+CONFIGS: dict[str, Any] = {
+    "topics": PromptTuningConfig(prompt_length=4),
+    "movies": METHOD,
+    "style": PrefixTuningConfig(prompt_length=7),
+    "taste": LoPAConfig(prompt_length=6, rank=2),
+    "mood": LAMPConfig(init_length=20, rank=3, window=5),
+}
+OWNERS = {
+    "topics": "prompt_tuning",
+    "movies": "iapt",
+    "style": "prefix_tuning",
+    "taste": "lopa",
+    "mood": "prompt_tuning",
+}
+FORMS = ["PROMPT_TUNING", "IAPT", "PREFIX_TUNING", "LOPA", "LAMP"]
+TEXTS = ("the film is a quiet joy", "a dull and noisy story that nobody will remember", "yes")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> TinyBuild:
+    root = tmp_path_factory.mktemp("mixed")
+    fingerprint = load_backbone(str(tiny_build.model)).fingerprint
+    adapters = {
+        name: save_tiny_adapter(root / name, seed, fingerprint, config)
+        for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+    build = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
+    outcome = run(*build.arguments(build.bundle), "--tenants=1:5:8", "--json")
+    assert outcome.code == 0, outcome.err
+    return build
+
+
+@pytest.fixture
+def bundle(build: TinyBuild, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(build.bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def session(build: TinyBuild) -> Iterator[Session]:
+    with Session.open(build.bundle) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def backbone(build: TinyBuild) -> Backbone:
+    return load_backbone(str(build.model))
+
+
+def validate(bundle: Path) -> Outcome:
+    return run("validate", bundle, "--json", "--quiet", f"--new-tokens={NEW_TOKENS}")
+
+
+def test_every_row_is_as_in_pytorch(build: TinyBuild) -> None:
+    report = json.loads((build.bundle / "report.json").read_text(encoding="utf-8"))
+    (target,) = report["targets"]
+    assert report["verdict"] == target["status"] == "pass"
+    assert report["method"] == ", ".join(FORMS)
+    assert {row["tenant"] for row in target["tokens"]} == set(CONFIGS)
+    assert len(target["tokens"]) == 25 and all(row["reference"] == row["target"] for row in target["tokens"])
+    assert {check["stage"] for check in target["checks"]} > {"generator", "prefill cache", "decode cache"}
+    outcome = run("validate", build.bundle, "--quiet", f"--new-tokens={NEW_TOKENS}", "--seed=3")
+    assert outcome.code == 0 and "25 of 25 rows identical" in outcome.out, outcome.err + outcome.out
+
+
+def test_the_manifest_tells_who_is_what(build: TinyBuild) -> None:
+    manifest = BundleManifest.load(build.bundle)
+    assert {tenant.name: tenant.method for tenant in manifest.tenants} == OWNERS
+    assert [tenant.trained_form for tenant in manifest.tenants] == FORMS
+    assert {m.name: m.prompt_length for m in manifest.methods} == {
+        "prompt_tuning": 4,
+        "iapt": 4,
+        "prefix_tuning": 7,
+        "lopa": 6,
+    }
+    assert manifest.num_slots == 7
+    assert [tenant.trained for tenant in manifest.tenants if tenant.trained] == ["tenants/mood.trained.safetensors"]
+    assert set(manifest.target().graphs) == {"encoder", "prefill", "decode", "generator"}
+    outcome = run("inspect", build.bundle)
+    assert "prefix_tuning: PREFIX_TUNING, 7 prompt slots" in outcome.out
+    assert "mood: LAMP as prompt_tuning" in outcome.out
+
+
+def test_the_decode_step_is_the_same_file_as_without_the_others(build: TinyBuild, tiny_build: TinyBuild) -> None:
+    """Four methods or one: the step takes nothing of them."""
+    made, wanted = (onnx.load(folder / "decode.onnx") for folder in (build.bundle, tiny_build.bundle))
+    assert made.SerializeToString(deterministic=True) == wanted.SerializeToString(deterministic=True)
+    names = [value.name for value in made.graph.input]
+    assert all(name.startswith("past_key_values.") for name in names if "." in name)
+
+
+@pytest.mark.parametrize("tenant", CONFIGS)
+def test_generate_answers_what_the_trainer_answers(build: TinyBuild, backbone: Backbone, tenant: str) -> None:
+    outcome = run(
+        "generate", build.bundle, f"--tenant={tenant}", f"--prompt={TEXTS[1]}", "--max-new-tokens=12", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    manifest = BundleManifest.load(build.bundle)
+    with Session.open(build.bundle) as session:
+        ids = torch.tensor([session.codec.encode(TEXTS[1], manifest.tenant(tenant).prompt_format)])
+    module = load_adapter(build.adapters[tenant]).module()
+    eos = tuple(manifest.backbone.eos_token_ids)
+    wanted, _ = greedy(backbone.model, rows_of(module), ids, torch.ones_like(ids), max_new_tokens=12, eos_token_ids=eos)
+    assert json.loads(outcome.out)[0]["tokens"] == wanted[0]
+
+
+def requests(**fields: Any) -> list[Request]:
+    names = [*CONFIGS, "movies", "style", "taste"]
+    return [
+        Request(name, TEXTS[row % 3], max_new_tokens=NEW_TOKENS, ignore_eos=True, **fields)
+        for row, name in enumerate(names)
+    ]
+
+
+def test_a_row_answers_among_other_methods_what_it_answers_alone(session: Session) -> None:
+    together = session.generate(requests())
+    assert together == [session.generate([request])[0] for request in requests()]
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    assert session.generate([requests()[row] for row in order]) == [together[row] for row in order]
+    assert len({tuple(row) for row in together}) == len(together)
+
+
+def test_rows_with_fewer_slots_leave_the_first_ones_empty(session: Session) -> None:
+    _, batch = session.prefill([[5, 6], [7], [5, 6], [7]], ["topics", "style", "taste", "movies"])
+    assert batch.mask.tolist() == [
+        [0, 0, 0, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 0, 1],
+        [0, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1, 1, 0, 1],
+    ]
+
+
+def test_whose_each_row_is(session: Session) -> None:
+    feeds = session.tenant_feeds(["mood", "taste", "topics", "movies"])
+    index = {name.partition(".")[0]: a.tolist() for name, a in feeds.items() if name.endswith(".tenant_index")}
+    assert index == {
+        "prompt_tuning": [1, -1, 0, -1],
+        "iapt": [-1, -1, -1, 0],
+        "prefix_tuning": [-1, -1, -1, -1],
+        "lopa": [-1, 0, -1, -1],
+    }
+
+
+def test_pytorch_behind_the_runners_answers_alike(build: TinyBuild, session: Session, backbone: Backbone) -> None:
+    manifest = session.manifest
+    reference = Reference(build.bundle, manifest, backbone)
+    graphs = manifest.target().graphs
+    runners: Any = {name: TorchRunner(name, graphs[name], reference) for name in ("encoder", "prefill", "decode")}
+    with Session(build.bundle, manifest, manifest.target(), runners) as eager:
+        assert eager.generate(requests()) == session.generate(requests())
+
+
+def sent_prompts(build: TinyBuild, backbone: Backbone, tokens: list[int]) -> np.ndarray:
+    """What a client that has the LoPA adapter computes for an instruction."""
+    module = load_adapter(build.adapters["taste"]).module()
+    assert isinstance(module, LoPA)
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        weights = module.prepare(module.weights(), backbone.model, ids, torch.ones_like(ids))
+    return weights["prompts"][0].numpy()
+
+
+def test_prompts_that_the_client_computed(build: TinyBuild, session: Session, backbone: Backbone) -> None:
+    tokens = session.codec.encode(TEXTS[1], "plain")
+    sent = sent_prompts(build, backbone, tokens)
+    made, own, other, lacking = (
+        Request("taste", tokens=tuple(tokens), prompts=prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        for prompts in (None, sent, -sent, np.zeros_like(sent))
+    )
+    wanted = session.generate([made])[0]
+    assert session.generate([own])[0] == wanted
+    # side by side with the encoder's, with a longer row, and with a row of another method
+    long = Request("style", TEXTS[1] + TEXTS[1], max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    assert [row for row in session.generate([made, long, own, other]) if row == wanted] == [wanted] * 2
+    assert session.generate([other])[0] != wanted != session.generate([lacking])[0]
+
+
+def test_the_encoder_does_not_run_where_it_is_not_needed(
+    build: TinyBuild, session: Session, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = session.codec.encode(TEXTS[0], "plain")
+    sent = sent_prompts(build, backbone, tokens)
+    taste = Request("taste", tokens=tuple(tokens), prompts=sent, max_new_tokens=2)
+    rows = [taste, Request("movies", TEXTS[1], max_new_tokens=2)]
+    wanted = session.generate(rows)
+    counted: list[int] = []
+    honest = session.runners["encoder"].infer
+    monkeypatch.setattr(
+        session.runners["encoder"], "infer", lambda feeds: counted.append(len(feeds["input_ids"])) or honest(feeds)
+    )
+    assert session.generate(rows) == wanted and counted == []
+    session.generate([*rows, Request("taste", TEXTS[2], max_new_tokens=2)])
+    assert counted == [1], "the encoder reads only the rows that nobody sent prompts for"
+
+
+OWN = "makes its own prompts; send none (only LoPA's may be computed by the client)"
+SHAPE = "expected finite numbers of shape [6, 32]"
+
+
+@pytest.mark.parametrize(
+    ("tenant", "prompts", "text"),
+    [
+        ("movies", np.zeros((4, 32)), f"request 1: tenant movies was trained with IAPT, which {OWN}"),
+        ("mood", np.zeros((4, 32)), f"request 1: tenant mood was trained with LAMP, which {OWN}"),
+        ("taste", np.zeros((4, 32)), f"request 1: the sent prompts have shape [4, 32], {SHAPE}"),
+        ("taste", np.zeros((1, 6, 32)), f"request 1: the sent prompts have shape [1, 6, 32], {SHAPE}"),
+        ("taste", np.full((6, 32), np.nan), f"request 1: the sent prompts have shape [6, 32], {SHAPE}"),
+    ],
+)
+def test_bad_sent_prompts(session: Session, tenant: str, prompts: np.ndarray, text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        session.generate([Request("movies", "yes"), Request(tenant, "yes", prompts=prompts)])
+    assert str(caught.value) == text
+
+
+def failed_stages(bundle: Path) -> set[str]:
+    """What a sabotaged bundle, whose hashes are all right, fails in."""
+    rehash(bundle)
+    outcome = validate(bundle)
+    assert outcome.code == 3, outcome.err
+    assert "differs from PyTorch in" in outcome.err
+    (target,) = json.loads(outcome.out)["targets"]
+    return {check["stage"] for check in target["checks"] if not check["passed"]}
+
+
+def swap_files(bundle: Path) -> None:
+    """Two tenants of one method get each other's shipped weights; LAMP's trained ones still say what it is."""
+    first, second = (bundle / f"tenants/{name}.safetensors" for name in ("topics", "mood"))
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+def edit_tenant(bundle: Path, name: str, **fields: Any) -> None:
+    tenants = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["tenants"]
+    change_manifest(bundle, tenants=[t | fields if t["name"] == name else t for t in tenants])
+
+
+SABOTAGES = {
+    "files swapped": swap_files,
+    "a path swapped": lambda b: edit_tenant(b, "mood", path="tenants/topics.safetensors"),
+    "a row of no method": lambda b: edit_tenant(b, "topics", method=None),
+    "a method's rows are nobody's": lambda b: between(b, "prefill.onnx", "prefix_tuning.tenant_index", "Min", -1),
+    "a method takes all rows": lambda b: between(b, "prefill.onnx", "prompt_tuning.tenant_index", "Max", 0),
+    "encoder reads padding": lambda b: between(b, "encoder.onnx", "attention_mask", "Max", 1),
+}
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_sabotage_is_found(bundle: Path, sabotage: str) -> None:
+    SABOTAGES[sabotage](bundle)
+    failed = failed_stages(bundle)
+    assert {"prefill logits", "greedy tokens"} <= failed
+    assert "generator" not in failed
+
+
+def test_a_tenant_of_a_method_that_its_file_does_not_fit(bundle: Path) -> None:
+    edit_tenant(bundle, "style", method="iapt")
+    rehash(bundle)
+    outcome = validate(bundle)
+    assert outcome.code == 1
+    assert "tenant style: down_weight has nothing, the bundle expects [1, 32, 8]" in outcome.err
+
+
+def test_a_tenant_without_a_file(bundle: Path) -> None:
+    edit_tenant(bundle, "style", path=None, trained="tenants/style.safetensors")
+    with pytest.raises(BundleError) as caught, Session.open(bundle):
+        pass
+    assert str(caught.value) == "tenant style is of method prefix_tuning but names no weights file"
+
+
+def test_no_runner_for_the_generators_is_needed_to_answer(build: TinyBuild, session: Session) -> None:
+    manifest = session.manifest
+    runners = open_runners(build.bundle, manifest.target())
+    del runners["generator"]
+    with Session(build.bundle, manifest, manifest.target(), runners) as other:
+        assert other.generate(requests()) == session.generate(requests())

@@ -1,0 +1,48 @@
+"""What the training tests share: one short run, and how to end it early."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainers.adapter import WEIGHTS_FILE
+from trainers.config import TrainConfig
+from trainers.loop import AdapterTrainer
+from trainers.method_configs import IAPTConfig
+from trainers.train import TrainResult, train
+
+METHOD = IAPTConfig(bottleneck=8)
+RUN = TrainConfig(
+    max_steps=6, batch_size=4, warmup_steps=2, logging_steps=1, max_eval_examples=8, learning_rate=1e-2, baseline=False
+)
+
+
+def quiet(_line: str) -> None:
+    """Progress is not under test here."""
+
+
+def run(backbone: str, data: Path, output: Path, method: Any = METHOD, **fields: Any) -> TrainResult:
+    return train(backbone, data, output, method, dataclasses.replace(RUN, **fields), say=quiet)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / WEIGHTS_FILE).read_bytes()
+
+
+class InterruptedRunError(Exception):
+    """Stands for Ctrl-C."""
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the coming run end after so many steps."""
+    step = AdapterTrainer.training_step
+
+    def interrupt(self: AdapterTrainer, *arguments: Any) -> Any:
+        if self.state.global_step == number:
+            raise InterruptedRunError
+        return step(self, *arguments)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", interrupt)

@@ -1,0 +1,168 @@
+"""Training every method: what the loop takes from a method, and that each one goes the whole way."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainers.runs import RUN, InterruptedRunError, interrupt_at, run, weights
+from trainers.adapter import load_adapter
+from trainers.errors import IaptError
+from trainers.evaluate import ClassificationReport
+from trainers.iapt import IAPT
+from trainers.loop import AdapterTrainer, PromptTuned
+from trainers.method_configs import (
+    METHOD_CONFIGS,
+    ADePTConfig,
+    IAPTConfig,
+    LAMPConfig,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    flag_name,
+)
+from trainers.methods import METHODS
+from trainers.train import evaluate_adapter, train
+
+OTHER_METHODS = [
+    *(cls() for cls in METHOD_CONFIGS.values() if cls is not IAPTConfig),
+    PrefixTuningConfig(projection=True),
+    ADePTConfig(decode_offset=True),
+]
+"""All but IAPT, whose training tests stand in test_train.py."""
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_every_method(backbone: str, data: Path, tmp_path: Path, name: str) -> None:
+    """It trains, saves, loads and evaluates, and the same seed gives the same bytes."""
+    method = METHOD_CONFIGS[name]()
+    fields: dict[str, Any] = {"max_steps": 2, "warmup_steps": 0, "learning_rate": 0.0}
+    result = run(backbone, data, tmp_path / "a", method, **fields)
+    torch.manual_seed(7)
+    run(backbone, data, tmp_path / "b", method, **fields)
+    run(backbone, data, tmp_path / "c", method, seed=1, **fields)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+    adapter = load_adapter(tmp_path / "a")
+    assert (adapter.config.method, adapter.config.peft_type) == (method, name)
+    assert adapter.config.num_kv_heads * adapter.config.head_dim == 16
+    assert bool(adapter.config.linears) == (name == "LORA")
+    assert isinstance(result.report, ClassificationReport)
+    assert isinstance(evaluate_adapter(backbone, tmp_path / "a", data, RUN), ClassificationReport)
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert f"--learning-rate {METHODS[name].learning_rate} " in card, "the method's own rate, not 0"
+    assert (f"--method {flag_name(name)} " in card) == (name != "IAPT")
+    assert "(arXiv 2" in card
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS, ids=lambda method: type(method).__name__)
+def test_two_steps_move_every_tensor(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    """Two, since some tensors stand behind one that starts at zero. No step of the backbone is taken."""
+    states: list[dict[str, torch.Tensor]] = []
+    forward = PromptTuned.forward
+
+    def watch(self: PromptTuned, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        states.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
+        return forward(self, **batch)
+
+    monkeypatch.setattr(PromptTuned, "forward", watch)
+    run(backbone, data, tmp_path / "a", method, max_steps=3, warmup_steps=0)
+    assert len(states) == 3
+    moved = {name for name, tensor in states[0].items() if not torch.equal(tensor, states[-1][name])}
+    assert moved == {name for name in states[0] if name.startswith("method.")}
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS, ids=lambda method: type(method).__name__)
+def test_every_method_resumes(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    fields: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.0}
+    run(backbone, data, tmp_path / "whole", method, **fields)
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(InterruptedRunError):
+        run(backbone, data, tmp_path / "cut", method, **fields)
+    monkeypatch.undo()
+    run(backbone, data, tmp_path / "cut", method, resume=True, **fields)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS, ids=lambda method: type(method).__name__)
+def test_every_method_in_bf16(backbone: str, data: Path, tmp_path: Path, method: Any) -> None:
+    """The backbone and the products in bf16, the trained tensors in fp32; evaluation is in bf16 throughout."""
+    result = run(backbone, data, tmp_path / "a", method, precision="bf16", max_steps=2, learning_rate=0.0)
+    exact = run(backbone, data, tmp_path / "b", method, max_steps=2, learning_rate=0.0)
+    losses = [[loss for _, loss in done.history] for done in (result, exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_start_sees_the_first_instruction(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        IAPT,
+        "start",
+        lambda _self, _model, tokenizer, ids: seen.append(tokenizer.decode(ids, skip_special_tokens=False)),
+    )
+    run(backbone, data, tmp_path / "a")
+    assert len(seen) == 1
+    assert seen[0].startswith("<|im_start|>system\nYou help.") and seen[0].endswith("<|im_start|>assistant\n")
+    run(backbone, data, tmp_path / "b", start="random")
+    assert len(seen) == 1
+
+
+def test_learning_rates_and_decay_per_parameter(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser has every trained tensor once, at the method's own multiple of the rate, decayed where it says."""
+    made: list[dict[str, tuple[float, float]]] = []
+    create = AdapterTrainer.create_optimizer
+
+    def watch(self: AdapterTrainer, *arguments: Any) -> Any:
+        optimizer = create(self, *arguments)
+        names = {id(parameter): name for name, parameter in self.method.named_parameters()}
+        groups = optimizer.param_groups
+        settings = [(names[id(p)], group["lr"], group["weight_decay"]) for group in groups for p in group["params"]]
+        assert len(settings) == len(names)
+        made.append({name: (rate, decay) for name, rate, decay in settings})
+        return optimizer
+
+    monkeypatch.setattr(AdapterTrainer, "create_optimizer", watch)
+    monkeypatch.setattr(METHODS["LAMP"], "learning_rate_factors", lambda _self: {"singular": 10.0, "left": 0.5})
+    fields: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.1, "warmup_steps": 0, "max_steps": 1}
+    lines: list[str] = []
+    config = dataclasses.replace(RUN, **fields)
+    train(backbone, data, tmp_path / "a", LAMPConfig(), config, say=lines.append)
+    assert made[-1] == {"left": (0.005, 0.1), "singular": (0.1, 0.0), "right": (0.01, 0.1)}
+    assert any("learning rate 1.0e-02" in line for line in lines), "the rate that is reported is the plain one"
+    run(backbone, data, tmp_path / "b", **fields)
+    decayed = {name for name, setting in made[-1].items() if setting == (0.01, 0.1)}
+    assert decayed == {"down_weight", "up_weight", "query"}
+    assert {made[-1][name] for name in set(made[-1]) - decayed} == {(0.01, 0.0)}
+
+
+def test_a_learning_rate_factor_scales_the_steps(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's first step is as long as the rate, so a tenth of the rate moves a tensor a tenth as far."""
+    fields: dict[str, Any] = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-3}
+    moved = []
+    for factor in (1.0, 0.1):
+        monkeypatch.setattr(METHODS["PROMPT_TUNING"], "learning_rate_factors", lambda _self, f=factor: {"prompt": f})
+        ends = []
+        for rate in (1e-3, 1e-12):
+            output = tmp_path / f"{factor}-{rate}"
+            run(backbone, data, output, PromptTuningConfig(), **{**fields, "learning_rate": rate})
+            ends.append(load_adapter(output).tensors["prompt"])
+        moved.append((ends[0] - ends[1]).abs().mean())
+    assert float(moved[0] / moved[1]) == pytest.approx(10, rel=0.01)
+
+
+def test_a_target_that_the_backbone_lacks(backbone: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(IaptError, match="LoRA's target_modules c_attn: the backbone's layers have no linear of that"):
+        run(backbone, data, tmp_path / "a", LoRAConfig(target_modules=("c_attn",)))

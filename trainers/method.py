@@ -1,0 +1,251 @@
+"""What a tuning method may do to a frozen decoder: the one contract that every method's file fills in.
+
+A method overrides what it changes and inherits "unchanged" for the rest:
+
+    prepare    anything it must know of the instruction beforehand             (LoPA)
+    embed      the embeddings of the tokens                                    (ADePT, DePT)
+    slots      the hidden states of the P prompt slots, right before a layer   (IAPT at every layer; prompt tuning at 0)
+    key_value  the keys and values of the slots inside a layer, after RoPE     (P-tuning v2)
+    project    the output of a linear layer                                    (LoRA)
+
+All are pure functions of ``weights``: name to tensor, each with a leading axis of 1 (one adapter for all rows)
+or B (each row its own tenant's). The trained module and the exported graph so run the same lines.
+
+Shapes: B batch, T tokens, P prompt slots, L layers, D hidden width, R rank or bottleneck, H key/value heads, K head
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+"""Parameter name to tensor ``[1 or B, ...]``."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a backbone that a method's tensors depend on."""
+
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    vocab_size: int = 0
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name of a linear layer within a decoder layer, such as ``self_attn.q_proj``, to (inputs, outputs)."""
+    layers_path: str = "model.layers"
+    """Name of the list of decoder layers within the model."""
+
+
+class Method(nn.Module):
+    """A method's trained tensors and what they do. Subclasses say which (`shapes`) and override the hooks."""
+
+    config: Any
+    decayed: ClassVar[tuple[str, ...]] = ()
+    """Parameters that weight decay acts on."""
+    learning_rate: ClassVar[float] = 3e-3
+    """Peak learning rate of AdamW where the user names none."""
+    in_decode: bool = False
+    """Whether generated tokens are treated too; else the decode step is the plain backbone's."""
+
+    def __init__(self, config: Any, sizes: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes = sizes
+        for name, shape in self.shapes(config, sizes).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.reset_parameters()
+
+    @staticmethod
+    def shapes(config: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every trained tensor, in the order in which files and graphs carry them."""
+        raise NotImplementedError
+
+    @property
+    def num_slots(self) -> int:
+        """P: cache entries that stand before the instruction."""
+        return int(self.config.prompt_length)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights from torch's current random state."""
+
+    def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
+        """Move the initial weights to where the frozen backbone is hurt least, before training.
+
+        Args:
+            backbone: the frozen causal LM.
+            tokenizer: its tokenizer.
+            instruction: token ids of one instruction, to see what instructions begin with.
+        """
+
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Parameter name to what the learning rate is multiplied by for it; 1 where it is not named."""
+        return {}
+
+    def weights(self) -> Weights:
+        """The trained tensors, with the row axis that the hooks expect."""
+        return {name: parameter[None] for name, parameter in self.named_parameters()}
+
+    def deployed(self) -> Method:
+        """The module that is shipped in its place: equal outputs, what can be computed beforehand computed."""
+        return self
+
+    def prepare(self, weights: Weights, backbone: Any, input_ids: Tensor, mask: Tensor) -> Weights:
+        """What must be known of the instruction before it is read: the weights, with tensors ``[B, ...]`` added.
+
+        Args:
+            weights: this method's tensors.
+            backbone: the frozen causal LM, with nothing inserted.
+            input_ids: ``[B, T]`` int64.
+            mask: ``[B, T]``, nonzero at instruction tokens.
+        """
+        return weights
+
+    def embed(self, weights: Weights, input_ids: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings ``[B, T, D]`` of ``input_ids [B, T]``; ``mask [B, T]`` is nonzero at instruction tokens."""
+        return embeddings
+
+    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What stands in the prompt slots right before ``layer``.
+
+        Args:
+            weights: this method's tensors.
+            layer: index of the layer.
+            slots: ``[B, P, D]``, what the layer before made of its slots; before layer 0 zeros, or the learned
+                absolute positions of a backbone that has such (GPT-2).
+            tokens: ``[B, T, D]``, the hidden states of the tokens right before the layer.
+            mask: ``[B, T]``, nonzero at instruction tokens (never padding, never the response).
+
+        Returns:
+            ``[B, P, D]``; the very tensor ``slots`` where nothing changes.
+        """
+        return slots
+
+    def key_value(self, weights: Weights, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, P, K]`` of the prompt slots in ``layer``, rotary positions applied already."""
+        return key, value
+
+    def project(self, weights: Weights, layer: int, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Output ``[B, T, N]`` of the linear layer ``name`` of ``layer`` for ``inputs [B, T, M]``."""
+        return outputs
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Linear layers that `project` changes, named as in `Sizes.linears`."""
+        return ()
+
+    @property
+    def changes_cache(self) -> bool:
+        """Whether `key_value` does anything."""
+        return False
+
+
+@dataclass
+class Part:
+    """A method with weights for the rows at hand."""
+
+    method: Method
+    weights: Weights
+    active: Tensor | None = None
+    """``[B]`` booleans, the rows that are of this method; None means all."""
+
+    def choose(self, changed: Tensor, unchanged: Tensor) -> Tensor:
+        """``changed`` in this part's rows, ``unchanged`` in all others."""
+        if self.active is None or changed is unchanged:
+            return changed
+        return torch.where(self.active.view(-1, *[1] * (changed.dim() - 1)), changed, unchanged)
+
+
+class Rows:
+    """What is done to each row of a batch: nothing, one method for all, or each row its own tenant's method.
+
+    Rows of methods with fewer slots leave the first ones empty: `slot_mask` hides them.
+    """
+
+    def __init__(self, *parts: Part) -> None:
+        self.parts = parts
+        self.num_slots = max((part.method.num_slots for part in parts), default=0)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows differ, so that slots may be empty in some."""
+        return any(part.active is not None for part in self.parts)
+
+    def slot_mask(self, mask: Tensor) -> Tensor:
+        """``[B, P]`` in the type of ``mask [B, T]``: 1 where a row has a prompt."""
+        if not self.mixed:
+            return mask.new_ones(mask.shape[0], self.num_slots)
+        place = torch.arange(self.num_slots, device=mask.device)
+        filled = torch.zeros(mask.shape[0], self.num_slots, dtype=torch.bool, device=mask.device)
+        for part in self.parts:
+            assert part.active is not None
+            filled = filled | (part.active[:, None] & (place >= self.num_slots - part.method.num_slots)[None])
+        return filled.to(mask.dtype)
+
+    def prepared(self, backbone: Any, input_ids: Tensor, mask: Tensor) -> Rows:
+        """These rows with what `Method.prepare` adds to their weights."""
+        return Rows(*(replace(p, weights=p.method.prepare(p.weights, backbone, input_ids, mask)) for p in self.parts))
+
+    def embed(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """See `Method.embed`."""
+        for part in self.parts:
+            changed = part.method.embed(part.weights, input_ids, embeddings, mask)
+            embeddings = part.choose(changed, embeddings)
+        return embeddings
+
+    def slots(self, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """See `Method.slots`; methods with fewer slots see the last ones."""
+        for part in self.parts:
+            empty = self.num_slots - part.method.num_slots
+            own = slots[:, empty:] if empty else slots
+            changed = part.method.slots(part.weights, layer, own, tokens, mask)
+            if changed is own:
+                continue
+            changed = changed.to(slots.dtype)
+            slots = part.choose(torch.cat([slots[:, :empty], changed], dim=1) if empty else changed, slots)
+        return slots
+
+    def key_value(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Method.key_value`; ``key`` and ``value`` are those of all slots."""
+        for part in self.parts:
+            if not part.method.changes_cache:
+                continue
+            empty = self.num_slots - part.method.num_slots
+            changed = part.method.key_value(part.weights, layer, key[:, :, empty:], value[:, :, empty:])
+            key, value = (
+                part.choose(torch.cat([old[:, :, :empty], new.to(old.dtype)], dim=2), old)
+                for old, new in zip((key, value), changed, strict=True)
+            )
+        return key, value
+
+    def project(self, layer: int, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `Method.project`."""
+        for part in self.parts:
+            if name in part.method.linear_names:
+                outputs = part.choose(part.method.project(part.weights, layer, name, inputs, outputs), outputs)
+        return outputs
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Linear layers that any part changes."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.method.linear_names))
+
+    @property
+    def changes_cache(self) -> bool:
+        """Whether any part sets keys and values."""
+        return any(part.method.changes_cache for part in self.parts)
+
+    @property
+    def in_decode(self) -> Rows:
+        """The parts that treat generated tokens too."""
+        return Rows(*(part for part in self.parts if part.method.in_decode))
+
+
+def rows_of(method: Method | None) -> Rows:
+    """One method for all rows, or the plain backbone."""
+    return Rows() if method is None else Rows(Part(method, method.weights()))

@@ -1,0 +1,49 @@
+"""Every method's module by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainers.adept import ADePT, TokenTable, TokenTableConfig
+from trainers.dept import DePT, PositionTable, PositionTableConfig
+from trainers.iapt import IAPT
+from trainers.lamp import LAMP
+from trainers.lopa import LoPA, SentPrompt, SentPromptConfig
+from trainers.lora import LoRA
+from trainers.method import Method, Sizes
+from trainers.method_configs import METHOD_CONFIGS, method_name
+from trainers.prefix_tuning import PrefixTuning
+from trainers.prompt_tuning import PromptTuning
+
+METHODS: dict[str, type[Method]] = {
+    "IAPT": IAPT,
+    "ADEPT": ADePT,
+    "LOPA": LoPA,
+    "LAMP": LAMP,
+    "DEPT": DePT,
+    "PROMPT_TUNING": PromptTuning,
+    "PREFIX_TUNING": PrefixTuning,
+    "LORA": LoRA,
+}
+FORMS: dict[str, type[Method]] = METHODS | {
+    "TOKEN_TABLE": TokenTable,
+    "POSITION_TABLE": PositionTable,
+    "SENT_PROMPT": SentPrompt,
+}
+"""What `trainers.method.Method.deployed` may return, by name."""
+FORM_CONFIGS: dict[str, Any] = METHOD_CONFIGS | {
+    "TOKEN_TABLE": TokenTableConfig,
+    "POSITION_TABLE": PositionTableConfig,
+    "SENT_PROMPT": SentPromptConfig,
+}
+"""The configuration of each form."""
+
+
+def new_method(config: Any, sizes: Sizes) -> Method:
+    """The module that a configuration describes, with initial weights."""
+    return METHODS[method_name(config)](config, sizes)
+
+
+def form_name(method: Method) -> str:
+    """The name in `FORMS` of a module's class."""
+    return next(name for name, cls in FORMS.items() if type(method) is cls)
