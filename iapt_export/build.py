@@ -17,6 +17,7 @@ from engines.tensorrt_flavour import check_target, load_tensorrt, runtime_versio
 from iapt_export import bundle as layout
 from iapt_export.errors import IaptError, ParityError
 from iapt_export.export import export_graphs
+from iapt_export.installed import computing_fields
 from iapt_export.interface import ModelShape, graph_specs
 from iapt_export.manifest import BackboneSpec, BundleManifest, GraphSpec, Ranges, TargetSpec, file_sha256
 from iapt_export.plan import (
@@ -36,6 +37,7 @@ from iapt_export.save import WEIGHTS_FILE
 from iapt_export.stages import check_output, content_key, default_cache, publish, run_stage, temporary_folder
 from trainers.backbone import Backbone, load_backbone
 from trainers.lora import merged
+from trainers.methods import form_name
 from validation.compare import Settings
 from validation.report import write_report
 from validation.summary import failure
@@ -133,7 +135,10 @@ class _Job:
         lora = self.tenants.merged
         inputs = {
             "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
-            "methods": [dataclasses.asdict(layout.method_spec(item)) for item in self.tenants.installed],
+            "methods": [
+                [item.name, form_name(item.stacked), computing_fields(item.stacked.config)]
+                for item in self.tenants.installed
+            ],
             "merged": layout.adapter_hashes(self.tenants.adapters) if lora else None,
             "variant": target.variant,
             "graphs": names,
