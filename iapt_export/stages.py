@@ -55,7 +55,11 @@ def run_stage(cache: Path, name: str, inputs: dict[str, Any], make: Callable[[Pa
         make(temporary)
         hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         write_atomically(temporary / STAGE_FILE, json.dumps({"inputs": inputs, "files": hashes}, indent=2).encode())
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not _is_whole(folder):  # else another build finished the same stage meanwhile, and its files serve
+                raise
     return folder, False
 
 
@@ -79,11 +83,18 @@ def temporary_folder(final: Path) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse to replace anything but a bundle.
+    """Refuse to replace anything but a bundle; put back one that a killed build had moved aside.
 
     Raises:
         IaptError: something else stands there.
     """
+    for aside in output.parent.glob(f".{output.name}.old-*"):
+        if _is_alive(aside.name.rsplit("-", 1)[1]):
+            continue
+        if output.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, output)
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() and not _is_bundle(output):

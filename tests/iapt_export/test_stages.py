@@ -116,6 +116,44 @@ def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: Any) -> None:
     assert run_stage(tmp_path, "graphs", INPUTS, make)[1]
 
 
+def test_a_stage_that_another_build_finished_meanwhile_is_used(tmp_path: Path) -> None:
+    def make_while_another_build_does(folder: Path) -> None:
+        Maker()(folder)
+        other = tmp_path / "other"
+        made, _ = run_stage(other, "graphs", INPUTS, Maker())
+        made.rename(tmp_path / "cache" / made.name)
+
+    folder, found = run_stage(tmp_path / "cache", "graphs", INPUTS, make_while_another_build_does)
+    assert not found
+    assert (folder / STAGE_FILE).is_file()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_a_broken_folder_in_the_way_is_an_error(tmp_path: Path) -> None:
+    def make_while_something_blocks(folder: Path) -> None:
+        Maker()(folder)
+        final = tmp_path / folder.name.split(".building-")[0].removeprefix(".")
+        final.mkdir()
+        (final / "half").write_text("written", encoding="utf-8")
+
+    with pytest.raises(OSError, match="not empty"):
+        run_stage(tmp_path, "graphs", INPUTS, make_while_something_blocks)
+
+
+@pytest.mark.parametrize("stands", [False, True])
+def test_a_bundle_that_a_killed_build_moved_aside_comes_back(tmp_path: Path, dead_process: int, stands: bool) -> None:
+    output = tmp_path / "bundle"
+    aside = tmp_path / f".bundle.old-{dead_process}"
+    fields = {"schema_version": 2, "build_key": "old", "tenants": []}
+    for folder in [aside, *([output] if stands else [])]:
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps(fields | {"build_key": folder.name}), encoding="utf-8")
+    check_output(output)
+    assert not aside.exists()
+    kept = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["build_key"]
+    assert kept == ("bundle" if stands else aside.name)
+
+
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path, dead_process: int) -> None:
     final = tmp_path / "bundle"
     dead = tmp_path / f".bundle.building-{dead_process}"
