@@ -48,6 +48,11 @@ def load_tenants(bundle: Path, manifest: BundleManifest, target: TargetSpec) -> 
         for weight in method.weights:
             name = f"{method.name}.{weight.name}"
             stacks[name] = cast(np.stack([file[weight.name] for file in files]), types[name])
+            if not np.isfinite(stacks[name].astype(np.float32)).all():
+                raise BundleError(
+                    f"method {method.name}: a tenant's {weight.name} has numbers too large for {types[name]}; "
+                    "build for fp32 or bf16"
+                )
     return stacks
 
 
@@ -74,4 +79,5 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
         import ml_dtypes
 
         return array.astype(ml_dtypes.bfloat16)
-    return array.astype(NUMPY_TYPES[dtype])
+    with np.errstate(over="ignore"):  # callers look for infinities
+        return array.astype(NUMPY_TYPES[dtype])

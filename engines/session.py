@@ -263,10 +263,11 @@ class Session(Activated):
                 f"request {index}: tenant {tenant.name} was trained with {tenant.trained_form}, which makes its own "
                 "prompts; send none (only LoPA's may be computed by the client)"
             )
-        if list(prompts.shape) != spec.shape[1:] or not np.isfinite(prompts).all():
+        finite = np.isfinite(cast(prompts, spec.dtype).astype(np.float32)).all()
+        if list(prompts.shape) != spec.shape[1:] or not finite:
             raise IaptError(
                 f"request {index}: the sent prompts have shape {list(prompts.shape)}, expected finite numbers of "
-                f"shape {spec.shape[1:]}"
+                f"shape {spec.shape[1:]} in {spec.dtype}"
             )
 
     def _check(self, rows: list[_Row]) -> None:

@@ -65,7 +65,7 @@ def build_bundle(args: argparse.Namespace) -> None:
         )
         ranges = plan_ranges({name: getattr(args, name) for name in ("batch", "sequence", "past", "tenants")})
         spec = layout.backbone_spec(backbone)
-        check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters))
+        check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
         settings = {
             "targets": [dataclasses.asdict(target) for target in targets],
             "ranges": dataclasses.asdict(ranges),

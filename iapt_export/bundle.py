@@ -36,6 +36,7 @@ from trainers.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
 from trainers.methods import FORMS, form_name
 
 TENANTS_FOLDER = "tenants"
+TRAINED_FOLDER = "trained"
 EXPORT_PACKAGES = ("iapt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 """Packages whose versions may change what an export writes."""
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
@@ -97,7 +98,8 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path) -> TenantSpec:
         _save_tensors(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors")
     trained = shipped is None or shipped.keys() != adapter.tensors.keys()
     if trained:
-        _save_tensors(adapter.tensors, bundle / TENANTS_FOLDER / f"{name}.trained.safetensors")
+        (bundle / TENANTS_FOLDER / TRAINED_FOLDER).mkdir(exist_ok=True)
+        _save_tensors(adapter.tensors, bundle / TENANTS_FOLDER / TRAINED_FOLDER / f"{name}.safetensors")
     examples = None if adapter.path is None else adapter.path / EXAMPLES_FILE
     if examples is not None and examples.is_file():
         (bundle / TENANTS_FOLDER / f"{name}.{EXAMPLES_FILE}").write_bytes(examples.read_bytes())
@@ -109,7 +111,7 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path) -> TenantSpec:
         path=f"{TENANTS_FOLDER}/{name}.safetensors" if shipped else None,
         trained_form=adapter.config.peft_type,
         trained_config=dataclasses.asdict(adapter.config.method),
-        trained=f"{TENANTS_FOLDER}/{name}.trained.safetensors" if trained else None,
+        trained=f"{TENANTS_FOLDER}/{TRAINED_FOLDER}/{name}.safetensors" if trained else None,
         prompt_format=adapter.config.prompt_format,
         labels=list(adapter.config.labels),
         examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
@@ -184,7 +186,13 @@ def export_versions() -> dict[str, str]:
     root = Path(__file__).resolve().parent
     exporter = [root / f"{name}.py" for name in ("export", "installed", "interface", "save", "trace", "twins")]
     exporter += sorted((root / "passes").glob("*.py")) + sorted((root / "ops").glob("*.py"))
-    names = ("insertion", "method", "rational", *(cls.__module__.rpartition(".")[2] for cls in FORMS.values()))
+    names = (
+        "insertion",
+        "method",
+        "method_configs",
+        "rational",
+        *(cls.__module__.rpartition(".")[2] for cls in FORMS.values()),
+    )
     traced = [root.parent / "trainers" / f"{name}.py" for name in sorted(set(names))]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in exporter + traced)).hexdigest()
     return {name: version for name, version in versions().items() if name in EXPORT_PACKAGES} | {"code": code}

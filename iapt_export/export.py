@@ -1,4 +1,4 @@
-"""Backbone and generator contract in, ONNX graphs out: trace, pass, save."""
+"""Backbone and methods in, ONNX graphs out: trace, pass, save."""
 
 from __future__ import annotations
 

@@ -73,11 +73,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return super()._get_help_string(action)
 
 
-def _model(command: argparse.ArgumentParser, *, required: bool, text: str) -> None:
+def _model(command: argparse.ArgumentParser, *, required: bool, text: str, unset: Any = None) -> None:
     group = command.add_argument_group("backbone")
     group.add_argument("--model", "-m", required=required, metavar="M", help=text)
-    group.add_argument("--revision", metavar="REV", help="commit or branch of the model on the hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code from the model's repository")
+    group.add_argument("--revision", metavar="REV", default=unset, help="commit or branch of the model on the hub")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=unset or False,
+        help="run code from the model's repository",
+    )
 
 
 def _method_of(argv: list[str]) -> str:
@@ -98,7 +103,7 @@ def _method_of(argv: list[str]) -> str:
 
 
 def _train(command: argparse.ArgumentParser, method: str) -> None:
-    _model(command, required=False, text="Hugging Face id, local folder, or GGUF file")
+    _model(command, required=False, text="Hugging Face id, local folder, or GGUF file", unset=argparse.SUPPRESS)
     command.add_argument(
         "--data",
         metavar="FILE.jsonl",
@@ -121,6 +126,8 @@ def _train(command: argparse.ArgumentParser, method: str) -> None:
     for group, cls in ((choice, own), (command.add_argument_group("training"), TrainConfig)):
         texts = field_help(cls)
         for field in dataclasses.fields(cls):
+            if field.name in ("revision", "trust_remote_code"):
+                continue  # every command that loads a backbone has them
             text = f"{texts[field.name]} (default: {_shown(field.default)})".replace("%", "%%")
             group.add_argument(_flag(field.name), dest=field.name, default=argparse.SUPPRESS, metavar="X", help=text)
 
@@ -153,7 +160,7 @@ def _build(command: argparse.ArgumentParser) -> None:
     ranges = command.add_argument_group("ranges that graphs and engines are built for: MAX, or MIN:OPT:MAX")
     ranges.add_argument("--batch", default="1:4:8", help="rows of one batch")
     ranges.add_argument("--sequence", default="1:64:512", help="instruction tokens of a row")
-    ranges.add_argument("--past", default="5:256:1024", help="cache entries of a row: prompts, instruction, answer")
+    ranges.add_argument("--past", default="1:256:1024", help="cache entries of a row: prompts, instruction, answer")
     ranges.add_argument("--tenants", default="1:4:64", help="tenants installed side by side")
     methods = command.add_argument_group("methods")
     methods.add_argument(

@@ -162,6 +162,8 @@ def installed_from_manifest(manifest: BundleManifest, backbone: Any) -> list[Ins
 def computing_fields(config: Any) -> tuple[tuple[str, Any], ...]:
     """A configuration's fields that change what is computed, not how weights were found."""
     fields = dataclasses.asdict(config)
+    if "target_modules" in fields:  # LoRA's, in whatever order they were named
+        fields["target_modules"] = tuple(sorted(fields["target_modules"]))
     return tuple(sorted((name, value) for name, value in fields.items() if name not in TRAINING_FIELDS))
 
 

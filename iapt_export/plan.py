@@ -105,7 +105,7 @@ def plan_ranges(texts: dict[str, str]) -> Ranges:
     return Ranges(**{name: parse_range(text, name) for name, text in texts.items()})
 
 
-def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_tenants: int) -> None:
+def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_tenants: int, fewest: int = 1) -> None:
     """Refuse ranges that contradict each other, the backbone or the tenants.
 
     Raises:
@@ -118,6 +118,13 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
         )
     if ranges.past.max + 1 > max_positions:
         problems.append(f"--past {ranges.past.max} is more than the backbone's {max_positions} positions less one")
+    if ranges.past.min > prompt_length + ranges.sequence.min:
+        problems.append(
+            f"--past from {ranges.past.min} leaves out an instruction of {ranges.sequence.min} tokens after "
+            f"{prompt_length} prompt rows"
+        )
+    if fewest < ranges.tenants.min:
+        problems.append(f"a method has {fewest} tenants, --tenants starts at {ranges.tenants.min}")
     if num_tenants > ranges.tenants.max:
         problems.append(f"{num_tenants} adapters are more than --tenants {ranges.tenants.max}")
     if problems:
@@ -170,6 +177,12 @@ class TenantPlan:
     def num_slots(self) -> int:
         """Prompt slots of the bundle's cache."""
         return max((item.method.num_slots for item in self.installed), default=0)
+
+    @property
+    def fewest(self) -> int:
+        """Tenants of the method that has fewest."""
+        owners = list(self.owner.values())
+        return min(owners.count(owner) for owner in owners)
 
 
 def plan_tenants(

@@ -272,7 +272,9 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
 
 
 def _is_stock_peft(fields: dict[str, Any]) -> bool:
-    return "schema_version" not in fields and fields.get("peft_type") in PEFT_TYPES
+    """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
+    own = set(METHOD_CONFIGS) - set(PEFT_TYPES)
+    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in own
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -87,6 +87,10 @@ class TrainConfig:
     """Go on from the newest checkpoint of the same output."""
     seed: int = 0
     """Decides initial weights, order of the data, the held-out part and the evaluation sample."""
+    revision: str = ""
+    """Commit or branch of the backbone on the hub; empty takes the newest."""
+    trust_remote_code: bool = False
+    """Run code from the backbone's repository."""
     base_model_name: str = ""
     """Name of the backbone to write into the adapter and its card; empty writes --model's value."""
     data_note: str = ""
@@ -192,6 +196,8 @@ def summary_of(cls: type[Any]) -> str:
 
 def _converted(name: str, value: Any, kind: str, source: str) -> Any:
     """Turn a text into the field's type (YAML reads 1e-3 as text); other values pass, and the class checks them."""
+    if kind == _NAMES and isinstance(value, list):
+        return tuple(value)
     if not isinstance(value, str) or kind not in ("int", "float", "bool", _NAMES):
         return value
     if kind == _NAMES:

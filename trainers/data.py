@@ -237,7 +237,7 @@ def collate(items: Sequence[Item], pad_token_id: int) -> dict[str, Tensor]:
 
     Returns:
         int64 tensors ``[B, T]``: ``input_ids``; ``attention_mask`` (1 at real tokens); ``instruction_mask`` (1 at
-        the tokens that generators may read); ``labels`` (the response's ids, -100 elsewhere).
+        the tokens that methods may read); ``labels`` (the response's ids, -100 elsewhere).
     """
     width = max(len(item["input_ids"]) for item in items)
     ids = torch.full((len(items), width), pad_token_id, dtype=torch.long)

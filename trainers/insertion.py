@@ -56,9 +56,15 @@ def sizes_of(backbone: Any) -> Sizes:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
-        linears={name: _linear_size(module) for name, module in linear_layers(decoder_layers(backbone)[0]).items()},
+        linears=_common_linears(decoder_layers(backbone)),
         layers_path=layers_path(backbone),
     )
+
+
+def _common_linears(layers: nn.ModuleList) -> dict[str, tuple[int, int]]:
+    """The linear layers that every decoder layer has in one size; some decoders mix dense and sparse layers."""
+    first, *others = [{name: _linear_size(module) for name, module in linear_layers(layer).items()} for layer in layers]
+    return {name: size for name, size in first.items() if all(other.get(name) == size for other in others)}
 
 
 def linear_layers(layer: nn.Module) -> dict[str, nn.Module]:
@@ -104,15 +110,18 @@ def read_instruction(
     if rows.changes_cache and cache is None:
         cache = DynamicCache()  # where keys and values pass by, also in training
 
+    # without a prompt in front, padding on the left sees nothing; what runtimes make of that may be NaN, and spreads
+    sees_nothing = rows.mixed or count == 0
+
     def replace(layer: int, hidden: Tensor) -> Tensor:
-        if rows.mixed:  # an empty slot that sees nothing must not turn into NaN
+        if sees_nothing:
             hidden = hidden.masked_fill(mask[..., None] == 0, 0)
         slots = hidden[:, :count]
         changed = rows.slots(layer, slots, hidden[:, count:], readable)
         return hidden if changed is slots else torch.cat([changed, hidden[:, count:]], dim=1)
 
     with ExitStack() as stack:
-        if count or rows.mixed:
+        if count or sees_nothing:
             stack.enter_context(_hooked(decoder_layers(backbone), replace))
         if rows.changes_cache:
             stack.enter_context(_cache_filled(cache, rows))

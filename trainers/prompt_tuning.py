@@ -59,11 +59,12 @@ def initial_prompt(config: Any, length: int, backbone: Any, tokenizer: Any, inst
     """
     if config.init == "random":
         return None
-    table = backbone.get_input_embeddings().weight
+    table = backbone.get_input_embeddings()
     if config.init == "vocabulary":
-        ids = torch.randint(len(table), (length,)).tolist()
+        ids = torch.randint(table.num_embeddings, (length,)).tolist()
     else:
         text = tokenizer(config.init_text, add_special_tokens=False)["input_ids"] or instruction
         ids = (text * (length // len(text) + 1))[:length]
     ids[0] = instruction[0]
-    return table[torch.tensor(ids, device=table.device)].float().cpu()
+    # through the module and not its weight, because some backbones scale what it returns
+    return table(torch.tensor(ids, device=table.weight.device)).float().cpu()

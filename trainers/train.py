@@ -154,7 +154,7 @@ def evaluate_adapter(
         IaptError: bad data or adapter, or an adapter for another backbone.
     """
     config = config or TrainConfig()
-    backbone = load_backbone(model_name, dtype=config.precision)
+    backbone = _load(model_name, config)
     loaded = load_adapter(adapter, backbone) if adapter is not None else None
     examples = read_examples(data)
     prompt_format = resolve_prompt_format(backbone.tokenizer, config.prompt_format)
@@ -194,7 +194,7 @@ def _setup(model_name: str, data: Path, method: Any, config: TrainConfig, work: 
             raise IaptError(f"{config.eval_file} has responses that the training data lacks: {', '.join(strange[:5])}")
     else:
         training, held_out = split_holdout(examples, config.holdout, config.seed)
-    backbone = load_backbone(model_name, dtype=config.precision)
+    backbone = _load(model_name, config)
     if backbone.tokenizer is None:
         raise IaptError(f"the backbone {model_name} has no tokenizer; training needs one")
     set_seed(config.seed)
@@ -300,7 +300,7 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     """Score the adapter as it was saved, and the plain backbone."""
     config, backbone = setup.config, setup.backbone
     if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
-        backbone = load_backbone(backbone.name_or_path, dtype=config.precision)
+        backbone = _load(backbone.name_or_path, config)
     task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
     method = load_adapter(setup.work / "adapter").module()
     say(f"evaluating the adapter on {len(setup.evaluation)} examples")
@@ -336,6 +336,15 @@ def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command
         result.output.rename(setup.work / "replaced")
     staged.rename(result.output)
     shutil.rmtree(setup.work)
+
+
+def _load(name: str, config: TrainConfig) -> Backbone:
+    return load_backbone(
+        name,
+        dtype=config.precision,
+        revision=config.revision or None,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _pad(tokenizer: Any) -> int:

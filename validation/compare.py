@@ -59,7 +59,7 @@ class _Errors:
 def measure_truth(
     bundle: Path, manifest: BundleManifest, reference: Reference, settings: Settings, on_step: OnStep
 ) -> list[Truth]:
-    """The reference's answers to the bundle's prompts, logits and caches kept for the first batch."""
+    """The reference's answers to the bundle's prompts, logits and caches kept for a full batch and each tenant."""
     target = manifest.target()
     codec = Session(bundle, manifest, target, {}).codec
     prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.new_tokens)
@@ -67,9 +67,14 @@ def measure_truth(
         reference,
         prompts,
         new_tokens=settings.new_tokens,
-        num_kept=manifest.ranges.batch.max,
+        num_kept=_num_kept(manifest),
         on_step=lambda: on_step("PyTorch generates the reference"),
     )
+
+
+def _num_kept(manifest: BundleManifest) -> int:
+    """Prompts whose logits and caches are compared: a full batch, and one of each tenant; they stand first."""
+    return max(manifest.ranges.batch.max, len(manifest.tenants))
 
 
 def compare_target(
@@ -87,18 +92,23 @@ def compare_target(
     started = time.perf_counter()
     errors = _Errors()
     target = session.target
-    first = truths[: session.manifest.ranges.batch.max]
-    on_step(f"{target.name}: generators")
+    size = session.manifest.ranges.batch.max
+    first = truths[: _num_kept(session.manifest)]
     if "generator" in target.graphs:
+        on_step(f"{target.name}: generators")
         generated = {spec.name for spec in session.manifest.methods if spec.form == "IAPT"}
         one_each = list(
             {
                 t.prompt.tenant: t for t in truths if session.manifest.tenant(t.prompt.tenant).method in generated
             }.values()
         )
-        for start in range(0, len(one_each), len(first)):
-            _compare_generator(session, reference, one_each[start : start + len(first)], errors)
-    for case, rows in (("mixed tenants, left padding", first), ("one row", truths[:1])):
+        for start in range(0, len(one_each), size):
+            _compare_generator(session, reference, one_each[start : start + size], errors)
+    methods = {tenant.name: tenant.method for tenant in session.manifest.tenants}
+    one_of_each = {methods[truth.prompt.tenant]: truth for truth in reversed(first)}
+    batches = [("mixed tenants, left padding", first[start : start + size]) for start in range(0, len(first), size)]
+    batches += [("one row", [truth]) for truth in reversed(one_of_each.values())]
+    for case, rows in batches:
         on_step(f"{target.name}: prefill and decode, {case}")
         _compare_steps(session, f"batch {len(rows)}, {case}", rows, errors)
     tokens = _compare_tokens(session, truths, settings, errors, on_step)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from engines.loading import load_tenants
 from engines.runner import Arrays
 from engines.sampling import Sampling
 from engines.session import Request, Session, Token, past_from_present
@@ -275,6 +276,17 @@ def test_a_damaged_tenant(tiny_bundle: Path, damage: Any, text: str) -> None:
     with pytest.raises(BundleError) as caught, Session.open(tiny_bundle, verify=False):
         pass
     assert text in str(caught.value)
+
+
+def test_a_weight_that_the_targets_type_cannot_hold(tiny_bundle: Path) -> None:
+    change(tiny_bundle / "tenants/beta.safetensors", "up_bias", np.full((1, 32), 1e6, np.float32))
+    manifest = BundleManifest.load(tiny_bundle)
+    target = manifest.target()
+    prefill = target.graphs["prefill"]
+    halves = [dataclasses.replace(t, dtype="fp16") if t.dtype == "fp32" else t for t in prefill.inputs]
+    graphs = {"prefill": dataclasses.replace(prefill, inputs=halves)}
+    with pytest.raises(BundleError, match="method iapt: a tenant's up_bias has numbers too large for fp16; build for"):
+        load_tenants(tiny_bundle, manifest, dataclasses.replace(target, graphs=graphs))
 
 
 def change(path: Path, name: str, array: np.ndarray | None) -> None:

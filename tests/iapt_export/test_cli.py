@@ -56,8 +56,9 @@ def test_help_of_train_explains_every_setting_of_the_method_asked_for(name: str)
     shown = wrapped(run("train", *asked, "--help").out)
     for cls in (METHOD_CONFIGS[name], TrainConfig):
         for field, text in field_help(cls).items():
-            assert f"--{field.replace('_', '-')} " in shown
-            assert wrapped(text)[:30] in shown
+            if field not in ("revision", "trust_remote_code"):  # every command that loads a backbone words them alike
+                assert f"--{field.replace('_', '-')} " in shown
+                assert wrapped(text)[:30] in shown
     for other, cls in METHOD_CONFIGS.items():
         assert summary_of(cls)[:40] in shown
         assert (f" {flag_name(other)} {summary_of(cls)[:20]}" in shown) == (other != name), "the others, a line each"
@@ -294,3 +295,19 @@ def test_a_defect_keeps_its_trace(tiny_build: TinyBuild, monkeypatch: pytest.Mon
     monkeypatch.setattr("iapt_export.manifest.BundleManifest.load", fail)
     with pytest.raises(OSError, match="a defect"):
         run("validate", tiny_build.bundle)
+
+
+def test_the_backbones_revision_and_code_reach_the_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, object] = {}
+
+    def load(name: str, **arguments: object) -> None:
+        asked.update(arguments, name=name)
+        raise IaptError("stop here")
+
+    monkeypatch.setattr("trainers.train.load_backbone", load)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"prompt": "{i}", "completion": "yes"}}\n' for i in range(20)), encoding="utf-8")
+    places = [f"--data={data}", f"--output={tmp_path / 'a'}"]
+    outcome = run("train", "--model=org/m", *places, "--revision=abc", "--trust-remote-code")
+    assert (outcome.code, "stop here" in outcome.err) == (1, True)
+    assert asked == {"name": "org/m", "dtype": "fp32", "revision": "abc", "trust_remote_code": True}

@@ -34,7 +34,7 @@ from iapt_export.manifest import (
 
 def example(bundle: Path) -> BundleManifest:
     """A small manifest, with the files that it names."""
-    names = ("movies", "style", "jokes", "merged.trained")
+    names = ("movies", "style", "jokes", "trained/merged")
     contents = {"prefill.onnx": b"one", "notes": b"", **{f"tenants/{name}.safetensors": b"two" for name in names}}
     files = {}
     for name, data in contents.items():
@@ -56,7 +56,7 @@ def example(bundle: Path) -> BundleManifest:
         tenants=[
             TenantSpec("style", "lora", "tenants/style.safetensors", "LORA", {"rank": 2}, "plain"),
             TenantSpec("movies", "iapt", "tenants/movies.safetensors", "IAPT", {}, "chat", ["good", "bad"]),
-            TenantSpec("merged", None, None, "LORA", {}, "plain", trained="tenants/merged.trained.safetensors"),
+            TenantSpec("merged", None, None, "LORA", {}, "plain", trained="tenants/trained/merged.safetensors"),
             TenantSpec("jokes", "lora", "tenants/jokes.safetensors", "LORA", {"rank": 2}, "plain"),
         ],
         op_domain="ai.iapt",

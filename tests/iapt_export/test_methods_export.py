@@ -194,7 +194,7 @@ def test_the_tenants_tell(exports: Exports, case: str) -> None:
     assert all(worst(right[row], wrong[row]) > 1e-2 for row in range(3))
 
 
-@pytest.mark.parametrize("case", IN_DECODE - SLOW)
+@pytest.mark.parametrize("case", sorted(IN_DECODE - SLOW))
 def test_the_tenants_tell_in_decode_steps_too(exports: Exports, case: str) -> None:
     exported = exports[case]
     tokens = [[5], [6], [7]]

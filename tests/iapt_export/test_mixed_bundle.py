@@ -103,7 +103,7 @@ def test_the_manifest_tells_who_is_what(build: TinyBuild) -> None:
         "lopa": 6,
     }
     assert manifest.num_slots == 7
-    assert [tenant.trained for tenant in manifest.tenants if tenant.trained] == ["tenants/mood.trained.safetensors"]
+    assert [tenant.trained for tenant in manifest.tenants if tenant.trained] == ["tenants/trained/mood.safetensors"]
     assert set(manifest.target().graphs) == {"encoder", "prefill", "decode", "generator"}
     outcome = run("inspect", build.bundle)
     assert "prefix_tuning: PREFIX_TUNING, 7 prompt slots" in outcome.out
@@ -223,7 +223,7 @@ def test_the_encoder_does_not_run_where_it_is_not_needed(
 
 
 OWN = "makes its own prompts; send none (only LoPA's may be computed by the client)"
-SHAPE = "expected finite numbers of shape [6, 32]"
+SHAPE = "expected finite numbers of shape [6, 32] in fp32"
 
 
 @pytest.mark.parametrize(

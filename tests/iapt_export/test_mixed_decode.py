@@ -156,7 +156,7 @@ def test_folded_offsets_answer_as_unfolded_ones(tmp_path: Path, tiny_build: Tiny
     folded = built(tmp_path, tiny_build, ["words", "topics"], "--fold-embeddings")
     manifest = BundleManifest.load(folded.bundle)
     assert (manifest.tenant("words").method, manifest.tenant("words").trained_form) == ("token_table", "ADEPT")
-    assert manifest.tenant("words").trained == "tenants/words.trained.safetensors"
+    assert manifest.tenant("words").trained == "tenants/trained/words.safetensors"
     assert inputs(folded.bundle / "decode.onnx") == {"token_table"}
     assert answers(folded.bundle, "words") == answers(build.bundle, "words")
 

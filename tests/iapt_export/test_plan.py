@@ -144,6 +144,16 @@ def test_all_contradictions_are_listed() -> None:
     )
 
 
+def test_ranges_that_start_too_late_are_refused() -> None:
+    late = dataclasses.replace(RANGES, past=Range(9, 64, 1024), tenants=Range(2, 4, 64))
+    with pytest.raises(IaptError) as caught:
+        check_ranges(late, 4, 8192, 3, fewest=1)
+    assert str(caught.value) == (
+        "--past from 9 leaves out an instruction of 1 tokens after 4 prompt rows; "
+        "a method has 1 tenants, --tenants starts at 2"
+    )
+
+
 def test_tenants_are_named_after_their_folders_unless_told(tiny_build: TinyBuild, backbone: Backbone) -> None:
     folders = tiny_build.adapters
     tenants = load_tenants([str(folders["alpha"]), f"second={folders['beta']}", f"{folders['gamma']}/"], backbone)

@@ -95,7 +95,7 @@ def test_every_field_has_a_help_text_of_its_own() -> None:
 def test_no_field_name_is_in_both_configurations(cls: type) -> None:
     names = [{field.name for field in dataclasses.fields(item)} for item in (cls, TrainConfig)]
     assert not names[0] & names[1]
-    others = {"model", "revision", "trust_remote_code", "data", "output", "config", "method", "json", "quiet", "debug"}
+    others = {"model", "data", "output", "config", "method", "json", "quiet", "debug"}
     assert not (names[0] | names[1]) & others, "flags of the train command"
 
 
@@ -119,6 +119,8 @@ def test_flat_fields_are_sorted_and_converted() -> None:
     assert training == TrainConfig(learning_rate=1e-3, seed=3)
     named, _ = configs_from_fields(LoRAConfig, {"target_modules": "q_proj, o_proj", "alpha": "4"}, "flags")
     assert named == LoRAConfig(target_modules=("q_proj", "o_proj"), alpha=4.0)
+    listed, _ = configs_from_fields(LoRAConfig, {"target_modules": ["q_proj", "o_proj"], "alpha": 4}, "train.yaml")
+    assert listed == named
 
 
 @pytest.mark.parametrize(

@@ -241,8 +241,9 @@ def test_unfitting_prompt_options_are_named(kind: str, options: dict[str, Any], 
 
 def test_other_methods_of_peft(tmp_path: Path) -> None:
     folder = directory(tmp_path, {"peft_type": "IA3"}, {"x": torch.zeros(1)})
-    with pytest.raises(IaptError, match="PEFT's method 'IA3' is not supported; use one of PROMPT_TUNING, PREFIX"):
-        adapter_from_peft(folder, backbone_of(tiny_llama()))
+    for load in (adapter_from_peft, load_adapter):
+        with pytest.raises(IaptError, match="PEFT's method 'IA3' is not supported; use one of PROMPT_TUNING, PREFIX"):
+            load(folder, backbone_of(tiny_llama()))
 
 
 def test_missing_number_of_tokens(tmp_path: Path) -> None:
