@@ -111,7 +111,7 @@ def read_instruction(
         cache = DynamicCache()  # where keys and values pass by, also in training
 
     # without a prompt in front, padding on the left sees nothing; what runtimes make of that may be NaN, and spreads
-    sees_nothing = rows.mixed or count == 0
+    sees_nothing = rows.mixed or (bool(rows.parts) and count == 0)
 
     def replace(layer: int, hidden: Tensor) -> Tensor:
         if sees_nothing:
