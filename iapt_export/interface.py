@@ -9,6 +9,7 @@ from iapt_export.errors import IaptError
 from iapt_export.installed import Installed, in_decode
 from iapt_export.manifest import SENT_PROMPTS, TENANT_INDEX, GraphSpec, TensorSpec
 from trainers.iapt import IAPT
+from trainers.insertion import kv_sizes
 
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""
@@ -39,11 +40,12 @@ class ModelShape:
                 f"the backbone's config ({type(config).__name__}) states no hidden_size, num_hidden_layers, "
                 "num_attention_heads or vocab_size; only decoder-only language models can be exported"
             )
+        num_kv_heads, head_dim = kv_sizes(config)
         return cls(
             hidden_size=width,
             num_layers=layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or width // heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             vocab_size=vocab,
             max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
         )

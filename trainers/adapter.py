@@ -164,7 +164,7 @@ def load_adapter(folder: str | Path, backbone: Backbone | None = None) -> Adapte
         tensors = read_tensors(folder)
         if config.peft_type in PEFT_TYPES:
             tensors = from_peft_tensors(config.method, tensors, config.sizes, str(path))
-    raise_problems(f"{path}", _tensor_problems(config, tensors))
+    raise_problems(f"{path}", tensor_problems(METHODS[config.peft_type].shapes(config.method, config.sizes), tensors))
     return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()}, folder)
 
 
@@ -285,8 +285,8 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(_is_count(size, least=1) for size in value)
 
 
-def _tensor_problems(config: AdapterConfig, tensors: dict[str, Tensor]) -> list[str]:
-    expected = METHODS[config.peft_type].shapes(config.method, config.sizes)
+def tensor_problems(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> list[str]:
+    """One line for each tensor that is missing, strange, of another shape or type, or not finite."""
     problems = [f"tensor {name} is missing" for name in expected if name not in tensors]
     problems += [f"tensor {name} is not part of the method" for name in tensors if name not in expected]
     for name, shape in expected.items():

@@ -17,17 +17,16 @@ An offset depends on its token's id alone, so all V can be computed beforehand: 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainers.method import Method, Sizes, Weights
+from trainers.method import Sizes, Weights
 from trainers.method_configs import ADePTConfig
-from trainers.prompt_tuning import initial_prompt
+from trainers.prompt_tuning import SoftPrompt
 
 
-class ADePT(Method):
+class ADePT(SoftPrompt):
     """A prompt and the offset network; the LM head keeps the backbone's own table, also where the two are tied."""
 
     config: ADePTConfig
@@ -59,19 +58,9 @@ class ADePT(Method):
         """The network moves every token, instructions included, and wants smaller steps than the prompt."""
         return dict.fromkeys(("down_weight", "down_bias", "up_weight", "up_bias"), 1 / 30)
 
-    def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
-        """Begin with real tokens' embeddings, see `trainers.prompt_tuning.initial_prompt`."""
-        initial = initial_prompt(self.config, self.config.prompt_length, backbone, tokenizer, instruction)
-        if initial is not None:
-            self.get_parameter("prompt").data.copy_(initial)
-
     def embed(self, weights: Weights, input_ids: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
         """E' at the tokens that have an offset, E at all others."""
         return offset_where(self.config.decode_offset, mask, offset(weights, embeddings), embeddings)
-
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0, as in prompt tuning."""
-        return slots + weights["prompt"] if layer == 0 else slots
 
     @torch.no_grad()
     def folded(self, embedding_table: Tensor) -> TokenTable:
@@ -100,7 +89,7 @@ class TokenTableConfig:
     """Take generated tokens' embeddings from the table as well."""
 
 
-class TokenTable(Method):
+class TokenTable(SoftPrompt):
     """A folded ADePT: ``prompt [P, D]``, and ``table [V, D]`` with the offset embedding of every token.
 
     Its ``weights`` may hold a whole bank ``table [N, V, D]`` and, for each row, the table that is the row's:
@@ -127,10 +116,6 @@ class TokenTable(Method):
         else:  # 0, 0, ... for one table, 0, 1, 2, ... for one each: without asking a traced size which it is
             row = torch.arange(table.shape[0], device=table.device).expand(input_ids.shape[0])
         return offset_where(self.config.decode_offset, mask, table[row[:, None], input_ids], embeddings)
-
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0, as in prompt tuning."""
-        return slots + weights["prompt"] if layer == 0 else slots
 
 
 def offset(weights: Weights, embeddings: Tensor) -> Tensor:

@@ -174,10 +174,15 @@ def read_train_file(path: str | Path) -> dict[str, Any]:
 
 
 def field_help(cls: type[Any]) -> dict[str, str]:
-    """Field name to the string that stands below the field in the source: its help text."""
+    """Field name to the string that stands below the field in the source, inherited ones first: its help text."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts = {}
+    texts = {
+        name: text
+        for base in cls.__bases__
+        if dataclasses.is_dataclass(base)
+        for name, text in field_help(base).items()
+    }
     for field, text in itertools.pairwise(body.body):
         if (
             isinstance(field, ast.AnnAssign)

@@ -17,17 +17,16 @@ The offset is the same for every input, so c A B is computed beforehand: `DePT.d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainers.method import Method, Sizes, Weights
+from trainers.method import Sizes, Weights
 from trainers.method_configs import DePTConfig
-from trainers.prompt_tuning import initial_prompt
+from trainers.prompt_tuning import SoftPrompt
 
 
-class DePT(Method):
+class DePT(SoftPrompt):
     """Three tensors: ``prompt [P, D]``, ``left [S, R]`` and ``right [R, D]``."""
 
     config: DePTConfig
@@ -58,21 +57,11 @@ class DePT(Method):
         """The factors move many tokens at once, and want smaller steps than the prompt."""
         return dict.fromkeys(("left", "right"), 1 / 30)
 
-    def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
-        """Begin with real tokens' embeddings, see `trainers.prompt_tuning.initial_prompt`."""
-        initial = initial_prompt(self.config, self.config.prompt_length, backbone, tokenizer, instruction)
-        if initial is not None:
-            self.get_parameter("prompt").data.copy_(initial)
-
     def embed(self, weights: Weights, input_ids: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
         """E' at the first S instruction tokens, E at all others."""
         left, has_offset = by_position(weights["left"], mask)  # [B, T, R]
         changed = embeddings + self.scale * (left @ weights["right"])
         return torch.where(has_offset, changed.to(embeddings.dtype), embeddings)
-
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0, as in prompt tuning."""
-        return slots + weights["prompt"] if layer == 0 else slots
 
     @torch.no_grad()
     def deployed(self) -> PositionTable:
@@ -94,7 +83,7 @@ class PositionTableConfig:
     """Instruction tokens that get an offset (S)."""
 
 
-class PositionTable(Method):
+class PositionTable(SoftPrompt):
     """A deployed DePT: ``prompt [P, D]``, and ``offset [S, D]`` with what is added to the j-th instruction token."""
 
     config: PositionTableConfig
@@ -109,10 +98,6 @@ class PositionTable(Method):
         """The embeddings plus the offset of their position, as `DePT.embed` has it."""
         offset, has_offset = by_position(weights["offset"], mask)  # [B, T, D]
         return torch.where(has_offset, (embeddings + offset).to(embeddings.dtype), embeddings)
-
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0, as in prompt tuning."""
-        return slots + weights["prompt"] if layer == 0 else slots
 
 
 def by_position(table: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

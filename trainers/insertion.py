@@ -49,16 +49,23 @@ def layers_path(backbone: Any) -> str:
 def sizes_of(backbone: Any) -> Sizes:
     """The sizes that methods' tensors depend on, linear layers included."""
     config = backbone.config
-    heads = config.num_attention_heads
+    num_kv_heads, head_dim = kv_sizes(config)
     return Sizes(
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         linears=_common_linears(decoder_layers(backbone)),
         layers_path=layers_path(backbone),
     )
+
+
+def kv_sizes(config: Any) -> tuple[int, int]:
+    """Key/value heads H and head width K of a transformers config, which states them only where they are unusual."""
+    heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def _common_linears(layers: nn.ModuleList) -> dict[str, tuple[int, int]]:

@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from trainers.errors import IaptError
-from trainers.method import Method, Sizes, Weights
+from trainers.method import Sizes, Weights
 from trainers.method_configs import LAMPConfig, PromptTuningConfig
-from trainers.prompt_tuning import PromptTuning, initial_prompt
+from trainers.prompt_tuning import PromptTuning, SoftPrompt, initial_prompt
 
 LEAST_SQUARE = 1e-12
 """Stands for the sum of squares of a prompt that is all zeros."""
 
 
-class LAMP(Method):
+class LAMP(SoftPrompt):
     """Three tensors: ``left [s, R]`` (U), ``singular [R]`` (Q) and ``right [R, D]`` (V^T)."""
 
     config: LAMPConfig
@@ -83,7 +83,7 @@ class LAMP(Method):
         for name, values in zip(("left", "singular", "right"), kept, strict=True):
             self.get_parameter(name).copy_(values)
 
-    def prompt(self, weights: Weights) -> Tensor:
+    def soft_prompt(self, weights: Weights) -> Tensor:
         """The prompt ``[1 or B, P, D]`` that the factors describe."""
         coordinates = weights["left"] * weights["singular"][:, None]  # W [B, s, R]
         gram = coordinates.transpose(1, 2) @ coordinates  # [B, R, R]
@@ -93,13 +93,9 @@ class LAMP(Method):
         pooled = mixed.unflatten(1, (self.config.prompt_length, self.config.window)).mean(dim=2)  # [B, P, R]
         return pooled @ weights["right"]
 
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0, as in prompt tuning."""
-        return slots + self.prompt(weights) if layer == 0 else slots
-
     @torch.no_grad()
     def deployed(self) -> PromptTuning:
         """Prompt tuning with the prompt that the factors describe."""
         constant = PromptTuning(PromptTuningConfig(prompt_length=self.config.prompt_length), self.sizes)
-        constant.load_state_dict({"prompt": self.prompt(self.weights())[0]}, assign=True)
+        constant.load_state_dict({"prompt": self.soft_prompt(self.weights())[0]}, assign=True)
         return constant

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from trainers.insertion import last_token, positions
-from trainers.method import Method, Sizes, Weights
+from trainers.method import Sizes, Weights
 from trainers.method_configs import LoPAConfig
-from trainers.prompt_tuning import initial_prompt
+from trainers.prompt_tuning import SoftPrompt, initial_prompt
 
 
-class LoPA(Method):
+class LoPA(SoftPrompt):
     """The task prompt and the two heads.
 
     Tensors: ``prompt [P, D]``; for the head of U ``left_in_weight [D, H]``, ``left_in_bias [H]``, ``left_out_weight
@@ -98,9 +98,9 @@ class LoPA(Method):
             encoding = self.encode(backbone, input_ids, mask)
         return {**weights, "prompts": self.instance_prompt(weights, encoding)}
 
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Z before layer 0, as the prompt in prompt tuning."""
-        return slots + weights["prompts"] if layer == 0 else slots
+    def soft_prompt(self, weights: Weights) -> Tensor:
+        """Z, as `prepare` left it among the weights."""
+        return weights["prompts"]
 
     def deployed(self) -> SentPrompt:
         """What the backbone's graphs need of it: a place for prompts that are computed elsewhere."""
@@ -115,7 +115,7 @@ class SentPromptConfig:
     """Soft tokens (P)."""
 
 
-class SentPrompt(Method):
+class SentPrompt(SoftPrompt):
     """Prompts that come with the request. No tensors of its own; ``weights`` is ``{"prompts": [B, P, D]}``."""
 
     config: SentPromptConfig
@@ -125,9 +125,9 @@ class SentPrompt(Method):
         """None; see `trainers.method.Method.shapes`."""
         return {}
 
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompts before layer 0, as in prompt tuning."""
-        return slots + weights["prompts"] if layer == 0 else slots
+    def soft_prompt(self, weights: Weights) -> Tensor:
+        """What came with the request."""
+        return weights["prompts"]
 
 
 def lopa_shapes(config: LoPAConfig, encoder_width: int, hidden_size: int) -> dict[str, tuple[int, ...]]:

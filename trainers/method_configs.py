@@ -93,7 +93,17 @@ class IAPTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuningConfig:
+class _Words:
+    """Where a prompt starts that stands before the embedded input."""
+
+    init: Initial = "text"
+    """Initial prompt: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
+    init_text: str = INITIAL_TEXT
+    """The text that an initial prompt of words repeats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(_Words):
     """Prompt tuning (arXiv 2104.08691): P trained vectors before the embedded input. PEFT's ``PROMPT_TUNING``.
 
     Raises:
@@ -102,10 +112,6 @@ class PromptTuningConfig:
 
     prompt_length: int = 20
     """Soft tokens (P)."""
-    init: Initial = "text"
-    """Initial prompt: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
-    init_text: str = INITIAL_TEXT
-    """The text that an initial prompt of words repeats."""
 
     def __post_init__(self) -> None:
         problems = choice_problems(self) + range_problems(self, prompt_length=(1, MAX_PROMPT))
@@ -136,7 +142,7 @@ class PrefixTuningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADePTConfig:
+class ADePTConfig(_Words):
     """ADePT (arXiv 2501.03291): a soft prompt, and an offset to every token's embedding by a shared small network.
 
     Raises:
@@ -149,10 +155,6 @@ class ADePTConfig:
     """Width of the offset network (R)."""
     decode_offset: bool = False
     """Offset generated tokens as well; then the decode step depends on the tenant. Training follows this choice."""
-    init: Initial = "text"
-    """Initial prompt: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
-    init_text: str = INITIAL_TEXT
-    """The text that an initial prompt of words repeats."""
 
     def __post_init__(self) -> None:
         problems = choice_problems(self)
@@ -161,7 +163,7 @@ class ADePTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DePTConfig:
+class DePTConfig(_Words):
     """DePT (arXiv 2309.05173): a shorter soft prompt, and a low-rank offset by the token's position.
 
     Raises:
@@ -176,10 +178,6 @@ class DePTConfig:
     """Instruction tokens that get an offset (S); later ones keep their embeddings."""
     alpha: float = 8.0
     """The offsets are scaled by alpha / sqrt(rank)."""
-    init: Initial = "text"
-    """Initial prompt: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
-    init_text: str = INITIAL_TEXT
-    """The text that an initial prompt of words repeats."""
 
     def __post_init__(self) -> None:
         problems = choice_problems(self)
@@ -190,7 +188,7 @@ class DePTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoPAConfig:
+class LoPAConfig(_Words):
     """LoPA (arXiv 2405.15282): a task prompt times a gate that a frozen encoder's view of the instruction opens.
 
     Raises:
@@ -203,10 +201,6 @@ class LoPAConfig:
     """Rank of the instance prompt (R)."""
     head_width: int = 0
     """Hidden width of the two heads; 0 takes the encoder's width."""
-    init: Initial = "text"
-    """Initial task prompt: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
-    init_text: str = INITIAL_TEXT
-    """The text that an initial prompt of words repeats."""
 
     def __post_init__(self) -> None:
         problems = choice_problems(self)
@@ -215,7 +209,7 @@ class LoPAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAMPConfig:
+class LAMPConfig(_Words):
     """LAMP (arXiv 2502.12200), our reading: a soft prompt as truncated SVD, its tokens mixed, then averaged in blocks.
 
     The paper's compressed outer product was not available to us; docs/methods.md says what stands in its place.
@@ -230,10 +224,6 @@ class LAMPConfig:
     """Singular values that are kept (R)."""
     window: int = 5
     """Rows averaged into one soft token; P = init_length / window."""
-    init: Initial = "text"
-    """The prompt that is decomposed: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
-    init_text: str = INITIAL_TEXT
-    """The text that an initial prompt of words repeats."""
 
     @property
     def prompt_length(self) -> int:

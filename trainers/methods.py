@@ -8,7 +8,7 @@ from trainers.adept import ADePT, TokenTable, TokenTableConfig
 from trainers.dept import DePT, PositionTable, PositionTableConfig
 from trainers.iapt import IAPT
 from trainers.lamp import LAMP
-from trainers.lopa import LoPA, SentPrompt, SentPromptConfig
+from trainers.lopa import LoPA
 from trainers.lora import LoRA
 from trainers.method import Method, Sizes
 from trainers.method_configs import METHOD_CONFIGS, method_name
@@ -28,13 +28,12 @@ METHODS: dict[str, type[Method]] = {
 FORMS: dict[str, type[Method]] = METHODS | {
     "TOKEN_TABLE": TokenTable,
     "POSITION_TABLE": PositionTable,
-    "SENT_PROMPT": SentPrompt,
 }
-"""What `trainers.method.Method.deployed` may return, by name."""
-FORM_CONFIGS: dict[str, Any] = METHOD_CONFIGS | {
+"""What the tenants of a bundle may be shipped as, by name."""
+FORM_CONFIGS: dict[str, Any] = {
+    **METHOD_CONFIGS,
     "TOKEN_TABLE": TokenTableConfig,
     "POSITION_TABLE": PositionTableConfig,
-    "SENT_PROMPT": SentPromptConfig,
 }
 """The configuration of each form."""
 

@@ -193,19 +193,9 @@ def _peft_shapes(method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(method: Any, peft_tensors: dict[str, Tensor], sizes: Sizes, source: str) -> None:
-    expected = _peft_shapes(method, sizes)
-    problems = [f"tensor {name} is missing" for name in expected if name not in peft_tensors]
-    problems += [f"tensor {name} is not part of the method" for name in peft_tensors if name not in expected]
-    for name, shape in expected.items():
-        tensor = peft_tensors.get(name)
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
-        elif not tensor.is_floating_point():
-            problems.append(f"tensor {name} has type {tensor.dtype}, expected a floating type")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"tensor {name} holds NaN or infinity; train the adapter again with a lower learning rate")
+    from trainers.adapter import tensor_problems
+
+    problems = tensor_problems(_peft_shapes(method, sizes), peft_tensors)
     if len(problems) > MAX_PROBLEMS:
         problems = [*problems[: MAX_PROBLEMS - 1], f"and {len(problems) - MAX_PROBLEMS + 1} tensors more"]
     raise_problems(f"{source}: the tensors do not fit the configuration and the backbone", problems)

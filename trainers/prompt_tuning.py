@@ -14,8 +14,26 @@ from trainers.method import Method, Sizes, Weights
 from trainers.method_configs import PromptTuningConfig
 
 
-class PromptTuning(Method):
-    """One tensor, ``prompt [P, D]``; the layers carry it on like any token."""
+class SoftPrompt(Method):
+    """What all methods share that put a prompt before the embedded input; the layers carry it on like any token."""
+
+    def soft_prompt(self, weights: Weights) -> Tensor:
+        """The prompt ``[1 or B, P, D]``."""
+        return weights["prompt"]
+
+    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The prompt before layer 0, added to learned absolute positions where the backbone has them."""
+        return slots + self.soft_prompt(weights) if layer == 0 else slots
+
+    def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
+        """Begin with real tokens' embeddings, see `initial_prompt`."""
+        initial = initial_prompt(self.config, self.config.prompt_length, backbone, tokenizer, instruction)
+        if initial is not None:
+            self.get_parameter("prompt").data.copy_(initial)
+
+
+class PromptTuning(SoftPrompt):
+    """One tensor, ``prompt [P, D]``."""
 
     config: PromptTuningConfig
     learning_rate = 1e-2
@@ -28,19 +46,6 @@ class PromptTuning(Method):
     def reset_parameters(self) -> None:
         """Draw the prompt from N(0, 0.02)."""
         nn.init.normal_(self.get_parameter("prompt"), std=0.02)
-
-    def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
-        """Begin with real tokens' embeddings, see `initial_prompt`."""
-        initial = initial_prompt(self.config, self.config.prompt_length, backbone, tokenizer, instruction)
-        if initial is not None:
-            self.get_parameter("prompt").data.copy_(initial)
-
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0; from there on it is a row like any other.
-
-        Added to what stands there: zeros, or the learned absolute positions of a backbone that has such (GPT-2).
-        """
-        return slots + weights["prompt"] if layer == 0 else slots
 
 
 @torch.no_grad()

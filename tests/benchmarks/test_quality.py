@@ -15,6 +15,7 @@ from benchmarks.quality_plan import (
     BUDGETS,
     CLASSIFICATION,
     GENERATION,
+    MAX_CHARACTERS,
     METHOD_VARIANTS,
     NUM_PARAMETERS,
     PHASES,
@@ -24,7 +25,15 @@ from benchmarks.quality_plan import (
     runs_of,
     variants,
 )
-from benchmarks.quality_records import chosen_rates, make_record, make_splits, read_records, record_path, write_json
+from benchmarks.quality_records import (
+    as_plain,
+    chosen_rates,
+    make_record,
+    make_splits,
+    read_records,
+    record_path,
+    write_json,
+)
 from benchmarks.quality_report import Cell, average_ranks, comparisons, main_cells, ranks, write_report
 from trainers.method_configs import METHOD_CONFIGS, method_name
 
@@ -129,9 +138,20 @@ def test_splits_are_disjoint_and_stay_the_same(tmp_path):
     rows = {name: path.read_text(encoding="utf-8").splitlines() for name, path in paths.items()}
     assert {name: len(lines) for name, lines in rows.items()} == {"train": 500, "validation": 100, "test": 300}
     assert len(set().union(*rows.values())) == 900
-    assert set(rows["test"]) <= set(held_out.read_text(encoding="utf-8").splitlines())
+    assert set(rows["test"]) <= {as_plain(line) for line in held_out.read_text(encoding="utf-8").splitlines()}
     again = make_splits(training, held_out, tmp_path / "again", budget)
     assert all(paths[name].read_bytes() == again[name].read_bytes() for name in paths)
+
+
+def test_rows_become_plain_instructions():
+    row = {"instruction": "Good or bad?", "input": "word " * 50, "output": "good"}
+    made = json.loads(as_plain(json.dumps(row)))
+    text, question, cue = made["instruction"].split("\n")
+    assert (question, cue, made["output"]) == ("Good or bad?", "Answer:", "good")
+    assert text.split() == ["word"] * (MAX_CHARACTERS // 5)
+    assert (
+        json.loads(as_plain(json.dumps({"instruction": "Write.", "output": "x"})))["instruction"] == "Write.\nAnswer:"
+    )
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_parameter_count() -> None:
 
 def test_definition_written_out() -> None:
     method = lamp(tiny_llama())
-    prompt = method.prompt(method.weights()).detach()[0]
+    prompt = method.soft_prompt(method.weights()).detach()[0]
     assert prompt.shape == (4, 32)
     np.testing.assert_allclose(prompt.numpy(), prompt_by_hand(method), atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_starts_near_the_averages_of_real_tokens() -> None:
     rebuilt = (weights["left"][0] * weights["singular"][0]) @ weights["right"][0]
     torch.testing.assert_close(rebuilt, initial, atol=1e-5, rtol=1e-5)
     before = initial.unflatten(0, (4, 3)).mean(dim=1) @ weights["right"][0].T  # [P, R] along each direction
-    after = method.prompt(weights)[0] @ weights["right"][0].T
+    after = method.soft_prompt(weights)[0] @ weights["right"][0].T
     firm = before.abs() > 1e-4
     ratio = (after / before)[firm].detach()
     assert float(ratio.min()) > 0.99 and float(ratio.max()) < 2.01
@@ -110,7 +110,7 @@ def test_random_start_is_of_the_size_it_names() -> None:
 def test_prompt_of_zeros_stays_finite() -> None:
     method = lamp(tiny_llama())
     method.get_parameter("singular").data.zero_()
-    method.prompt(method.weights()).sum().backward()
+    method.soft_prompt(method.weights()).sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in method.parameters() if parameter.grad is not None)
 
 
