@@ -174,7 +174,7 @@ class Run:
             warmup_steps=min(self.budget.warmup_steps, self.budget.steps // 2),
             max_instruction_tokens=MAX_TOKENS,
             max_response_tokens=MAX_RESPONSE_TOKENS,
-            prompt_format="plain",
+            prompt_format="chat",
             task="generation" if self.task in GENERATION else "classification",
             max_eval_examples=0,  # the split's file is the fixed sample; this would draw another one for each seed
             eval_batch_size=32,

@@ -15,6 +15,7 @@ from benchmarks.quality_plan import (
     GENERATION,
     MAX_CHARACTERS,
     MAX_RESPONSE_TOKENS,
+    MAX_TOKENS,
     NUM_PARAMETERS,
     TASKS,
     TUNED_ON,
@@ -274,8 +275,8 @@ def limits(budget: Budget, records: Records) -> list[str]:
         f"- {budget.steps} steps of {budget.batch_size} examples are a short training: methods that learn slowly look "
         "worse than they would in a long one.",
         f"- One backbone of 135 million parameters, dequantised from 4 bits. Texts are cut at {MAX_CHARACTERS} "
-        f"characters and stand without the chat template, free answers are cut at {MAX_RESPONSE_TOKENS} tokens; loss is in nats per token, measured with the "
-        "right answer given, and says little of how generated text reads.",
+        f"characters or {MAX_TOKENS} tokens of instruction, free answers at {MAX_RESPONSE_TOKENS} tokens; loss is in "
+        "nats per token, measured with the right answer given, and says little of how generated text reads.",
         "- The data sets stand in for well-known ones and are none of them: VADER movie snippets are sentences of "
         "film reviews with raters' means, the headlines carry a sarcasm mark, Reuters R8 is the 8-topic part of "
         "Reuters-21578 with texts cut, the Alpaca-style answers are the demonstration sample that LLaMA-Factory "

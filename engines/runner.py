@@ -13,7 +13,14 @@ from iapt_export.manifest import GraphSpec
 
 Arrays = dict[str, np.ndarray]
 
-NUMPY_TYPES = {"int64": "int64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NUMPY_TYPES = {
+    "int64": "int64",
+    "int32": "int32",
+    "bool": "bool",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 """Tensor types of the manifest to NumPy's names (``bfloat16`` comes with ml_dtypes)."""
 
 

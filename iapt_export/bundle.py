@@ -146,8 +146,8 @@ def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpe
 
 
 def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
-    """The graphs that engines are built from; the generators alone are only ever compared, not served."""
-    return tuple(name for name in specs if name != "generator")
+    """The graphs that TensorRT engines are built from; ``serve`` has an operator of ONNX Runtime."""
+    return tuple(name for name in specs if name not in ("serve", "generator"))
 
 
 def new_manifest(

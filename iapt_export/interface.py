@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from iapt_export.errors import IaptError
+from iapt_export.in_place import needs_flag
 from iapt_export.installed import Installed, in_decode
-from iapt_export.manifest import SENT_PROMPTS, TENANT_INDEX, GraphSpec, TensorSpec
+from iapt_export.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, GraphSpec, TensorSpec
 from trainers.iapt import IAPT
 from trainers.insertion import kv_sizes
 
@@ -68,8 +69,8 @@ def graph_specs(installed: list[Installed], shape: ModelShape, dtype: str) -> di
         dtype: ``fp32``, ``fp16`` or ``bf16``.
 
     Returns:
-        ``prefill`` and ``decode``, ``encoder`` where a method computes its prompts beforehand, ``generator``
-        where a method generates prompts at every layer.
+        ``prefill``, ``decode`` and ``serve``, ``encoder`` where a method computes its prompts beforehand,
+        ``generator`` where a method generates prompts at every layer.
     """
     tokens = [TensorSpec(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask")]
     logits = TensorSpec("logits", dtype, ["batch", 1, shape.vocab_size])
@@ -88,9 +89,20 @@ def graph_specs(installed: list[Installed], shape: ModelShape, dtype: str) -> di
         *cache("past_key_values", "past"),
         *taken(in_decode(installed)),
     ]
+    flag = [TensorSpec(READS_INSTRUCTION, "bool", [])] if needs_flag([item.method for item in installed]) else []
+    serve_inputs = [
+        TensorSpec("input_ids", "int64", ["batch", "sequence"]),
+        TensorSpec("position_ids", "int64", ["batch", "sequence"]),
+        TensorSpec("seqlens_k", "int32", ["batch"]),
+        TensorSpec("total_sequence_length", "int32", []),
+        *cache("past_key_values", "capacity"),
+        *flag,
+        *taken(installed),
+    ]
     specs = {
         "prefill": GraphSpec("prefill.onnx", [*tokens, *taken(installed)], [logits, *cache("present", "present")]),
         "decode": GraphSpec("decode.onnx", decode_inputs, [logits, *cache("present", "total")]),
+        "serve": GraphSpec("serve.onnx", serve_inputs, [logits, *cache("present", "capacity")]),
     }
     for item in installed:
         if item.encoder:

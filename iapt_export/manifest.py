@@ -22,11 +22,14 @@ from iapt_export.errors import BundleError
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
-GRAPHS = ("encoder", "prefill", "decode", "generator")
-"""The graphs that a bundle may have, in the order in which they run; prefill and decode are always there.
+GRAPHS = ("encoder", "prefill", "decode", "serve", "generator")
+"""The graphs that a bundle may have.
 
-``encoder`` makes LoPA's prompts, ``generator`` is IAPT's generators alone, for comparison.
+``prefill`` and ``decode`` are of standard operators. ``serve`` is both in one, over a cache that is written in place,
+for ONNX Runtime. ``encoder`` makes LoPA's prompts, ``generator`` is IAPT's generators alone, for comparison.
 """
+READS_INSTRUCTION = "reads_instruction"
+"""Input of ``serve``, a boolean: whether this step reads instructions or goes on from them."""
 TENANT_INDEX = "tenant_index"
 """``METHOD.tenant_index [B]`` is the input that says which entry of a method's stack a row uses, -1 for none."""
 SENT_PROMPTS = "prompts"
@@ -39,7 +42,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    """``int64``, ``fp32``, ``fp16`` or ``bf16``."""
+    """``int64``, ``int32``, ``bool``, ``fp32``, ``fp16`` or ``bf16``."""
     shape: list[int | str]
     """Fixed sizes as numbers, dynamic ones by name (see the legend)."""
 

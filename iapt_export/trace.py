@@ -17,15 +17,23 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from iapt_export.errors import IaptError
+from iapt_export.in_place import in_place_attention
 from iapt_export.installed import Installed
 from iapt_export.manifest import GraphSpec, TensorSpec
-from iapt_export.ops.rational import translation_table
+from iapt_export.ops import rational, serving
 from iapt_export.twins import TWINS
 
 ATTENTION = "iapt_export"
-EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "tenants": 3}
+EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
-TORCH_TYPES = {"int64": torch.int64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_TYPES = {
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: GraphSpec, opset: int) -> ir.Model:
@@ -48,7 +56,8 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     num_plain = twin.num_plain
     examples = [_example(tensor) for tensor in spec.inputs]
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
-    with exportable(backbone), _quiet(), torch.no_grad():
+    attention = in_place_attention if name == "serve" else exportable
+    with attention(backbone), _quiet(), torch.no_grad():
         try:
             program = torch.export.export(
                 twin.eval(),
@@ -63,7 +72,7 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
                 opset_version=opset,
                 optimize=False,  # the default rewriter takes a minute on 30 layers; ours is iapt_export.passes
                 verbose=False,
-                custom_translation_table=translation_table(),
+                custom_translation_table=rational.translation_table() | serving.translation_table(),
             )
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
             raise IaptError(
@@ -111,9 +120,9 @@ def _first_line(error: BaseException) -> str:
 def _example(tensor: TensorSpec) -> Tensor:
     # a method's own number of tenants is called tenants_METHOD
     sizes = [EXAMPLE_SIZES[size.split("_")[0]] if isinstance(size, str) else size for size in tensor.shape]
-    if tensor.dtype == "int64":
-        # ones are right for token ids, masks, positions and tenant numbers alike
-        return torch.ones(sizes, dtype=torch.int64)
+    if tensor.dtype in ("int64", "int32", "bool"):
+        # ones are right for token ids, masks, positions, lengths, flags and tenant numbers alike
+        return torch.ones(sizes, dtype=TORCH_TYPES[tensor.dtype])
     return torch.full(sizes, 0.01, dtype=TORCH_TYPES[tensor.dtype])
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from iapt_export.in_place import Step, serve
 from iapt_export.installed import Installed, in_decode, rows_from_inputs
 from iapt_export.interface import generators
-from iapt_export.manifest import GraphSpec
+from iapt_export.manifest import READS_INSTRUCTION, GraphSpec
 from trainers.insertion import continue_from, last_token, read_instruction
 
 
@@ -85,6 +86,28 @@ class DecodeTwin(Twin):
         return (output.logits, *flatten(cache))
 
 
+class ServeTwin(Twin):
+    """Prefill and decode in one graph, over a cache that is written in place; see `iapt_export.in_place`."""
+
+    num_plain = 4
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        rest: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """``input_ids, position_ids [B, T]``, ``seqlens_k [B]``, buffers ``[B, H, C, K]`` to logits ``[B, 1, V]``."""
+        inputs = self.named(rest)
+        past = [tensor for name, tensor in inputs.items() if name.startswith("past_key_values.")]
+        flag = inputs.get(READS_INSTRUCTION)
+        step = Step(position_ids, seqlens_k, total_sequence_length, past, flag)
+        logits = serve(self.backbone, rows_from_inputs(self.installed, inputs), input_ids, step)
+        return (logits, *step.present)
+
+
 class GeneratorTwin(Twin):
     """IAPT's generators alone: every layer's prompts from every layer's hidden states."""
 
@@ -101,6 +124,7 @@ TWINS: dict[str, type[Twin]] = {
     "encoder": EncoderTwin,
     "prefill": PrefillTwin,
     "decode": DecodeTwin,
+    "serve": ServeTwin,
     "generator": GeneratorTwin,
 }
 

@@ -129,11 +129,11 @@ def read_instruction(
 
     with ExitStack() as stack:
         if count or sees_nothing:
-            stack.enter_context(_hooked(decoder_layers(backbone), replace))
+            stack.enter_context(hooked(decoder_layers(backbone), replace))
         if rows.changes_cache:
             stack.enter_context(_cache_filled(cache, rows))
-        stack.enter_context(_projected(backbone, rows))
-        stack.enter_context(_selected(backbone, select))
+        stack.enter_context(projected(backbone, rows))
+        stack.enter_context(selected(backbone, select))
         return backbone(
             inputs_embeds=torch.cat(
                 [embeddings.new_zeros(embeddings.shape[0], count, embeddings.shape[2]), embeddings], 1
@@ -172,7 +172,7 @@ def continue_from(
     tokens: dict[str, Tensor] = {"input_ids": input_ids}
     if rows.parts:
         tokens = {"inputs_embeds": rows.embed(input_ids, backbone.get_input_embeddings()(input_ids), own)}
-    with _projected(backbone, rows):
+    with projected(backbone, rows):
         return backbone(
             **tokens,
             attention_mask=mask,
@@ -194,7 +194,7 @@ def last_token(mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(layers: nn.ModuleList, replace: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+def hooked(layers: nn.ModuleList, replace: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Pass every layer's input through ``replace(layer, hidden)`` while the context is open."""
 
     def hook_for(index: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -231,7 +231,7 @@ def _cache_filled(cache: DynamicCache, rows: Rows) -> Iterator[None]:
 
 
 @contextmanager
-def _projected(backbone: Any, rows: Rows) -> Iterator[None]:
+def projected(backbone: Any, rows: Rows) -> Iterator[None]:
     """Pass the outputs of linear layers through the rows while the context is open."""
 
     def hook_for(layer: int, name: str) -> Callable[..., Tensor]:
@@ -246,7 +246,7 @@ def _projected(backbone: Any, rows: Rows) -> Iterator[None]:
 
 
 @contextmanager
-def _selected(backbone: Any, select: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+def selected(backbone: Any, select: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
     """Apply ``select`` to what enters the LM head while the context is open."""
     if select is None:
         yield

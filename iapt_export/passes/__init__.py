@@ -33,6 +33,7 @@ from iapt_export.passes.fold_constants import FoldConstantsPass
 from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
+from iapt_export.passes.sink_into_if import SinkIntoIfPass
 
 
 def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], opset: int) -> ir.passes.Sequential:
@@ -56,6 +57,7 @@ def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], op
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
         RemoveUnusedFunctionsPass(),
+        SinkIntoIfPass(),
         NameInterfacePass(spec),
         ClearMetadataAndDocStringPass(),
         AddRationalBodyPass(rational_forms, opset),

@@ -21,7 +21,7 @@ class AddRationalBodyPass(ir.passes.InPlacePass):
         self.opset = opset
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        if not any(node.domain == DOMAIN and node.op_type == RATIONAL for node in model.graph):
+        if not any(node.domain == DOMAIN and node.op_type == RATIONAL for node in model.graph.all_nodes()):
             return ir.passes.PassResult(model, False)
         (form,) = self.forms
         body = rational_function(*form, self.opset)

@@ -7,9 +7,12 @@ import onnx_ir as ir
 from iapt_export.errors import IaptError
 from iapt_export.manifest import GraphSpec
 from iapt_export.ops import DOMAIN
+from iapt_export.ops.serving import ATTENTION, MICROSOFT
 
 IR_TYPES = {
     "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+    "bool": ir.DataType.BOOL,
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
@@ -19,8 +22,8 @@ IR_TYPES = {
 class CheckPass(ir.passes.InPlacePass):
     """Change nothing; fail on anything that a runtime or a reader would stumble over.
 
-    Ensures: only standard operators of the planned opset and ``ai.iapt``; inputs and outputs of the
-    interface's names and types; no documentation strings or metadata (they carry source paths).
+    Ensures: only standard operators of the planned opset, ``ai.iapt`` and ONNX Runtime's attention; inputs and
+    outputs of the interface's names and types; no documentation strings or metadata (they carry source paths).
 
     Raises:
         IaptError: with every problem of the graph listed.
@@ -35,8 +38,8 @@ class CheckPass(ir.passes.InPlacePass):
         graph = model.graph
         problems = [
             f"node {node.name} has the operator {node.domain}::{node.op_type} of an unknown domain"
-            for node in graph
-            if node.domain not in ("", DOMAIN)
+            for node in graph.all_nodes()
+            if node.domain not in ("", DOMAIN) and (node.domain, node.op_type) != (MICROSOFT, ATTENTION)
         ]
         if model.opset_imports.get("") != self.opset:
             problems.append(f"opset is {model.opset_imports.get('')}, planned was {self.opset}")
@@ -47,7 +50,9 @@ class CheckPass(ir.passes.InPlacePass):
                 if value.name != tensor.name or value.dtype != IR_TYPES[tensor.dtype]
             ]
         problems += [
-            f"node {node.name} still carries metadata" for node in graph if node.metadata_props or node.doc_string
+            f"node {node.name} still carries metadata"
+            for node in graph.all_nodes()
+            if node.metadata_props or node.doc_string
         ]
         problems += [
             f"value {value.name} still carries metadata"

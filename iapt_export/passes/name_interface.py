@@ -31,10 +31,14 @@ class NameInterfacePass(ir.passes.InPlacePass):
             if len(values) != len(tensors):
                 raise IaptError(f"{self.spec.path}: {len(values)} {kind} were traced, expected {len(tensors)}")
         names = self._dimension_names(graph)
-        for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        for value in [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]:
             if value.shape is not None:
                 value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
-        for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]:
+        for value in [
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(out for node in graph.all_nodes() for out in node.outputs),
+        ]:
             value.metadata_props.clear()
         for values, tensors in ((graph.inputs, self.spec.inputs), (graph.outputs, self.spec.outputs)):
             for value, tensor in zip(values, tensors, strict=True):

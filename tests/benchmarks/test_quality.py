@@ -26,7 +26,8 @@ from benchmarks.quality_plan import (
     variants,
 )
 from benchmarks.quality_records import (
-    as_plain,
+    SYSTEM_MESSAGE,
+    as_messages,
     chosen_rates,
     make_record,
     make_splits,
@@ -138,20 +139,19 @@ def test_splits_are_disjoint_and_stay_the_same(tmp_path):
     rows = {name: path.read_text(encoding="utf-8").splitlines() for name, path in paths.items()}
     assert {name: len(lines) for name, lines in rows.items()} == {"train": 500, "validation": 100, "test": 300}
     assert len(set().union(*rows.values())) == 900
-    assert set(rows["test"]) <= {as_plain(line) for line in held_out.read_text(encoding="utf-8").splitlines()}
+    assert set(rows["test"]) <= {as_messages(line) for line in held_out.read_text(encoding="utf-8").splitlines()}
     again = make_splits(training, held_out, tmp_path / "again", budget)
     assert all(paths[name].read_bytes() == again[name].read_bytes() for name in paths)
 
 
-def test_rows_become_plain_instructions():
+def test_rows_become_messages_with_texts_cut():
     row = {"instruction": "Good or bad?", "input": "word " * 50, "output": "good"}
-    made = json.loads(as_plain(json.dumps(row)))
-    text, question, cue = made["instruction"].split("\n")
-    assert (question, cue, made["output"]) == ("Good or bad?", "Answer:", "good")
+    system, user, assistant = json.loads(as_messages(json.dumps(row)))["messages"]
+    question, text = user["content"].split("\n\n")
+    assert (system["content"], question, assistant["content"]) == (SYSTEM_MESSAGE, "Good or bad?", "good")
     assert text.split() == ["word"] * (MAX_CHARACTERS // 5)
-    assert (
-        json.loads(as_plain(json.dumps({"instruction": "Write.", "output": "x"})))["instruction"] == "Write.\nAnswer:"
-    )
+    free = json.loads(as_messages(json.dumps({"instruction": "Write.", "output": "x"})))
+    assert free["messages"][1] == {"role": "user", "content": "Write."}
 
 
 @pytest.fixture

@@ -1,0 +1,219 @@
+"""One graph for reading instructions and for every later step, over a cache that is written in place.
+
+A row is laid out ``[its prompt slots | its tokens | padding]`` and its cache entries stand where they are counted:
+position is place. So rows of any length share a batch, each writes at its own end, and a row's slots are exactly those
+that its method has. What only the reading of an instruction needs is marked with a flag, and skipped in later steps.
+
+Shapes: B batch, T positions of this step (slots, tokens, padding), P slots, C capacity of the cache, D hidden width,
+H key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+import iapt_export.ops.serving  # noqa: F401  (registers torch.ops.iapt.attend_in_place and instruction_only)
+from trainers.insertion import decoder_layers, hooked, projected, selected
+from trainers.method import Method, Part, Rows
+
+ATTENTION = "iapt_export_in_place"
+
+
+@dataclass
+class Step:
+    """One step's inputs."""
+
+    position_ids: Tensor
+    """``[B, T]`` int64, counted on through the padding."""
+    seqlens_k: Tensor
+    """``[B]`` int32, each row's entries after this step, less one."""
+    total: Tensor
+    """int32 scalar, the largest of them plus one."""
+    past: list[Tensor]
+    """Key and value buffers ``[B, H, C, K]`` of layer 0, of layer 1, and so on."""
+    flag: Tensor | None = None
+    """Boolean scalar, set while instructions are read; None where no method needs it."""
+    present: list[Tensor] = field(default_factory=list)
+    """The buffers after the step, which share the memory of ``past``."""
+
+
+def serve(backbone: Any, rows: Rows, input_ids: Tensor, step: Step) -> Tensor:
+    """Run a backbone over one step.
+
+    Args:
+        backbone: a causal LM of transformers, under `in_place_attention`.
+        rows: what is done to each row.
+        input_ids: ``[B, T]`` int64, any token at slots and padding.
+        step: the rest of the step's inputs; ``present`` is filled.
+
+    Returns:
+        Logits ``[B, 1, V]`` after each row's last token.
+    """
+    layout = _Layout(rows, step)
+    hidden = layout.embed(input_ids, backbone.get_input_embeddings()(input_ids))
+    last = (step.seqlens_k.long() - step.position_ids[:, 0])[:, None, None]  # [B, 1, 1]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hooked(decoder_layers(backbone), layout.before_layer))
+        stack.enter_context(projected(backbone, rows))
+        stack.enter_context(selected(backbone, lambda states: states.gather(1, last.expand(-1, 1, states.shape[-1]))))
+        stack.enter_context(_attending(step))
+        output = backbone(
+            inputs_embeds=hidden,
+            position_ids=step.position_ids,
+            past_key_values=_PassThrough(layout.key_value),
+            use_cache=True,
+        )
+    return output.logits
+
+
+class _Layout:
+    """Where a row's slots and tokens stand, and how a method's parts get there."""
+
+    def __init__(self, rows: Rows, step: Step) -> None:
+        self.rows = rows
+        self.step = step
+        place = step.position_ids  # [B, T]
+        counts = [
+            part.method.num_slots * (1 if part.active is None else part.active.long()[:, None]) for part in rows.parts
+        ]
+        slots = sum(counts) if counts else 0
+        self.is_slot = place < slots  # [B, T]
+        self.is_instruction = ((place >= slots) & (place <= step.seqlens_k[:, None])).long()
+
+    def embed(self, input_ids: Tensor, embeddings: Tensor) -> Tensor:
+        """Embeddings of the tokens, zeros in the slots."""
+        for part in self.rows.parts:
+            changed = part.method.embed(part.weights, input_ids, embeddings, self.is_instruction)
+            if changed is not embeddings:
+                changed = part.choose(changed, embeddings)
+                embeddings = changed if part.method.in_decode else self.only(changed, embeddings)
+        if self.rows.num_slots == 0:
+            return embeddings
+        return self.only(embeddings.masked_fill(self.is_slot[..., None], 0), embeddings)
+
+    def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """Put what each method makes into its rows' slots."""
+
+        def make(part: Part, own: Tensor) -> Tensor:
+            return part.method.slots(part.weights, layer, own, hidden, self.is_instruction)
+
+        changed = hidden
+        for part in self.rows.parts:
+            changed = self._replaced(part, changed, hidden, 1, make)
+        return hidden if changed is hidden else self.only(changed, hidden)
+
+    def key_value(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the keys and values ``[B, H, T, K]`` of the slots of methods that bring them."""
+        both = []
+        for which, plain in enumerate((key, value)):
+
+            def make(part: Part, own: Tensor, which: int = which) -> Tensor:
+                return part.method.key_value(part.weights, layer, own, own)[which]
+
+            changed = plain
+            for part in self.rows.parts:
+                if part.method.changes_cache:
+                    changed = self._replaced(part, changed, plain, 2, make)
+            both.append(plain if changed is plain else self.only(changed, plain))
+        return both[0], both[1]
+
+    def only(self, changed: Tensor, unchanged: Tensor) -> Tensor:
+        """``changed`` while instructions are read, ``unchanged`` in later steps."""
+        assert self.step.flag is not None
+        return torch.ops.iapt.instruction_only(changed, unchanged, self.step.flag)
+
+    def _replaced(
+        self, part: Part, target: Tensor, read: Tensor, axis: int, make: Callable[[Part, Tensor], Tensor]
+    ) -> Tensor:
+        """``target`` with the slots of a part's rows replaced by what the part makes of those of ``read``."""
+        count = part.method.num_slots
+        if count == 0:
+            return target
+        first = torch.arange(count, device=read.device).clamp(max=read.shape[axis] - 1)
+        own = read.index_select(axis, first)
+        made = make(part, own)
+        if made is own:
+            return target
+        where = self.is_slot if part.active is None else self.is_slot & part.active[:, None]  # [B, T]
+        index = self.step.position_ids.clamp(max=count - 1)  # [B, T]
+        if axis == 1:
+            spread = made.to(target.dtype).gather(1, index[..., None].expand(-1, -1, made.shape[2]))
+            return torch.where(where[..., None], spread, target)
+        index = index[:, None, :, None].expand(-1, made.shape[1], -1, made.shape[3])
+        return torch.where(where[:, None, :, None], made.to(target.dtype).gather(2, index), target)
+
+
+class _PassThrough(DynamicCache):
+    """Hands new keys and values on to the attention, which owns the buffers."""
+
+    def __init__(self, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.change = change
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values of this step ``[B, H, T, K]``."""
+        return self.change(layer_idx, key_states, value_states)
+
+
+_steps: list[Step] = []
+"""The step under way: attention functions of transformers take no arguments of ours."""
+
+
+@contextlib.contextmanager
+def _attending(step: Step) -> Iterator[None]:
+    step.present = list(step.past)
+    _steps.append(step)
+    try:
+        yield
+    finally:
+        _steps.pop()
+
+
+@contextlib.contextmanager
+def in_place_attention(backbone: Any) -> Iterator[None]:
+    """Let a backbone attend over the buffers of the step under way, while the context is open."""
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, lambda *_args, **_kwargs: None)
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float | None = None, **rest: Any
+) -> tuple[Tensor, None]:
+    """Attention of ``query [B, heads, T, K]`` over the cache and ``key, value [B, H, T, K]``."""
+    step, layer = _steps[-1], int(module.layer_idx)  # type: ignore[arg-type]
+    batch, heads, length, width = query.shape
+
+    def flat(states: Tensor) -> Tensor:
+        return states.transpose(1, 2).reshape(batch, length, -1)
+
+    mixed, step.present[2 * layer], step.present[2 * layer + 1] = torch.ops.iapt.attend_in_place(
+        flat(query),
+        flat(key),
+        flat(value),
+        step.past[2 * layer : 2 * layer + 2],
+        [step.seqlens_k, step.total],
+        float(scaling if scaling is not None else width**-0.5),
+        int(rest.get("sliding_window") or -1),
+    )
+    return mixed.reshape(batch, length, heads, width), None
+
+
+def needs_flag(methods: list[Method]) -> bool:
+    """Whether anything is computed only while instructions are read."""
+    return any(method.num_slots or type(method).embed is not Method.embed for method in methods)

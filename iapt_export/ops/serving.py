@@ -1,0 +1,133 @@
+"""The operators of ``serve.onnx`` that PyTorch has no word for: attention over a cache in place, and a condition.
+
+``com.microsoft::GroupQueryAttention`` is ONNX Runtime's: it writes the new keys and values into the cache buffers at
+each row's own length, where past and present share memory, and attends to what is written so far.
+
+``iapt::instruction_only(changed, unchanged, flag)`` marks what is computed only while an instruction is read; the pass
+`iapt_export.passes.sink_into_if` turns it into an ``If``, and no such node is left in a shipped graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import values
+from torch import Tensor
+
+MICROSOFT = "com.microsoft"
+ATTENTION = "GroupQueryAttention"
+MARKER = "InstructionOnly"
+MARKER_DOMAIN = "ai.iapt.trace"
+"""Domain of the marker; it exists between tracing and the passes only."""
+
+
+@torch.library.custom_op("iapt::attend_in_place", mutates_args=())
+def attend_in_place(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: list[Tensor],
+    lengths: list[Tensor],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over a cache; exists for tracing only.
+
+    Args:
+        query: ``[B, T, heads K]``.
+        key: ``[B, T, H K]``.
+        value: ``[B, T, H K]``.
+        past: key and value buffers ``[B, H, C, K]``.
+        lengths: each row's entries after this step less one ``[B]``, and the most of them; int32.
+        scale: factor of the scores.
+        window: entries that are seen, -1 for all.
+
+    Returns:
+        ``[B, T, heads K]``, and the buffers after the step.
+    """
+    raise NotImplementedError("serve.onnx runs in ONNX Runtime; in PyTorch use trainers.generate")
+
+
+@attend_in_place.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, past: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(query), torch.empty_like(past[0]), torch.empty_like(past[1])
+
+
+@torch.library.custom_op("iapt::instruction_only", mutates_args=())
+def instruction_only(changed: Tensor, unchanged: Tensor, flag: Tensor) -> Tensor:
+    """``changed`` where ``flag`` (a boolean scalar) is set, else ``unchanged``."""
+    return torch.where(flag, changed, unchanged)
+
+
+@instruction_only.register_fake
+def _(changed: Tensor, unchanged: Tensor, flag: Tensor) -> Tensor:
+    return torch.empty_like(unchanged)
+
+
+def register_schemas() -> None:
+    """Tell onnx the operators' signatures; the exporter's translation looks them up."""
+    if onnx.defs.has(ATTENTION, MICROSOFT):
+        return
+    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    tensors = ("query", "key", "value", "past_key", "past_value")
+    onnx.defs.register_schema(
+        schema(
+            ATTENTION,
+            MICROSOFT,
+            1,
+            doc="ONNX Runtime's grouped-query attention over a cache of fixed capacity.",
+            inputs=[
+                *(parameter(name, "T") for name in tensors),
+                parameter("seqlens_k", "tensor(int32)"),
+                parameter("total_sequence_length", "tensor(int32)"),
+            ],
+            outputs=[parameter(name, "T") for name in ("output", "present_key", "present_value")],
+            type_constraints=[("T", floats, "")],
+            attributes=[
+                schema.Attribute("num_heads", schema.AttrType.INT, "query heads"),
+                schema.Attribute("kv_num_heads", schema.AttrType.INT, "key and value heads"),
+                schema.Attribute("scale", schema.AttrType.FLOAT, "factor of the scores"),
+                schema.Attribute("local_window_size", schema.AttrType.INT, "entries that are seen, -1 for all"),
+            ],
+        )
+    )
+    everything = [*floats, "tensor(int64)", "tensor(bool)"]
+    onnx.defs.register_schema(
+        schema(
+            MARKER,
+            MARKER_DOMAIN,
+            1,
+            doc="Marks what is computed only while an instruction is read.",
+            inputs=[parameter("changed", "T"), parameter("unchanged", "T"), parameter("flag", "tensor(bool)")],
+            outputs=[parameter("result", "T")],
+            type_constraints=[("T", everything, "")],
+        )
+    )
+
+
+def translation_table() -> dict[Any, Any]:
+    """What ``torch.onnx.export(custom_translation_table=...)`` needs for these operators."""
+    register_schemas()
+    microsoft, marker = values.Opset(MICROSOFT, 1), values.Opset(MARKER_DOMAIN, 1)
+
+    def attention(query: Any, key: Any, value: Any, past: Any, lengths: Any, scale: float, window: int) -> Any:
+        kv_heads, head_dim = past[0].shape[1], past[0].shape[3]
+        return microsoft.GroupQueryAttention(
+            query,
+            key,
+            value,
+            *past,
+            *lengths,
+            num_heads=query.shape[2] // head_dim,
+            kv_num_heads=kv_heads,
+            scale=scale,
+            local_window_size=window,
+        )
+
+    def only(changed: Any, unchanged: Any, flag: Any) -> Any:
+        return marker.InstructionOnly(changed, unchanged, flag)
+
+    return {torch.ops.iapt.attend_in_place.default: attention, torch.ops.iapt.instruction_only.default: only}
