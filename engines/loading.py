@@ -1,16 +1,14 @@
-"""Open what a bundle's manifest names: the runners of a target and the tenants' stacked weights."""
+"""Open what a bundle's manifest names: the runners of a target, and the stepper over them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
-from engines.runner import NUMPY_TYPES, Arrays, Runner
-from iapt_export.errors import BundleError
-from iapt_export.manifest import BundleManifest, MethodSpec, TargetSpec, TenantSpec
+from engines.runner import Runner
+from engines.stepper import ConcatenatedStepper, Stepper
+from engines.tenants import TenantBank
+from iapt_export.errors import IaptError
+from iapt_export.manifest import BundleManifest, TargetSpec
 
 
 def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> dict[str, Runner]:
@@ -32,52 +30,37 @@ def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> di
     return {name: TensorRTRunner(bundle / spec.path, spec, target.name) for name, spec in target.graphs.items()}
 
 
-def load_tenants(bundle: Path, manifest: BundleManifest, target: TargetSpec) -> Arrays:
-    """The weights of all tenants, stacked by method in the manifest's order.
+def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
+    """Whether a target's cache can be written in place (True), concatenated (False), or both, the better one first."""
+    kinds = [("serve", True)] if device == "cpu" else []
+    return [in_place for graph, in_place in [*kinds, ("prefill", False)] if graph in target.graphs]
 
-    Returns:
-        ``METHOD.TENSOR`` to ``[N, ...]`` in the type that the target's graphs take.
+
+def open_stepper(
+    bundle: Path, manifest: BundleManifest, target: TargetSpec, *, device: str = "cpu", in_place: bool | None = None
+) -> Stepper:
+    """The stepper of a target with the bundle's tenants, not yet active.
+
+    Args:
+        bundle: the bundle's folder.
+        manifest: its manifest.
+        target: one of its targets.
+        device: ``cpu`` or ``cuda``, for ONNX Runtime.
+        in_place: take the cache that is written in place, or the one that each step concatenates; None takes the
+            first where target and device have it.
 
     Raises:
-        BundleError: a tenant's file is missing, no safetensors, or not what the contract asks for.
+        BundleError: a tenant's file is damaged.
+        IaptError: the target has no such cache.
     """
-    types = {tensor.name: tensor.dtype for graph in target.graphs.values() for tensor in graph.inputs}
-    stacks: Arrays = {}
-    for method in manifest.methods:
-        files = [_load_tenant(bundle, tenant, method) for tenant in manifest.tenants_of(method.name)]
-        for weight in method.weights:
-            name = f"{method.name}.{weight.name}"
-            stacks[name] = cast(np.stack([file[weight.name] for file in files]), types[name])
-            if not np.isfinite(stacks[name].astype(np.float32)).all():
-                raise BundleError(
-                    f"method {method.name}: a tenant's {weight.name} has numbers too large for {types[name]}; "
-                    "build for fp32 or bf16"
-                )
-    return stacks
+    offered = cache_kinds(target, device)
+    chosen = in_place if in_place is not None else next(iter(offered), None)
+    if chosen not in offered:
+        graphs = ", ".join(target.graphs)
+        raise IaptError(f"target {target.name} has no graph for that cache on device {device}; its graphs: {graphs}")
+    bank, runners = TenantBank(bundle, manifest, target), open_runners(bundle, target, device=device)
+    if not chosen:
+        return ConcatenatedStepper(manifest, target, bank, runners)
+    from engines.in_place import InPlaceStepper
 
-
-def _load_tenant(bundle: Path, tenant: TenantSpec, method: MethodSpec) -> Arrays:
-    if tenant.path is None:
-        raise BundleError(f"tenant {tenant.name} is of method {method.name} but names no weights file")
-    try:
-        tensors = load_file(bundle / tenant.path)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"tenant {tenant.name}: {tenant.path} is not a whole safetensors file ({error})") from error
-    for weight in method.weights:
-        found = tensors.get(weight.name)
-        if found is None or list(found.shape) != weight.shape:
-            came = "nothing" if found is None else f"shape {list(found.shape)}"
-            raise BundleError(f"tenant {tenant.name}: {weight.name} has {came}, the bundle expects {weight.shape}")
-        if not np.isfinite(found).all():
-            raise BundleError(f"tenant {tenant.name}: {weight.name} holds NaN or infinity; train the adapter again")
-    return tensors
-
-
-def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array in a manifest's type, such as ``fp16``."""
-    if dtype == "bf16":
-        import ml_dtypes
-
-        return array.astype(ml_dtypes.bfloat16)
-    with np.errstate(over="ignore"):  # callers look for infinities
-        return array.astype(NUMPY_TYPES[dtype])
+    return InPlaceStepper(manifest, target, bank, runners)

@@ -88,7 +88,7 @@ def build_bundle(args: argparse.Namespace) -> None:
                 spec,
                 [layout.method_spec(item) for item in tenants.installed],
                 ranges,
-                layout.place_tenants(tenants, bundle),
+                layout.place_tenants(tenants, bundle, spec),
                 [job.target(target, graphs[target.variant], bundle) for target in targets],
                 key,
             )

@@ -32,6 +32,7 @@ from iapt_export.manifest import (
 from iapt_export.ops import DOMAIN, DOMAIN_VERSION
 from iapt_export.plan import TenantPlan
 from iapt_export.stages import STAGE_FILE, place
+from iapt_export.tenant_card import TenantCard
 from trainers.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
 from trainers.methods import FORMS, form_name
 
@@ -84,22 +85,38 @@ def method_spec(item: Installed) -> MethodSpec:
     )
 
 
-def place_tenants(plan: TenantPlan, bundle: Path) -> list[TenantSpec]:
+def tenant_card(name: str, plan: TenantPlan, backbone: BackboneSpec) -> TenantCard:
+    """What a tenant's file says of itself."""
+    (item,) = (item for item in plan.installed if item.name == plan.owner[name])
+    adapter = plan.adapters[name].config
+    return TenantCard(
+        name=name,
+        form=form_name(item.stacked),
+        config=dataclasses.asdict(item.stacked.config),
+        backbone=backbone.name_or_path,
+        fingerprint=backbone.fingerprint,
+        trained_form=adapter.peft_type,
+        prompt_format=adapter.prompt_format,
+        labels=list(adapter.labels),
+    )
+
+
+def place_tenants(plan: TenantPlan, bundle: Path, backbone: BackboneSpec) -> list[TenantSpec]:
     """Write every tenant's weights as the graphs take them, as it was trained, and its example prompts."""
     (bundle / TENANTS_FOLDER).mkdir()
-    return [_place_tenant(name, plan, bundle) for name in plan.adapters]
+    return [_place_tenant(name, plan, bundle, backbone) for name in plan.adapters]
 
 
-def _place_tenant(name: str, plan: TenantPlan, bundle: Path) -> TenantSpec:
+def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneSpec) -> TenantSpec:
     adapter, owner = plan.adapters[name], plan.owner[name]
     shipped = None
     if owner is not None:
         shipped = plan.shipped[name]
-        _save_tensors(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors")
+        save_tenant(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors", tenant_card(name, plan, backbone))
     trained = shipped is None or shipped.keys() != adapter.tensors.keys()
     if trained:
         (bundle / TENANTS_FOLDER / TRAINED_FOLDER).mkdir(exist_ok=True)
-        _save_tensors(adapter.tensors, bundle / TENANTS_FOLDER / TRAINED_FOLDER / f"{name}.safetensors")
+        save_tenant(adapter.tensors, bundle / TENANTS_FOLDER / TRAINED_FOLDER / f"{name}.safetensors")
     examples = None if adapter.path is None else adapter.path / EXAMPLES_FILE
     if examples is not None and examples.is_file():
         (bundle / TENANTS_FOLDER / f"{name}.{EXAMPLES_FILE}").write_bytes(examples.read_bytes())
@@ -118,8 +135,10 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path) -> TenantSpec:
     )
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, path)
+def save_tenant(tensors: dict[str, Tensor], path: Path, card: TenantCard | None = None) -> None:
+    """Write a tenant's tensors in fp32, with its card."""
+    metadata = None if card is None else card.to_metadata()
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def place_files(source: Path, bundle: Path) -> None:
@@ -184,7 +203,9 @@ def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:
 def export_versions() -> dict[str, str]:
     """What may change an export besides its inputs: library versions, and a hash over this project's own part of it."""
     root = Path(__file__).resolve().parent
-    exporter = [root / f"{name}.py" for name in ("export", "installed", "interface", "save", "trace", "twins")]
+    exporter = [
+        root / f"{name}.py" for name in ("export", "in_place", "installed", "interface", "save", "trace", "twins")
+    ]
     exporter += sorted((root / "passes").glob("*.py")) + sorted((root / "ops").glob("*.py"))
     names = (
         "insertion",

@@ -12,13 +12,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from iapt_export.errors import BundleError
+from iapt_export.schema import read_fields
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
@@ -272,7 +271,7 @@ class BundleManifest:
                 "upgrade iapt-export, or build the bundle again"
             )
         problems: list[str] = []
-        manifest: BundleManifest = _read(cls, fields, "manifest", problems)
+        manifest: BundleManifest = read_fields(cls, fields, "manifest", problems)
         problems += [] if manifest is None else _path_problems(manifest) + _method_problems(manifest)
         if problems:
             raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))
@@ -343,46 +342,3 @@ def write_atomically(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-
-
-def _read(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """Turn parsed JSON into the annotated type, adding a line to ``problems`` for each thing that does not fit."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _read_dataclass(hint, value, where, problems)
-    if origin in (types.UnionType, typing.Union):
-        if not any(isinstance(value, option) and not isinstance(value, bool) for option in arguments):
-            problems.append(f"{where} is {value!r}, expected {hint}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_read(arguments[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
-    if hint is not Any and (not isinstance(value, origin or hint) or (hint is int and isinstance(value, bool))):
-        problems.append(f"{where} is {value!r}, expected {getattr(origin or hint, '__name__', hint)}")
-    return value
-
-
-def _read_dataclass(cls: Any, value: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(value, dict):
-        problems.append(f"{where} is {value!r}, expected an object")
-        return None
-    hints = typing.get_type_hints(cls)
-    required = {
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-    }
-    problems += [f"{where}.{name} is missing" for name in sorted(required - set(value))]
-    problems += [f"{where}.{name} is not a known field" for name in sorted(set(value) - set(hints))]
-    before = len(problems)
-    fields = {
-        name: _read(hints[name], item, f"{where}.{name}", problems) for name, item in value.items() if name in hints
-    }
-    if len(problems) > before or not required <= set(value):
-        return None
-    try:
-        return cls(**fields)
-    except BundleError as error:
-        problems.append(f"{where}: {error}")
-        return None

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from engines.session import Request, Session
+from engines.stepper import ConcatenatedStepper
+from engines.tenants import TenantBank
 from iapt_export.bundle import with_files
 from iapt_export.cli import main
 from iapt_export.manifest import BundleManifest
@@ -167,6 +170,19 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
 def tiny_bundle(tiny_build: TinyBuild, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may damage."""
     return Path(shutil.copytree(tiny_build.bundle, tmp_path / "bundle"))
+
+
+def tokens_of(session: Session, requests: list[Request]) -> list[list[int]]:
+    """What a session answers, as token ids."""
+    return [answer.tokens for answer in session.generate(requests)]
+
+
+def session_over(bundle: Path, runners: dict[str, Any]) -> Session:
+    """A session whose prefill and decode run on these runners."""
+    manifest = BundleManifest.load(bundle)
+    target = manifest.target()
+    stepper = ConcatenatedStepper(manifest, target, TenantBank(bundle, manifest, target), runners)
+    return Session(bundle, manifest, target, stepper)
 
 
 def change_manifest(bundle: Path, **fields: Any) -> None:

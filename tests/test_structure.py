@@ -15,7 +15,7 @@ PACKAGES = ("trainers", "iapt_export", "engines", "validation")
 ALLOWED = {
     "trainers": ("trainers",),
     "iapt_export": ("trainers", "iapt_export"),
-    "engines": ("iapt_export.manifest", "iapt_export.errors", "engines"),
+    "engines": ("iapt_export.manifest", "iapt_export.tenant_card", "iapt_export.errors", "engines"),
     "validation": PACKAGES,
 }
 """Package to the modules of this project that it may import: itself and what stands to its left."""

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.in_place import InPlaceStepper
+from engines.request import Request
 from engines.runner import Arrays
-from engines.session import Batch, Request, Session
+from engines.session import Session
+from engines.stepper import Instruction, Stepper
+from engines.text import TextCodec
 from iapt_export.manifest import BundleManifest
 from validation.cases import prompts_from_bundle
 from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, max_abs, relative
@@ -60,8 +64,7 @@ def measure_truth(
     bundle: Path, manifest: BundleManifest, reference: Reference, settings: Settings, on_step: OnStep
 ) -> list[Truth]:
     """The reference's answers to the bundle's prompts, logits and caches kept for a full batch and each tenant."""
-    target = manifest.target()
-    codec = Session(bundle, manifest, target, {}).codec
+    codec = TextCodec(bundle)
     prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.new_tokens)
     return record_truth(
         reference,
@@ -94,7 +97,8 @@ def compare_target(
     target = session.target
     size = session.manifest.ranges.batch.max
     first = truths[: _num_kept(session.manifest)]
-    if "generator" in target.graphs:
+    in_place = isinstance(session.stepper, InPlaceStepper)
+    if "generator" in target.graphs and not in_place:
         on_step(f"{target.name}: generators")
         generated = {spec.name for spec in session.manifest.methods if spec.form == "IAPT"}
         one_each = list(
@@ -114,7 +118,7 @@ def compare_target(
     tokens = _compare_tokens(session, truths, settings, errors, on_step)
     passed = all(check.passed for check in errors.checks)
     return TargetResult(
-        name=target.name,
+        name=target.name if in_place or "serve" not in target.graphs else f"{target.name}, portable graphs",
         dtype=target.dtype,
         status="pass" if passed else "fail",
         checks=errors.checks,
@@ -139,10 +143,11 @@ def _compare_generator(session: Session, reference: Reference, rows: list[Truth]
         hidden[index, :, length - ids.shape[1] :] = numpy(states[0])
         mask[index, length - ids.shape[1] :] = 1
         wanted.append(numpy(prompts[0]))
-    feeds: Arrays = session.tenant_feeds([row.prompt.tenant for row in rows])
+    bank = session.stepper.bank
+    feeds: Arrays = {**bank.stacks, **bank.indices([bank.get(row.prompt.tenant) for row in rows])}
     dtype = next(array.dtype for name, array in feeds.items() if name.endswith(".down_weight"))
     feeds |= {"hidden_states": hidden.astype(dtype), "attention_mask": mask}
-    with session.runners["generator"] as runner:
+    with session.stepper.runners["generator"] as runner:
         made = runner.infer({t.name: feeds[t.name] for t in runner.spec.inputs})["prompts"].astype(np.float32)
     expected: np.ndarray = np.zeros_like(made)
     for index, array in enumerate(wanted):  # shorter prompts stand at the end, before the instruction
@@ -158,26 +163,26 @@ def _compare_generator(session: Session, reference: Reference, rows: list[Truth]
 def _compare_steps(session: Session, case: str, truths: list[Truth], errors: _Errors) -> None:
     """Feed the reference's own tokens, so that each step is compared on equal ground."""
     dtype = session.target.dtype
-    logits, batch = session.prefill(
-        [list(truth.prompt.tokens) for truth in truths], [truth.prompt.tenant for truth in truths]
-    )
+    stepper = session.stepper
+    logits = stepper.read([Instruction(stepper.bank.get(truth.prompt.tenant), truth.prompt.tokens) for truth in truths])
     measured = _compare_logits(logits, truths, 0, errors)
     errors.judge("prefill logits", case, dtype, measured)
-    _compare_cache(batch, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
+    _compare_cache(stepper, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
     num_steps, agreed = len(truths[0].tokens), measured["agreed"]
     worst: dict[str, float] = {}
     for step in range(1, num_steps):
-        tokens = np.array([truth.tokens[step - 1] for truth in truths], np.int64)
-        logits = session.decode(tokens, batch)
+        logits = stepper.step([truth.tokens[step - 1] for truth in truths])
         measured = _compare_logits(logits, truths, step, errors)
         agreed += measured["agreed"]
         if not worst or measured["relative"] > worst["relative"]:
             worst = {**measured, "step": step}
     if worst:
         errors.judge("decode logits", case, dtype, worst, f"worst at step {worst['step']}")
-        _compare_cache(batch, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
+        _compare_cache(stepper, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
     compared = {"agreement": agreed / num_steps, "compared": float(num_steps * len(truths))}
     errors.judge("top-1 agreement", case, dtype, compared)
+    while stepper.num_rows:
+        stepper.leave(0)
 
 
 def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: _Errors) -> dict[str, float]:
@@ -208,7 +213,7 @@ def tie_margin(truth: Truth, dtype: str) -> float:
 
 
 def _compare_cache(
-    batch: Batch,
+    stepper: Stepper,
     wanted: list[RowCache],
     stage: str,
     case: str,
@@ -216,14 +221,14 @@ def _compare_cache(
     errors: _Errors,
 ) -> None:
     parts: dict[str, list[float]] = {"key": [], "value": []}
+    made = [stepper.row_cache(row) for row in range(stepper.num_rows)]
     for layer in range(len(wanted[0])):
         for part, name in enumerate(("key", "value")):
-            array = batch.cache[f"past_key_values.{layer}.{name}"]
             worst = 0.0
             for row, rows in enumerate(wanted):
                 expected = rows[layer][part]
-                made = array[row][:, batch.mask[row].astype(bool)][:, : expected.shape[1]].astype(np.float32)
-                worst = max(worst, relative(made, expected))
+                array = made[row][layer][part][:, : expected.shape[1]].astype(np.float32)
+                worst = max(worst, relative(array, expected))
             parts[name].append(worst)
     for name, by_layer in parts.items():
         errors.layers(name, by_layer)
@@ -245,7 +250,7 @@ def _compare_tokens(
             Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=settings.new_tokens, ignore_eos=True)
             for t in batch
         ]
-        rows += [_token_row(session, t, tokens) for t, tokens in zip(batch, session.generate(requests), strict=True)]
+        rows += [_token_row(session, t, answer.tokens) for t, answer in zip(batch, session.generate(requests), strict=True)]
     identical = sum(row.first_divergence is None for row in rows)
     excused = sum(row.excused for row in rows)
     measured = {

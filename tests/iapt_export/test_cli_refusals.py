@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engines.tenants import TenantBank
 from tests.bundles import METHOD, Outcome, TinyBuild, change_manifest, run, save_tiny_adapter
 from trainers.backbone import load_backbone
 
@@ -236,11 +237,9 @@ def test_an_old_bundle_survives_a_failed_build(
 def test_a_build_that_differs_from_pytorch_is_not_published(
     tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines import session
-
-    honest = session.load_tenants
+    honest = TenantBank.indices
     monkeypatch.setattr(
-        session, "load_tenants", lambda *args: {name: array[::-1].copy() for name, array in honest(*args).items()}
+        TenantBank, "indices", lambda *args: {name: array[::-1].copy() for name, array in honest(*args).items()}
     )
     output = tmp_path / "bundle"
     outcome = run(*tiny_build.arguments(output))
@@ -292,7 +291,6 @@ def test_damaged_bundles(tiny_bundle: Path, command: str, damage: Callable[[Path
             ["--tenant=alpha", "--prompt=" + "the film " * 200],
             "tokens; this bundle takes at most 96 (shorten it, or build",
         ),
-        (["--tenant=alpha", *["--prompt=yes"] * 9], "9 requests in one batch; this bundle takes 1 to 8"),
         (["--tenant=alpha", "--prompt=yes", "--max-new-tokens=999"], "cache entries (4 prompt, 2 instruction"),
         (["--tenant=alpha", "--prompt=yes", "--max-new-tokens=0"], "max_new_tokens is 0, expected at least 1"),
         (["--tenant=alpha", "--prompt=yes", "--temperature=-1"], "temperature -1.0 is negative; use 0 for greedy"),

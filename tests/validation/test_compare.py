@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.session import Batch, Request, Session
+from engines.in_place import InPlaceStepper
+from engines.session import Request, Session
+from engines.tenants import TenantBank
 from iapt_export.errors import BundleError
 from iapt_export.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
@@ -90,44 +92,35 @@ def test_tenants_stacked_in_another_order(
     tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights are right, only ``iapt.tenant_index`` points at a neighbour's."""
-    from engines import session
-
-    honest = session.load_tenants
-
-    def reversed_order(*args: Any) -> dict[str, np.ndarray]:
-        return {name: array[::-1].copy() for name, array in honest(*args).items()}
-
-    monkeypatch.setattr(session, "load_tenants", reversed_order)
+    honest = TenantBank.indices
+    monkeypatch.setattr(TenantBank, "indices", lambda *args: {name: 2 - array for name, array in honest(*args).items()})
     assert {"generator", "prefill logits", "greedy tokens"} <= compared(tiny_build.bundle, backbone)
 
 
-def test_positions_that_count_padding(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right for rows without padding, wrong for all others."""
-    honest = Session.decode
+def test_a_row_that_reads_its_neighbours_cache(
+    tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right for a row alone, wrong in a batch."""
+    honest = InPlaceStepper.step
 
-    def decode(self: Session, tokens: np.ndarray, batch: Batch) -> np.ndarray:
-        decode_runner = self.runners["decode"]
+    def step(self: InPlaceStepper, tokens: Any) -> np.ndarray:
+        for buffer in self.buffers.values():
+            buffer[: self.num_rows] = buffer[: self.num_rows][::-1].copy()
+        return honest(self, tokens)
 
-        def infer(feeds: dict[str, np.ndarray]) -> Any:
-            length = feeds["attention_mask"].shape[1]
-            return decode_runner.infer({**feeds, "position_ids": np.full_like(feeds["position_ids"], length - 1)})
-
-        other = Session(self._bundle, self.manifest, self.target, {"decode": SimpleNamespace(infer=infer)})  # type: ignore[dict-item]
-        return honest(other, tokens, batch)
-
-    monkeypatch.setattr(Session, "decode", decode)
+    monkeypatch.setattr(InPlaceStepper, "step", step)
     assert "decode logits" in compared(tiny_build.bundle, backbone)
 
 
 def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Session.decode
+    honest = InPlaceStepper.step
 
-    def decode(self: Session, tokens: np.ndarray, batch: Batch) -> np.ndarray:
-        logits = honest(self, tokens, batch).copy()
+    def step(self: InPlaceStepper, tokens: Any) -> np.ndarray:
+        logits = honest(self, tokens).copy()
         logits[0, logits[0].argmin()] = np.nan  # argmax, and with it every token, may stay as it was
         return logits
 
-    monkeypatch.setattr(Session, "decode", decode)
+    monkeypatch.setattr(InPlaceStepper, "step", step)
     assert "decode logits" in compared(tiny_build.bundle, backbone)
 
 

@@ -16,7 +16,7 @@ from engines.session import Request, Session
 from engines.text import TextCodec
 from iapt_export.errors import BundleError, IaptError
 from iapt_export.manifest import BundleManifest
-from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild
+from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, session_over, tokens_of
 from tests.graphs import flat, trained_prefill, trained_prompt, worst
 from tests.tiny import padded
 from trainers.adapter import load_adapter
@@ -54,7 +54,7 @@ def reference(tiny_build: TinyBuild, manifest: BundleManifest, backbone: Backbon
 def torch_session(tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference) -> Iterator[Session]:
     target = manifest.target()
     runners: Any = {name: TorchRunner(name, target.graphs[name], reference) for name in ("prefill", "decode")}
-    with Session(tiny_build.bundle, manifest, target, runners) as session:
+    with session_over(tiny_build.bundle, runners) as session:
         yield session
 
 
@@ -62,17 +62,18 @@ def test_a_session_on_pytorch_and_one_on_onnx_runtime_answer_alike(
     tiny_build: TinyBuild, torch_session: Session
 ) -> None:
     with Session.open(tiny_build.bundle) as session:
-        assert torch_session.generate(REQUESTS) == session.generate(REQUESTS)
+        assert tokens_of(torch_session, REQUESTS) == tokens_of(session, REQUESTS)
 
 
 def test_torch_runner_outputs_equal_onnx_runtimes(tiny_build: TinyBuild, torch_session: Session) -> None:
     ids, mask = padded([5, 9, 2, 7], "left")
-    tenants = torch_session.tenant_feeds(["gamma", "alpha", "beta", "gamma"])
+    bank = torch_session.stepper.bank
+    tenants = {**bank.stacks, **bank.indices([bank.get(name) for name in ("gamma", "alpha", "beta", "gamma")])}
     assert tenants["iapt.tenant_index"].tolist() == [2, 0, 1, 2]
     feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), **tenants}
-    with Session.open(tiny_build.bundle) as session:
-        wanted = session.runners["prefill"].infer(feeds)
-    made = torch_session.runners["prefill"].infer(feeds)
+    with Session.open(tiny_build.bundle, in_place=False) as session:
+        wanted = session.stepper.runners["prefill"].infer(feeds)
+    made = torch_session.stepper.runners["prefill"].infer(feeds)
     assert list(made) == list(wanted)
     for name in wanted:
         real = slice(None) if name == "logits" else (np.s_[:, :, -2:])  # the last two tokens are real in every row
