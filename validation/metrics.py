@@ -39,3 +39,22 @@ def error_counts(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
     exponents = np.log10(np.maximum(errors, 1e-300))
     counts, _ = np.histogram(np.clip(exponents, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]), HISTOGRAM_EDGES)
     return counts
+
+
+def worst_vector(target: np.ndarray, reference: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """Largest error of any vector along the last axis, relative to that vector's own largest value.
+
+    A decoder's first token has hidden states a thousand times as large as the others'; one scale for the whole tensor
+    would hide errors everywhere else. Vectors that are far smaller than most are measured by a tenth of the median.
+
+    Returns:
+        The error, infinite for NaN or another shape, and the vector's index.
+    """
+    if target.shape != reference.shape or not target.size:
+        return (0.0 if target.shape == reference.shape else float("inf")), ()
+    difference = np.abs(target.astype(np.float64) - reference).max(axis=-1)
+    scale = np.abs(reference).max(axis=-1).astype(np.float64)
+    scale = np.maximum(scale, max(0.1 * float(np.median(scale)), 1e-30))
+    errors = np.where(np.isfinite(difference), difference / scale, np.inf)
+    where = np.unravel_index(int(errors.argmax()), errors.shape) if errors.ndim else ()
+    return float(errors.max()), tuple(int(index) for index in where)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,50 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """The first tensor that differs from PyTorch's."""
+
+    step: int
+    """0 is prefill."""
+    graph: str
+    tensor: str
+    """``model.layers.3.mlp.down_proj.output``, ``present.3.key``, ``past_key_values.3.key`` (what a step reads), ..."""
+    layer: int | None
+    """The decoder layer that it lies in; None before the first and after the last."""
+    part: str
+    """Which of the row's entries: ``prompt slots``, ``tokens``, ``older entries``, ``newest entry`` or ``logits``."""
+    operators: list[str]
+    """The graph's nodes that make it of tensors that agree, as ``MODULE/OPERATOR``; at most the last eight."""
+    module: str
+    """The PyTorch module that computes it."""
+    row: int
+    tenant: str
+    source: str
+    """``cache``, ``weight``, ``cast``, ``tenant``, ``position``, ``mask``, ``activation``, ``scale``, ``prompt`` or
+    ``operator``."""
+    evidence: str
+    error: float
+    """Largest difference over the largest value, of the worst entry."""
+    limit: float
+    own_error: float | None = None
+    """The same for the module alone, given the target's own input."""
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What looking inside a target's graphs gave."""
+
+    case: str
+    finding: Finding | None = None
+    errors: list[tuple[str, int | None, float]] = field(default_factory=list)
+    """Tensor, layer and worst error, in the order of the graph, at the last step that was looked at."""
+    num_steps: int = 0
+    """Steps that were looked at."""
+    note: str = ""
+    """Why nothing was found."""
+
+
+@dataclass(frozen=True)
 class TargetResult:
     """Everything that was found out about one target."""
 
@@ -68,6 +112,8 @@ class TargetResult:
     tokens: list[TokenRow] = field(default_factory=list)
     seconds: float = 0.0
     """Time that the comparison took."""
+    bisection: Bisection | None = None
+    """Where a failing target first differs; also for a passing one that was asked for with ``--bisect``."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ STAGES = (
     "decode cache",
     "top-1 agreement",
     "greedy tokens",
+    "hidden states",
+    "module",
 )
 
 
@@ -49,6 +51,12 @@ _FP16 = "11 significant bits, rounded once an operator over 30 layers of residua
 _BF16 = "8 significant bits, rounded once an operator over 30 layers of residual sums"
 
 TABLE = (
+    Tolerance("hidden states", "fp32", "relative", 2e-3, "to be measured"),
+    Tolerance("module", "fp32", "relative", 1e-4, "to be measured"),
+    Tolerance("hidden states", "fp16", "relative", 2e-1, "to be measured"),
+    Tolerance("module", "fp16", "relative", 2e-2, "to be measured"),
+    Tolerance("hidden states", "bf16", "relative", 5e-1, "to be measured"),
+    Tolerance("module", "bf16", "relative", 1e-1, "to be measured"),
     Tolerance("generator", "fp32", "relative", 2e-5, "two projections and a softmax; fp32 rounding only"),
     Tolerance("prefill logits", "fp32", "relative", 1e-4, _FP32),
     Tolerance("prefill cache", "fp32", "relative", 5e-4, _FP32_CACHE),

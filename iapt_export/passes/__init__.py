@@ -33,6 +33,7 @@ from iapt_export.passes.fold_constants import FoldConstantsPass
 from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
+from iapt_export.passes.name_nodes import NameNodesPass
 from iapt_export.passes.sink_into_if import SinkIntoIfPass
 
 
@@ -59,6 +60,7 @@ def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], op
         RemoveUnusedFunctionsPass(),
         SinkIntoIfPass(),
         NameInterfacePass(spec),
+        NameNodesPass(),
         ClearMetadataAndDocStringPass(),
         AddRationalBodyPass(rational_forms, opset),
         RemoveUnusedOpsetsPass(),

@@ -1,0 +1,233 @@
+"""Find the first tensor of a target that differs from PyTorch's, and say where it is made and what went wrong.
+
+The target runs a copy of its graphs that gives out what modules read and make (`validation.taps`); PyTorch runs each row
+alone and records the same (`validation.recording`). Tensors are compared in the order in which the graph makes them, step
+by step. A module is also held against PyTorch's on the target's own input, so that noise which built up over layers is
+told apart from the place where something is wrong. `validation.sources` then asks why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iapt_export.manifest import BundleManifest, TargetSpec
+from trainers.insertion import layers_path
+from trainers.method import rows_of
+from validation.metrics import worst_vector
+from validation.recording import Hypothesis, leaf_modules, record_row
+from validation.reference import Reference, numpy
+from validation.result import Bisection, Finding
+from validation.stepping import STEP_GRAPHS, Row, Step, graph_of, run_steps, session_with
+from validation.taps import Tap, TappedGraph, TappedRunner, layer_of
+from validation.tolerances import tolerance
+
+OnStep = Callable[[str], None]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Suspect:
+    """A tensor that differs: everything that asking for its source needs."""
+
+    step: int
+    tap: Tap
+    row: int
+    part: str
+    """``prompt slots``, ``tokens``, ``older entries`` or ``newest entry``."""
+    error: float
+    limit: float
+    own_error: float | None
+    """Error of the module on the target's own input, None where the tap is no module's output."""
+    made: list[np.ndarray]
+    """The tensor in every row."""
+    wanted: list[np.ndarray]
+
+
+@dataclass
+class Scene:
+    """A failing batch, and both sides."""
+
+    reference: Reference
+    rows: Sequence[Row]
+    dtype: str
+    graphs: dict[str, TappedGraph]
+    taps: dict[str, list[Tap]]
+    leaves: list[str]
+    step: Step | None = None
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def padding(self, row: int) -> int:
+        """Entries of padding that the batch puts before a row's instruction."""
+        return max(len(other.tokens) for other in self.rows) - len(self.rows[row].tokens)
+
+    def slots(self, row: int) -> int:
+        """Prompt slots of a row."""
+        return self.reference.methods[self.rows[row].tenant].num_slots
+
+
+def bisect_target(
+    bundle: Path,
+    manifest: BundleManifest,
+    target: TargetSpec,
+    reference: Reference,
+    rows: Sequence[Row],
+    *,
+    case: str = "",
+    device: str = "cpu",
+    on_step: OnStep = lambda _: None,
+) -> Bisection:
+    """Find the first wrong tensor of an ONNX Runtime target.
+
+    Args:
+        bundle: its folder.
+        manifest: its manifest.
+        target: the target.
+        reference: the PyTorch side.
+        rows: the batch that failed; steps go on as far as the shortest row's forced tokens reach.
+        case: its name.
+        device: ``cpu`` or ``cuda``.
+        on_step: called with a word on each step, for progress.
+    """
+    leaves = leaf_modules(reference.model)
+    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in STEP_GRAPHS}
+    known = set(leaves)
+    if not any(graph.module(place) in known for graph in graphs.values() for place in range(len(graph.nodes))):
+        return Bisection(case, note="the graphs' nodes do not name their modules; build the bundle again to bisect it")
+    taps = {name: graph.taps(leaves) for name, graph in graphs.items()}
+    runners = {
+        name: TappedRunner(bundle / target.graphs[name].path, target.graphs[name], graph, taps[name], device)
+        for name, graph in graphs.items()
+    }
+    limits = {stage: row.limit for stage in ("hidden states", "module") if (row := tolerance(stage, target.dtype))}
+    scene = Scene(reference, rows, target.dtype, graphs, taps, leaves, limits=limits)
+    num_steps = min(len(row.forced) for row in rows) + 1
+    errors: list[tuple[str, int | None, float]] = []
+    with session_with(bundle, manifest, target, dict(runners)) as session:
+        recordings = [record_row(reference, row, num_steps - 1) for row in rows]
+        before: list[Arrays] = []
+        for step in run_steps(session, rows, num_steps):
+            on_step(f"{target.name}: bisecting {case}, step {step.number}")
+            wanted = [next(recording)[1] for recording in recordings]
+            scene.step = step
+            seen = runners[graph_of(step.number)].seen
+            suspect, errors = _compare_step(scene, seen, wanted, before)
+            if suspect:
+                on_step(f"{target.name}: {suspect.tap.name} differs at step {step.number}, asking why")
+                return Bisection(case, _finding(scene, suspect, seen), errors, step.number + 1)
+            before = wanted
+    note = "every tensor agrees while the graphs give them out; see docs/validation.md for what that can mean"
+    return Bisection(case, None, errors, num_steps, note)
+
+
+def _compare_step(
+    scene: Scene, seen: Arrays, wanted: list[Arrays], before: list[Arrays]
+) -> tuple[Suspect | None, list[tuple[str, int | None, float]]]:
+    """The first tensor of a step that differs, and the worst error of every tensor."""
+    assert scene.step is not None
+    number = scene.step.number
+    for row, arrays in enumerate(before):  # what the step reads of the cache is what the step before left
+        cache = {name: array for name, array in arrays.items() if name.startswith("present.")}
+        wanted[row] |= {name.replace("present", "past_key_values", 1): array for name, array in cache.items()}
+    inputs = [Tap(name, name, -1) for name in seen if name.startswith("past_key_values.")]
+    first, errors = None, []
+    prefix = layers_path(scene.reference.model)
+    done: set[str] = set()
+    for tap in [*inputs, *scene.taps[graph_of(number)]]:
+        if tap.value in done or any(tap.name not in row for row in wanted):
+            continue
+        made = [own_entries(seen[tap.name][row], scene.step.mask[row]) for row in range(len(scene.rows))]
+        expected = [row[tap.name] for row in wanted]
+        if [array.shape for array in made] != [array.shape for array in expected]:
+            continue  # the graph lays it out in another way
+        done.add(tap.value)
+        by_row = [worst_vector(*pair) for pair in zip(made, expected, strict=True)]
+        worst = int(np.argmax([error for error, _ in by_row]))
+        error, where = by_row[worst]
+        errors.append((tap.name, layer_of(tap.name, prefix), error))
+        if first is None:
+            own = _own_error(scene, tap, seen, worst)
+            limit = scene.limits["hidden states"]
+            if error > limit or (own is not None and own > scene.limits["module"]):
+                part = _part(scene, tap.name, worst, where, expected[worst].shape)
+                first = Suspect(number, tap, worst, part, error, limit, own, made, expected)
+    return first, errors
+
+
+def own_entries(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A row's own entries of a tensor ``[..., S, D]`` in fp32; tensors of another length are taken whole."""
+    array = array.astype(np.float32)
+    for axis in range(array.ndim - 1):
+        for real in (mask, mask[:-1]):  # a step reads one cache entry less than it leaves
+            if array.shape[axis] == len(real) and len(real) > 1:
+                return np.compress(real.astype(bool), array, axis=axis)
+    return array
+
+
+@torch.no_grad()
+def _own_error(scene: Scene, tap: Tap, seen: Arrays, row: int) -> float | None:
+    """Error of a module's output against PyTorch's module on the same input; None where that cannot be asked."""
+    path, _, end = tap.name.rpartition(".")
+    method = scene.reference.methods[scene.rows[row].tenant]
+    changed = rows_of(method).linear_names
+    if end != "output" or f"{path}.input" not in seen or any(path.endswith(f".{name}") for name in changed):
+        return None
+    assert scene.step is not None
+    fed = own_entries(seen[f"{path}.input"][row], scene.step.mask[row])
+    made = own_entries(seen[tap.name][row], scene.step.mask[row])
+    wanted = numpy(scene.reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
+    return worst_vector(made, wanted)[0] if made.shape == wanted.shape else None
+
+
+def _part(scene: Scene, name: str, row: int, where: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """Which entries of a row the worst vector belongs to."""
+    if name.endswith((".pooled", ".activated")):
+        return "prompt slots"
+    if len(shape) < 2 or not where:
+        return "logits"
+    entry, entries = where[-1], shape[-2]
+    assert scene.step is not None
+    if scene.step.number:
+        return "newest entry" if entry == entries - 1 else "older entries"
+    whole = entries == scene.slots(row) + len(scene.rows[row].tokens)
+    return "prompt slots" if whole and entry < scene.slots(row) else "tokens"
+
+
+def _finding(scene: Scene, suspect: Suspect, seen: Arrays) -> Finding:
+    from validation.sources import source_of
+
+    graph_name = graph_of(suspect.step)
+    graph = scene.graphs[graph_name]
+    known = {tap.value for tap in scene.taps[graph_name] if tap.place < suspect.tap.place}
+    places = graph.operators_between(suspect.tap, known)
+    source, evidence = source_of(scene, suspect, places, seen)
+    modules = dict.fromkeys(graph.module(place) for place in places)
+    path = suspect.tap.name.rpartition(".")[0] if suspect.tap.place >= 0 else ""
+    return Finding(
+        step=suspect.step,
+        graph=graph_name,
+        tensor=suspect.tap.name,
+        layer=layer_of(suspect.tap.name, layers_path(scene.reference.model)),
+        part=suspect.part,
+        operators=[graph.nodes[place].name for place in places][-8:],
+        module=path if path in scene.leaves else next((name for name in reversed(modules) if name), path),
+        row=suspect.row,
+        tenant=scene.rows[suspect.row].tenant,
+        source=source,
+        evidence=evidence,
+        error=suspect.error,
+        limit=suspect.limit,
+        own_error=suspect.own_error,
+    )
+
+
+def hypothetical(scene: Scene, suspect: Suspect, hypothesis: Hypothesis) -> np.ndarray | None:
+    """The suspect's tensor as PyTorch computes it with a mistake at that step; None where it has no such tensor."""
+    arrays: Arrays = {}
+    for _, arrays in record_row(scene.reference, scene.rows[suspect.row], suspect.step, hypothesis):  # noqa: B007
+        pass
+    return arrays.get(suspect.tap.name)
