@@ -82,6 +82,7 @@ def validate(args: argparse.Namespace) -> None:
     from iapt_export.progress import Steps
     from trainers.backbone import load_backbone
     from validation.compare import Settings
+    from validation.junit import write_junit
     from validation.report import write_report
     from validation.summary import failure
     from validation.validate import validate_bundle
@@ -95,8 +96,11 @@ def validate(args: argparse.Namespace) -> None:
         steps(f"loading {name}")
         revision = args.revision or manifest.backbone.revision
         backbone = load_backbone(name, revision=revision, trust_remote_code=args.trust_remote_code)
-        settings = Settings(args.seed, args.new_tokens, args.device)
+        depth = "quick" if args.quick else "full"
+        settings = Settings(args.seed, args.new_tokens, args.device, depth, args.case, args.bisect)
         report = validate_bundle(bundle, manifest, backbone, settings, steps)
+    if args.junit:
+        write_junit(report, Path(args.junit))
     where = write_report(report, Path(args.report)) if args.report else None
     _show_report(args, report)
     if where:

@@ -192,6 +192,10 @@ def _validate(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", metavar="BUNDLE")
     _model(command, required=False, text="where the bundle's backbone is now (without: where it was at build)")
     command.add_argument("--report", metavar="DIR", help="write report.json and report.html there")
+    command.add_argument("--junit", metavar="FILE", help="write the checks there as JUnit XML, for CI")
+    command.add_argument("--quick", action="store_true", help="few prompts, few tokens, no long cases: half a minute")
+    command.add_argument("--case", metavar="NAME", help="run this case alone; an unknown name lists them all")
+    command.add_argument("--bisect", action="store_true", help="look inside the graphs also where nothing failed")
     _comparison(command)
 
 

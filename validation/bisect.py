@@ -1,9 +1,9 @@
 """Find the first tensor of a target that differs from PyTorch's, and say where it is made and what went wrong.
 
-The target runs a copy of its graphs that gives out what modules read and make (`validation.taps`); PyTorch runs each row
-alone and records the same (`validation.recording`). Tensors are compared in the order in which the graph makes them, step
-by step. A module is also held against PyTorch's on the target's own input, so that noise which built up over layers is
-told apart from the place where something is wrong. `validation.sources` then asks why.
+The target runs a copy of its graphs that gives out what modules read and make (`validation.taps`); PyTorch runs each
+row alone and records the same (`validation.recording`). Tensors are compared in the order in which the graph makes
+them, step by step. A module is also held against PyTorch's on the target's own input, so that noise which built up over
+layers is told apart from the place where something is wrong. `validation.sources` then asks why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iapt_export.manifest import BundleManifest, TargetSpec
+from iapt_export.manifest import TargetSpec
 from trainers.insertion import layers_path
 from trainers.method import rows_of
 from validation.metrics import worst_vector
@@ -72,9 +72,8 @@ class Scene:
 
 def bisect_target(
     bundle: Path,
-    manifest: BundleManifest,
-    target: TargetSpec,
     reference: Reference,
+    target: TargetSpec,
     rows: Sequence[Row],
     *,
     case: str = "",
@@ -85,9 +84,8 @@ def bisect_target(
 
     Args:
         bundle: its folder.
-        manifest: its manifest.
-        target: the target.
         reference: the PyTorch side.
+        target: the target.
         rows: the batch that failed; steps go on as far as the shortest row's forced tokens reach.
         case: its name.
         device: ``cpu`` or ``cuda``.
@@ -107,7 +105,7 @@ def bisect_target(
     scene = Scene(reference, rows, target.dtype, graphs, taps, leaves, limits=limits)
     num_steps = min(len(row.forced) for row in rows) + 1
     errors: list[tuple[str, int | None, float]] = []
-    with session_with(bundle, manifest, target, dict(runners)) as session:
+    with session_with(bundle, reference.manifest, target, dict(runners)) as session:
         recordings = [record_row(reference, row, num_steps - 1) for row in rows]
         before: list[Arrays] = []
         for step in run_steps(session, rows, num_steps):
@@ -205,8 +203,8 @@ def _finding(scene: Scene, suspect: Suspect, seen: Arrays) -> Finding:
     known = {tap.value for tap in scene.taps[graph_name] if tap.place < suspect.tap.place}
     places = graph.operators_between(suspect.tap, known)
     source, evidence = source_of(scene, suspect, places, seen)
-    modules = dict.fromkeys(graph.module(place) for place in places)
-    path = suspect.tap.name.rpartition(".")[0] if suspect.tap.place >= 0 else ""
+    modules = [graph.module(place) for place in places]
+    path, _, end = suspect.tap.name.rpartition(".")
     return Finding(
         step=suspect.step,
         graph=graph_name,
@@ -214,7 +212,7 @@ def _finding(scene: Scene, suspect: Suspect, seen: Arrays) -> Finding:
         layer=layer_of(suspect.tap.name, layers_path(scene.reference.model)),
         part=suspect.part,
         operators=[graph.nodes[place].name for place in places][-8:],
-        module=path if path in scene.leaves else next((name for name in reversed(modules) if name), path),
+        module=path if end == "output" else next((name for name in reversed(modules) if name), ""),
         row=suspect.row,
         tenant=scene.rows[suspect.row].tenant,
         source=source,

@@ -13,6 +13,14 @@ from iapt_export.manifest import BundleManifest
 
 MIN_PROMPTS = 24
 """Prompts that a full comparison uses at least, over all tenants."""
+QUICK_PROMPTS = 3
+"""The same for a quick one."""
+QUICK_TOKENS = 8
+"""Tokens for each prompt of a quick comparison."""
+FEW_STEPS = 4
+"""Steps of the cases that look at what is read, prefill included."""
+LONG_STEPS = 256
+"""Steps of the case that looks for errors that grow."""
 
 GENERAL_PROMPTS = (
     "What is the capital of France?",
@@ -36,10 +44,95 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A batch made of a bundle's ranges, under a name with which it can be run alone."""
+
+    name: str
+    rows: tuple[Prompt, ...]
+    new_tokens: int
+    """Steps, prefill included."""
+    is_refused: bool = False
+    """The session must refuse it in words."""
+    is_quick: bool = True
+    """Part of a quick comparison too."""
+
+    def __str__(self) -> str:
+        lengths = ", ".join(str(len(row.tokens)) for row in self.rows)
+        return f"{self.name} ({len(self.rows)} rows of {lengths} tokens, {self.new_tokens} steps)"
+
+
+def generated_cases(manifest: BundleManifest, seed: int) -> list[Case]:
+    """Batches at the edges of the manifest's ranges, of random token ids: the same for the same seed."""
+    return [*_accepted(manifest, seed), *_refused(manifest, seed)]
+
+
+def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
+    ranges, names = manifest.ranges, [tenant.name for tenant in manifest.tenants]
+    room = ranges.past.max - manifest.num_slots
+    rows, longest = ranges.batch.max, min(ranges.sequence.max, room - 1)
+    short = min(FEW_STEPS, room - longest + 1) if longest < room else 1
+    steps = min(FEW_STEPS, max(2, room - min(48, longest)))
+
+    def row(case: str, place: int, tenant: str, length: int) -> Prompt:
+        source = random.Random(f"{seed} {case} {place}")
+        tokens = tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(max(1, length)))
+        return Prompt(tenant, f"{length} random tokens", tokens)
+
+    def batch(case: str, tenants: list[str], lengths: list[int], new_tokens: int, is_quick: bool = True) -> Case:
+        made = tuple(row(case, place, *pair) for place, pair in enumerate(zip(tenants, lengths, strict=True)))
+        return Case(case, made, new_tokens, is_quick=is_quick)
+
+    mixed = [names[place % len(names)] for place in range(rows)]
+    middle = [min(longest, 5 + 6 * place) for place in range(rows)]
+    uneven = [1 if place % 2 else min(longest, 40) for place in range(rows)]
+    special = manifest.backbone
+    unusual = (0, special.vocab_size - 1, special.pad_token_id, *special.eos_token_ids, 1, special.pad_token_id)
+    last = names[-1]
+    cases = [
+        batch("one-token", names[:1], [1], steps),
+        batch("largest-batch", mixed, middle, steps),
+        batch("most-padding", mixed, uneven, steps),
+        batch("one-tenant", [last] * rows, middle, steps),
+        batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)], steps),
+        Case("unusual-tokens", (Prompt(last, "special token ids", tuple(unusual[:longest])),), steps),
+        batch("longest-instruction", names[:1], [longest], short, is_quick=False),
+    ]
+    long = min(LONG_STEPS, room - 8)
+    if long > steps:
+        cases.append(batch("long-answer", mixed[:2], [8, 5][: min(2, rows)], long, is_quick=False))
+    fill = min(longest, max(1, room - 8))
+    cases.append(batch("full-cache", [last], [fill], room - fill + 1, is_quick=False))
+    return cases
+
+
+def _refused(manifest: BundleManifest, seed: int) -> list[Case]:
+    """What no session may answer: nothing to read, too much of it, too many rows, tokens that do not exist."""
+    ranges, name = manifest.ranges, manifest.tenants[0].name
+    vocabulary = manifest.backbone.vocab_size
+    room = ranges.past.max - manifest.num_slots
+
+    def case(what: str, tokens: tuple[int, ...], rows: int = 1, new_tokens: int = 1) -> Case:
+        return Case(f"refuse-{what}", (Prompt(name, what, tokens),) * rows, new_tokens, is_refused=True)
+
+    return [
+        case("only-padding", ()),
+        case("too-long", (5,) * (ranges.sequence.max + 1)),
+        case("too-many-rows", (5,), rows=ranges.batch.max + 1),
+        case("overfull-cache", (5,), new_tokens=room + 1),
+        case("unknown-token", (vocabulary,)),
+    ]
+
+
 def prompts_from_bundle(
-    bundle: Path, manifest: BundleManifest, codec: TextCodec, seed: int, new_tokens: int
+    bundle: Path,
+    manifest: BundleManifest,
+    codec: TextCodec,
+    seed: int,
+    new_tokens: int,
+    num_prompts: int = MIN_PROMPTS,
 ) -> list[Prompt]:
-    """Prompts of all tenants in a seeded order that mixes them: `MIN_PROMPTS` at least, where so many fit.
+    """Prompts of all tenants in a seeded order that mixes them: ``num_prompts`` at least, where so many fit.
 
     One of each method, then one of each tenant, stand first: the first batch's logits and caches are compared too.
 
@@ -47,7 +140,7 @@ def prompts_from_bundle(
         IaptError: an examples file is not JSONL with ``prompt`` fields.
         BundleError: no prompt of some tenant fits the bundle, so that the tenant would go uncompared.
     """
-    per_tenant = -(-MIN_PROMPTS // len(manifest.tenants))
+    per_tenant = -(-num_prompts // len(manifest.tenants))
     room = manifest.ranges.past.max - manifest.num_slots - new_tokens + 1
     longest = min(manifest.ranges.sequence.max, room)
     found: list[Prompt] = []

@@ -33,6 +33,41 @@ def cosine(target: np.ndarray, reference: np.ndarray) -> float:
     return float(a @ b) / length if length else 0.0
 
 
+def kl(target: np.ndarray, reference: np.ndarray) -> float:
+    """Kullback-Leibler divergence ``sum p log(p / q)`` in nats, p and q the softmax of reference and target logits.
+
+    Infinite for NaN or another shape.
+    """
+    if target.shape != reference.shape or not np.isfinite(target).all():
+        return float("inf")
+    log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (reference, target))
+    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum()))
+
+
+def quantiles(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Median and 99th percentile of the absolute errors, and of the errors over each element's own value.
+
+    Infinite for NaN or another shape. Elements of the reference that are zero count for the absolute ones alone.
+    """
+    if target.shape != reference.shape or not np.isfinite(target).all():
+        return dict.fromkeys(("abs_p50", "abs_p99", "rel_p50", "rel_p99"), float("inf"))
+    errors = np.abs(target.astype(np.float64) - reference).ravel()
+    size = np.abs(reference.astype(np.float64)).ravel()
+    own = errors[size > 0] / size[size > 0]
+    found: dict[str, float] = {}
+    for name, values in (("abs", errors), ("rel", own)):
+        for share in (50, 99):
+            place = values.size * share // 100
+            figure = float(np.partition(values, place)[place]) if values.size else 0.0
+            found[f"{name}_p{share}"] = figure
+    return found
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
 def error_counts(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """How many elements' absolute errors fall into each bin of `HISTOGRAM_EDGES`, as log10; ends are open."""
     errors = np.abs(target.astype(np.float64) - reference).ravel()

@@ -81,7 +81,7 @@ def record_row(
     for number in range(step + 1):
         seen: dict[str, Tensor] = {}
         wrong = hypothesis if number == step else HONEST
-        method = _with_form(reference.methods[wrong.tenant or row.tenant], wrong.form)
+        method = with_form(reference.methods[wrong.tenant or row.tenant], wrong.form)
         with ExitStack() as stack:
             stack.enter_context(_recorded(model, method, seen))
             stack.enter_context(_mistaken(model, wrong))
@@ -154,7 +154,7 @@ def _rational_recorded(model: Any, method: IAPT, seen: dict[str, Tensor]) -> Ite
         seen[f"{layers}.{at[0]}.activated"] = evaluate(pooled, *args)
         return seen[f"{layers}.{at[0]}.activated"]
 
-    method.rational, method.slots = rational, noting  # type: ignore[method-assign]
+    method.rational, method.slots = rational, noting  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -162,7 +162,7 @@ def _rational_recorded(model: Any, method: IAPT, seen: dict[str, Tensor]) -> Ite
         method.rational = evaluate
 
 
-def _with_form(method: Any, form: str) -> Any:
+def with_form(method: Any, form: str) -> Any:
     """A copy of a method that evaluates its activation in another form, or the method itself."""
     method = copy.copy(method)
     if form and isinstance(method, IAPT):

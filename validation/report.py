@@ -18,13 +18,13 @@ import jinja2
 from iapt_export.errors import BundleError
 from iapt_export.manifest import write_atomically
 from validation import plots
-from validation.result import SCHEMA_VERSION, Check, Report, TargetResult, TokenRow
+from validation.result import SCHEMA_VERSION, Bisection, Check, Finding, Report, TargetResult, TokenRow
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_FILE = "report.html.jinja"
-UPPER_METRICS = ("relative", "max_abs", "max_rel", "mean_abs")
+UPPER_METRICS = ("relative", "max_abs", "kl")
 """Metrics whose limit is a ceiling, so that the share of it that was used means something."""
 
 
@@ -214,7 +214,17 @@ def _read_target(fields: dict[str, Any]) -> TargetResult:
     tokens = [TokenRow(**row) for row in fields.pop("tokens")]
     by_layer = {name: list(map(float, errors)) for name, errors in fields.pop("by_layer").items()}
     by_step = [float(error) for error in fields.pop("by_step")]
-    return TargetResult(**fields, checks=checks, tokens=tokens, by_layer=by_layer, by_step=by_step)
+    bisection = _read_bisection(fields.pop("bisection"))
+    return TargetResult(**fields, checks=checks, tokens=tokens, by_layer=by_layer, by_step=by_step, bisection=bisection)
+
+
+def _read_bisection(fields: dict[str, Any] | None) -> Bisection | None:
+    if fields is None:
+        return None
+    found = fields.pop("finding")
+    finding = None if found is None else Finding(**{**found, "error": float(found["error"])})
+    errors = [(name, layer, float(error)) for name, layer, error in fields.pop("errors")]
+    return Bisection(**fields, finding=finding, errors=errors)
 
 
 def _floats(figures: dict[str, Any]) -> dict[str, float]:

@@ -104,9 +104,9 @@ def _cache_evidence(scene: Scene, suspect: Suspect) -> str:
     text = f"row {suspect.row}: {len(entries)} of {len(distance)} entries, first {entries[0] if entries else 0}, "
     text += "are not what the step before left"
     for other, array in enumerate(suspect.made):
-        if other != suspect.row and entries and max(entries) < array.shape[1]:
-            if np.allclose(made[:, entries], suspect.wanted[other][:, entries], rtol=0, atol=1e-6):
-                return f"{text}; they are row {other}'s"
+        is_there = other != suspect.row and entries and max(entries) < array.shape[1]
+        if is_there and np.allclose(made[:, entries], suspect.wanted[other][:, entries], rtol=0, atol=1e-6):
+            return f"{text}; they are row {other}'s"
     return text + ("; they are zero" if entries and not made[:, entries].any() else "")
 
 
@@ -160,7 +160,9 @@ def _difference(made: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.nda
     count = int(differ.sum())
     if count <= max(8, made.size // 1000):
         place = tuple(int(index) for index in np.argwhere(differ)[0])
-        return f"{count} of {made.size} numbers differ, first at {list(place)}: {made[place]:.6g} for {right[place]:.6g}"
+        return (
+            f"{count} of {made.size} numbers differ, first at {list(place)}: {made[place]:.6g} for {right[place]:.6g}"
+        )
     if np.array_equal(made.ravel(), right.T.ravel()):
         return "it is transposed"
     used = np.abs(right) > 1e-12

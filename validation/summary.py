@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from validation.result import Report
+from validation.result import Bisection, Report, TargetResult
 
 
 def summary(report: Report) -> str:
@@ -19,7 +19,24 @@ def summary(report: Report) -> str:
             for check in target.checks
             if check.stage == "greedy tokens" or not check.passed
         ]
+        if target.bisection is not None:
+            lines += [f"    {line}" for line in whereabouts(target.bisection)]
     return "\n".join(lines)
+
+
+def whereabouts(bisection: Bisection) -> list[str]:
+    """What looking inside the graphs found, in a few lines."""
+    found = bisection.finding
+    if found is None:
+        return [f"inside ({bisection.case}, {bisection.num_steps} steps): {bisection.note}"]
+    layer = "" if found.layer is None else f"layer {found.layer}, "
+    lines = [
+        f"first difference: {layer}{found.tensor}, {found.part}, step {found.step} ({found.graph}), "
+        f"row {found.row} ({found.tenant}), case {bisection.case}",
+        f"  source: {found.source}: {found.evidence}",
+        f"  module {found.module or 'none'}; error {found.error:.3g}, allowed {found.limit:.3g}",
+    ]
+    return lines + ([f"  made by {', '.join(found.operators)}"] if found.operators else [])
 
 
 def failure(report: Report) -> str:
@@ -34,5 +51,10 @@ def failure(report: Report) -> str:
     )
     return (
         f"{target.name} {target.dtype} differs from PyTorch in {len(rows)} checks, "
-        f"first in {check.stage} ({check.case}): {figures}; {check.detail}"
+        f"first in {check.stage} ({check.case}): {figures}; {check.detail}{_located(target)}"
     )
+
+
+def _located(target: TargetResult) -> str:
+    found = target.bisection and target.bisection.finding
+    return f". It starts at {found.tensor}, step {found.step}: {found.source}, {found.evidence}" if found else ""

@@ -2,7 +2,8 @@
 
 Nodes carry the path of their module (`iapt_export.passes.name_nodes`). Of every module without children, what goes
 in and what comes out is a tap, so are the rotated queries, what the rational activation reads and makes, and each
-layer's keys and values. Taps are added as outputs to a copy of the graph in memory; the bundle's files stay as they are.
+layer's keys and values. Taps are added as outputs to a copy of the graph in memory; the bundle's files stay as they
+are.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from typing import Any
 
 from iapt_export.errors import IaptError
 
+ANY = "any"
+"""The dtype of limits that do not depend on it."""
 STAGES = (
     "interface",
     "generator",
@@ -21,9 +23,14 @@ STAGES = (
     "decode cache",
     "top-1 agreement",
     "greedy tokens",
+    "refusal",
     "hidden states",
     "module",
 )
+
+
+CEILINGS = ("relative", "kl")
+"""Metrics that must not be larger than their limit."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,13 @@ class Tolerance:
     stage: str
     dtype: str
     metric: str
-    """``relative`` is an upper limit; ``agreement`` and ``identical`` are lower ones."""
+    """Those of `CEILINGS` are upper limits; ``agreement``, ``identical`` and ``refused`` are lower ones."""
     limit: float
     reason: str
 
     def holds(self, value: float) -> bool:
         """Whether a measured value passes; NaN never does."""
-        return value <= self.limit if self.metric == "relative" else value >= self.limit
+        return value <= self.limit if self.metric in CEILINGS else value >= self.limit
 
 
 _FP32 = "summation order differs between runtimes; 30 layers leave a few 1e-6, the limit is about ten times that"
@@ -51,6 +58,7 @@ _FP16 = "11 significant bits, rounded once an operator over 30 layers of residua
 _BF16 = "8 significant bits, rounded once an operator over 30 layers of residual sums"
 
 TABLE = (
+    Tolerance("refusal", ANY, "refused", 1.0, "what is out of range must be refused in words, never answered"),
     Tolerance("hidden states", "fp32", "relative", 2e-3, "to be measured"),
     Tolerance("module", "fp32", "relative", 1e-4, "to be measured"),
     Tolerance("hidden states", "fp16", "relative", 2e-1, "to be measured"),
@@ -85,11 +93,21 @@ def tolerance(stage: str, dtype: str) -> Tolerance | None:
     Raises:
         IaptError: no such stage or dtype.
     """
-    if stage not in STAGES or dtype not in {row.dtype for row in TABLE}:
+    if stage not in STAGES or dtype not in {row.dtype for row in TABLE} - {ANY}:
         raise IaptError(f"there is no tolerance for stage {stage!r} in {dtype!r}")
     return next((row for row in TABLE if (row.stage, row.dtype) == (stage, dtype)), None)
 
 
+def tolerances(stage: str, dtype: str) -> list[Tolerance]:
+    """Every limit for a stage and dtype, one a metric; none where a stage is reported but not judged.
+
+    Raises:
+        IaptError: no such stage or dtype.
+    """
+    tolerance(stage, dtype)
+    return [row for row in TABLE if row.stage == stage and row.dtype in (dtype, ANY)]
+
+
 def rows_for(dtypes: set[str]) -> list[dict[str, Any]]:
     """The table's rows for these dtypes, as plain dictionaries for the report."""
-    return [dataclasses.asdict(row) for row in TABLE if row.dtype in dtypes]
+    return [dataclasses.asdict(row) for row in TABLE if row.dtype in dtypes | {ANY}]

@@ -12,9 +12,7 @@ from transformers import DynamicCache
 
 from validation.cases import Prompt
 from validation.reference import Reference, numpy
-
-RowCache = list[tuple[np.ndarray, np.ndarray]]
-"""One row's keys and values by layer, ``[H, entries, K]``, padding left out."""
+from validation.stepping import RowCache
 
 
 @dataclass

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from pathlib import Path
 from typing import Any
 
-from engines.loading import cache_kinds
 from engines.session import Session
 from iapt_export.errors import NotRunnableError
 from iapt_export.manifest import BundleManifest, Parity, TargetSpec
 from validation.compare import OnStep, Settings, compare_target, measure_truth
 from validation.interface import check_built_engines
+from validation.locate import look_inside
 from validation.reference import Reference
 from validation.result import Report, TargetResult
 from validation.tolerances import rows_for
@@ -45,11 +46,12 @@ def validate_bundle(
     truths = measure_truth(bundle, manifest, reference, settings, on_step)
     results = []
     for target in manifest.targets:
+        session = Session.open(bundle, target.name, device=settings.device, verify=False)
         try:
-            for in_place in cache_kinds(target, settings.device):
-                session = Session.open(bundle, target.name, device=settings.device, verify=False, in_place=in_place)
-                with session:
-                    results.append(compare_target(session, reference, truths, settings, on_step))
+            with session:
+                result = compare_target(session, reference, truths, settings, on_step)
+            bisection = look_inside(bundle, session, reference, truths, result, settings, on_step)
+            results.append(dataclasses.replace(result, bisection=bisection))
         except NotRunnableError as error:
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))
@@ -68,7 +70,8 @@ def validate_bundle(
         tolerances=rows_for({result.dtype for result in results}),
         targets=results,
         command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
-        f"--seed {settings.seed} --new-tokens {settings.new_tokens}",
+        f"--seed {settings.seed} --new-tokens {settings.new_tokens}"
+        + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else ""),
     )
 
 

@@ -19,10 +19,11 @@ from iapt_export.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
 from tests.validation.sabotage import SABOTAGES
 from trainers.backbone import load_backbone
-from validation import compare
+from validation import stages
 from validation.cases import Prompt
-from validation.compare import Settings, compare_target, measure_truth, tie_margin
+from validation.compare import Settings, compare_target, measure_truth
 from validation.reference import Reference
+from validation.stages import tie_margin
 from validation.truth import Truth
 from validation.validate import validate_bundle
 
@@ -177,7 +178,7 @@ def row(truth: Truth, tokens: list[int], dtype: str = "fp32") -> Any:
         target=SimpleNamespace(dtype=dtype),
         manifest=SimpleNamespace(backbone=SimpleNamespace(eos_token_ids=[1])),
     )
-    return compare._token_row(session, truth, tokens)  # type: ignore[arg-type]
+    return stages.token_row(session, truth, tokens)  # type: ignore[arg-type]
 
 
 LIMIT = 2 * 1e-4 * 10.0
@@ -214,9 +215,9 @@ def test_an_answer_of_another_length_differs(tokens: list[int], step: int) -> No
 def test_ties_count_as_agreement_step_by_step() -> None:
     logits = np.zeros(8)
     logits[2] = 1.0
-    assert compare._agrees(logits, truth([2], [5.0]), 0)
-    assert not compare._agrees(logits, truth([3], [5.0]), 0)
-    assert compare._agrees(logits, truth([3], [LIMIT / 2]), 0)
+    assert stages.agrees(logits, truth([2], [5.0]), 0)
+    assert not stages.agrees(logits, truth([3], [5.0]), 0)
+    assert stages.agrees(logits, truth([3], [LIMIT / 2]), 0)
 
 
 def test_excused_rows_are_counted_and_listed(tiny_build: TinyBuild, backbone: Any) -> None:

@@ -232,10 +232,10 @@ def test_table_cells_read_well():
         (None, "does not exist; 'iapt-export validate' writes it"),
         ("{", "is not JSON"),
         ("[]", "schema_version is None"),
-        ('{"schema_version": 99}', "schema_version is 99, this version of iapt-export reads 1"),
-        ('{"schema_version": 1}', "is not a report: 'targets'"),
-        ('{"schema_version": 1, "targets": []}', "is not a report: .*missing"),
-        ('{"schema_version": 1, "targets": [3]}', "is not a report"),
+        ('{"schema_version": 99}', "schema_version is 99, this version of iapt-export reads 2"),
+        ('{"schema_version": 2}', "is not a report: 'targets'"),
+        ('{"schema_version": 2, "targets": []}', "is not a report: .*missing"),
+        ('{"schema_version": 2, "targets": [3]}', "is not a report"),
     ],
 )
 def test_damaged_reports_are_refused(content, message, tmp_path):

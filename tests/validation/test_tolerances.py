@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from iapt_export.errors import IaptError
-from validation.compare import _Errors
 from validation.metrics import relative
+from validation.stages import Errors
 from validation.tolerances import STAGES, TABLE, Tolerance, rows_for, tolerance
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -39,7 +39,7 @@ def exact_sums() -> np.ndarray:
 
 
 def passes(row: Tolerance, value: float) -> bool:
-    errors = _Errors()
+    errors = Errors()
     errors.judge(row.stage, "case", row.dtype, {row.metric: value})
     (check,) = errors.checks
     assert check.limits == {row.metric: row.limit}

@@ -1,0 +1,248 @@
+"""Planted faults with the place where each must be found: the list against which the validator itself is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from engines import session
+from engines.onnxruntime_runner import OnnxRuntimeRunner
+from tests.validation import sabotage
+
+Plant = Callable[[Path, pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake, and what looking inside must say about it."""
+
+    name: str
+    plant: Plant
+    step: int
+    layer: int | None
+    source: str
+    tensor: str
+    """How the name of the first wrong tensor ends."""
+    evidence: str = ""
+    """A part of the sentence that explains it."""
+
+
+def in_files(change: Callable[[Path], None]) -> Plant:
+    return lambda bundle, _: change(bundle)
+
+
+def edit(file: str, change: Callable[[onnx.GraphProto], None]) -> Plant:
+    """Change a graph and write it back."""
+
+    def plant(bundle: Path, _: pytest.MonkeyPatch) -> None:
+        model = onnx.load(bundle / file, load_external_data=False)
+        change(model.graph)
+        (bundle / file).write_bytes(model.SerializeToString())
+
+    return plant
+
+
+def node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if node.name == name)
+
+
+def before(graph: onnx.GraphProto, reader: str, place: int, *made: tuple[str, list[Any], dict[str, Any]]) -> None:
+    """Let ``reader`` take its input ``place`` through more nodes; an operator's extra inputs are int64 constants."""
+    target = node(graph, reader)
+    value = target.input[place]
+    index = list(graph.node).index(target)
+    for step, (operator, constants, attributes) in enumerate(made):
+        name = f"{value}.planted.{place}.{step}"
+        names = []
+        for number, constant in enumerate(constants):
+            names.append(f"{name}.{number}")
+            graph.initializer.append(numpy_helper.from_array(np.array(constant, np.int64), names[-1]))
+        graph.node.insert(index, helper.make_node(operator, [value, *names], [name], **attributes))
+        index, value = index + 1, name
+    target.input[place] = value
+
+
+def rolled_rotation(graph: onnx.GraphProto) -> None:
+    """Rotate layer 1's keys by their neighbours' positions."""
+    target = "model.layers.1.self_attn/RotaryEmbedding_2"
+    for place in (1, 2):
+        value = node(graph, target).input[place]
+        index = list(graph.node).index(node(graph, target))
+        made = f"{value}.rolled"
+        for name, bounds in (("head", (0, 1)), ("tail", (1, 1 << 30))):
+            ends = [f"{made}.{name}.{part}" for part in ("start", "end", "axis")]
+            for end, number in zip(ends, (*bounds, 1), strict=True):
+                graph.initializer.append(numpy_helper.from_array(np.array([number], np.int64), end))
+            graph.node.insert(index, helper.make_node("Slice", [value, *ends], [f"{made}.{name}"]))
+            index += 1
+        graph.node.insert(index, helper.make_node("Concat", [f"{made}.tail", f"{made}.head"], [made], axis=1))
+        node(graph, target).input[place] = made
+
+
+def no_causal_mask(graph: onnx.GraphProto) -> None:
+    before(graph, "model/LessOrEqual", 1, ("Add", [1000], {}))
+
+
+def attention_scale(graph: onnx.GraphProto) -> None:
+    target = node(graph, "model.layers.1.self_attn/Attention")
+    kept = [attribute for attribute in target.attribute if attribute.name != "scale"]
+    (old,) = [attribute.f for attribute in target.attribute if attribute.name == "scale"] or [8**-0.5]
+    del target.attribute[:]
+    target.attribute.extend([*kept, helper.make_attribute("scale", 2 * old)])
+
+
+def norm_epsilon(graph: onnx.GraphProto) -> None:
+    target = node(graph, "model.layers.1.post_attention_layernorm/RMSNormalization")
+    next(attribute for attribute in target.attribute if attribute.name == "epsilon").f = 0.5
+
+
+def half_precision(graph: onnx.GraphProto) -> None:
+    casts = (("Cast", [], {"to": onnx.TensorProto.FLOAT16}), ("Cast", [], {"to": onnx.TensorProto.FLOAT}))
+    before(graph, "model.layers.1.mlp.down_proj/MatMul", 0, *casts)
+
+
+def sigmoid_alone(graph: onnx.GraphProto) -> None:
+    target = node(graph, "model.layers.0.mlp.act_fn/Mul")
+    gate = next(name for name in target.input if name in node(graph, "model.layers.0.mlp.act_fn/Sigmoid").output)
+    target.op_type = "Identity"
+    del target.input[:]
+    target.input.append(gate)
+
+
+def logits_of_the_token_before(graph: onnx.GraphProto) -> None:
+    before(graph, "/Add", 0, ("Sub", [1], {}))
+
+
+def keys_and_values_change_places(graph: onnx.GraphProto) -> None:
+    key, value = (next(n for n in graph.node if f"present.1.{part}" in n.output) for part in ("key", "value"))
+    key.input[1], value.input[1] = value.input[1], key.input[1]
+
+
+def weight(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Plant:
+    """Change a weight in the file that prefill and decode share."""
+
+    def plant(bundle: Path, _: pytest.MonkeyPatch) -> None:
+        data = mapped(bundle, name)
+        data[:] = change(np.array(data))
+        data.flush()
+
+    return plant
+
+
+def mapped(bundle: Path, name: str) -> np.memmap:
+    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name.startswith(name))
+    offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+    return np.memmap(bundle / "weights.data", np.float32, "r+", offset, tuple(tensor.dims))
+
+
+def flipped_sign(array: np.ndarray) -> np.ndarray:
+    bits = array.view(np.uint32)
+    bits.ravel()[np.abs(array).argmax()] ^= 1 << 31
+    return array
+
+
+def of_layer_0(bundle: Path, _: pytest.MonkeyPatch) -> None:
+    data = mapped(bundle, "model.layers.1.mlp.gate_proj")
+    data[:] = mapped(bundle, "model.layers.0.mlp.gate_proj")
+    data.flush()
+
+
+def tenants_reversed(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are right, only ``tenant_index`` points at a neighbour's."""
+    honest = session.load_tenants
+    monkeypatch.setattr(
+        session, "load_tenants", lambda *args: {name: array[::-1].copy() for name, array in honest(*args).items()}
+    )
+
+
+def fed(change: Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]) -> Plant:
+    """Change what decode steps are fed; the change sees how many entries the cache has."""
+
+    def plant(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        honest = OnnxRuntimeRunner.infer
+        steps = {"count": 0}
+
+        def infer(self: OnnxRuntimeRunner, feeds: dict[str, np.ndarray]) -> Any:
+            if "position_ids" in feeds:
+                steps["count"] += 1
+                feeds = change(feeds, steps["count"])
+            else:
+                steps["count"] = 0  # a new batch
+            return honest(self, feeds)
+
+        monkeypatch.setattr(OnnxRuntimeRunner, "infer", infer)
+
+    return plant
+
+
+def positions_count_padding(feeds: dict[str, np.ndarray], _: int) -> dict[str, np.ndarray]:
+    length = feeds["attention_mask"].shape[1]
+    return {**feeds, "position_ids": np.full_like(feeds["position_ids"], length - 1)}
+
+
+def stale_entry(feeds: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+    """From the third step on, row 0's newest value in layer 1 is the one before it."""
+    if step < 3:
+        return feeds
+    values = feeds["past_key_values.1.value"].copy()
+    values[0, :, -1] = values[0, :, -2]
+    return {**feeds, "past_key_values.1.value": values}
+
+
+def rows_change_places(feeds: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+    """At the second step the cache's rows stand in another order than the tokens."""
+    past = {name: array[::-1].copy() for name, array in feeds.items() if name.startswith("past_key_values.0")}
+    return {**feeds, **past} if step == 2 else feeds
+
+
+FAULTS = (
+    Fault(
+        "every row is the first tenant's", in_files(sabotage.everybody_is_the_first_tenant), 0, 0, "tenant", "pooled"
+    ),
+    Fault("tenants swapped in the session", tenants_reversed, 0, 0, "tenant", "pooled"),
+    Fault(
+        "generator graph: first tenant's", in_files(sabotage.generators_of_the_first_tenant), 0, 0, "tenant", "prompt"
+    ),
+    Fault("decode: position off by one", in_files(sabotage.position_off_by_one), 1, 0, "position", "query", "by +1"),
+    Fault("decode: positions count padding", fed(positions_count_padding), 1, 0, "position", "query", "padding"),
+    Fault("RoPE on the wrong rows", edit("prefill.onnx", rolled_rotation), 0, 1, "position", "present.1.key"),
+    Fault("prefill: no padding mask", in_files(sabotage.no_mask_in_prefill), 0, 0, "mask", "pooled", "padding"),
+    Fault("prefill: no causal mask", edit("prefill.onnx", no_causal_mask), 0, 0, "mask", "o_proj.input", "causal"),
+    Fault("decode: no mask", in_files(sabotage.no_mask_in_decode), 1, 0, "mask", "o_proj.input", "padding"),
+    Fault(
+        "transposed weight", weight("model.layers.1.self_attn.o_proj", lambda w: w.T), 0, 1, "weight", "output", "tra"
+    ),
+    Fault("a number of a weight", in_files(sabotage.one_weight), 0, 1, "weight", "down_proj.output", "1 of 1536"),
+    Fault("one flipped bit", weight("model.layers.1.mlp.up_proj", flipped_sign), 0, 1, "weight", "output", "1 of 1536"),
+    Fault("weight of another layer", of_layer_0, 0, 1, "weight", "gate_proj.output", "layer 0's"),
+    Fault(
+        "weight 1 % too large",
+        weight("model.layers.0.mlp.down_proj", lambda w: w * np.float32(1.01)),
+        0,
+        0,
+        "weight",
+        "output",
+        "1.01",
+    ),
+    Fault("wrong activation form", in_files(sabotage.wrong_activation_form), 0, 0, "activation", "activated", "form A"),
+    Fault("attention scale doubled", edit("prefill.onnx", attention_scale), 0, 1, "scale", "o_proj.input", "2"),
+    Fault("half precision inside", edit("prefill.onnx", half_precision), 0, 1, "cast", "down_proj.output", "fp16"),
+    Fault("epsilon of a norm", edit("prefill.onnx", norm_epsilon), 0, 1, "operator", "post_attention_layernorm.output"),
+    Fault("sigmoid in place of SiLU", edit("decode.onnx", sigmoid_alone), 1, 0, "operator", "act_fn.output"),
+    Fault(
+        "logits of the token before", edit("prefill.onnx", logits_of_the_token_before), 0, None, "operator", "output"
+    ),
+    Fault(
+        "keys and values swapped", edit("decode.onnx", keys_and_values_change_places), 1, 1, "operator", "present.1.key"
+    ),
+    Fault("stale cache entry", fed(stale_entry), 3, 1, "cache", "past_key_values.1.value"),
+    Fault("cache rows swapped", fed(rows_change_places), 2, 0, "cache", "past_key_values.0.key"),
+)

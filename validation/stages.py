@@ -1,0 +1,190 @@
+"""The stages of a comparison that a session steps through: prefill, every decode step, greedy tokens, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engines.session import Request, Session
+from iapt_export.errors import IaptError
+from validation.cases import Case
+from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, kl, max_abs, quantiles, relative
+from validation.result import Bisection, Check, TokenRow
+from validation.stepping import Row, RowCache, Step, run_steps
+from validation.tolerances import tolerances
+from validation.truth import Truth
+
+OnStep = Callable[[str], None]
+
+
+@dataclass
+class Errors:
+    """The figures of one comparison as they come in."""
+
+    bisection: Bisection | None = None
+    """Where the generator graph is wrong, when it is."""
+
+    checks: list[Check] = field(default_factory=list)
+    by_layer: dict[str, list[float]] = field(default_factory=dict)
+    by_step: list[float] = field(default_factory=list)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1))
+
+    def judge(self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "") -> None:
+        """Add a check of ``measured`` against the table's limit for the stage."""
+        rows = tolerances(stage, dtype)
+        passed = all(row.holds(measured[row.metric]) for row in rows)
+        self.checks.append(Check(stage, case, passed, measured, {row.metric: row.limit for row in rows}, detail))
+
+    def layers(self, part: str, errors: list[float]) -> None:
+        """Keep the worst error of each layer over all cases."""
+        before = self.by_layer.get(part, [0.0] * len(errors))
+        self.by_layer[part] = [max(pair) for pair in zip(before, errors, strict=True)]
+
+
+def compare_steps(session: Session, case: str, truths: list[Truth], errors: Errors) -> None:
+    """Feed the reference's own tokens, so that each step is compared on equal ground."""
+    dtype, num_steps = session.target.dtype, min(len(truth.tokens) for truth in truths)
+    rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens)) for truth in truths]
+    agreed, first_disagreement = 0.0, None
+    worst: dict[str, float] = {}
+    for step in run_steps(session, rows, num_steps):
+        measured = _compare_logits(step.logits, truths, step.number, errors)
+        agreed += measured["agreed"]
+        if measured["agreed"] < 1 and first_disagreement is None:
+            first_disagreement = step.number
+        if step.number == 0:
+            errors.judge("prefill logits", case, dtype, measured)
+            _compare_cache(step, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
+        else:
+            worst = measured | {"step": step.number} if not worst else _worse(worst, measured, step.number)
+        if step.number and step.number == num_steps - 1:
+            errors.judge("decode logits", case, dtype, worst, f"worst at step {worst['step']}")
+            _compare_cache(step, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
+    compared = {"agreement": agreed / num_steps, "compared": float(num_steps * len(truths))}
+    detail = "" if first_disagreement is None else f"first other token at step {first_disagreement}"
+    errors.judge("top-1 agreement", case, dtype, compared, detail)
+
+
+def _worse(worst: dict[str, float], measured: dict[str, float], step: int) -> dict[str, float]:
+    """The worse of each figure; ``step`` is where the relative error is worst."""
+    merged = {
+        name: min(worst[name], figure) if name in ("cosine", "agreed") else max(worst[name], figure)
+        for name, figure in measured.items()
+    }
+    return merged | {"step": step if measured["relative"] > worst["relative"] else worst["step"]}
+
+
+def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: Errors) -> dict[str, float]:
+    rows = [(logits[i].astype(np.float32), truth.logits[step], truth) for i, truth in enumerate(truths)]
+    worst = {
+        "relative": max(relative(made, wanted) for made, wanted, _ in rows),
+        "max_abs": max(max_abs(made, wanted) for made, wanted, _ in rows),
+        "kl": max(kl(made, wanted) for made, wanted, _ in rows),
+        "cosine": min(cosine(made, wanted) for made, wanted, _ in rows),
+        "agreed": sum(agrees(made, truth, step) for made, _, truth in rows) / len(rows),
+    }
+    spread = [quantiles(made, wanted) for made, wanted, _ in rows]
+    worst |= {name: max(row[name] for row in spread) for name in spread[0]}
+    for made, wanted, _ in rows:
+        errors.counts += error_counts(np.nan_to_num(made), wanted)
+    errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
+    errors.by_step[step] = max(errors.by_step[step], worst["relative"])
+    return worst
+
+
+def agrees(made: np.ndarray, truth: Truth, step: int) -> bool:
+    """Same best token, or the reference itself all but ties."""
+    return int(made.argmax()) == truth.tokens[step] or truth.margins[step] < tie_margin(truth, "fp32")
+
+
+def tie_margin(truth: Truth, dtype: str) -> float:
+    """Lead of the reference's best logit below which another choice is a tie: twice the logits' tolerance."""
+    limit = next(row.limit for row in tolerances("decode logits", dtype) if row.metric == "relative")
+    return 2 * limit * truth.peak
+
+
+def _compare_cache(step: Step, wanted: list[RowCache], stage: str, case: str, dtype: str, errors: Errors) -> None:
+    made = step.caches()
+    num_layers = len(wanted[0])
+    for part, name in enumerate(("key", "value")):
+        by_layer = [
+            max(_entries_error(made[row][layer][part], wanted[row][layer][part]) for row in range(len(wanted)))
+            for layer in range(num_layers)
+        ]
+        errors.layers(name, by_layer)
+        worst_layer = int(np.argmax(by_layer))
+        detail = f"{name}s, worst in layer {worst_layer}"
+        errors.judge(stage, case, dtype, {"relative": by_layer[worst_layer]}, detail)
+
+
+def _entries_error(made: np.ndarray, wanted: np.ndarray) -> float:
+    """Error of the entries that both have; the reference ends before the last token that it chose."""
+    return relative(made[:, : wanted.shape[1]], wanted)
+
+
+def compare_refusal(session: Session, case: Case, errors: Errors) -> None:
+    """Ask for what a session must refuse; an answer, or an error that is no `IaptError`, fails."""
+    requests = [Request(row.tenant, tokens=row.tokens, max_new_tokens=case.new_tokens) for row in case.rows]
+    try:
+        session.generate(requests)
+        detail = "it was answered"
+    except IaptError as error:
+        detail = str(error)
+        refused = 1.0
+    else:
+        refused = 0.0
+    errors.judge("refusal", case.name, session.target.dtype, {"refused": refused}, detail)
+
+
+def compare_tokens(
+    session: Session, truths: list[Truth], new_tokens: int, errors: Errors, on_step: OnStep
+) -> list[TokenRow]:
+    """Generate freely in mixed batches and compare the tokens."""
+    rows: list[TokenRow] = []
+    size = session.manifest.ranges.batch.max
+    for start in range(0, len(truths), size):
+        on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(truths))}")
+        batch = truths[start : start + size]
+        requests = [
+            Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=new_tokens, ignore_eos=True) for t in batch
+        ]
+        rows += [token_row(session, t, tokens) for t, tokens in zip(batch, session.generate(requests), strict=True)]
+    identical = sum(row.first_divergence is None for row in rows)
+    excused = sum(row.excused for row in rows)
+    measured = {
+        "identical": (identical + excused) / len(rows),
+        "rows": float(len(rows)),
+        "excused": float(excused),
+        "tokens": float(sum(len(row.reference) for row in rows)),
+    }
+    detail = f"{identical} of {len(rows)} rows identical, {excused} excused as ties"
+    errors.judge("greedy tokens", f"{len(rows)} prompts, mixed batches", session.target.dtype, measured, detail)
+    return rows
+
+
+def _answer(session: Session, tokens: list[int]) -> str:
+    """The text that a user would get: up to the end token, past which the comparison goes on."""
+    ends = [step for step, token in enumerate(tokens) if token in session.manifest.backbone.eos_token_ids]
+    return session.codec.decode(tokens[: ends[0]] if ends else tokens)
+
+
+def token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
+    """A prompt's answers side by side, with the first token that differs and whether that is a tie."""
+    pairs = zip(truth.tokens, tokens, strict=False)
+    divergence = next((step for step, (wanted, made) in enumerate(pairs) if wanted != made), None)
+    if divergence is None and len(tokens) != len(truth.tokens):
+        divergence = min(len(tokens), len(truth.tokens))
+    margin = None if divergence is None or divergence >= len(truth.margins) else truth.margins[divergence]
+    return TokenRow(
+        tenant=truth.prompt.tenant,
+        prompt=truth.prompt.text,
+        reference=truth.tokens,
+        target=tokens,
+        reference_text=_answer(session, truth.tokens),
+        target_text=_answer(session, tokens),
+        first_divergence=divergence,
+        margin=margin,
+        excused=margin is not None and margin < tie_margin(truth, session.target.dtype),
+    )
