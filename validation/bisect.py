@@ -28,6 +28,8 @@ from validation.tolerances import tolerance
 
 OnStep = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
+JUMP, JUMP_FLOOR = 20.0, 1e-6
+"""Where no tensor is beyond its limit, one whose error is so many times the largest before it is looked into."""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Suspect:
     made: list[np.ndarray]
     """The tensor in every row."""
     wanted: list[np.ndarray]
+    is_beyond: bool
+    """Beyond its limit, and not only much further off than the tensors before."""
 
 
 @dataclass
@@ -77,6 +81,7 @@ def bisect_target(
     rows: Sequence[Row],
     *,
     case: str = "",
+    is_wrong: bool = True,
     device: str = "cpu",
     on_step: OnStep = lambda _: None,
 ) -> Bisection:
@@ -88,6 +93,7 @@ def bisect_target(
         target: the target.
         rows: the batch that failed; steps go on as far as the shortest row's forced tokens reach.
         case: its name.
+        is_wrong: a check failed, so that a tensor within the limits is named too when errors jump there.
         device: ``cpu`` or ``cuda``.
         on_step: called with a word on each step, for progress.
     """
@@ -105,6 +111,7 @@ def bisect_target(
     scene = Scene(reference, rows, target.dtype, graphs, taps, leaves, limits=limits)
     num_steps = min(len(row.forced) for row in rows) + 1
     errors: list[tuple[str, int | None, float]] = []
+    jump: Finding | None = None
     with session_with(bundle, reference.manifest, target, dict(runners)) as session:
         recordings = [record_row(reference, row, num_steps - 1) for row in rows]
         before: list[Arrays] = []
@@ -113,26 +120,32 @@ def bisect_target(
             wanted = [next(recording)[1] for recording in recordings]
             scene.step = step
             seen = runners[graph_of(step.number)].seen
-            suspect, errors = _compare_step(scene, seen, wanted, before)
-            if suspect:
-                on_step(f"{target.name}: {suspect.tap.name} differs at step {step.number}, asking why")
-                return Bisection(case, _finding(scene, suspect, seen), errors, step.number + 1)
+            suspects, errors = _compare_step(scene, seen, wanted, before)
+            for suspect in suspects:
+                if suspect.is_beyond or (is_wrong and jump is None):
+                    on_step(f"{target.name}: {suspect.tap.name} differs at step {step.number}, asking why")
+                    jump = _finding(scene, suspect, seen)
+                if suspect.is_beyond:
+                    return Bisection(case, jump, errors, step.number + 1)
             before = wanted
+    if jump is not None:
+        return Bisection(case, jump, errors, num_steps, "no tensor is beyond its limit; this is where errors jump")
     note = "every tensor agrees while the graphs give them out; see docs/validation.md for what that can mean"
     return Bisection(case, None, errors, num_steps, note)
 
 
 def _compare_step(
     scene: Scene, seen: Arrays, wanted: list[Arrays], before: list[Arrays]
-) -> tuple[Suspect | None, list[tuple[str, int | None, float]]]:
-    """The first tensor of a step that differs, and the worst error of every tensor."""
+) -> tuple[list[Suspect], list[tuple[str, int | None, float]]]:
+    """The first tensor at which a step's errors jump, the first beyond its limit, and the error of every tensor."""
     assert scene.step is not None
     number = scene.step.number
     for row, arrays in enumerate(before):  # what the step reads of the cache is what the step before left
         cache = {name: array for name, array in arrays.items() if name.startswith("present.")}
         wanted[row] |= {name.replace("present", "past_key_values", 1): array for name, array in cache.items()}
     inputs = [Tap(name, name, -1) for name in seen if name.startswith("past_key_values.")]
-    first, errors = None, []
+    first: dict[bool, Suspect] = {}
+    errors: list[tuple[str, int | None, float]] = []
     prefix = layers_path(scene.reference.model)
     done: set[str] = set()
     for tap in [*inputs, *scene.taps[graph_of(number)]]:
@@ -146,14 +159,17 @@ def _compare_step(
         by_row = [worst_vector(*pair) for pair in zip(made, expected, strict=True)]
         worst = int(np.argmax([error for error, _ in by_row]))
         error, where = by_row[worst]
+        so_far = max((known for *_, known in errors), default=0.0)
         errors.append((tap.name, layer_of(tap.name, prefix), error))
-        if first is None:
-            own = _own_error(scene, tap, seen, worst)
-            limit = scene.limits["hidden states"]
-            if error > limit or (own is not None and own > scene.limits["module"]):
-                part = _part(scene, tap.name, worst, where, expected[worst].shape)
-                first = Suspect(number, tap, worst, part, error, limit, own, made, expected)
-    return first, errors
+        if True in first:
+            continue
+        own, limit = _own_error(scene, tap, seen, worst), scene.limits["hidden states"]
+        is_beyond = error > limit or (own is not None and own > scene.limits["module"])
+        if is_beyond or (False not in first and error > JUMP * max(so_far, JUMP_FLOOR)):
+            part = _part(scene, tap.name, worst, where, expected[worst].shape)
+            allowed = limit if is_beyond else JUMP * max(so_far, JUMP_FLOOR)
+            first[is_beyond] = Suspect(number, tap, worst, part, error, allowed, own, made, expected, is_beyond)
+    return [first[kind] for kind in (True, False) if kind in first], errors
 
 
 def own_entries(array: np.ndarray, mask: np.ndarray) -> np.ndarray:

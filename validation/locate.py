@@ -41,7 +41,14 @@ def look_inside(
     for case, batch in _batches(truths, stepped[0] if stepped else None):
         rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in batch]
         found = bisect_target(
-            bundle, reference, session.target, rows, case=case, device=settings.device, on_step=on_step
+            bundle,
+            reference,
+            session.target,
+            rows,
+            case=case,
+            is_wrong=bool(stepped),
+            device=settings.device,
+            on_step=on_step,
         )
         if found.finding or not stepped:
             break

@@ -50,7 +50,8 @@ class Hypothesis:
     form: str = ""
     """Evaluate the rational activation in this form."""
     scale: float = 1.0
-    """Factor on the attention scores."""
+    """Factor on the attention scores, in ``module`` alone."""
+    module: str = ""
 
 
 HONEST = Hypothesis()
@@ -83,7 +84,7 @@ def record_row(
         wrong = hypothesis if number == step else HONEST
         method = with_form(reference.methods[wrong.tenant or row.tenant], wrong.form)
         with ExitStack() as stack:
-            stack.enter_context(_recorded(model, method, seen))
+            stack.enter_context(_recorded(model, method, seen, wrong))
             stack.enter_context(_mistaken(model, wrong))
             if number == 0:
                 read = torch.ones_like(mask) if wrong.padding_is_text else mask
@@ -104,7 +105,7 @@ def leaf_modules(model: Any) -> list[str]:
 
 
 @contextmanager
-def _recorded(model: Any, method: Any, seen: dict[str, Tensor]) -> Iterator[None]:
+def _recorded(model: Any, method: Any, seen: dict[str, Tensor], wrong: Hypothesis) -> Iterator[None]:
     """Keep what modules without children read and make, queries, and what the rational activation reads and makes.
 
     The call itself is wrapped, not a hook added: LoRA changes outputs in hooks, and those count.
@@ -113,6 +114,7 @@ def _recorded(model: Any, method: Any, seen: dict[str, Tensor]) -> Iterator[None
     names = {name: model.get_submodule(name) for name in leaf_modules(model)}
     leaves = {module: name for name, module in names.items()}
     inside: list[str] = []
+    num_heads = model.config.num_attention_heads
     call, attend = nn.Module.__call__, F.scaled_dot_product_attention
 
     def recorded_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -128,8 +130,9 @@ def _recorded(model: Any, method: Any, seen: dict[str, Tensor]) -> Iterator[None
         return result
 
     def recorded_attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen[f"{inside[-1]}.query"] = query
-        return attend(query, *args, **kwargs)
+        # for one token, transformers may fold the heads that share keys into the axis of tokens
+        seen[f"{inside[-1]}.query"] = query.reshape(len(query), num_heads, -1, query.shape[-1])
+        return attend(query * wrong.scale if inside[-1] == wrong.module else query, *args, **kwargs)
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(nn.Module, "__call__", recorded_call))
@@ -173,8 +176,7 @@ def with_form(method: Any, form: str) -> Any:
 
 @contextmanager
 def _mistaken(model: Any, wrong: Hypothesis) -> Iterator[None]:
-    """Change what the backbone is told about positions and masks, and how it scales attention."""
-    attend = F.scaled_dot_product_attention
+    """Change what the backbone is told about positions and masks."""
 
     def change(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         position, mask = kwargs["position_ids"], kwargs["attention_mask"]
@@ -187,14 +189,11 @@ def _mistaken(model: Any, wrong: Hypothesis) -> Iterator[None]:
             mask = mask[:, None, None].bool().expand(-1, 1, position.shape[1], -1)
         return args, {**kwargs, "position_ids": (position + wrong.shift).clamp(min=0), "attention_mask": mask}
 
-    def scaled(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attend(query * wrong.scale, *args, **kwargs)
-
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(change, with_kwargs=True).remove)
-        if wrong.scale != 1.0:
-            stack.enter_context(_replaced(F, "scaled_dot_product_attention", scaled))
+    handle = model.register_forward_pre_hook(change, with_kwargs=True)
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from validation.metrics import worst_vector
 from validation.recording import Hypothesis
 from validation.reference import numpy
 from validation.stepping import graph_of
-from validation.taps import TappedGraph, layer_of
+from validation.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
 
 TRANSPOSED = ".transposed"
 """Ends the names of weights that are stored as MatMul reads them (`iapt_export.passes.fold_transposes`)."""
@@ -50,13 +50,14 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
             return "weight", found
         if wrong_alone:
             return "operator", f"{path} computes something else than PyTorch's module from the same input and weights"
-    for hypothesis in _hypotheses(scene, suspect):
+    attending = {graph.module(place) for place in places if graph.nodes[place].op_type in ATTENTION_OPERATORS}
+    for hypothesis in _hypotheses(scene, suspect, attending):
         if _explains(scene, suspect, hypothesis):
             return hypothesis.kind, hypothesis.says
     return _by_place(suspect, graph, places)
 
 
-def _hypotheses(scene: Scene, suspect: Suspect) -> Iterator[Hypothesis]:
+def _hypotheses(scene: Scene, suspect: Suspect, modules: set[str]) -> Iterator[Hypothesis]:
     """Mistakes worth trying, likelier ones first."""
     row = suspect.row
     own, pad, slots = scene.rows[row].tenant, scene.padding(row), scene.slots(row)
@@ -84,8 +85,9 @@ def _hypotheses(scene: Scene, suspect: Suspect) -> Iterator[Hypothesis]:
                 future_is_read=True,
             )
     width = scene.reference.manifest.backbone.head_dim
-    for factor in (2.0, 0.5, width**0.5, width**-0.5):
-        yield Hypothesis(f"attention scores are scaled by {factor:.4g} too much", "scale", scale=factor)
+    for module in modules:
+        for factor in (2.0, 0.5, width**0.5, width**-0.5):
+            yield Hypothesis(f"attention scores are {factor:.4g} times too large", "scale", scale=factor, module=module)
 
 
 def _explains(scene: Scene, suspect: Suspect, hypothesis: Hypothesis) -> bool:
@@ -118,7 +120,7 @@ def _low_precision(scene: Scene, suspect: Suspect, graph: TappedGraph, places: l
         node = graph.nodes[place]
         low = next((LOW_TYPES[a.i] for a in node.attribute if a.name == "to" and a.i in LOW_TYPES), "")
         if low:
-            return f"{node.name} casts to {low} in an fp32 graph"
+            return f"{node.name or node.output[0]} casts to {low} in an fp32 graph"
     made = suspect.made[suspect.row]
     with np.errstate(over="ignore"):
         rounded = made.astype(np.float16).astype(np.float32)

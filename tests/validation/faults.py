@@ -234,7 +234,7 @@ FAULTS = (
     ),
     Fault("wrong activation form", in_files(sabotage.wrong_activation_form), 0, 0, "activation", "activated", "form A"),
     Fault("attention scale doubled", edit("prefill.onnx", attention_scale), 0, 1, "scale", "o_proj.input", "2"),
-    Fault("half precision inside", edit("prefill.onnx", half_precision), 0, 1, "cast", "down_proj.output", "fp16"),
+    Fault("half precision inside", edit("prefill.onnx", half_precision), 0, 1, "cast", "down_proj.input", "fp16"),
     Fault("epsilon of a norm", edit("prefill.onnx", norm_epsilon), 0, 1, "operator", "post_attention_layernorm.output"),
     Fault("sigmoid in place of SiLU", edit("decode.onnx", sigmoid_alone), 1, 0, "operator", "act_fn.output"),
     Fault(
@@ -243,6 +243,6 @@ FAULTS = (
     Fault(
         "keys and values swapped", edit("decode.onnx", keys_and_values_change_places), 1, 1, "operator", "present.1.key"
     ),
-    Fault("stale cache entry", fed(stale_entry), 3, 1, "cache", "past_key_values.1.value"),
-    Fault("cache rows swapped", fed(rows_change_places), 2, 0, "cache", "past_key_values.0.key"),
+    Fault("stale cache entry", fed(stale_entry), 3, 1, "cache", "1.value"),
+    Fault("cache rows swapped", fed(rows_change_places), 2, 0, "cache", "0.key"),
 )
