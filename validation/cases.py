@@ -70,39 +70,36 @@ def generated_cases(manifest: BundleManifest, seed: int) -> list[Case]:
 def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
     ranges, names = manifest.ranges, [tenant.name for tenant in manifest.tenants]
     room = ranges.past.max - manifest.num_slots
-    rows, longest = ranges.batch.max, min(ranges.sequence.max, room - 1)
-    short = min(FEW_STEPS, room - longest + 1) if longest < room else 1
-    steps = min(FEW_STEPS, max(2, room - min(48, longest)))
+    rows, longest = ranges.batch.max, min(ranges.sequence.max, room)
 
     def row(case: str, place: int, tenant: str, length: int) -> Prompt:
         source = random.Random(f"{seed} {case} {place}")
-        tokens = tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(max(1, length)))
+        tokens = tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(length))
         return Prompt(tenant, f"{length} random tokens", tokens)
 
     def batch(case: str, tenants: list[str], lengths: list[int], new_tokens: int, is_quick: bool = True) -> Case:
-        made = tuple(row(case, place, *pair) for place, pair in enumerate(zip(tenants, lengths, strict=True)))
-        return Case(case, made, new_tokens, is_quick=is_quick)
+        fitting = [min(length, longest) for length in lengths]
+        made = tuple(row(case, place, *pair) for place, pair in enumerate(zip(tenants, fitting, strict=True)))
+        return Case(case, made, min(new_tokens, room - max(fitting) + 1), is_quick=is_quick)
 
     mixed = [names[place % len(names)] for place in range(rows)]
     middle = [min(longest, 5 + 6 * place) for place in range(rows)]
     uneven = [1 if place % 2 else min(longest, 40) for place in range(rows)]
     special = manifest.backbone
-    unusual = (0, special.vocab_size - 1, special.pad_token_id, *special.eos_token_ids, 1, special.pad_token_id)
+    unusual = (0, special.vocab_size - 1, special.pad_token_id, *special.eos_token_ids, 1)[:longest]
     last = names[-1]
     cases = [
-        batch("one-token", names[:1], [1], steps),
-        batch("largest-batch", mixed, middle, steps),
-        batch("most-padding", mixed, uneven, steps),
-        batch("one-tenant", [last] * rows, middle, steps),
-        batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)], steps),
-        Case("unusual-tokens", (Prompt(last, "special token ids", tuple(unusual[:longest])),), steps),
-        batch("longest-instruction", names[:1], [longest], short, is_quick=False),
+        batch("one-token", names[:1], [1], FEW_STEPS),
+        batch("largest-batch", mixed, middle, FEW_STEPS),
+        batch("most-padding", mixed, uneven, FEW_STEPS),
+        batch("one-tenant", [last] * rows, middle, FEW_STEPS),
+        batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)], FEW_STEPS),
+        Case("unusual-tokens", (Prompt(last, "special token ids", unusual),), min(FEW_STEPS, room - len(unusual) + 1)),
+        batch("longest-instruction", names[:1], [longest], FEW_STEPS, is_quick=False),
     ]
-    long = min(LONG_STEPS, room - 8)
-    if long > steps:
-        cases.append(batch("long-answer", mixed[:2], [8, 5][: min(2, rows)], long, is_quick=False))
-    fill = min(longest, max(1, room - 8))
-    cases.append(batch("full-cache", [last], [fill], room - fill + 1, is_quick=False))
+    if room > LONG_STEPS // 4:
+        cases.append(batch("long-answer", mixed[:2], [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))
+    cases.append(batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False))
     return cases
 
 

@@ -1,0 +1,182 @@
+"""Measure the honest noise that the table of tolerances is made of: ``python benchmarks/tolerances.py --help``.
+
+fp32 is ONNX Runtime against PyTorch, on a bundle. fp16 and bf16 are PyTorch in that type against PyTorch in fp32 on the
+CPU: a stand-in for runtimes that this machine cannot run, with the weights rounded as theirs are and each operator's
+result rounded once; kernels that add up in the low type are noisier. Every sample is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.session import Session
+from iapt_export.interface import COEFFICIENTS
+from iapt_export.manifest import BundleManifest
+from trainers.backbone import load_backbone
+from validation.bisect import own_entries
+from validation.cases import prompts_from_bundle
+from validation.metrics import cosine, kl, quantiles, relative, worst_vector
+from validation.recording import leaf_modules, record_row
+from validation.reference import Reference, numpy
+from validation.stepping import STEP_GRAPHS, Row, graph_of, run_steps, session_with
+from validation.taps import TappedGraph, TappedRunner
+from validation.truth import padded, record_truth
+from validation.validate import environment
+
+Arrays = dict[str, np.ndarray]
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    """Measure one type and write its samples."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--dtype", choices=("fp32", *TYPES), required=True)
+    parser.add_argument("--model", help="where the bundle's backbone is now")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tolerances"))
+    args = parser.parse_args()
+    manifest = BundleManifest.load(args.bundle)
+    reference = Reference(args.bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
+    codec = Session(args.bundle, manifest, manifest.target(), {}).codec
+    prompts = prompts_from_bundle(args.bundle, manifest, codec, 0, args.steps, args.prompts)
+    truths = record_truth(reference, prompts, new_tokens=args.steps, num_kept=0)
+    rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in truths]
+    other = reference if args.dtype == "fp32" else lowered(reference, TYPES[args.dtype])
+    samples: dict[str, list[dict[str, float]]] = {}
+    for number, row in enumerate(rows):
+        print(f"{args.dtype}: prompt {number + 1} of {len(rows)}, {len(row.tokens)} tokens", flush=True)
+        runs = from_session(args.bundle, manifest, reference, row) if other is reference else from_torch(other, row)
+        for (step, wanted), made in zip(record_row(reference, row, args.steps - 1), runs, strict=True):
+            for stage, figures in sample(reference, made, wanted, step).items():
+                samples.setdefault(stage, []).append({"row": number, "step": step, **figures})
+        if other is not reference:
+            samples.setdefault("generator", []).append({"row": number, **generator_sample(reference, other, row)})
+    args.output.mkdir(parents=True, exist_ok=True)
+    summary = {stage: worst(found) for stage, found in samples.items()}
+    record = {
+        "dtype": args.dtype,
+        "made by": "onnxruntime" if other is reference else f"PyTorch in {args.dtype}, a stand-in",
+        "backbone": "SmolLM2-135M-Instruct",
+        "environment": environment(),
+        "summary": summary,
+        "samples": samples,
+    }
+    path = args.output / f"{args.dtype}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(summary, indent=1), path, sep="\n")
+
+
+def lowered(reference: Reference, dtype: torch.dtype) -> Reference:
+    """The reference with backbone and adapters in a lower type; the activation's coefficients stay fp32."""
+    other = copy.copy(reference)
+    other.model = load_backbone(
+        reference.model.config._name_or_path, dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    ).model
+    other.methods = copy.deepcopy(reference.methods)
+    for method in other.methods.values():
+        for name, parameter in method.named_parameters():
+            if name not in COEFFICIENTS:
+                parameter.data = parameter.data.to(dtype)
+    return other
+
+
+def from_torch(other: Reference, row: Row) -> Iterator[Arrays]:
+    """What PyTorch's modules compute, step by step."""
+    for _, arrays in record_row(other, row, len(row.forced)):
+        yield arrays
+
+
+def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, row: Row) -> Iterator[Arrays]:
+    """What ONNX Runtime's graphs compute under the same names, the row beside a longer one of the same tenant."""
+    target = manifest.target()
+    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in STEP_GRAPHS}
+    runners: Any = {
+        name: TappedRunner(
+            bundle / target.graphs[name].path,
+            target.graphs[name],
+            graph,
+            graph.taps(leaf_modules(reference.model)),
+        )
+        for name, graph in graphs.items()
+    }
+    longer = Row(row.tenant, (*row.tokens, *row.tokens[-7:]), row.forced)
+    with session_with(bundle, manifest, target, runners) as session:
+        for step in run_steps(session, [row, longer], len(row.forced) + 1):
+            seen = runners[graph_of(step.number)].seen
+            arrays = {name: own_entries(array[0], step.mask[0]) for name, array in seen.items()}
+            yield arrays | {"logits": step.logits[0]}
+
+
+@torch.no_grad()
+def sample(reference: Reference, made: Arrays, wanted: Arrays, step: int) -> dict[str, dict[str, float]]:
+    """The figures of one row at one step."""
+    logits = {
+        "relative": relative(made["logits"], wanted["logits"]),
+        "kl": kl(made["logits"], wanted["logits"]),
+        "cosine": cosine(made["logits"], wanted["logits"]),
+        "agreed": float(made["logits"].argmax() == wanted["logits"].argmax()),
+        **quantiles(made["logits"], wanted["logits"]),
+    }
+    shared = [name for name in wanted if name in made and made[name].shape == wanted[name].shape]
+    cache = [relative(made[name], wanted[name]) for name in shared if name.startswith("present.")]
+    hidden = [worst_vector(made[name], wanted[name])[0] for name in shared if "." in name and "present." not in name]
+    modules = []
+    for path in leaf_modules(reference.model):
+        fed, output = made.get(f"{path}.input"), made.get(f"{path}.output")
+        if fed is None or output is None or path.endswith(("lm_head", "rotary_emb")):
+            continue
+        right = numpy(reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
+        modules.append(worst_vector(output, right)[0])
+    part = "decode" if step else "prefill"
+    return {
+        f"{part} logits": logits,
+        f"{part} cache": {"relative": max(cache)},
+        "hidden states": {"relative": max(hidden)},
+        "module": {"relative": max(modules)},
+    }
+
+
+@torch.no_grad()
+def generator_sample(reference: Reference, other: Reference, row: Row) -> dict[str, float]:
+    """The prompts that generators in the lower type make of the same hidden states."""
+    ids, mask = padded([row.tokens], 0)
+    prompts, hidden = reference.prompts_and_hidden(row.tenant, ids, mask)
+    method = other.methods[row.tenant]
+    dtype = next(parameter.dtype for name, parameter in method.named_parameters() if name not in COEFFICIENTS)
+    errors = []
+    for layer in range(prompts.shape[1]):
+        empty = torch.zeros(1, method.num_slots, hidden.shape[-1], dtype=dtype)
+        made = method.slots(method.weights(), layer, empty, hidden[:, layer].to(dtype), mask)
+        errors.append(relative(numpy(made), numpy(prompts[:, layer])))
+    return {"relative": max(errors)}
+
+
+def worst(found: list[dict[str, float]]) -> dict[str, float]:
+    """The median, the 99th percentile and the worst of each figure, and how many samples there are."""
+    figures: dict[str, float] = {"samples": len(found)}
+    for name in found[0]:
+        if name not in ("row", "step"):
+            values = np.array([one[name] for one in found])
+            is_floor = name in ("cosine", "agreed")
+            figures |= {
+                f"{name} median": float(np.median(values)),
+                f"{name} p99": float(np.quantile(values, 0.01 if is_floor else 0.99)),
+                f"{name} worst": float(values.min() if is_floor else values.max()),
+            }
+            if name == "agreed":
+                figures["agreed share"] = float(values.mean())
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The JUnit file says what the report says, in the words of CI systems."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.bundles import NEW_TOKENS, TinyBuild, run
+from tests.validation.fake_report import failing_report, passing_report
+from tests.validation.sabotage import one_weight
+from validation.junit import write_junit
+
+
+def suites(path: Path) -> list[ElementTree.Element]:
+    root = ElementTree.parse(path).getroot()
+    assert root.tag == "testsuites"
+    return list(root)
+
+
+def test_counts_and_failures(tmp_path: Path) -> None:
+    report = failing_report()
+    write_junit(report, tmp_path / "new" / "junit.xml")
+    ran, checked = suites(tmp_path / "new" / "junit.xml")
+    target = report.targets[0]
+    assert (ran.get("tests"), ran.get("failures"), ran.get("skipped")) == (str(len(target.checks)), "2", "0")
+    failed = [case for case in ran if case.find("failure") is not None]
+    assert [case.get("name") for case in failed] == [
+        "prefill cache: batch 8, mixed tenants, left padding, keys",
+        "decode logits: batch 1, one row",
+    ]
+    failure = failed[0].find("failure")
+    assert failure is not None and failure.get("message") == "relative 0.41, allowed 0.0001"
+    assert checked.get("skipped") == "1"
+    skipped = checked.find("testcase/skipped")
+    assert skipped is not None and "not run: This machine has no NVIDIA GPU" in str(skipped.get("message"))
+
+
+def test_hostile_text_stays_xml(tmp_path: Path) -> None:
+    report = passing_report()
+    check = dataclasses.replace(report.targets[0].checks[0], case='<a b="c">&\x00\ud800', passed=False)
+    target = dataclasses.replace(report.targets[0], checks=[check])
+    write_junit(dataclasses.replace(report, targets=[target]), tmp_path / "junit.xml")
+    (suite,) = suites(tmp_path / "junit.xml")
+    (case,) = suite.findall("testcase")
+    assert case.get("name") == 'generator: <a b="c">&??'
+
+
+def test_the_command_writes_it_also_when_it_fails(tiny_bundle: Path, tiny_build: TinyBuild, tmp_path: Path) -> None:
+    from tests.bundles import rehash
+
+    one_weight(tiny_bundle)
+    rehash(tiny_bundle)
+    junit = tmp_path / "junit.xml"
+    outcome = run("validate", tiny_bundle, "--quick", "--quiet", f"--new-tokens={NEW_TOKENS}", f"--junit={junit}")
+    assert outcome.code == 3
+    assert "It starts at model.layers.1.mlp.down_proj.output, step 0: weight" in outcome.err
+    assert "first difference: layer 1, model.layers.1.mlp.down_proj.output" in outcome.out
+    (suite,) = suites(junit)
+    assert int(suite.get("failures", 0)) > 3
+    note = suite.findtext("system-out")
+    assert note is not None and "1 of 1536 numbers differ" in note
