@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engines.session import Session
+from engines.text import TextCodec
 from iapt_export.interface import COEFFICIENTS
 from iapt_export.manifest import BundleManifest
 from trainers.backbone import load_backbone
@@ -26,7 +26,7 @@ from validation.cases import prompts_from_bundle
 from validation.metrics import cosine, kl, quantiles, relative, worst_vector
 from validation.recording import leaf_modules, record_row
 from validation.reference import Reference, numpy
-from validation.stepping import STEP_GRAPHS, Row, graph_of, run_steps, session_with
+from validation.stepping import Row, graph_of, run_steps, session_with, step_graphs
 from validation.taps import TappedGraph, TappedRunner
 from validation.truth import padded, record_truth
 from validation.validate import environment
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     manifest = BundleManifest.load(args.bundle)
     reference = Reference(args.bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
-    codec = Session(args.bundle, manifest, manifest.target(), {}).codec
+    codec = TextCodec(args.bundle)
     prompts = prompts_from_bundle(args.bundle, manifest, codec, 0, args.steps, args.prompts)
     truths = record_truth(reference, prompts, new_tokens=args.steps, num_kept=0)
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in truths]
@@ -99,7 +99,7 @@ def from_torch(other: Reference, row: Row) -> Iterator[Arrays]:
 def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, row: Row) -> Iterator[Arrays]:
     """What ONNX Runtime's graphs compute under the same names, the row beside a longer one of the same tenant."""
     target = manifest.target()
-    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in STEP_GRAPHS}
+    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place=False)}
     runners: Any = {
         name: TappedRunner(
             bundle / target.graphs[name].path,
@@ -110,10 +110,10 @@ def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, r
         for name, graph in graphs.items()
     }
     longer = Row(row.tenant, (*row.tokens, *row.tokens[-7:]), row.forced)
-    with session_with(bundle, manifest, target, runners) as session:
+    with session_with(bundle, manifest, target, runners, in_place=False) as session:
         for step in run_steps(session, [row, longer], len(row.forced) + 1):
-            seen = runners[graph_of(step.number)].seen
-            arrays = {name: own_entries(array[0], step.mask[0]) for name, array in seen.items()}
+            seen = runners[graph_of(step.number, in_place=False)].seen
+            arrays = {name: own_entries(array[0], step, 0) for name, array in seen.items()}
             yield arrays | {"logits": step.logits[0]}
 
 

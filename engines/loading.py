@@ -58,8 +58,15 @@ def open_stepper(
     if chosen not in offered:
         graphs = ", ".join(target.graphs)
         raise IaptError(f"target {target.name} has no graph for that cache on device {device}; its graphs: {graphs}")
-    bank, runners = TenantBank(bundle, manifest, target), open_runners(bundle, target, device=device)
-    if not chosen:
+    return stepper_over(bundle, manifest, target, open_runners(bundle, target, device=device), in_place=chosen)
+
+
+def stepper_over(
+    bundle: Path, manifest: BundleManifest, target: TargetSpec, runners: dict[str, Runner], *, in_place: bool
+) -> Stepper:
+    """The stepper of a target over runners that are there already; see `open_stepper`."""
+    bank = TenantBank(bundle, manifest, target)
+    if not in_place:
         return ConcatenatedStepper(manifest, target, bank, runners)
     from engines.in_place import InPlaceStepper
 

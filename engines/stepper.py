@@ -156,7 +156,6 @@ class ConcatenatedStepper(Stepper):
             }
         self.mask, self.cache = mask, cache
         self.tenants += tenants
-        self._trim()
         return outputs["logits"][:, 0]
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from engines.loading import stepper_over
 from engines.session import Request, Session
-from engines.stepper import ConcatenatedStepper
-from engines.tenants import TenantBank
 from iapt_export.bundle import with_files
 from iapt_export.cli import main
 from iapt_export.manifest import BundleManifest
@@ -181,8 +180,7 @@ def session_over(bundle: Path, runners: dict[str, Any]) -> Session:
     """A session whose prefill and decode run on these runners."""
     manifest = BundleManifest.load(bundle)
     target = manifest.target()
-    stepper = ConcatenatedStepper(manifest, target, TenantBank(bundle, manifest, target), runners)
-    return Session(bundle, manifest, target, stepper)
+    return Session(bundle, manifest, target, stepper_over(bundle, manifest, target, runners, in_place=False))
 
 
 def change_manifest(bundle: Path, **fields: Any) -> None:

@@ -22,7 +22,7 @@ from validation.metrics import worst_vector
 from validation.recording import Hypothesis, leaf_modules, record_row
 from validation.reference import Reference, numpy
 from validation.result import Bisection, Finding
-from validation.stepping import STEP_GRAPHS, Row, Step, graph_of, run_steps, session_with
+from validation.stepping import Row, Step, graph_of, run_steps, session_with, step_graphs
 from validation.taps import Tap, TappedGraph, TappedRunner, layer_of
 from validation.tolerances import tolerance
 
@@ -62,11 +62,14 @@ class Scene:
     graphs: dict[str, TappedGraph]
     taps: dict[str, list[Tap]]
     leaves: list[str]
+    in_place: bool = False
     step: Step | None = None
     limits: dict[str, float] = field(default_factory=dict)
 
     def padding(self, row: int) -> int:
         """Entries of padding that the batch puts before a row's instruction."""
+        if self.in_place:
+            return 0
         return max(len(other.tokens) for other in self.rows) - len(self.rows[row].tokens)
 
     def slots(self, row: int) -> int:
@@ -80,6 +83,7 @@ def bisect_target(
     target: TargetSpec,
     rows: Sequence[Row],
     *,
+    in_place: bool = False,
     case: str = "",
     is_wrong: bool = True,
     device: str = "cpu",
@@ -92,13 +96,14 @@ def bisect_target(
         reference: the PyTorch side.
         target: the target.
         rows: the batch that failed; steps go on as far as the shortest row's forced tokens reach.
+        in_place: look into ``serve``, not into ``prefill`` and ``decode``.
         case: its name.
         is_wrong: a check failed, so that a tensor within the limits is named too when errors jump there.
         device: ``cpu`` or ``cuda``.
         on_step: called with a word on each step, for progress.
     """
     leaves = leaf_modules(reference.model)
-    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in STEP_GRAPHS}
+    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place)}
     known = set(leaves)
     if not any(graph.module(place) in known for graph in graphs.values() for place in range(len(graph.nodes))):
         return Bisection(case, note="the graphs' nodes do not name their modules; build the bundle again to bisect it")
@@ -108,18 +113,18 @@ def bisect_target(
         for name, graph in graphs.items()
     }
     limits = {stage: row.limit for stage in ("hidden states", "module") if (row := tolerance(stage, target.dtype))}
-    scene = Scene(reference, rows, target.dtype, graphs, taps, leaves, limits=limits)
+    scene = Scene(reference, rows, target.dtype, graphs, taps, leaves, in_place, limits=limits)
     num_steps = min(len(row.forced) for row in rows) + 1
     errors: list[tuple[str, int | None, float]] = []
     jump: Finding | None = None
-    with session_with(bundle, reference.manifest, target, dict(runners)) as session:
+    with session_with(bundle, reference.manifest, target, dict(runners), in_place) as session:
         recordings = [record_row(reference, row, num_steps - 1) for row in rows]
         before: list[Arrays] = []
         for step in run_steps(session, rows, num_steps):
             on_step(f"{target.name}: bisecting {case}, step {step.number}")
             wanted = [next(recording)[1] for recording in recordings]
             scene.step = step
-            seen = runners[graph_of(step.number)].seen
+            seen = {**runners[graph_of(step.number, in_place)].seen, **step.present()}
             suspects, errors = _compare_step(scene, seen, wanted, before)
             for suspect in suspects:
                 if suspect.is_beyond or (is_wrong and jump is None):
@@ -148,10 +153,10 @@ def _compare_step(
     errors: list[tuple[str, int | None, float]] = []
     prefix = layers_path(scene.reference.model)
     done: set[str] = set()
-    for tap in [*inputs, *scene.taps[graph_of(number)]]:
+    for tap in [*inputs, *scene.taps[graph_of(number, scene.in_place)]]:
         if tap.value in done or any(tap.name not in row for row in wanted):
             continue
-        made = [own_entries(seen[tap.name][row], scene.step.mask[row]) for row in range(len(scene.rows))]
+        made = [own_entries(seen[tap.name][row], scene.step, row) for row in range(len(scene.rows))]
         expected = [row[tap.name] for row in wanted]
         if [array.shape for array in made] != [array.shape for array in expected]:
             continue  # the graph lays it out in another way
@@ -172,11 +177,11 @@ def _compare_step(
     return [first[kind] for kind in (True, False) if kind in first], errors
 
 
-def own_entries(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def own_entries(array: np.ndarray, step: Step, row: int) -> np.ndarray:
     """A row's own entries of a tensor ``[..., S, D]`` in fp32; tensors of another length are taken whole."""
     array = array.astype(np.float32)
     for axis in range(array.ndim - 1):
-        for real in (mask, mask[:-1]):  # a step reads one cache entry less than it leaves
+        for real in (step.mask[row], step.read_mask[row]):
             if array.shape[axis] == len(real) and len(real) > 1:
                 return np.compress(real.astype(bool), array, axis=axis)
     return array
@@ -191,8 +196,8 @@ def _own_error(scene: Scene, tap: Tap, seen: Arrays, row: int) -> float | None:
     if end != "output" or f"{path}.input" not in seen or any(path.endswith(f".{name}") for name in changed):
         return None
     assert scene.step is not None
-    fed = own_entries(seen[f"{path}.input"][row], scene.step.mask[row])
-    made = own_entries(seen[tap.name][row], scene.step.mask[row])
+    fed = own_entries(seen[f"{path}.input"][row], scene.step, row)
+    made = own_entries(seen[tap.name][row], scene.step, row)
     wanted = numpy(scene.reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
     return worst_vector(made, wanted)[0] if made.shape == wanted.shape else None
 
@@ -214,7 +219,7 @@ def _part(scene: Scene, name: str, row: int, where: tuple[int, ...], shape: tupl
 def _finding(scene: Scene, suspect: Suspect, seen: Arrays) -> Finding:
     from validation.sources import source_of
 
-    graph_name = graph_of(suspect.step)
+    graph_name = graph_of(suspect.step, scene.in_place)
     graph = scene.graphs[graph_name]
     known = {tap.value for tap in scene.taps[graph_name] if tap.place < suspect.tap.place}
     places = graph.operators_between(suspect.tap, known)

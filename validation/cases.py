@@ -104,18 +104,17 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
 
 
 def _refused(manifest: BundleManifest, seed: int) -> list[Case]:
-    """What no session may answer: nothing to read, too much of it, too many rows, tokens that do not exist."""
+    """What no session may answer: nothing to read, too much of it, tokens that do not exist."""
     ranges, name = manifest.ranges, manifest.tenants[0].name
     vocabulary = manifest.backbone.vocab_size
     room = ranges.past.max - manifest.num_slots
 
-    def case(what: str, tokens: tuple[int, ...], rows: int = 1, new_tokens: int = 1) -> Case:
-        return Case(f"refuse-{what}", (Prompt(name, what, tokens),) * rows, new_tokens, is_refused=True)
+    def case(what: str, tokens: tuple[int, ...], new_tokens: int = 1) -> Case:
+        return Case(f"refuse-{what}", (Prompt(name, what, tokens),), new_tokens, is_refused=True)
 
     return [
         case("only-padding", ()),
         case("too-long", (5,) * (ranges.sequence.max + 1)),
-        case("too-many-rows", (5,), rows=ranges.batch.max + 1),
         case("overfull-cache", (5,), new_tokens=room + 1),
         case("unknown-token", (vocabulary,)),
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.session import Session
+from engines.text import TextCodec
 from iapt_export.errors import IaptError
 from iapt_export.manifest import BundleManifest
 from validation.cases import (
@@ -24,6 +25,7 @@ from validation.metrics import HISTOGRAM_EDGES
 from validation.reference import Reference
 from validation.result import TargetResult
 from validation.stages import Errors, compare_refusal, compare_steps, compare_tokens
+from validation.stepping import is_in_place
 from validation.truth import Truth, record_truth
 
 OnStep = Callable[[str], None]
@@ -83,7 +85,7 @@ def measure_truth(
     cases = chosen_cases(manifest, settings)
     prompts: list[Prompt] = []
     if settings.wants(PROMPTS):
-        codec = Session(bundle, manifest, manifest.target(), {}).codec
+        codec = TextCodec(bundle)
         number = QUICK_PROMPTS if settings.is_quick else MIN_PROMPTS
         prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.steps, number)
 
@@ -155,7 +157,7 @@ def compare_target(
             compare_steps(session, generated.name, rows, errors)
     passed = all(check.passed for check in errors.checks)
     return TargetResult(
-        name=target.name,
+        name=result_name(session),
         dtype=target.dtype,
         status="pass" if passed else "fail",
         checks=errors.checks,
@@ -166,6 +168,12 @@ def compare_target(
         seconds=time.perf_counter() - started,
         bisection=errors.bisection,
     )
+
+
+def result_name(session: Session) -> str:
+    """The target, and which of its graphs where it has two ways to run."""
+    name = session.target.name
+    return name if is_in_place(session) or "serve" not in session.target.graphs else f"{name}, portable graphs"
 
 
 def _prompt_batches(manifest: BundleManifest, truths: list[Truth]) -> list[tuple[str, list[Truth]]]:
@@ -181,7 +189,7 @@ def _compare_generators(
     session: Session, reference: Reference, truths: list[Truth], errors: Errors, on_step: OnStep
 ) -> None:
     """One prompt of each tenant that has generators, in batches."""
-    if "generator" not in session.target.graphs:
+    if "generator" not in session.target.graphs or is_in_place(session):
         return
     on_step(f"{session.target.name}: generators")
     manifest = session.manifest

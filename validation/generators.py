@@ -45,10 +45,11 @@ def compare_generator(session: Session, reference: Reference, rows: list[Truth],
         hidden[index, :, length - ids.shape[1] :] = numpy(states[0])
         mask[index, length - ids.shape[1] :] = 1
         wanted.append(numpy(prompts[0]))
-    feeds: Arrays = session.tenant_feeds([row.prompt.tenant for row in rows])
+    bank = session.stepper.bank
+    feeds: Arrays = {**bank.stacks, **bank.indices([bank.get(row.prompt.tenant) for row in rows])}
     dtype = next(array.dtype for name, array in feeds.items() if name.endswith(".down_weight"))
     feeds |= {"hidden_states": hidden.astype(dtype), "attention_mask": mask}
-    with session.runners["generator"] as runner:
+    with session.stepper.runners["generator"] as runner:
         made = runner.infer({t.name: feeds[t.name] for t in runner.spec.inputs})["prompts"].astype(np.float32)
     expected: np.ndarray = np.zeros_like(made)
     for index, array in enumerate(wanted):  # shorter prompts stand at the end, before the instruction

@@ -10,7 +10,7 @@ from validation.bisect import bisect_target
 from validation.compare import Settings, Truths
 from validation.reference import Reference
 from validation.result import Bisection, TargetResult
-from validation.stepping import Row
+from validation.stepping import Row, is_in_place
 from validation.truth import Truth
 
 OnStep = Callable[[str], None]
@@ -45,6 +45,7 @@ def look_inside(
             reference,
             session.target,
             rows,
+            in_place=is_in_place(session),
             case=case,
             is_wrong=bool(stepped),
             device=settings.device,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.session import Request, Session
+from engines.stepper import RowCache
 from iapt_export.errors import IaptError
 from validation.cases import Case
 from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, kl, max_abs, quantiles, relative
 from validation.result import Bisection, Check, TokenRow
-from validation.stepping import Row, RowCache, Step, run_steps
+from validation.stepping import Row, Step, run_steps
 from validation.tolerances import tolerances
 from validation.truth import Truth
 
@@ -128,7 +129,7 @@ def compare_refusal(session: Session, case: Case, errors: Errors) -> None:
     """Ask for what a session must refuse; an answer, or an error that is no `IaptError`, fails."""
     requests = [Request(row.tenant, tokens=row.tokens, max_new_tokens=case.new_tokens) for row in case.rows]
     try:
-        session.generate(requests)
+        list(session.generate(requests))
         detail = "it was answered"
     except IaptError as error:
         detail = str(error)
@@ -150,7 +151,9 @@ def compare_tokens(
         requests = [
             Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=new_tokens, ignore_eos=True) for t in batch
         ]
-        rows += [token_row(session, t, tokens) for t, tokens in zip(batch, session.generate(requests), strict=True)]
+        rows += [
+            token_row(session, t, answer.tokens) for t, answer in zip(batch, session.generate(requests), strict=True)
+        ]
     identical = sum(row.first_divergence is None for row in rows)
     excused = sum(row.excused for row in rows)
     measured = {

@@ -26,7 +26,7 @@ SHAPE_OPERATORS = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Range", "Cast")
 """Operators that appear in modules only to compute shapes and masks, next to the one that does the work."""
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits")
 """Operators of linear layers; their first input is the layer's."""
-ATTENTION_OPERATORS = ("Attention",)
+ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention")
 """Those whose first input is the rotated query."""
 
 
@@ -146,6 +146,9 @@ class TappedRunner(OnnxRuntimeRunner):
         super().__init__(path, dataclasses.replace(spec, outputs=[*spec.outputs, *extra]), device=device)
         self.graph = graph
         self.taps = taps
+        self.extra = [tensor.name for tensor in extra]
+        self.past: dict[str, Any] = {}
+        self.owned: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}
 
     def activate(self) -> None:
@@ -175,6 +178,35 @@ class TappedRunner(OnnxRuntimeRunner):
             name: array for name, array in feeds.items() if name.startswith("past_key_values.")
         }
         return outputs
+
+    def new_binding(self) -> Any:
+        """See `engines.onnxruntime_runner.OnnxRuntimeRunner.new_binding`; taps come first among the outputs."""
+        binding = super().new_binding()
+        for name in self.extra:
+            binding.bind_output(name, "cpu")
+        return binding
+
+    def bind(self, binding: Any, name: str, array: Any) -> None:
+        """See `engines.onnxruntime_runner.OnnxRuntimeRunner.bind`; remembers where the cache stands."""
+        super().bind(binding, name, array)
+        if name.startswith("past_key_values."):
+            self.past[name] = array
+
+    def bind_output(self, binding: Any, name: str, array: Any) -> None:
+        """See `engines.onnxruntime_runner.OnnxRuntimeRunner.bind_output`; remembers where the logits stand."""
+        super().bind_output(binding, name, array)
+        if not name.startswith("present."):
+            self.owned[name] = array
+
+    def run_bound(self, binding: Any) -> None:
+        """See `engines.onnxruntime_runner.OnnxRuntimeRunner.run_bound`; taps and the cache before are kept aside."""
+        past = {name: array.copy() for name, array in self.past.items()}
+        for name in self.extra:  # again, because a binding keeps what it allocated, and steps differ in shape
+            binding.bind_output(name, "cpu")
+        super().run_bound(binding)
+        made = dict(zip(self.extra, (value.numpy() for value in binding.get_outputs()), strict=False))
+        made |= {name: array.copy() for name, array in self.owned.items()}
+        self.seen = {tap.name: made[tap.value] for tap in self.taps if tap.value in made} | past
 
 
 def layer_of(name: str, layers_path: str) -> int | None:

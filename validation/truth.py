@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from engines.stepper import RowCache
 from validation.cases import Prompt
 from validation.reference import Reference, numpy
-from validation.stepping import RowCache
 
 
 @dataclass

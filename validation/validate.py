@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from engines.loading import cache_kinds
 from engines.session import Session
 from iapt_export.errors import NotRunnableError
 from iapt_export.manifest import BundleManifest, Parity, TargetSpec
@@ -46,12 +47,13 @@ def validate_bundle(
     truths = measure_truth(bundle, manifest, reference, settings, on_step)
     results = []
     for target in manifest.targets:
-        session = Session.open(bundle, target.name, device=settings.device, verify=False)
         try:
-            with session:
-                result = compare_target(session, reference, truths, settings, on_step)
-            bisection = look_inside(bundle, session, reference, truths, result, settings, on_step)
-            results.append(dataclasses.replace(result, bisection=bisection))
+            for in_place in cache_kinds(target, settings.device):
+                session = Session.open(bundle, target.name, device=settings.device, verify=False, in_place=in_place)
+                with session:
+                    result = compare_target(session, reference, truths, settings, on_step)
+                bisection = look_inside(bundle, session, reference, truths, result, settings, on_step)
+                results.append(dataclasses.replace(result, bisection=bisection))
         except NotRunnableError as error:
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))

@@ -12,8 +12,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from engines import session
+from engines.in_place import InPlaceStepper
 from engines.onnxruntime_runner import OnnxRuntimeRunner
+from engines.tenants import TenantBank
 from tests.validation import sabotage
 
 Plant = Callable[[Path, pytest.MonkeyPatch], None]
@@ -157,10 +158,8 @@ def of_layer_0(bundle: Path, _: pytest.MonkeyPatch) -> None:
 
 def tenants_reversed(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are right, only ``tenant_index`` points at a neighbour's."""
-    honest = session.load_tenants
-    monkeypatch.setattr(
-        session, "load_tenants", lambda *args: {name: array[::-1].copy() for name, array in honest(*args).items()}
-    )
+    honest = TenantBank.indices
+    monkeypatch.setattr(TenantBank, "indices", lambda *args: {name: 2 - array for name, array in honest(*args).items()})
 
 
 def fed(change: Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]) -> Plant:
@@ -203,7 +202,71 @@ def rows_change_places(feeds: dict[str, np.ndarray], step: int) -> dict[str, np.
     return {**feeds, **past} if step == 2 else feeds
 
 
+def stepping(change: Callable[[InPlaceStepper, int], None]) -> Plant:
+    """Change the cache that is written in place before a decode step; the change sees the step's number."""
+
+    def plant(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        honest_read, honest_step = InPlaceStepper.read, InPlaceStepper.step
+        steps = {"count": 0}
+
+        def read(self: InPlaceStepper, rows: Any) -> np.ndarray:
+            steps["count"] = 0
+            return honest_read(self, rows)
+
+        def step(self: InPlaceStepper, tokens: Any) -> np.ndarray:
+            steps["count"] += 1
+            change(self, steps["count"])
+            return honest_step(self, tokens)
+
+        monkeypatch.setattr(InPlaceStepper, "read", read)
+        monkeypatch.setattr(InPlaceStepper, "step", step)
+
+    return plant
+
+
+def rows_swapped_in_place(stepper: InPlaceStepper, step: int) -> None:
+    if step == 2:
+        for buffer in stepper.buffers.values():
+            buffer[: stepper.num_rows] = buffer[: stepper.num_rows][::-1].copy()
+
+
+def stale_in_place(stepper: InPlaceStepper, step: int) -> None:
+    if step >= 3:
+        values, newest = stepper.buffers["past_key_values.1.value"], stepper.lengths[0] - 1
+        values[0, :, newest] = values[0, :, newest - 1]
+
+
+def instruction_flag_lost(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instructions are read as if they were generated tokens: nothing of the tenant goes in."""
+    honest = InPlaceStepper._run
+
+    def run(self: InPlaceStepper, *args: Any, **kwargs: Any) -> np.ndarray:
+        return honest(self, *args, **{**kwargs, "reads": False})
+
+    monkeypatch.setattr(InPlaceStepper, "_run", run)
+
+
+def place_off_by_one(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps rotate by the next position."""
+    honest = InPlaceStepper._run
+
+    def run(self: InPlaceStepper, first: int, ids: Any, places: Any, **kwargs: Any) -> np.ndarray:
+        return honest(self, first, ids, places + (not kwargs["reads"]), **kwargs)
+
+    monkeypatch.setattr(InPlaceStepper, "_run", run)
+
+
+def serving_scale(graph: onnx.GraphProto) -> None:
+    target = node(graph, "model.layers.1.self_attn/GroupQueryAttention")
+    next(attribute for attribute in target.attribute if attribute.name == "scale").f *= 2
+
+
 FAULTS = (
+    Fault("serve: cache rows swapped", stepping(rows_swapped_in_place), 2, 0, "cache", "0.key"),
+    Fault("serve: stale cache entry", stepping(stale_in_place), 3, 1, "cache", "1.value"),
+    Fault("serve: attention scale doubled", edit("serve.onnx", serving_scale), 0, 1, "scale", "o_proj.input", "2"),
+    Fault("serve: no prompts", instruction_flag_lost, 0, 0, "prompt", "input"),
+    Fault("serve: position off by one", place_off_by_one, 1, 0, "position", "present.0.key", "by +1"),
     Fault(
         "every row is the first tenant's", in_files(sabotage.everybody_is_the_first_tenant), 0, 0, "tenant", "pooled"
     ),

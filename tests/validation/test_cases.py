@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,8 +91,13 @@ def test_one_case_alone_and_all_of_them(tiny_build: TinyBuild, tmp_path: Path) -
 def test_an_answer_to_what_must_be_refused_fails(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.session import Session
 
-    monkeypatch.setattr(Session, "_check", lambda *_: None)
-    outcome = run("validate", tiny_build.bundle, "--json", "--quiet", "--case=refuse-too-many-rows")
+    honest = Session._entry
+
+    def cut(self: Session, request: Any, *rest: Any) -> Any:
+        return honest(self, dataclasses.replace(request, tokens=request.tokens[:3]), *rest)
+
+    monkeypatch.setattr(Session, "_entry", cut)
+    outcome = run("validate", tiny_build.bundle, "--json", "--quiet", "--case=refuse-too-long")
     assert outcome.code == 3
     (check,) = json.loads(outcome.out)["targets"][0]["checks"]
     assert (check["measured"], check["detail"]) == ({"refused": 0.0}, "it was answered")
