@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.text import TextCodec
@@ -56,6 +56,8 @@ class Case:
     """The session must refuse it in words."""
     is_quick: bool = True
     """Part of a quick comparison too."""
+    forced: tuple[int, ...] = ()
+    """Tokens that are fed after the only row's instruction, one a step; empty feeds the likeliest."""
 
     def __str__(self) -> str:
         lengths = ", ".join(str(len(row.tokens)) for row in self.rows)
@@ -98,8 +100,10 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
         batch("longest-instruction", names[:1], [longest], FEW_STEPS, is_quick=False),
     ]
     if room > LONG_STEPS // 4:
-        cases.append(batch("long-answer", mixed[:2], [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))
-    cases.append(batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False))
+        cases.append(batch("long-answer", [last] * min(2, rows), [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))
+    full = batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False)
+    forced = row("full-cache", 1, last, full.new_tokens - 1).tokens  # hundreds of steps in one pass of PyTorch
+    cases.append(replace(full, forced=forced))
     return cases
 
 

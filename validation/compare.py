@@ -26,7 +26,7 @@ from validation.reference import Reference
 from validation.result import TargetResult
 from validation.stages import Errors, compare_refusal, compare_steps, compare_tokens
 from validation.stepping import is_in_place
-from validation.truth import Truth, record_truth
+from validation.truth import Truth, record_forced, record_truth
 
 OnStep = Callable[[str], None]
 PROMPTS = "prompts"
@@ -89,23 +89,28 @@ def measure_truth(
         number = QUICK_PROMPTS if settings.is_quick else MIN_PROMPTS
         prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.steps, number)
 
-    def record(asked: list[Prompt], new_tokens: int, num_kept: int, text: str) -> list[Truth]:
-        on_step(text)
-        return record_truth(reference, asked, new_tokens=new_tokens, num_kept=num_kept, on_step=lambda: on_step(text))
-
-    answers = record(prompts, settings.steps, _num_kept(manifest), "PyTorch generates the reference")
-    return Truths(
-        answers,
-        [
-            (
-                case,
-                []
-                if case.is_refused
-                else record(list(case.rows), case.new_tokens, len(case.rows), f"PyTorch computes case {case}"),
-            )
-            for case in cases
-        ],
+    on_step(text := "PyTorch generates the reference")
+    answers = record_truth(
+        reference,
+        prompts,
+        new_tokens=settings.steps,
+        num_kept=_num_kept(manifest),
+        on_step=lambda: on_step(text),
     )
+    recorded = []
+    for case in cases:
+        if not case.is_refused:
+            on_step(f"PyTorch computes case {case}")
+        recorded.append((case, _case_truths(reference, case)))
+    return Truths(answers, recorded)
+
+
+def _case_truths(reference: Reference, case: Case) -> list[Truth]:
+    if case.is_refused:
+        return []
+    if case.forced:
+        return [record_forced(reference, case.rows[0], case.forced)]
+    return record_truth(reference, list(case.rows), new_tokens=case.new_tokens, num_kept=len(case.rows))
 
 
 def chosen_cases(manifest: BundleManifest, settings: Settings) -> list[Case]:

@@ -39,7 +39,7 @@ def look_inside(
         return result.bisection
     found = result.bisection
     for case, batch in _batches(truths, stepped[0] if stepped else None):
-        rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in batch]
+        rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in batch]
         found = bisect_target(
             bundle,
             reference,

@@ -70,6 +70,28 @@ def error_per_layer(target: TargetResult) -> str:
     return _svg(figure, f"{target.name} {target.dtype}: error per layer")
 
 
+def error_inside(target: TargetResult) -> str:
+    """Error of every tensor that was compared inside the graph, in its order; the first wrong one is marked."""
+    assert target.bisection is not None
+    figure, axes = _figure(target, "tensors in the order of the graph, by layer", "worst relative error")
+    errors = [error for _, _, error in target.bisection.errors]
+    _line(axes, errors, SERIES[0], "", f"step {max(0, target.bisection.num_steps - 1)}")
+    found = target.bisection.finding
+    if found is not None:
+        _limit(axes, found.limit, "allowed")
+        names = [name for name, _, _ in target.bisection.errors]
+        if found.tensor in names and math.isfinite(found.error):
+            place = names.index(found.tensor)
+            axes.plot([place], [errors[place]], "o", color=BAD, markersize=6, label="first difference")
+    layers = [layer for _, layer, _ in target.bisection.errors]
+    starts = {layer: layers.index(layer) for layer in sorted({layer for layer in layers if layer is not None})}
+    shown = list(starts)[:: max(1, len(starts) // 8)]
+    axes.set_xticks([starts[layer] for layer in shown], [str(layer) for layer in shown])
+    _whole_decades(axes)
+    _legend(axes)
+    return _svg(figure, f"{target.name} {target.dtype}: error inside the graph")
+
+
 def error_per_step(target: TargetResult) -> str:
     """Worst relative logits error of each step; step 0 is prefill."""
     figure, axes = _figure(target, "step (0 is prefill)", "worst relative error")

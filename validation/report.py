@@ -90,6 +90,7 @@ def render_html(report: Report) -> str:
     return environment.get_template(TEMPLATE_FILE).render(
         report=report,
         headline=headline(report),
+        maps={id(target): heat_map(target) for target in report.targets},
         plots={id(target): target_plots(target) for target in report.targets},
         counts={id(target): token_counts(target) for target in report.targets},
         agreeing=plots.agreeing_tokens,
@@ -127,6 +128,12 @@ def target_plots(target: TargetResult) -> list[Plot]:
     """The pictures for which there are figures."""
     candidates: list[tuple[Any, str, str, Callable[[TargetResult], str]]] = [
         (
+            target.bisection and target.bisection.errors,
+            "Error inside the graph",
+            "Every tensor that could be held against a PyTorch module, at the last step that was looked at.",
+            plots.error_inside,
+        ),
+        (
             target.by_layer,
             "Error per layer",
             "Worst difference from PyTorch in soft prompts and cache, over the largest value of the layer's tensor.",
@@ -152,6 +159,40 @@ def target_plots(target: TargetResult) -> list[Plot]:
         ),
     ]
     return [Plot(title, caption, draw(target)) for figures, title, caption, draw in candidates if figures]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """How much of its limit each stage used in each case."""
+
+    stages: list[str]
+    rows: list[tuple[str, list[tuple[str, str]]]]
+    """Case, and for each stage a style (``none``, ``h0`` to ``h3``, ``over``) and a text."""
+
+
+def heat_map(target: TargetResult) -> HeatMap:
+    """Cases by stages; failed cases first."""
+    stages = list(dict.fromkeys(check.stage for check in target.checks))
+    cells: dict[str, dict[str, float]] = {}
+    for check in target.checks:
+        used = cells.setdefault(check.case, {})
+        used[check.stage] = max(used.get(check.stage, 0.0), _used(check))
+    cases = sorted(cells, key=lambda case: max(cells[case].values()) <= 1)
+    return HeatMap(stages, [(case, [_cell(cells[case].get(stage)) for stage in stages]) for case in cases])
+
+
+def _used(check: Check) -> float:
+    """The largest part of a limit that was used; more than 1 where the check failed."""
+    shares = [share for name in check.limits if (share := share_of_limit(check, name)) is not None]
+    return max([*shares, 0.0]) if check.passed else max([*shares, math.inf if not shares else 1.01])
+
+
+def _cell(share: float | None) -> tuple[str, str]:
+    if share is None:
+        return "none", ""
+    if share > 1:
+        return "over", f"{share:.0f}×" if 1.5 < share < 1e4 else "over"
+    return f"h{sum(share > edge for edge in (0.01, 0.1, 0.5))}", f"{100 * share:.0f} %" if share >= 0.01 else "<1 %"
 
 
 def format_figure(number: float) -> str:

@@ -47,7 +47,7 @@ class Errors:
 def compare_steps(session: Session, case: str, truths: list[Truth], errors: Errors) -> None:
     """Feed the reference's own tokens, so that each step is compared on equal ground."""
     dtype, num_steps = session.target.dtype, min(len(truth.tokens) for truth in truths)
-    rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens)) for truth in truths]
+    rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in truths]
     agreed, first_disagreement = 0.0, None
     worst: dict[str, float] = {}
     for step in run_steps(session, rows, num_steps):

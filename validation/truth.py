@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from engines.stepper import RowCache
+from trainers.insertion import continue_from
+from trainers.method import rows_of
 from validation.cases import Prompt
 from validation.reference import Reference, numpy
 
@@ -21,7 +23,7 @@ class Truth:
 
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
-    """Greedy tokens."""
+    """The likeliest token of each step."""
     margins: list[float] = field(default_factory=list)
     """Lead of the best logit over the second at each step."""
     peak: float = 0.0
@@ -30,6 +32,13 @@ class Truth:
     """``[V]`` for each step; kept only where asked for."""
     prefill_cache: RowCache = field(default_factory=list)
     final_cache: RowCache = field(default_factory=list)
+    forced: tuple[int, ...] = ()
+    """Tokens that are fed in place of the likeliest; empty where those are fed."""
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """The tokens that follow the prompt, one less than there are steps."""
+        return self.forced or tuple(self.tokens[:-1])
 
 
 def record_truth(
@@ -91,6 +100,39 @@ def _record_batch(
             logits = reference.decode(tenant, best.indices[:, 0], mask, cache)
     for index, row in _kept_rows(rows, kept):
         row.final_cache = row_cache(cache, mask, index)
+
+
+@torch.no_grad()
+def record_forced(reference: Reference, prompt: Prompt, forced: tuple[int, ...]) -> Truth:
+    """What PyTorch computes when given tokens follow a prompt: all of them in one pass, which is quick.
+
+    Args:
+        reference: the PyTorch side.
+        prompt: what is read first.
+        forced: the tokens that follow.
+
+    Returns:
+        Logits of ``len(forced) + 1`` steps, and the cache that prefill and the whole leave.
+    """
+    truth = Truth(prompt, forced=forced)
+    method = reference.methods[prompt.tenant]
+    ids, mask = padded([prompt.tokens], reference.manifest.backbone.pad_token_id)
+    first, cache = reference.prefill(prompt.tenant, ids, mask)
+    mask = torch.cat([mask.new_ones(1, method.num_slots), mask], dim=1)
+    truth.prefill_cache = row_cache(cache, mask, 0)
+    logits = [first]
+    if forced:
+        mask = torch.cat([mask, mask.new_ones(1, len(forced))], dim=1)
+        rows = rows_of(method)
+        logits.append(continue_from(reference.model, rows, torch.tensor([forced]), mask, cache).logits[0])
+    truth.final_cache = row_cache(cache, mask, 0)
+    for step in torch.cat(logits):
+        best = step.topk(2)
+        truth.tokens.append(int(best.indices[0]))
+        truth.margins.append(float(best.values[0] - best.values[1]))
+        truth.peak = max(truth.peak, float(step.abs().max()))
+        truth.logits.append(numpy(step))
+    return truth
 
 
 def padded(prompts: list[tuple[int, ...]], pad_token: int) -> tuple[Tensor, Tensor]:

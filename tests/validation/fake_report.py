@@ -6,7 +6,7 @@ import dataclasses
 import random
 from typing import Any
 
-from validation.result import Check, Report, TargetResult, TokenRow
+from validation.result import Bisection, Check, Finding, Report, TargetResult, TokenRow
 
 TENANTS = ["movie-sentiment", "sarcasm", "reuters-r8"]
 PROMPTS = {
@@ -145,3 +145,39 @@ def failing_report() -> Report:
         tokens=token_rows({2: (0, 3.2, False), 5: (17, 0.8, False), 13: (40, 2.1e-5, True)}),
     )
     return dataclasses.replace(passing_report(), verdict="fail", targets=[target, rtx_target()])
+
+
+def located_report() -> Report:
+    """The failing report after somebody looked inside: attention of layer 17 reads padding."""
+    report = failing_report()
+    parts = ("input_layernorm.output", "self_attn.query", "self_attn.o_proj.input", "mlp.down_proj.output")
+    errors: list[tuple[str, int | None, float]] = [
+        (f"model.layers.{layer}.{part}", layer, (2e-6 if (layer, place) < (17, 2) else 0.3) * 1.03**layer)
+        for layer in range(30)
+        for place, part in enumerate(parts)
+    ]
+    finding = Finding(
+        step=0,
+        graph="prefill",
+        tensor="model.layers.17.self_attn.o_proj.input",
+        layer=17,
+        part="tokens",
+        operators=["model.layers.17.self_attn/Attention", "model.layers.17.self_attn/Reshape_4"],
+        module="model.layers.17.self_attn",
+        row=2,
+        tenant="reuters-r8",
+        source="mask",
+        evidence="the row's padding is attended to",
+        error=0.41,
+        limit=5e-4,
+    )
+    generated = [
+        Check(stage, case, True, {"relative": error}, {"relative": 5e-4})
+        for case in ("one-token", "largest-batch", "most-padding", "full-cache")
+        for stage, error in (("prefill logits", 3e-6), ("prefill cache", 1e-4), ("decode logits", 4e-4))
+    ]
+    target = report.targets[0]
+    looked = dataclasses.replace(
+        target, checks=[*target.checks, *generated], bisection=Bisection("most-padding", finding, errors, 1)
+    )
+    return dataclasses.replace(report, targets=[looked, report.targets[1]])

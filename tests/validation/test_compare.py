@@ -158,7 +158,7 @@ def row(truth: Truth, tokens: list[int], dtype: str = "fp32") -> Any:
     return stages.token_row(session, truth, tokens)  # type: ignore[arg-type]
 
 
-LIMIT = 2 * 1e-4 * 10.0
+LIMIT = 2 * 3e-4 * 10.0
 """Twice the tolerance of fp32 logits, times the largest logit."""
 
 

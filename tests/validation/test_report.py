@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 import pytest
 
 from iapt_export.errors import BundleError
-from tests.validation.fake_report import failing_report, onnxruntime_target, passing_report, token_rows
+from tests.validation.fake_report import failing_report, located_report, onnxruntime_target, passing_report, token_rows
 from validation.report import (
     format_figure,
     format_value,
     headline,
+    heat_map,
     read_report,
     render_html,
     target_plots,
@@ -68,7 +69,18 @@ def with_prompt(text):
     return dataclasses.replace(passing_report(), targets=[target], bundle=text, command=text)
 
 
-@pytest.mark.parametrize("report", [passing_report(), with_prompt("naïve 日本語 \U0001f600 </script>")])
+def located_report_without_nan():
+    report = located_report()
+    target = report.targets[0]
+    checks = [check for check in target.checks if check.passed]
+    return dataclasses.replace(
+        report, targets=[dataclasses.replace(target, checks=checks, by_step=[1e-5, float("inf")])]
+    )
+
+
+@pytest.mark.parametrize(
+    "report", [passing_report(), located_report_without_nan(), with_prompt("naïve 日本語 \U0001f600 </script>")]
+)
 def test_reading_gives_what_was_written(report, tmp_path):
     page = write_report(report, tmp_path / "new" / "folder")
     assert page.name == "report.html"
@@ -127,7 +139,8 @@ def test_verdict_and_its_reasons_are_on_the_page():
     assert "2 checks did not hold" in bad.text
     assert "keys, worst in layer 17" in bad.text
     assert "not finite" in bad.text
-    assert bad.text.index("prefill cache") < bad.text.index("generator")  # what failed stands first
+    checks = bad.text[bad.text.index("Measured / limit") :]
+    assert checks.index("prefill cache") < checks.index("generator")  # what failed stands first
     for text in ("checked, not run", "no NVIDIA GPU", "Tolerances, and why", "summation order differs", "2.13.0"):
         assert text in good.text
     assert passing_report().command in good.text
@@ -243,3 +256,22 @@ def test_damaged_reports_are_refused(content, message, tmp_path):
         (tmp_path / "report.json").write_text(content, encoding="utf-8")
     with pytest.raises(BundleError, match=message):
         read_report(tmp_path)
+
+
+def test_the_first_difference_stands_before_everything_else():
+    text = Page(render_html(located_report())).text
+    place = text.index("Layer 17, model.layers.17.self_attn.o_proj.input")
+    assert text.index("FAIL") < place < text.index("Cases") < text.index("Checks")
+    assert "the row's padding is attended to" in text
+    assert "Error inside the graph" in text
+
+
+def test_the_heat_map_shows_how_much_of_each_limit_was_used():
+    shown = heat_map(located_report().targets[0])
+    cells = {case: dict(zip(shown.stages, row, strict=True)) for case, row in shown.rows}
+    assert cells["full-cache"]["decode logits"] == ("h3", "80 %")
+    assert cells["one-token"]["prefill logits"] == ("h0", "<1 %")
+    assert cells["one-token"]["generator"] == ("none", "")
+    assert cells["batch 8, mixed tenants, left padding"]["prefill cache"] == ("over", "4100×")
+    assert cells["batch 1, one row"]["decode logits"] == ("over", "over")
+    assert shown.rows[0][0].startswith("batch"), "what failed stands first"
