@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.cuda_driver import Driver, find_driver
+from engines.native import BODY, KERNEL, ops_library
 from engines.tensorrt_flavour import DATACENTRE, RTX, Flavour
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _module(module: str, extra: str) -> Finding:
     detail = ""
     if module == "onnxruntime":
         detail = "providers: " + ", ".join(_providers(spec.submodule_search_locations or ()))
+        detail += "; ai.iapt::Rational as " + (KERNEL if ops_library() else f"{BODY} ('make cpp' builds the kernel)")
     return Finding(module, OK, _version(module), detail)
 
 

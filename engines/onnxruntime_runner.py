@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.native import add_kernels
 from engines.runner import Arrays, Runner, check_feeds
 from iapt_export.errors import IaptError, NotRunnableError
 from iapt_export.manifest import GraphSpec
@@ -29,6 +30,8 @@ class OnnxRuntimeRunner(Runner):
         self.spec = spec
         self.device = device
         self.threads = threads
+        self.rational = ""
+        """Which form of ``ai.iapt::Rational`` runs, once active: the native kernel or the function body."""
         self._session: Any = None
 
     def activate(self) -> None:
@@ -54,6 +57,7 @@ class OnnxRuntimeRunner(Runner):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or len(os.sched_getaffinity(0))
+        self.rational = add_kernels(options, self.device)
         try:
             self._session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.loading import cache_kinds
+from engines.native import add_kernels
 from engines.session import Session
 from iapt_export.errors import NotRunnableError
 from iapt_export.manifest import BundleManifest, Parity, TargetSpec
@@ -68,7 +69,7 @@ def validate_bundle(
         tenants=[tenant.name for tenant in manifest.tenants],
         seed=settings.seed,
         created="",
-        environment=environment(),
+        environment=environment(settings.device),
         tolerances=rows_for({result.dtype for result in results}),
         targets=results,
         command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
@@ -90,8 +91,8 @@ def parity_from_report(report: Report) -> Parity:
     return Parity(report.verdict, limits, measured)
 
 
-def environment() -> dict[str, str]:
-    """Versions and hardware that the figures depend on."""
+def environment(device: str) -> dict[str, str]:
+    """Versions, hardware and kernels that the figures depend on."""
     import numpy
     import onnxruntime
     import torch
@@ -104,6 +105,7 @@ def environment() -> dict[str, str]:
         "onnxruntime": onnxruntime.__version__,
         "numpy": numpy.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
+        "ai.iapt::Rational": add_kernels(onnxruntime.SessionOptions(), device),
         "threads": str(torch.get_num_threads()),
     }
 

@@ -1,0 +1,128 @@
+"""What the compiled kernel of ``ai.iapt::Rational`` saves, alone and in a bundle's prefill.
+
+    make cpp
+    python benchmarks/rational_op.py .cache/demo-bundle
+
+Three ways of running the same graph take turns, so that a noisy machine is noisy for all of them: the kernel, the
+function body with ONNX Runtime's own fusions, and the body without them. The fastest of many repetitions counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from engines.loading import load_tenants
+from engines.native import KERNEL, add_kernels
+from iapt_export.errors import IaptError
+from iapt_export.manifest import BundleManifest, TensorSpec
+from iapt_export.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
+from iapt_export.ops.rational import rational_function
+from trainers.rational import initial_coefficients
+
+FORMS = ("kernel", "body", "body unfused")
+ELEMENTS = (1024, 65536, 4194304)
+BATCHES = ((1, 16), (1, 64), (4, 64))
+"""Rows and instruction tokens of the prefills that are timed."""
+
+
+def main() -> None:
+    """Time the operator and the prefill; print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="a bundle with an IAPT tenant and the target onnxruntime")
+    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    found = {
+        "threads": arguments.threads,
+        "operator_us": {
+            str(count): time_operator(count, arguments.repeat, arguments.threads, 1e6) for count in ELEMENTS
+        },
+        "prefill_ms": time_prefill(arguments.bundle, arguments.repeat, arguments.threads),
+    }
+    print(json.dumps(found, indent=2))
+
+
+def open_session(source: bytes | str, form: str, threads: int) -> Any:
+    """An ONNX Runtime session that runs Rational in one of `FORMS`.
+
+    Raises:
+        IaptError: the kernel is not built.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if form == "body unfused":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if form == "kernel":
+        used = add_kernels(options)
+        if used != KERNEL:
+            raise IaptError(f"the kernel is not used but the {used}; run 'make cpp' first")
+    return onnxruntime.InferenceSession(source, options)
+
+
+def time_operator(count: int, repeat: int, threads: int, unit: float) -> dict[str, float]:
+    """The operator alone on ``count`` values of fp32, degrees (5, 4), form B."""
+    a, b = (array.astype(np.float32) for array in initial_coefficients("gelu", 5, 4, "B"))
+    node = helper.make_node(RATIONAL, ["x", "a", "b"], ["y"], domain=DOMAIN, form="B")
+    sizes: dict[str, list[Any]] = {"x": ["rows", 256], "a": [6], "b": [4]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes["x"])
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    body = rational_function(6, 4, "B", 23)
+    graph = helper.make_graph([node], "rational", inputs, [output])
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=imports, functions=[body], ir_version=10)
+    sessions = {form: open_session(model.SerializeToString(), form, threads) for form in FORMS}
+    x = np.random.default_rng(0).normal(size=(count // 256, 256)).astype(np.float32)
+    feeds = {"x": x, "a": a, "b": b}
+    return fastest({form: lambda s=session: s.run(None, feeds) for form, session in sessions.items()}, repeat, unit)
+
+
+def time_prefill(bundle: Path, repeat: int, threads: int) -> dict[str, dict[str, float]]:
+    """The bundle's prefill graph, rows of its first tenant."""
+    manifest = BundleManifest.load(bundle)
+    target = manifest.target("onnxruntime")
+    graph = target.graphs["prefill"]
+    weights = load_tenants(bundle, manifest, target)
+    sessions = {form: open_session(str(bundle / graph.path), form, threads) for form in FORMS}
+    found = {}
+    for rows, length in BATCHES:
+        feeds = {
+            tensor.name: weights.get(tensor.name, tokens(tensor, rows, length, manifest.backbone.vocab_size))
+            for tensor in graph.inputs
+        }
+        calls = {form: lambda s=session, f=feeds: s.run(None, f) for form, session in sessions.items()}
+        found[f"{rows}x{length}"] = fastest(calls, repeat, 1e3)
+    return found
+
+
+def tokens(tensor: TensorSpec, rows: int, length: int, vocabulary: int) -> np.ndarray:
+    """Instructions of arbitrary tokens, without padding, of the first tenant."""
+    if tensor.name == "input_ids":
+        return np.random.default_rng(0).integers(10, vocabulary, (rows, length))
+    return np.ones((rows, length), np.int64) if tensor.name == "attention_mask" else np.zeros(rows, np.int64)
+
+
+def fastest(calls: dict[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, float]:
+    """Each call's shortest time, taken in turns; ``unit`` is 1e3 for milliseconds."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeat):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - started)
+    return {name: round(seconds * unit, 3) for name, seconds in best.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+# TensorRT's headers and runtime library.
+#
+#   TENSORRT_ROOT          an unpacked TensorRT (include/, lib/); looked into first
+#   TENSORRT_INCLUDE_DIR   folder with NvInferRuntime.h
+#   TENSORRT_LIBRARY       libnvinfer.so, or libtensorrt_rtx.so of TensorRT for RTX; plugins need none
+#
+# Defines the targets TensorRT::Headers and, where the library was found, TensorRT::TensorRT.
+find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} PATH_SUFFIXES include include/x86_64-linux-gnu)
+find_library(TENSORRT_LIBRARY NAMES nvinfer tensorrt_rtx HINTS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(TensorRT
+  REQUIRED_VARS TENSORRT_INCLUDE_DIR
+  REASON_FAILURE_MESSAGE "set TENSORRT_ROOT to an unpacked TensorRT, or TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h")
+mark_as_advanced(TENSORRT_INCLUDE_DIR TENSORRT_LIBRARY)
+
+if(TensorRT_FOUND AND NOT TARGET TensorRT::Headers)
+  add_library(TensorRT::Headers INTERFACE IMPORTED)
+  target_include_directories(TensorRT::Headers SYSTEM INTERFACE ${TENSORRT_INCLUDE_DIR})
+  if(TENSORRT_LIBRARY)
+    add_library(TensorRT::TensorRT SHARED IMPORTED)
+    set_target_properties(TensorRT::TensorRT PROPERTIES IMPORTED_LOCATION ${TENSORRT_LIBRARY})
+    target_link_libraries(TensorRT::TensorRT INTERFACE TensorRT::Headers)
+  endif()
+endif()
