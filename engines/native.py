@@ -19,6 +19,8 @@ PLUGIN_LIBRARY = "libiapt_trt_plugin.so"
 OPS_VARIABLE = "IAPT_OPS_LIBRARY"
 """Names another file than the installed one; ``none`` asks for the function body."""
 PLUGIN_VARIABLE = "IAPT_PLUGIN_LIBRARY"
+PLUGIN_NAME, PLUGIN_VERSION = "Rational", "1"
+"""What TensorRT's parser looks for: the operator's name, and the version that it assumes."""
 KERNEL, BODY = "native kernel", "function body"
 
 
@@ -40,6 +42,24 @@ def plugin_library() -> Path:
             "or build the bundle with --rational function"
         )
     return path
+
+
+def load_plugin(registry: Any, logger: Any) -> None:
+    """Register the TensorRT plugin, unless it is registered already.
+
+    Args:
+        registry: a TensorRT ``IPluginRegistry``.
+        logger: what `engines.tensorrt_callbacks.make_logger` made, for TensorRT's reasons.
+
+    Raises:
+        NotRunnableError: the plugin is not built, or TensorRT refuses it.
+    """
+    path = plugin_library()
+    if registry.get_creator(PLUGIN_NAME, PLUGIN_VERSION, "") is not None:
+        return
+    if not path.is_file() or registry.load_library(str(path)) is None:
+        reasons = "; ".join(logger.lines()) or "it does not exist or gives no reason"
+        raise NotRunnableError(f"TensorRT cannot load {path}: {reasons}; build it again with 'make cpp'")
 
 
 def add_kernels(options: Any, device: str = "cpu") -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from engines.cuda_driver import find_driver
 from engines.engine_info import EngineInfo, EngineTensor, ProfileShape, interface_problems, profile_from_spec
+from engines.native import load_plugin
 from engines.tensorrt_callbacks import ProgressCallback, make_logger, make_monitor, readable_lines, run_cancellable
 from engines.tensorrt_flavour import PORTABLE, Flavour, check_compute_capability, flavour, load_tensorrt
 from iapt_export.errors import BundleError, IaptError, NotRunnableError
@@ -42,6 +43,8 @@ class BuildOptions:
     """Weights can be replaced later (tensorrt only)."""
     timing_cache: Path | None = None
     """File of kernel timings to read and extend (tensorrt only)."""
+    rational: str = "function"
+    """``plugin``: ai.iapt::Rational as our compiled kernel (tensorrt only); ``function``: as its definition."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def engine_from_onnx(
     check_options(options)
     shapes = profile_from_spec(spec, ranges)
     started = time.perf_counter()
-    build = network_from_onnx(onnx_path, options.target)
+    build = network_from_onnx(onnx_path, options.target, options.rational)
     inputs, outputs = _interface(build)
     problems = interface_problems(spec, inputs, outputs)
     if problems:
@@ -97,6 +100,7 @@ def engine_from_onnx(
         runtime_version=str(build.trt.__version__),
         compute_capability=_built_for(options),
         version_compatible=options.version_compatible,
+        rational=options.rational,
         source_sha256=file_sha256(onnx_path),
         sha256=hashlib.sha256(plan).hexdigest(),
         size_bytes=len(plan),
@@ -124,6 +128,7 @@ def check_options(options: BuildOptions) -> None:
         "version_compatible": (options.version_compatible, chosen.version_compatible),
         "refit": (options.refit, chosen.refit),
         "timing_cache": (options.timing_cache is not None, chosen.timing_cache),
+        "plugins (--rational plugin)": (options.rational == "plugin", chosen.plugins),
     }
     problems = [name for name, (wanted, able) in wishes.items() if wanted and not able]
     if problems:
@@ -133,11 +138,11 @@ def check_options(options: BuildOptions) -> None:
         raise IaptError(f"hardware compatibility {level!r} is not known; use {' or '.join(HARDWARE_LEVELS)}")
 
 
-def network_from_onnx(onnx_path: Path, target: str) -> Build:
+def network_from_onnx(onnx_path: Path, target: str, rational: str = "function") -> Build:
     """Read a graph into a TensorRT network.
 
     Raises:
-        NotRunnableError: the target is not installed, or needs a GPU that is not there.
+        NotRunnableError: the target is not installed, or needs a GPU that is not there, or the plugin is not built.
         IaptError: the file is missing, or TensorRT refuses a node.
     """
     if not onnx_path.is_file():
@@ -146,6 +151,8 @@ def network_from_onnx(onnx_path: Path, target: str) -> Build:
     logger = make_logger(trt)
     builder = _create_builder(trt, logger, flavour(target))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if rational == "plugin":  # the parser prefers a plugin that is registered to the function of its name
+        load_plugin(builder.get_plugin_registry(), logger)
     parser = trt.OnnxParser(network, logger)
     # from the file and not from bytes: only so does the parser find external weights
     if not parser.parse_from_file(str(onnx_path)):

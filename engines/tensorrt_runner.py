@@ -11,6 +11,7 @@ import numpy as np
 from engines.cuda_driver import Driver, Gpu, find_driver
 from engines.cuda_memory import CudaStream
 from engines.engine_info import EngineInfo, read_header
+from engines.native import load_plugin
 from engines.runner import NUMPY_TYPES, Arrays, Runner, check_feeds
 from engines.tensorrt_callbacks import make_logger
 from engines.tensorrt_flavour import PORTABLE, RTX, flavour, load_tensorrt
@@ -50,7 +51,7 @@ class TensorRTRunner(Runner):
         check_version(info, str(trt.__version__))
         check_gpu(info, find_driver(), self.device)
         try:
-            self._open(trt)
+            self._open(trt, info)
         except BaseException:
             self.deactivate()
             raise
@@ -86,10 +87,12 @@ class TensorRTRunner(Runner):
             stream, self._stream = self._stream, None
             stream.close()
 
-    def _open(self, trt: Any) -> None:
+    def _open(self, trt: Any, info: EngineInfo) -> None:
         self._stream = CudaStream(self.device)
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
+        if info.rational == "plugin":
+            load_plugin(self._runtime.get_plugin_registry(), self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         self._context = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:

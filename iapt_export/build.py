@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from engines.engine_info import EngineInfo
-from engines.tensorrt_builder import BuildOptions, engine_from_onnx
+from engines.native import plugin_library
+from engines.tensorrt_builder import BuildOptions, check_options, engine_from_onnx
 from engines.tensorrt_flavour import check_target, load_tensorrt, runtime_version
 from iapt_export import bundle as layout
 from iapt_export.errors import IaptError, ParityError
@@ -55,7 +56,7 @@ def build_bundle(args: argparse.Namespace) -> None:
     check_output(output)
     targets = plan_targets(args.target, args.dtype, args.opset)
     check_device(targets, args.device)
-    _check_engines(targets, args.compute_capability)
+    _check_engines(targets, args.compute_capability, args.rational)
     with Steps(quiet=args.quiet) as steps:
         steps(f"loading {args.model}")
         backbone = _load(args, "fp32")
@@ -69,7 +70,7 @@ def build_bundle(args: argparse.Namespace) -> None:
         settings = {
             "targets": [dataclasses.asdict(target) for target in targets],
             "ranges": dataclasses.asdict(ranges),
-            "flags": [args.compute_capability, args.seed, args.new_tokens, args.device],
+            "flags": [args.compute_capability, args.rational, args.seed, args.new_tokens, args.device],
             "tenants": [args.merge_lora, args.fold_embeddings],
         }
         key = content_key(layout.build_inputs(spec, adapters, settings))
@@ -172,7 +173,7 @@ class _Job:
         return self._engines(target, specs, graphs, bundle)
 
     def _engines(self, target: TargetPlan, specs: dict[str, GraphSpec], graphs: Path, bundle: Path) -> TargetSpec:
-        options = BuildOptions(target.name, self.args.compute_capability)
+        options = BuildOptions(target.name, self.args.compute_capability, rational=self.args.rational)
         version = runtime_version(target.name)
         weights = file_sha256(graphs / WEIGHTS_FILE)
         sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.engine_graphs(specs)}
@@ -200,17 +201,24 @@ class _Job:
             layout.place_files(folder, bundle / "engines" / target.name)
         engines = layout.engine_specs(specs, target.name)
         built_for = EngineInfo.load(bundle / engines["prefill"].path).compute_capability
-        return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources)
+        return TargetSpec(
+            target.name, target.dtype, target.opset, engines, version, built_for, sources, self.args.rational
+        )
 
 
-def _check_engines(targets: list[TargetPlan], compute_capability: str | None) -> None:
+def _check_engines(targets: list[TargetPlan], compute_capability: str | None, rational: str) -> None:
     """Refuse, before any long work, engines that cannot be built here."""
     plans = [target for target in targets if target.name in TENSORRT]
     if compute_capability and not plans:
         raise IaptError("--compute-capability is for TensorRT targets; add --target tensorrt-rtx or leave it out")
+    if rational == "plugin" and not plans:
+        raise IaptError("--rational plugin is for TensorRT targets; add --target tensorrt or leave it out")
     for target in plans:
+        check_options(BuildOptions(target.name, rational=rational))
         check_target(target.name, target.dtype, target.opset, compute_capability)
         load_tensorrt(target.name)
+    if rational == "plugin":
+        plugin_library()
 
 
 def _load(args: argparse.Namespace, dtype: str) -> Backbone:

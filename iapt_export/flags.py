@@ -157,6 +157,12 @@ def _build(command: argparse.ArgumentParser) -> None:
     targets.add_argument(
         "--compute-capability", metavar="X.Y", help="GPU generation to build for, such as 8.9 (without: portable)"
     )
+    targets.add_argument(
+        "--rational",
+        choices=("function", "plugin"),
+        default="function",
+        help="ai.iapt::Rational in TensorRT engines: standard operators, or the plugin that 'make cpp' builds",
+    )
     ranges = command.add_argument_group("ranges that graphs and engines are built for: MAX, or MIN:OPT:MAX")
     ranges.add_argument("--batch", default="1:4:8", help="rows of one batch")
     ranges.add_argument("--sequence", default="1:64:512", help="instruction tokens of a row")

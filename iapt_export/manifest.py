@@ -162,6 +162,8 @@ class TargetSpec:
     """``8.9``, ``portable``, or None off the GPU."""
     source_sha256: dict[str, str] = field(default_factory=dict)
     """Hash of the ONNX file that each engine was built from."""
+    rational: str = "function"
+    """``plugin`` where engines need our TensorRT plugin; ONNX Runtime chooses its form when it loads a graph."""
 
 
 @dataclass(frozen=True)

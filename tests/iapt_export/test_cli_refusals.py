@@ -116,6 +116,8 @@ def test_flags_of_methods_that_are_not_there(
         (["--opset=22"], "opset 22 is not supported; use one of 20, 23"),
         (["--target=onnxruntime", "--target=onnxruntime"], "target 'onnxruntime' is given twice"),
         (["--compute-capability=8.9"], "--compute-capability is for TensorRT targets; add --target tensorrt-rtx"),
+        (["--rational=plugin"], "--rational plugin is for TensorRT targets; add --target tensorrt or leave it out"),
+        (["--target=tensorrt-rtx", "--rational=plugin"], "target tensorrt-rtx has no plugins (--rational plugin)"),
         (["--target=tensorrt-rtx", "--compute-capability=9.0"], "compute capability '9.0' is not supported"),
         (["--batch=many"], "--batch 'many' is not MAX or MIN:OPT:MAX in whole numbers"),
         (["--past=4:3:2"], "--past '4:3:2' is not ordered"),
