@@ -67,6 +67,9 @@ demo: venv backbone  ## build, validate and run a bundle with three tenants
 NATIVE  := $(CACHE)/native
 ORT_PACKAGE := com.github.asus4.onnxruntime@0.4.9
 TRT_PACKAGE := kernel-lens==2.0.1
+JSON_PACKAGE := nlohmann-json==3.12.0
+# the tokenizer of the C++ programs, a shared library inside a Python package
+GENAI_PACKAGE := onnxruntime-genai==0.18.0
 ONNXRUNTIME_INCLUDE_DIR ?= $(NATIVE)/onnxruntime
 TENSORRT_INCLUDE_DIR ?= $(NATIVE)/tensorrt
 # anything for CMake, for example -DONNXRUNTIME_ROOT=... or -DIAPT_CUDA=OFF
@@ -80,27 +83,43 @@ $(NATIVE)/onnxruntime/onnxruntime_c_api.h:
 	@rm -r $(NATIVE)/npm
 	@touch $@
 
-# the wheel is unpacked and not installed: nothing imports it
-$(NATIVE)/tensorrt/NvInferRuntime.h: | venv
-	@mkdir -p $(@D)
-	$(BIN)/python -m pip download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: -d $(NATIVE)/wheel $(TRT_PACKAGE)
-	$(BIN)/python -m zipfile -e $(NATIVE)/wheel/*.whl $(NATIVE)/wheel/unpacked
-	@cp $(NATIVE)/wheel/unpacked/kernel_lens/include/tensorrt/*.h $(@D)/
-	@rm -r $(NATIVE)/wheel
+# These wheels are unpacked and not installed: nothing imports them.
+define UNPACK
+	@mkdir -p $(NATIVE)/wheel-$(1)
+	$(BIN)/python -m pip download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: -d $(NATIVE)/wheel-$(1) $(2)
+	$(BIN)/python -m zipfile -e $(NATIVE)/wheel-$(1)/*.whl $(NATIVE)/wheel-$(1)/unpacked
+	@rm -rf $(NATIVE)/$(1) && mv $(NATIVE)/wheel-$(1)/unpacked/$(3) $(NATIVE)/$(1)
+	@rm -r $(NATIVE)/wheel-$(1)
 	@touch $@
+endef
+
+$(NATIVE)/tensorrt/NvInferRuntime.h: | venv
+	$(call UNPACK,tensorrt,$(TRT_PACKAGE),kernel_lens/include/tensorrt)
+
+$(NATIVE)/json/nlohmann/json.hpp: | venv
+	$(call UNPACK,json,$(JSON_PACKAGE),nlohmann_json/include)
+
+$(NATIVE)/genai/libonnxruntime-genai.so: | venv
+	$(call UNPACK,genai,$(GENAI_PACKAGE),onnxruntime_genai)
 
 # TensorRT's headers serve the plugin, which needs nvcc to be built.
-cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h  ## compile the kernels and the C++ programs, and test them
+# TensorRT for RTX's wheel has its library too, so the TensorRT program is linked against it.
+cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h $(NATIVE)/json/nlohmann/json.hpp \
+    $(NATIVE)/genai/libonnxruntime-genai.so  ## compile the kernels and the C++ programs, and test them
 	@command -v cmake >/dev/null && command -v c++ >/dev/null || \
 	    { echo "cmake or g++ is missing: apt-get install cmake g++ (iapt-export doctor shows what is here)"; exit 1; }
+	@test -e /usr/include/openssl/evp.h || echo "If CMake finds no OpenSSL: apt-get install libssl-dev"
 	@if command -v nvcc >/dev/null; then \
 	    $(MAKE) --no-print-directory $(TENSORRT_INCLUDE_DIR)/NvInferRuntime.h || echo "No TensorRT headers: the plugin is skipped"; \
 	else echo "No nvcc here: the GPU kernels and the TensorRT plugin are skipped"; fi
-	cmake -S engines/cpp --preset release $(CMAKE_ARGS) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	cmake -S engines/cpp --preset release -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
-	    -DTENSORRT_INCLUDE_DIR=$(abspath $(TENSORRT_INCLUDE_DIR))
+	    -DTENSORRT_INCLUDE_DIR=$(abspath $(TENSORRT_INCLUDE_DIR)) \
+	    -DNLOHMANN_JSON_INCLUDE_DIR=$(abspath $(NATIVE)/json) \
+	    -DGENAI_LIBRARY=$(abspath $(NATIVE)/genai/libonnxruntime-genai.so) $(CMAKE_ARGS)
 	cmake --build build/cpp --parallel 2
-	cmake --install build/cpp --prefix engines
+	cmake --install build/cpp --prefix engines --component kernels
+	cmake --install build/cpp --prefix build/install
 	ctest --test-dir build/cpp --output-on-failure
 
 # Tests that need the backbone skip, in words, where it cannot be fetched.

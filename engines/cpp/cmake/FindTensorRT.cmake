@@ -4,7 +4,7 @@
 #   TENSORRT_INCLUDE_DIR   folder with NvInferRuntime.h
 #   TENSORRT_LIBRARY       libnvinfer.so, or libtensorrt_rtx.so of TensorRT for RTX; plugins need none
 #
-# Defines the targets TensorRT::Headers and, where the library was found, TensorRT::TensorRT.
+# Defines TENSORRT_TARGET (tensorrt or tensorrt-rtx), and the targets TensorRT::Headers and, where the library was found, TensorRT::TensorRT.
 find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} PATH_SUFFIXES include include/x86_64-linux-gnu)
 find_library(TENSORRT_LIBRARY NAMES nvinfer tensorrt_rtx HINTS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
 
@@ -12,6 +12,12 @@ include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(TensorRT
   REQUIRED_VARS TENSORRT_INCLUDE_DIR
   REASON_FAILURE_MESSAGE "set TENSORRT_ROOT to an unpacked TensorRT, or TENSORRT_INCLUDE_DIR to the folder of NvInferRuntime.h")
+# the name of the targets whose engines this library runs
+if(TENSORRT_LIBRARY MATCHES "tensorrt_rtx")
+  set(TENSORRT_TARGET tensorrt-rtx)
+else()
+  set(TENSORRT_TARGET tensorrt)
+endif()
 mark_as_advanced(TENSORRT_INCLUDE_DIR TENSORRT_LIBRARY)
 
 if(TensorRT_FOUND AND NOT TARGET TensorRT::Headers)

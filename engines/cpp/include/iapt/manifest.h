@@ -1,0 +1,105 @@
+// manifest.json, the contract between the exporter and everything that runs a bundle: what iapt_export/manifest.py
+// writes, with the same words. Fields that only a build or a validation needs are checked and left out.
+#ifndef IAPT_MANIFEST_H_
+#define IAPT_MANIFEST_H_
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "iapt/error.h"
+
+namespace iapt {
+
+constexpr int kSchemaVersion = 2;
+
+// A fixed size, or the name of a dynamic one: batch B, sequence T, past S, total S+1, capacity, tenants N.
+using Size = std::variant<int64_t, std::string>;
+
+struct TensorSpec {
+  std::string name;
+  std::string dtype;  // int64, int32, bool, fp32, fp16 or bf16
+  std::vector<Size> shape;
+};
+
+struct GraphSpec {
+  std::string path;  // relative to the bundle
+  std::vector<TensorSpec> inputs, outputs;
+
+  bool takes(std::string_view input) const;
+};
+
+struct Range {
+  int64_t min = 1, opt = 1, max = 1;
+};
+
+struct Ranges {
+  Range batch, sequence, past, tenants;
+};
+
+struct BackboneSpec {
+  int64_t hidden_size = 0, num_layers = 0, num_kv_heads = 0, head_dim = 0, vocab_size = 0, max_positions = 0;
+  std::vector<int64_t> eos_token_ids;
+  int64_t pad_token_id = 0;
+};
+
+struct MethodSpec {
+  std::string name;
+  int64_t prompt_length = 0;        // cache entries (P) before the instruction
+  std::vector<TensorSpec> weights;  // of one tenant, without the tenants axis
+};
+
+struct TenantSpec {
+  std::string name;
+  std::optional<std::string> method;  // none where it is merged into the backbone's weights
+  std::optional<std::string> path;
+  std::string prompt_format;  // chat or plain
+};
+
+struct TargetSpec {
+  std::string name;  // onnxruntime, tensorrt-rtx or tensorrt
+  std::string dtype;
+  std::map<std::string, GraphSpec> graphs;  // prefill, decode, and others
+  std::string runtime_version;
+  std::string rational;  // "plugin" where engines need libiapt_trt_plugin.so
+};
+
+struct FileSpec {
+  std::string sha256;
+  int64_t size_bytes = 0;
+};
+
+struct BundleManifest {
+  BackboneSpec backbone;
+  std::vector<MethodSpec> methods;
+  std::vector<TenantSpec> tenants;
+  Ranges ranges;
+  std::vector<TargetSpec> targets;
+  std::map<std::string, FileSpec> files;  // every file but manifest.json, by path
+
+  // Reads manifest.json of a bundle. Throws Error: it is missing, no JSON, of another schema, has missing, unknown or
+  // wrong fields (all of them listed), or names a file outside the bundle.
+  static BundleManifest load(const std::filesystem::path& bundle);
+  // The same from text; `where` names it in errors.
+  static BundleManifest parse(std::string_view text, const std::string& where);
+
+  // The target of that name, or the first one if it is empty. Throws Error: no such target.
+  const TargetSpec& target(const std::string& name) const;
+  const TenantSpec& tenant(const std::string& name) const;
+  std::vector<const TenantSpec*> tenants_of(const std::string& method) const;
+  // Prompt slots that a tenant's rows use, and those of a cache.
+  int64_t prompt_length(const std::string& tenant) const;
+  int64_t num_slots() const;
+};
+
+// Checks that every file is there with its size and hash. Throws Error: all that are missing or altered are listed.
+void verify_files(const std::filesystem::path& bundle, const BundleManifest& manifest);
+
+}  // namespace iapt
+
+#endif  // IAPT_MANIFEST_H_

@@ -1,0 +1,87 @@
+// Generation with a KV cache over any runner: rows of different tenants in one batch, streamed token by token.
+//
+//     auto session = iapt::Session::open("BUNDLE");
+//     session.stream({{"movie-sentiment", "A fine film."}}, [](const iapt::Token& token) { std::cout << token.text; });
+#ifndef IAPT_SESSION_H_
+#define IAPT_SESSION_H_
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "iapt/manifest.h"
+#include "iapt/runner.h"
+#include "iapt/sampling.h"
+#include "iapt/text.h"
+
+namespace iapt {
+
+// What one row of a batch shall answer.
+struct Request {
+  std::string tenant;
+  std::string prompt;           // the instruction's text; or give `tokens`
+  std::vector<int64_t> tokens;  // the instruction as token ids, instead of text
+  int64_t max_new_tokens = 64;
+  Sampling sampling;
+  bool ignore_eos = false;  // go on to max_new_tokens whatever is generated (for measurements)
+};
+
+// One generated token of one row.
+struct Token {
+  size_t row = 0;  // position of the request in the batch
+  int64_t step = 0;
+  int64_t token = 0;
+  std::string text;           // what this token adds; empty without a tokenizer, and while a character is incomplete
+  std::string finish_reason;  // "eos" or "length" on the row's last token, else empty
+};
+
+struct SessionOptions {
+  std::string target;  // empty takes the bundle's first
+  RunnerOptions runner;
+  bool verify = true;    // check every file's hash first
+  bool portable = false;  // run prefill and decode even where the bundle has the graph over a cache in place
+};
+
+class Stepper;
+
+class Session {
+ public:
+  // Throws Error: the bundle is damaged, or this program or machine cannot run the target.
+  static Session open(const std::filesystem::path& bundle, const SessionOptions& options = {});
+  Session(Session&&) noexcept;
+  ~Session();
+
+  const BundleManifest& manifest() const { return *manifest_; }
+  const TargetSpec& target() const { return *target_; }
+  // Which form of ai.iapt::Rational runs.
+  std::string rational() const;
+
+  // Answers a batch of requests, token by token; rows end on their own. Throws Error: an unknown tenant, an empty or too
+  // long prompt, too many rows, or a row that would outgrow the cache.
+  void stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token);
+  // The token ids of every row's answer, its end token included.
+  std::vector<std::vector<int64_t>> generate(const std::vector<Request>& requests);
+
+ private:
+  struct Row;
+  Session(std::filesystem::path bundle, BundleManifest manifest, const SessionOptions& options);
+  Row make_row(size_t index, const Request& request);
+  void check(const std::vector<Row>& rows) const;
+  Token advance(size_t index, Row& row, int64_t step, int64_t token);
+  std::string new_text(Row& row, bool is_final);
+  const TextCodec* codec();
+
+  std::filesystem::path bundle_;
+  std::unique_ptr<const BundleManifest> manifest_;  // on the heap, so that a session can move
+  const TargetSpec* target_;                        // one of the manifest's
+  std::unique_ptr<Stepper> stepper_;
+  std::unique_ptr<TextCodec> codec_;
+  std::string no_codec_;  // why there is none
+};
+
+}  // namespace iapt
+
+#endif  // IAPT_SESSION_H_

@@ -1,0 +1,341 @@
+#include "iapt/manifest.h"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+
+#include "json_fields.h"
+#include "sha256.h"
+
+namespace iapt {
+namespace {
+
+using Problems = std::vector<std::string>;
+constexpr auto kObject = Json::value_t::object;
+constexpr auto kArray = Json::value_t::array;
+constexpr auto kString = Json::value_t::string;
+constexpr auto kInteger = Json::value_t::number_integer;
+
+std::string joined(const Problems& parts, const char* separator) {
+  std::string text;
+  for (const auto& part : parts) text += (text.empty() ? "" : separator) + part;
+  return text;
+}
+
+TensorSpec read_tensor(const Json& json, const std::string& where, Problems& problems) {
+  TensorSpec spec;
+  Fields fields(json, where, problems);
+  fields.read("name", spec.name);
+  fields.read("dtype", spec.dtype);
+  fields.array("shape", [&](const Json& size, const std::string& place) {
+    if (size.is_string()) {
+      spec.shape.emplace_back(size.get<std::string>());
+    } else if (size.is_number_integer() && size >= 0 && size <= INT64_MAX) {
+      spec.shape.emplace_back(size.get<int64_t>());
+    } else {
+      problems.push_back(place + " is " + shown(size) + ", expected a size or a name");
+    }
+  });
+  fields.refuse_unknown();
+  return spec;
+}
+
+GraphSpec read_graph(const Json& json, const std::string& where, Problems& problems) {
+  GraphSpec spec;
+  Fields fields(json, where, problems);
+  fields.read("path", spec.path);
+  const auto into = [&](std::vector<TensorSpec>& tensors) {
+    return [&](const Json& tensor, const std::string& place) { tensors.push_back(read_tensor(tensor, place, problems)); };
+  };
+  fields.array("inputs", into(spec.inputs));
+  fields.array("outputs", into(spec.outputs));
+  fields.refuse_unknown();
+  return spec;
+}
+
+BackboneSpec read_backbone(const Json& json, const std::string& where, Problems& problems) {
+  BackboneSpec spec;
+  Fields fields(json, where, problems);
+  for (const char* name : {"name_or_path", "fingerprint", "weights_sha256", "model_type"}) fields.skip(name, kString);
+  fields.skip("revision", kString, true, true);
+  fields.read("hidden_size", spec.hidden_size);
+  fields.read("num_layers", spec.num_layers);
+  fields.read("num_kv_heads", spec.num_kv_heads);
+  fields.read("head_dim", spec.head_dim);
+  fields.read("vocab_size", spec.vocab_size);
+  fields.read("max_positions", spec.max_positions);
+  fields.read("pad_token_id", spec.pad_token_id);
+  fields.array("eos_token_ids", [&](const Json& token, const std::string& place) {
+    if (token.is_number_integer()) {
+      spec.eos_token_ids.push_back(token.get<int64_t>());
+    } else {
+      problems.push_back(place + " is " + shown(token) + ", expected int");
+    }
+  });
+  fields.refuse_unknown();
+  return spec;
+}
+
+MethodSpec read_method(const Json& json, const std::string& where, Problems& problems) {
+  MethodSpec spec;
+  Fields fields(json, where, problems);
+  fields.read("name", spec.name);
+  fields.skip("form", kString);
+  fields.skip("config", kObject);
+  fields.read("prompt_length", spec.prompt_length);
+  fields.array("weights", [&](const Json& tensor, const std::string& place) {
+    spec.weights.push_back(read_tensor(tensor, place, problems));
+  });
+  fields.skip("in_decode", Json::value_t::boolean, false);
+  fields.refuse_unknown();
+  if (spec.prompt_length < 0) fields.problem(".prompt_length is negative");
+  return spec;
+}
+
+TenantSpec read_tenant(const Json& json, const std::string& where, Problems& problems) {
+  TenantSpec spec;
+  Fields fields(json, where, problems);
+  fields.read("name", spec.name);
+  fields.read("method", spec.method);
+  fields.read("path", spec.path);
+  fields.skip("trained_form", kString);
+  fields.skip("trained_config", kObject);
+  fields.read("prompt_format", spec.prompt_format);
+  fields.skip("labels", kArray, false);
+  fields.skip("trained", kString, false, true);
+  fields.skip("examples", kString, false, true);
+  fields.refuse_unknown();
+  return spec;
+}
+
+Range read_range(const Json* json, const std::string& where, Problems& problems) {
+  Range range;
+  if (json == nullptr) return range;
+  Fields fields(*json, where, problems);
+  fields.read("min", range.min);
+  fields.read("opt", range.opt);
+  fields.read("max", range.max);
+  fields.refuse_unknown();
+  if (!(1 <= range.min && range.min <= range.opt && range.opt <= range.max)) {
+    fields.problem(" is not ordered: expected 1 <= min <= opt <= max");
+  }
+  return range;
+}
+
+Ranges read_ranges(const Json& json, const std::string& where, Problems& problems) {
+  Ranges ranges;
+  Fields fields(json, where, problems);
+  ranges.batch = read_range(fields.find("batch"), fields.place("batch"), problems);
+  ranges.sequence = read_range(fields.find("sequence"), fields.place("sequence"), problems);
+  ranges.past = read_range(fields.find("past"), fields.place("past"), problems);
+  ranges.tenants = read_range(fields.find("tenants"), fields.place("tenants"), problems);
+  fields.refuse_unknown();
+  return ranges;
+}
+
+TargetSpec read_target(const Json& json, const std::string& where, Problems& problems) {
+  TargetSpec spec;
+  Fields fields(json, where, problems);
+  fields.read("name", spec.name);
+  fields.read("dtype", spec.dtype);
+  fields.skip("opset", kInteger);
+  fields.object("graphs", [&](const std::string& name, const Json& graph, const std::string& place) {
+    spec.graphs[name] = read_graph(graph, place, problems);
+  });
+  fields.read("runtime_version", spec.runtime_version);
+  fields.skip("compute_capability", kString, false, true);
+  fields.skip("source_sha256", kObject, false);
+  spec.rational = "function";
+  fields.read("rational", spec.rational, false);
+  fields.refuse_unknown();
+  for (const char* graph : {"prefill", "decode"}) {
+    if (fields.find("graphs", false) != nullptr && spec.graphs.count(graph) == 0) {
+      fields.problem(std::string(".graphs has no ") + graph);
+    }
+  }
+  return spec;
+}
+
+FileSpec read_file(const Json& json, const std::string& where, Problems& problems) {
+  FileSpec spec;
+  Fields fields(json, where, problems);
+  fields.read("sha256", spec.sha256);
+  fields.read("size_bytes", spec.size_bytes);
+  fields.refuse_unknown();
+  return spec;
+}
+
+BundleManifest read_manifest(const Json& json, Problems& problems) {
+  BundleManifest manifest;
+  Fields fields(json, "manifest", problems);
+  fields.find("schema_version");
+  fields.skip("versions", kObject);
+  fields.skip("build_key", kString);
+  if (const Json* backbone = fields.find("backbone")) {
+    manifest.backbone = read_backbone(*backbone, fields.place("backbone"), problems);
+  }
+  fields.array("methods", [&](const Json& item, const std::string& place) {
+    manifest.methods.push_back(read_method(item, place, problems));
+  });
+  fields.array("tenants", [&](const Json& item, const std::string& place) {
+    manifest.tenants.push_back(read_tenant(item, place, problems));
+  });
+  if (const Json* ranges = fields.find("ranges")) {
+    manifest.ranges = read_ranges(*ranges, fields.place("ranges"), problems);
+  }
+  fields.skip("cache_layout", kString, false);
+  fields.skip("op_domain", kString);
+  fields.skip("op_version", kInteger);
+  fields.array("targets", [&](const Json& item, const std::string& place) {
+    manifest.targets.push_back(read_target(item, place, problems));
+  });
+  fields.skip("parity", kObject);
+  fields.object("files", [&](const std::string& name, const Json& item, const std::string& place) {
+    manifest.files[name] = read_file(item, place, problems);
+  });
+  fields.refuse_unknown();
+  return manifest;
+}
+
+// Paths of the files that a session opens by name.
+std::vector<std::string> used_paths(const BundleManifest& manifest) {
+  std::vector<std::string> paths;
+  for (const auto& tenant : manifest.tenants) {
+    if (tenant.path) paths.push_back(*tenant.path);
+  }
+  for (const auto& target : manifest.targets) {
+    for (const auto& [name, graph] : target.graphs) paths.push_back(graph.path);
+  }
+  return paths;
+}
+
+bool leaves_bundle(const std::string& path) {
+  if (path.find('\\') != std::string::npos || path.find('\0') != std::string::npos) return true;
+  size_t begin = 0;
+  while (true) {  // every part of the path
+    const size_t end = std::min(path.find('/', begin), path.size());
+    const std::string part = path.substr(begin, end - begin);
+    if (part.empty() || part == "." || part == "..") return true;
+    if (end == path.size()) return false;
+    begin = end + 1;
+  }
+}
+
+void check_references(const BundleManifest& manifest, Problems& problems) {
+  auto paths = used_paths(manifest);
+  for (const auto& [name, file] : manifest.files) paths.push_back(name);
+  std::sort(paths.begin(), paths.end());
+  paths.erase(std::unique(paths.begin(), paths.end()), paths.end());
+  for (const auto& path : paths) {
+    if (leaves_bundle(path)) {
+      problems.push_back("path " + shown(path) + " leaves the bundle; expected a relative path without '..'");
+    }
+  }
+  for (const auto& tenant : manifest.tenants) {
+    const auto is_method = [&](const MethodSpec& method) { return method.name == *tenant.method; };
+    if (tenant.method && std::none_of(manifest.methods.begin(), manifest.methods.end(), is_method)) {
+      problems.push_back("tenant " + tenant.name + " is of method " + shown(*tenant.method) +
+                         ", which the manifest does not describe");
+    }
+  }
+}
+
+template <typename Items>
+std::string names_of(const Items& items) {
+  Problems names;
+  for (const auto& item : items) names.push_back(item.name);
+  return joined(names, ", ");
+}
+
+}  // namespace
+
+bool GraphSpec::takes(std::string_view input) const {
+  return std::any_of(inputs.begin(), inputs.end(), [&](const TensorSpec& tensor) { return tensor.name == input; });
+}
+
+BundleManifest BundleManifest::parse(std::string_view text, const std::string& where) {
+  const Json json = Json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
+  if (json.is_discarded()) throw Error(where + " is not JSON; build the bundle again");
+  const auto version = json.is_object() && json.contains("schema_version") ? json["schema_version"] : Json();
+  if (!version.is_number_integer() || version != kSchemaVersion) {
+    throw Error(where + ": schema_version is " + shown(version) + ", this program reads " +
+                std::to_string(kSchemaVersion) + "; build the bundle again, or take the program of its version");
+  }
+  Problems problems;
+  BundleManifest manifest = read_manifest(json, problems);
+  if (problems.empty()) check_references(manifest, problems);
+  if (!problems.empty()) throw Error(where + " is not a valid manifest: " + joined(problems, "; "));
+  return manifest;
+}
+
+BundleManifest BundleManifest::load(const std::filesystem::path& bundle) {
+  const auto path = bundle / "manifest.json";
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream || !std::filesystem::is_regular_file(path)) {
+    throw Error(bundle.string() + " holds no manifest.json; expected a bundle written by 'iapt-export build'");
+  }
+  const std::string text(std::istreambuf_iterator<char>(stream), {});
+  return parse(text, path.string());
+}
+
+const TargetSpec& BundleManifest::target(const std::string& name) const {
+  for (const auto& target : targets) {
+    if (name.empty() || target.name == name) return target;
+  }
+  throw Error("target '" + name + "' is not in this bundle, which has " + names_of(targets) +
+              "; build again with --target " + name);
+}
+
+const TenantSpec& BundleManifest::tenant(const std::string& name) const {
+  for (const auto& tenant : tenants) {
+    if (tenant.name == name) return tenant;
+  }
+  throw Error("tenant '" + name + "' is not in this bundle; its tenants are " + names_of(tenants));
+}
+
+std::vector<const TenantSpec*> BundleManifest::tenants_of(const std::string& method) const {
+  std::vector<const TenantSpec*> found;
+  for (const auto& tenant : tenants) {
+    if (tenant.method == method) found.push_back(&tenant);
+  }
+  return found;
+}
+
+int64_t BundleManifest::prompt_length(const std::string& name) const {
+  const auto& method = tenant(name).method;
+  for (const auto& spec : methods) {
+    if (method == spec.name) return spec.prompt_length;
+  }
+  return 0;
+}
+
+int64_t BundleManifest::num_slots() const {
+  int64_t most = 0;
+  for (const auto& spec : methods) most = std::max(most, spec.prompt_length);
+  return most;
+}
+
+void verify_files(const std::filesystem::path& bundle, const BundleManifest& manifest) {
+  Problems problems;
+  for (const auto& name : used_paths(manifest)) {
+    if (manifest.files.count(name) == 0) problems.push_back(name + " is used but has no hash");
+  }
+  for (const auto& [name, spec] : manifest.files) {
+    const auto path = bundle / name;
+    std::error_code failure;
+    const auto size = static_cast<int64_t>(std::filesystem::file_size(path, failure));
+    if (failure || !std::filesystem::is_regular_file(path)) {
+      problems.push_back(name + " is missing");
+    } else if (size != spec.size_bytes) {
+      problems.push_back(name + " has " + std::to_string(size) + " bytes, expected " +
+                         std::to_string(spec.size_bytes));
+    } else if (file_sha256(path) != spec.sha256) {
+      problems.push_back(name + " was altered: its SHA-256 differs from the manifest's");
+    }
+  }
+  if (!problems.empty()) {
+    throw Error(bundle.string() + " is damaged: " + joined(problems, "; ") + ". Copy or build the bundle again");
+  }
+}
+
+}  // namespace iapt

@@ -1,0 +1,113 @@
+#include "iapt/sampling.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+#include <sstream>
+
+#include "iapt/error.h"
+
+namespace iapt {
+namespace {
+
+using uint128 = unsigned __int128;
+
+std::string shown(double value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
+// NumPy's SeedSequence without spawn keys: mixes the seed's 32-bit words into a pool of four, then draws words from it.
+std::array<uint64_t, 4> seed_words(uint64_t seed) {
+  constexpr uint32_t kInitA = 0x43b0d7e5, kMultiplyA = 0x931e8875, kInitB = 0x8b51f9dd, kMultiplyB = 0x58f38ded;
+  constexpr uint32_t kMixLeft = 0xca01f9dd, kMixRight = 0x4973f715;
+  uint32_t hash = kInitA;
+  const auto hashed = [&hash](uint32_t value) {
+    value ^= hash;
+    hash *= kMultiplyA;
+    value *= hash;
+    return value ^ (value >> 16);
+  };
+  const auto mixed = [](uint32_t x, uint32_t y) {
+    const uint32_t result = kMixLeft * x - kMixRight * y;
+    return result ^ (result >> 16);
+  };
+  std::array<uint32_t, 4> pool{};
+  const std::array<uint32_t, 4> entropy{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), 0, 0};
+  for (size_t i = 0; i < pool.size(); ++i) pool[i] = hashed(entropy[i]);
+  for (size_t from = 0; from < pool.size(); ++from) {
+    for (size_t to = 0; to < pool.size(); ++to) {
+      if (from != to) pool[to] = mixed(pool[to], hashed(pool[from]));
+    }
+  }
+  std::array<uint64_t, 4> words{};
+  uint32_t draw = kInitB;
+  for (size_t i = 0; i < 8; ++i) {
+    uint32_t value = pool[i % pool.size()] ^ draw;
+    draw *= kMultiplyB;
+    value *= draw;
+    value ^= value >> 16;
+    words[i / 2] |= static_cast<uint64_t>(value) << (32 * (i % 2));
+  }
+  return words;
+}
+
+constexpr uint128 kMultiplier = (static_cast<uint128>(2549297995355413924ULL) << 64) | 4865540595714422341ULL;
+
+}  // namespace
+
+void Sampling::check() const {
+  if (!(temperature >= 0) || std::isinf(temperature)) {
+    throw Error("temperature " + shown(temperature) + " is " +
+                (temperature < 0 && !std::isinf(temperature) ? "negative" : "no finite number") +
+                "; use 0 for greedy, or a positive number");
+  }
+  if (!(top_p > 0 && top_p <= 1)) {
+    throw Error("top_p " + shown(top_p) + " is out of range; expected more than 0 and at most 1");
+  }
+}
+
+Random::Random(uint64_t seed) {
+  const auto words = seed_words(seed);
+  const uint128 start = (static_cast<uint128>(words[0]) << 64) | words[1];
+  increment_ = (((static_cast<uint128>(words[2]) << 64) | words[3]) << 1) | 1;
+  state_ = increment_ + start;
+  state_ = state_ * kMultiplier + increment_;
+}
+
+uint64_t Random::next() {
+  state_ = state_ * kMultiplier + increment_;
+  const uint64_t folded = static_cast<uint64_t>(state_ >> 64) ^ static_cast<uint64_t>(state_);
+  const unsigned turn = static_cast<unsigned>(state_ >> 122);
+  return (folded >> turn) | (folded << ((64 - turn) & 63));
+}
+
+double Random::uniform() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
+
+int64_t choose(const std::vector<float>& logits, const Sampling& sampling, Random& random) {
+  if (sampling.temperature == 0) {
+    return std::max_element(logits.begin(), logits.end()) - logits.begin();
+  }
+  std::vector<double> scaled(logits.begin(), logits.end());
+  for (double& value : scaled) value /= sampling.temperature;
+  std::vector<int64_t> order(scaled.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scaled[a] > scaled[b]; });
+  std::vector<double> probabilities(scaled.size());
+  double sum = 0.0;
+  for (size_t i = 0; i < order.size(); ++i) sum += probabilities[i] = std::exp(scaled[order[i]] - scaled[order[0]]);
+  // keep the tokens before which less than top_p is covered, so that at least one stays
+  std::vector<double> cumulated;
+  double covered = 0.0;
+  for (size_t i = 0; i < order.size() && covered < sampling.top_p; ++i) {
+    covered += probabilities[i] / sum;
+    cumulated.push_back(covered);
+  }
+  const double drawn = random.uniform() * cumulated.back();
+  const auto found = std::upper_bound(cumulated.begin(), cumulated.end(), drawn);
+  return order[std::min<size_t>(found - cumulated.begin(), cumulated.size() - 1)];
+}
+
+}  // namespace iapt

@@ -1,0 +1,158 @@
+#include "iapt/session.h"
+
+#include <algorithm>
+
+#include "stepper.h"
+
+namespace iapt {
+
+struct Session::Row {
+  const Request* request;
+  std::vector<int64_t> prompt;
+  Random random;
+  std::vector<int64_t> tokens;
+  std::string text;
+  bool done = false;
+};
+
+Session::Session(std::filesystem::path bundle, BundleManifest manifest, const SessionOptions& options)
+    : bundle_(std::move(bundle)),
+      manifest_(std::make_unique<const BundleManifest>(std::move(manifest))),
+      target_(&manifest_->target(options.target)) {
+  const bool in_place = !options.portable && target_->graphs.count("serve") > 0;
+  stepper_ = (in_place ? in_place_stepper : concatenating_stepper)(bundle_, *manifest_, *target_, options.runner);
+}
+
+Session::Session(Session&&) noexcept = default;
+Session::~Session() = default;
+
+Session Session::open(const std::filesystem::path& bundle, const SessionOptions& options) {
+  auto manifest = BundleManifest::load(bundle);
+  if (options.verify) verify_files(bundle, manifest);
+  return Session(bundle, std::move(manifest), options);
+}
+
+std::string Session::rational() const { return stepper_->rational(); }
+
+void Session::stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token) {
+  std::vector<Row> rows;
+  for (size_t index = 0; index < requests.size(); ++index) rows.push_back(make_row(index, requests[index]));
+  check(rows);
+  Prompts prompts;
+  Names tenants;
+  int64_t capacity = 0;
+  for (const Row& row : rows) {
+    prompts.push_back(row.prompt);
+    tenants.push_back(row.request->tenant);
+    capacity = std::max(capacity, static_cast<int64_t>(row.prompt.size()));
+  }
+  int64_t longest_answer = 0;
+  for (const Row& row : rows) longest_answer = std::max(longest_answer, row.request->max_new_tokens);
+  Tensor logits = stepper_->prefill(prompts, tenants, manifest_->num_slots() + capacity + longest_answer);
+  for (int64_t step = 0;; ++step) {
+    std::vector<int64_t> chosen(rows.size(), manifest_->backbone.pad_token_id);
+    bool all_done = true;
+    for (size_t index = 0; index < rows.size(); ++index) {
+      Row& row = rows[index];
+      if (row.done) continue;
+      chosen[index] = choose(logits.row_as_float(index), row.request->sampling, row.random);
+      on_token(advance(index, row, step, chosen[index]));
+      all_done = all_done && row.done;
+    }
+    if (all_done) return;
+    logits = stepper_->decode(chosen);
+  }
+}
+
+std::vector<std::vector<int64_t>> Session::generate(const std::vector<Request>& requests) {
+  std::vector<std::vector<int64_t>> answers(requests.size());
+  stream(requests, [&](const Token& token) { answers[token.row].push_back(token.token); });
+  return answers;
+}
+
+Session::Row Session::make_row(size_t index, const Request& request) {
+  const TenantSpec& tenant = manifest_->tenant(request.tenant);
+  request.sampling.check();
+  std::vector<int64_t> prompt = request.tokens;
+  if (prompt.empty()) {
+    const TextCodec* text = codec();
+    if (text == nullptr) throw Error("a prompt is text, but " + no_codec_ + "; give token ids (--tokens)");
+    prompt = text->encode(request.prompt, tenant.prompt_format);
+  }
+  const auto where = "request " + std::to_string(index) + ": ";
+  for (const int64_t token : prompt) {
+    if (token < 0 || token >= manifest_->backbone.vocab_size) {
+      throw Error(where + "token id " + std::to_string(token) + " is out of range; the vocabulary has " +
+                  std::to_string(manifest_->backbone.vocab_size) + " entries");
+    }
+  }
+  if (request.max_new_tokens < 1) {
+    throw Error(where + "max_new_tokens is " + std::to_string(request.max_new_tokens) + ", expected at least 1");
+  }
+  return Row{&request, std::move(prompt), Random(request.sampling.seed), {}, "", false};
+}
+
+void Session::check(const std::vector<Row>& rows) const {
+  const Ranges& ranges = manifest_->ranges;
+  const auto count = static_cast<int64_t>(rows.size());
+  if (count < 1 || count > ranges.batch.max) {
+    throw Error(std::to_string(count) + " requests in one batch; this bundle takes 1 to " +
+                std::to_string(ranges.batch.max) + " (send fewer at a time, or build with a larger --batch)");
+  }
+  int64_t longest = 0, answer = 0;
+  for (const Row& row : rows) {
+    longest = std::max(longest, static_cast<int64_t>(row.prompt.size()));
+    answer = std::max(answer, row.request->max_new_tokens);
+  }
+  if (longest > ranges.sequence.max) {
+    throw Error("a prompt has " + std::to_string(longest) + " tokens; this bundle takes at most " +
+                std::to_string(ranges.sequence.max) + " (shorten it, or build with a larger --sequence)");
+  }
+  const int64_t slots = manifest_->num_slots();
+  // compared without adding, since an answer's length may be any number
+  if (answer > ranges.past.max - slots - longest + 1) {
+    throw Error("the batch needs more cache entries (" + std::to_string(slots) + " prompt, " + std::to_string(longest) +
+                " instruction, " + std::to_string(answer) + " new tokens) than this bundle's " +
+                std::to_string(ranges.past.max) + " (lower --max-new-tokens, or build with a larger --past)");
+  }
+}
+
+Token Session::advance(size_t index, Row& row, int64_t step, int64_t token) {
+  row.tokens.push_back(token);
+  const auto& ends = manifest_->backbone.eos_token_ids;
+  std::string reason;
+  if (!row.request->ignore_eos && std::find(ends.begin(), ends.end(), token) != ends.end()) {
+    reason = "eos";
+  } else if (static_cast<int64_t>(row.tokens.size()) == row.request->max_new_tokens) {
+    reason = "length";
+  }
+  row.done = !reason.empty();
+  return Token{index, step, token, new_text(row, row.done), reason};
+}
+
+// What the latest token adds; a character whose bytes are not all there yet waits for the next token.
+std::string Session::new_text(Row& row, bool is_final) {
+  const TextCodec* text = codec();
+  if (text == nullptr) return "";
+  const std::string whole = text->decode(row.tokens);
+  const std::string replacement = "\xef\xbf\xbd";
+  const bool incomplete = whole.size() >= replacement.size() &&
+                          whole.compare(whole.size() - replacement.size(), replacement.size(), replacement) == 0;
+  if ((incomplete && !is_final) || whole.size() < row.text.size()) return "";
+  std::string added = whole.substr(row.text.size());
+  row.text = whole;
+  return added;
+}
+
+const TextCodec* Session::codec() {
+  if (!codec_ && no_codec_.empty()) {
+    try {
+      codec_ = std::make_unique<TextCodec>(bundle_, *manifest_);
+    } catch (const Error& error) {
+      no_codec_ = error.what();
+    }
+  }
+  return codec_.get();
+}
+
+}  // namespace iapt

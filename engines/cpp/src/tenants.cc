@@ -1,0 +1,75 @@
+#include "tenants.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "safetensors.h"
+
+namespace iapt {
+namespace {
+
+std::vector<int64_t> sizes_of(const TensorSpec& spec) {
+  std::vector<int64_t> sizes;
+  for (const Size& size : spec.shape) {
+    if (!std::holds_alternative<int64_t>(size)) throw Error("weight " + spec.name + " has a dynamic size");
+    sizes.push_back(std::get<int64_t>(size));
+  }
+  return sizes;
+}
+
+Tensors load_tenant(const std::filesystem::path& bundle, const TenantSpec& tenant, const MethodSpec& method) {
+  if (!tenant.path) throw Error("tenant " + tenant.name + " is of method " + method.name + " but names no weights file");
+  Tensors tensors = read_safetensors(bundle / *tenant.path);
+  for (const TensorSpec& weight : method.weights) {
+    const auto found = tensors.find(weight.name);
+    if (found == tensors.end() || found->second.shape != sizes_of(weight)) {
+      throw Error("tenant " + tenant.name + ": " + weight.name + " is missing or of another shape than the bundle expects");
+    }
+    const Tensor wide = cast(found->second, "fp32");
+    const auto* values = wide.as<float>();
+    for (size_t i = 0; i < wide.count(); ++i) {
+      if (!std::isfinite(values[i])) {
+        throw Error("tenant " + tenant.name + ": " + weight.name + " holds NaN or infinity; train the adapter again");
+      }
+    }
+  }
+  return tensors;
+}
+
+std::string type_of(const TargetSpec& target, const std::string& input) {
+  for (const auto& [name, graph] : target.graphs) {
+    for (const auto& tensor : graph.inputs) {
+      if (tensor.name == input) return tensor.dtype;
+    }
+  }
+  throw Error("no graph of target " + target.name + " takes " + input);
+}
+
+}  // namespace
+
+Tensors load_tenants(const std::filesystem::path& bundle, const BundleManifest& manifest, const TargetSpec& target) {
+  Tensors stacks;
+  for (const auto& method : manifest.methods) {
+    std::vector<Tensors> files;
+    for (const TenantSpec* tenant : manifest.tenants_of(method.name)) {
+      files.push_back(load_tenant(bundle, *tenant, method));
+    }
+    for (const auto& weight : method.weights) {
+      const std::string name = method.name + "." + weight.name;
+      const std::string dtype = type_of(target, name);
+      std::vector<int64_t> shape = sizes_of(weight);
+      shape.insert(shape.begin(), static_cast<int64_t>(files.size()));
+      Tensor stack(dtype, shape);
+      size_t offset = 0;
+      for (const Tensors& file : files) {
+        const Tensor one = cast(file.at(weight.name), dtype);
+        std::memcpy(stack.as<char>() + offset, one.data.get(), one.num_bytes());
+        offset += one.num_bytes();
+      }
+      stacks[name] = stack;
+    }
+  }
+  return stacks;
+}
+
+}  // namespace iapt
