@@ -16,3 +16,13 @@ needs_ops = pytest.mark.skipif(not OPS.is_file(), reason=f"{OPS_LIBRARY} is not 
 needs_plugin = pytest.mark.skipif(
     not PLUGIN.is_file(), reason=f"{PLUGIN_LIBRARY} is not built; 'make cpp' builds it where nvcc is"
 )
+INSTALLED = ROOT / "build" / "install"
+RUNNER = INSTALLED / "bin" / "iapt_run"
+TOKENIZER = INSTALLED / "lib" / "libonnxruntime-genai.so"
+FUZZER = ROOT / "build" / "cpp-sanitize" / "bin" / "fuzz_manifest"
+
+needs_runner = pytest.mark.skipif(not RUNNER.is_file(), reason="iapt_run is not built; 'make cpp' builds it")
+needs_tokenizer = pytest.mark.skipif(
+    not TOKENIZER.is_file(), reason="the C++ tokenizer is not installed; 'make cpp' installs it"
+)
+needs_fuzzer = pytest.mark.skipif(not FUZZER.is_file(), reason="the fuzz target is not built; 'make cpp' builds it")

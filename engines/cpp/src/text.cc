@@ -5,6 +5,7 @@
 
 #include <fstream>
 
+#include "byte_level.h"
 #include "json_fields.h"
 #include "libraries.h"
 
@@ -79,6 +80,7 @@ struct TextCodec::Library {
 
   OgaTokenizer* tokenizer = nullptr;
   bool has_template = false;
+  std::optional<ByteLevelVocabulary> vocabulary;
 
   explicit Library(const std::filesystem::path& path) {
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -129,6 +131,7 @@ TextCodec::TextCodec(const std::filesystem::path& bundle, const BundleManifest& 
   const TokenizerFolder folder(bundle, manifest);
   library_->check(library_->create_tokenizer(folder.path().c_str(), &library_->tokenizer),
                   "the bundle's tokenizer cannot be read");
+  library_->vocabulary = ByteLevelVocabulary::load(bundle / "tokenizer.json");
   std::ifstream config(bundle / "tokenizer_config.json");
   const Json settings = Json::parse(config, nullptr, /*allow_exceptions=*/false);
   library_->has_template = std::filesystem::is_regular_file(bundle / "chat_template.jinja") ||
@@ -169,6 +172,7 @@ std::vector<int64_t> TextCodec::encode(const std::string& prompt, const std::str
 }
 
 std::string TextCodec::decode(const std::vector<int64_t>& tokens) const {
+  if (library_->vocabulary) return library_->vocabulary->decode(tokens);
   const std::vector<int32_t> narrow(tokens.begin(), tokens.end());
   const char* text = nullptr;
   library_->check(library_->decode(library_->tokenizer, narrow.data(), narrow.size(), &text), "the tokenizer");

@@ -1,0 +1,194 @@
+"""``iapt_run`` answers as ``iapt-export generate`` does: token for token, and text for text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bundles import PROMPTS, TENANTS, TinyBuild, change_manifest, rehash, run
+from tests.native.built import FUZZER, RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
+
+MULTIBYTE = "quiet joy — é 日本語 🎉"
+
+
+def iapt_run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([RUNNER, *map(str, argv)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def answers(*argv: str | Path) -> list[dict[str, Any]]:
+    outcome = iapt_run(*argv, "--json")
+    assert outcome.returncode == 0, outcome.stderr
+    return json.loads(outcome.stdout)
+
+
+def wanted(*argv: str | Path) -> str:
+    outcome = run("generate", *argv, "--json")
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+@needs_runner
+@needs_tokenizer
+@pytest.mark.parametrize("sampling", [[], ["--temperature=0.8", "--top-p=0.9", "--seed=7"], ["--temperature=2"]])
+@pytest.mark.parametrize("tenant", TENANTS)
+def test_the_same_answers_as_python(tiny_build: TinyBuild, tenant: str, sampling: list[str]) -> None:
+    """``alpha`` and ``gamma`` take plain prompts, ``beta`` chat prompts; the rows' lengths differ."""
+    prompts = [f"--prompt={text}" for text in (*PROMPTS[:3], MULTIBYTE)]
+    flags = [tiny_build.bundle, f"--tenant={tenant}", *prompts, "--max-new-tokens=24", *sampling]
+    made = iapt_run(*flags, "--json")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == wanted(*flags)
+
+
+@needs_runner
+@needs_tokenizer
+def test_one_prompt_streams_text(tiny_build: TinyBuild) -> None:
+    flags = [tiny_build.bundle, "--tenant", "alpha", "--prompt", MULTIBYTE, "--max-new-tokens", "12"]
+    assert iapt_run(*flags).stdout == run("generate", *flags).out
+
+
+@needs_runner
+def test_token_ids_need_no_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from engines.session import Request, Session
+
+    with Session.open(tiny_build.bundle) as session:
+        requests = [Request("beta", tokens=tokens, max_new_tokens=9) for tokens in ((5, 6, 7), (9,))]
+        expected = session.generate(requests)
+    monkeypatch.setenv("IAPT_GENAI_LIBRARY", str(tmp_path / "elsewhere.so"))
+    flags = [tiny_build.bundle, "--tenant=beta", "--max-new-tokens=9"]
+    found = answers(*flags, "--tokens=5,6,7", "--tokens=9")
+    assert [row["tokens"] for row in found] == expected
+    assert iapt_run(*flags, "--tokens", "9").stdout == ",".join(map(str, expected[1])) + "\n"
+    refused = iapt_run(*flags, "--prompt=text")
+    assert refused.returncode == 1
+    assert "a prompt is text, but libonnxruntime-genai.so does not load" in refused.stderr
+    assert "give token ids (--tokens)" in refused.stderr
+
+
+@needs_runner
+def test_the_form_of_the_operator_is_told(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [tiny_build.bundle, "--tenant=beta", "--tokens=5", "--max-new-tokens=1", "--verbose"]
+    assert "ai.iapt::Rational as native kernel" in iapt_run(*flags).stderr
+    monkeypatch.setenv("IAPT_OPS_LIBRARY", "none")
+    assert "ai.iapt::Rational as function body" in iapt_run(*flags).stderr
+
+
+@needs_runner
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--tenant=delta"], "tenant 'delta' is not in this bundle; its tenants are alpha, beta, gamma"),
+        (["--target=tensorrt"], "target 'tensorrt' is not in this bundle, which has onnxruntime"),
+        (["--device=cuda"], "device 'cuda' is not available in this ONNX Runtime; use --device cpu"),
+        (["--device=tpu"], "device 'tpu' is not known; use cpu or cuda"),
+        (["--tokens=99999"], "request 1: token id 99999 is out of range; the vocabulary has"),
+        (["--max-new-tokens=0"], "request 0: max_new_tokens is 0, expected at least 1"),
+        (["--max-new-tokens=9223372036854775807"], "more cache entries (4 prompt, 1 instruction, 9223372036854775807"),
+        (["--temperature=-1"], "temperature -1 is negative; use 0 for greedy"),
+        (["--top-p=0"], "top_p 0 is out of range; expected more than 0 and at most 1"),
+        (["--tokens=" + "5," * 97], "a prompt has 97 tokens; this bundle takes at most 96"),
+        (["--tokens=5"] * 8, "9 requests in one batch; this bundle takes 1 to 8"),
+    ],
+)
+def test_bad_requests(tiny_build: TinyBuild, flags: list[str], text: str) -> None:
+    outcome = iapt_run(tiny_build.bundle, "--tenant=alpha", "--tokens=5", *flags)
+    assert outcome.returncode == 1 and text in outcome.stderr, outcome.stderr
+    assert outcome.stdout == ""
+
+
+@needs_runner
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--tenant=alpha"], "either --prompt or --tokens is needed"),
+        (["--prompt=x"], "BUNDLE and --tenant are needed"),
+        (["--tenant=alpha", "--prompt"], "--prompt needs a value"),
+        (["--tenant=alpha", "--prompt=x", "--seed=-1"], "--seed -1 is no number of its kind"),
+        (["--tenant=alpha", "--prompt=x", "--max-new-tokens=many"], "--max-new-tokens many is no number of its kind"),
+        (["--fast"], "unknown flag --fast"),
+    ],
+)
+def test_wrong_flags(flags: list[str], text: str) -> None:
+    outcome = iapt_run("bundle", *flags)
+    assert outcome.returncode == 2 and text in outcome.stderr
+
+
+@needs_runner
+def test_help_names_every_flag() -> None:
+    outcome = iapt_run("--help")
+    assert outcome.returncode == 0
+    shared = {"--tenant", "--prompt", "--target", "--device", "--max-new-tokens", "--temperature", "--top-p", "--seed"}
+    assert all(flag in outcome.stdout for flag in {*shared, "--json", "--tokens"})
+
+
+@needs_runner
+def test_damage_is_found_before_anything_runs(tiny_bundle: Path) -> None:
+    flags = [tiny_bundle, "--tenant=alpha", "--tokens=5", "--max-new-tokens=2"]
+    weights = tiny_bundle / "weights.data"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    (tiny_bundle / "generator.onnx").unlink()
+    outcome = iapt_run(*flags)
+    assert outcome.returncode == 1
+    assert "weights.data was altered: its SHA-256 differs from the manifest's" in outcome.stderr
+    assert "generator.onnx is missing" in outcome.stderr
+    weights.write_bytes(content[:-1])
+    assert f"weights.data has {len(content) - 1} bytes, expected {len(content)}" in iapt_run(*flags).stderr
+
+
+@needs_runner
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"schema_version": 1}, "schema_version is 1, this program reads 2"),
+        ({"build_key": 5}, "manifest.build_key is 5, expected string"),
+        ({"more": 1}, "manifest.more is not a known field"),
+        ({"ranges": {}}, "manifest.ranges.batch is missing; manifest.ranges.sequence is missing"),
+        ({"files": {"../x": {"sha256": "", "size_bytes": 1}}}, 'path "../x" leaves the bundle'),
+        ({"tenants": [{"name": 3}]}, "manifest.tenants[0].name is 3, expected str"),
+        ({"methods": []}, 'tenant alpha is of method "iapt", which the manifest does not describe'),
+    ],
+)
+def test_a_wrong_manifest_is_refused(tiny_bundle: Path, fields: dict[str, Any], text: str) -> None:
+    change_manifest(tiny_bundle, **fields)
+    outcome = iapt_run(tiny_bundle, "--tenant=alpha", "--tokens=5")
+    assert outcome.returncode == 1 and text in outcome.stderr, outcome.stderr
+
+
+@needs_runner
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    assert "holds no manifest.json; expected a bundle" in iapt_run(tmp_path, "--tenant=a", "--tokens=5").stderr
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    assert "manifest.json is not JSON; build the bundle again" in iapt_run(tmp_path, "--tenant=a", "--tokens=5").stderr
+
+
+@needs_runner
+def test_tenant_files_are_checked(tiny_bundle: Path) -> None:
+    path = tiny_bundle / "tenants" / "alpha.safetensors"
+    shutil.copy(tiny_bundle / "config.json", path)
+    rehash(tiny_bundle)
+    outcome = iapt_run(tiny_bundle, "--tenant=beta", "--tokens=5")
+    assert outcome.returncode == 1 and "alpha.safetensors is not a whole safetensors file" in outcome.stderr
+
+
+@needs_fuzzer
+def test_malformed_files_under_the_sanitizers(tiny_build: TinyBuild) -> None:
+    """Five seconds of damaged manifests and weights, with address and undefined-behaviour sanitizers."""
+    weights = tiny_build.bundle / "tenants" / "alpha.safetensors"
+    outcome = subprocess.run(
+        [FUZZER, "5", tiny_build.bundle / "manifest.json", weights], capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    count = int(outcome.stdout.split()[0])
+    assert count > 100 and "each read or refused" in outcome.stdout
+
+
+def test_the_tokenizer_is_where_the_programs_look() -> None:
+    """Both come from one installation, so that a runner without its tokenizer is a broken installation."""
+    assert RUNNER.is_file() == TOKENIZER.is_file()
