@@ -7,6 +7,16 @@
 # Defines TENSORRT_TARGET (tensorrt or tensorrt-rtx), and the targets TensorRT::Headers and, where the library was found, TensorRT::TensorRT.
 find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} PATH_SUFFIXES include include/x86_64-linux-gnu)
 find_library(TENSORRT_LIBRARY NAMES nvinfer tensorrt_rtx HINTS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
+if(NOT TENSORRT_LIBRARY AND Python_EXECUTABLE)  # TensorRT for RTX's wheel brings its library
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c "import importlib.util as u; print(u.find_spec('tensorrt_rtx_libs').submodule_search_locations[0])"
+    OUTPUT_VARIABLE _wheel OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  file(GLOB _libraries ${_wheel}/libtensorrt_rtx.so.*)
+  if(_wheel AND _libraries)
+    list(GET _libraries 0 _library)
+    set(TENSORRT_LIBRARY ${_library} CACHE FILEPATH "libnvinfer.so or libtensorrt_rtx.so" FORCE)
+  endif()
+endif()
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(TensorRT
