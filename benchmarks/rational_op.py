@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from engines.loading import load_tenants
 from engines.native import KERNEL, add_kernels
+from engines.tenants import TenantBank
 from iapt_export.errors import IaptError
 from iapt_export.manifest import BundleManifest, TensorSpec
 from iapt_export.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
@@ -93,7 +93,7 @@ def time_prefill(bundle: Path, repeat: int, threads: int) -> dict[str, dict[str,
     manifest = BundleManifest.load(bundle)
     target = manifest.target("onnxruntime")
     graph = target.graphs["prefill"]
-    weights = load_tenants(bundle, manifest, target)
+    weights = TenantBank(bundle, manifest, target).stacks
     sessions = {form: open_session(str(bundle / graph.path), form, threads) for form in FORMS}
     found = {}
     for rows, length in BATCHES:

@@ -58,6 +58,7 @@ TOOLS = {
     "make": "apt-get install make",
     "cmake": "apt-get install cmake, or pip install cmake",
     "ninja": "apt-get install ninja-build, or pip install ninja",
+    "npm": "apt-get install npm, or name ONNX Runtime's headers with ONNXRUNTIME_INCLUDE_DIR",
     "nvcc": "install NVIDIA's CUDA toolkit",
 }
 
@@ -108,7 +109,7 @@ def abilities(parts: list[Finding]) -> list[Finding]:
         _ability("run on onnxruntime", found, ("onnxruntime",)),
         *_tensorrt_abilities(RTX, "tensorrt_rtx", found),
         *_tensorrt_abilities(DATACENTRE, "tensorrt", found),
-        _ability("compile the C++ parts", found, ("g++", "make", "cmake")),
+        _ability("compile the C++ parts", found, ("g++", "make", "cmake", "npm")),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from engines.cuda_driver import find_driver
 from tests.bundles import PROMPTS, TENANTS, TinyBuild, change_manifest, rehash, run
-from tests.native.built import FUZZER, RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
+from tests.native.built import FUZZER, RUNNER, TENSORRT_RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
 
 MULTIBYTE = "quiet joy — é 日本語 🎉"
 
@@ -40,9 +42,11 @@ def test_the_same_answers_as_python(tiny_build: TinyBuild, tenant: str, sampling
     """``alpha`` and ``gamma`` take plain prompts, ``beta`` chat prompts; the rows' lengths differ."""
     prompts = [f"--prompt={text}" for text in (*PROMPTS[:3], MULTIBYTE)]
     flags = [tiny_build.bundle, f"--tenant={tenant}", *prompts, "--max-new-tokens=24", *sampling]
-    made = iapt_run(*flags, "--json")
-    assert made.returncode == 0, made.stderr
-    assert made.stdout == wanted(*flags)
+    expected = wanted(*flags)
+    for cache in ([], ["--portable"]):
+        made = iapt_run(*flags, *cache, "--json")
+        assert made.returncode == 0, made.stderr
+        assert made.stdout == expected, cache
 
 
 @needs_runner
@@ -58,7 +62,7 @@ def test_token_ids_need_no_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.
 
     with Session.open(tiny_build.bundle) as session:
         requests = [Request("beta", tokens=tokens, max_new_tokens=9) for tokens in ((5, 6, 7), (9,))]
-        expected = session.generate(requests)
+        expected = [answer.tokens for answer in sorted(session.generate(requests), key=lambda answer: answer.row)]
     monkeypatch.setenv("IAPT_GENAI_LIBRARY", str(tmp_path / "elsewhere.so"))
     flags = [tiny_build.bundle, "--tenant=beta", "--max-new-tokens=9"]
     found = answers(*flags, "--tokens=5,6,7", "--tokens=9")
@@ -175,6 +179,26 @@ def test_tenant_files_are_checked(tiny_bundle: Path) -> None:
     rehash(tiny_bundle)
     outcome = iapt_run(tiny_bundle, "--tenant=beta", "--tokens=5")
     assert outcome.returncode == 1 and "alpha.safetensors is not a whole safetensors file" in outcome.stderr
+
+
+@needs_runner
+def test_tensorrt_says_what_it_lacks(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Engines are opened only where a GPU is; here the program tells which part is missing, one after the other."""
+    (target,) = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))["targets"]
+    change_manifest(tiny_bundle, targets=[target | {"name": "tensorrt-rtx"}])
+    flags = [tiny_bundle, "--tenant=alpha", "--tokens=5"]
+    monkeypatch.setenv("IAPT_TENSORRT_LIBRARY", "none")
+    text = "target tensorrt-rtx needs libiapt_tensorrt_rtx.so, which is not beside this program; compile it where nvcc"
+    assert text in iapt_run(*flags).stderr
+    if not TENSORRT_RUNNER.is_file():
+        pytest.skip("libiapt_tensorrt_rtx.so is not built; 'make cpp' builds it where nvcc and TensorRT for RTX are")
+    monkeypatch.delenv("IAPT_TENSORRT_LIBRARY")
+    assert "needs TensorRT's library: libtensorrt_rtx.so.1: cannot open" in iapt_run(*flags).stderr
+    libraries = importlib.util.find_spec("tensorrt_rtx_libs")
+    assert libraries is not None and libraries.submodule_search_locations
+    monkeypatch.setenv("LD_LIBRARY_PATH", libraries.submodule_search_locations[0])
+    if find_driver().problem:
+        assert "target tensorrt-rtx needs an NVIDIA GPU and its driver, and there is none here" in iapt_run(*flags).stderr
 
 
 @needs_fuzzer

@@ -148,11 +148,8 @@ TargetSpec read_target(const Json& json, const std::string& where, Problems& pro
   spec.rational = "function";
   fields.read("rational", spec.rational, false);
   fields.refuse_unknown();
-  for (const char* graph : {"prefill", "decode"}) {
-    if (fields.find("graphs", false) != nullptr && spec.graphs.count(graph) == 0) {
-      fields.problem(std::string(".graphs has no ") + graph);
-    }
-  }
+  const bool portable = spec.graphs.count("prefill") > 0 && spec.graphs.count("decode") > 0;
+  if (!portable && spec.graphs.count("serve") == 0) fields.problem(".graphs has neither serve nor prefill and decode");
   return spec;
 }
 

@@ -19,7 +19,9 @@ Session::Session(std::filesystem::path bundle, BundleManifest manifest, const Se
     : bundle_(std::move(bundle)),
       manifest_(std::make_unique<const BundleManifest>(std::move(manifest))),
       target_(&manifest_->target(options.target)) {
-  const bool in_place = !options.portable && target_->graphs.count("serve") > 0;
+  const bool has_serve = target_->graphs.count("serve") > 0, has_prefill = target_->graphs.count("prefill") > 0;
+  // the buffers of the cache in place stand in the host's memory
+  const bool in_place = has_serve && !(has_prefill && (options.portable || options.runner.device != "cpu"));
   stepper_ = (in_place ? in_place_stepper : concatenating_stepper)(bundle_, *manifest_, *target_, options.runner);
 }
 
