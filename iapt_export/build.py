@@ -134,6 +134,7 @@ class _Job:
         specs = self.specs(target.dtype)
         names = tuple(specs) if shipped else layout.engine_graphs(specs)
         lora = self.tenants.merged
+        num_positions = self.ranges.past.max + 1 if "serve" in names else None  # the entry that a step adds
         inputs = {
             "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
             "methods": [
@@ -143,6 +144,7 @@ class _Job:
             "merged": layout.adapter_hashes(self.tenants.adapters) if lora else None,
             "variant": target.variant,
             "graphs": names,
+            "positions": num_positions,
             "versions": layout.export_versions(),
         }
 
@@ -156,6 +158,7 @@ class _Job:
                     dtype=target.dtype,
                     opset=target.opset,
                     names=names,
+                    num_positions=num_positions,
                     on_step=lambda text: self.steps(f"{target.variant}: {text}"),
                 )
 

@@ -10,7 +10,7 @@ from iapt_export.errors import IaptError
 from iapt_export.installed import Installed, rational_forms
 from iapt_export.interface import ModelShape, graph_specs
 from iapt_export.manifest import GraphSpec
-from iapt_export.passes import ship_pipeline
+from iapt_export.passes import serve_passes, ship_pipeline
 from iapt_export.plan import OPSETS
 from iapt_export.save import save_graphs
 from iapt_export.trace import trace_graph
@@ -24,6 +24,7 @@ def export_graphs(
     dtype: str,
     opset: int,
     names: tuple[str, ...] | None = None,
+    num_positions: int | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphSpec]:
     """Write the graphs (``prefill.onnx``, ``decode.onnx``, ...) and their shared ``weights.data``.
@@ -35,6 +36,8 @@ def export_graphs(
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         opset: 20 or 23.
         names: which graphs; None writes all that the methods need.
+        num_positions: most cache entries of a row in ``serve.onnx``, which holds its rotary table for as many; None
+            leaves the rotary embedding as it was traced, for any number.
         on_step: called with a word on each step, for progress.
 
     Returns:
@@ -52,7 +55,8 @@ def export_graphs(
         on_step(f"tracing {name}.onnx")
         model = trace_graph(name, backbone, installed, specs[name], opset)
         on_step(f"passes over {name}.onnx")
-        models[name] = ship_pipeline(specs[name], forms, opset)(model).model
+        passes = ship_pipeline(specs[name], forms, opset, serve_passes(num_positions) if name == "serve" else ())
+        models[name] = passes(model).model
     on_step("writing graphs and weights")
     save_graphs(models, folder)
     return specs

@@ -72,6 +72,7 @@ def register_schemas() -> None:
         return
     schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    optional = schema.FormalParameterOption.Optional
     tensors = ("query", "key", "value", "past_key", "past_value")
     onnx.defs.register_schema(
         schema(
@@ -83,6 +84,8 @@ def register_schemas() -> None:
                 *(parameter(name, "T") for name in tensors),
                 parameter("seqlens_k", "tensor(int32)"),
                 parameter("total_sequence_length", "tensor(int32)"),
+                *(parameter(name, "T", param_option=optional) for name in ("cos_cache", "sin_cache")),
+                parameter("position_ids", "tensor(int64)", param_option=optional),
             ],
             outputs=[parameter(name, "T") for name in ("output", "present_key", "present_value")],
             type_constraints=[("T", floats, "")],
@@ -91,6 +94,10 @@ def register_schemas() -> None:
                 schema.Attribute("kv_num_heads", schema.AttrType.INT, "key and value heads"),
                 schema.Attribute("scale", schema.AttrType.FLOAT, "factor of the scores"),
                 schema.Attribute("local_window_size", schema.AttrType.INT, "entries that are seen, -1 for all"),
+                schema.Attribute("do_rotary", onnx.helper.make_attribute("do_rotary", 0), "1: turn query and key"),
+                schema.Attribute(
+                    "rotary_interleaved", onnx.helper.make_attribute("rotary_interleaved", 0), "1: turn neighbours"
+                ),
             ],
         )
     )

@@ -6,6 +6,8 @@ onnxscript, the rest from the files beside this one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -29,21 +31,29 @@ from onnxscript.rewriter.rules.common import (
 from iapt_export.manifest import GraphSpec
 from iapt_export.passes.add_rational_body import AddRationalBodyPass
 from iapt_export.passes.check import CheckPass
+from iapt_export.passes.flatten_heads import FlattenHeadsPass
 from iapt_export.passes.fold_constants import FoldConstantsPass
 from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
 from iapt_export.passes.name_nodes import NameNodesPass
+from iapt_export.passes.rotary_in_attention import RotaryInAttentionPass
 from iapt_export.passes.sink_into_if import SinkIntoIfPass
 
 
-def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], opset: int) -> ir.passes.Sequential:
+def ship_pipeline(
+    spec: GraphSpec,
+    rational_forms: set[tuple[int, int, str]],
+    opset: int,
+    own: Sequence[ir.passes.PassBase] = (),
+) -> ir.passes.Sequential:
     """The passes for one graph.
 
     Args:
         spec: the interface that the graph must end up with.
         rational_forms: (numerator coefficients, denominator coefficients, form) of the activations, one at most.
         opset: version of the standard operators.
+        own: passes of this graph alone, see `serve_passes`.
     """
     return ir.passes.Sequential(
         InlinePass(),
@@ -58,6 +68,7 @@ def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], op
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),
         RemoveUnusedFunctionsPass(),
+        *own,
         SinkIntoIfPass(),
         NameInterfacePass(spec),
         NameNodesPass(),
@@ -66,3 +77,15 @@ def ship_pipeline(spec: GraphSpec, rational_forms: set[tuple[int, int, str]], op
         RemoveUnusedOpsetsPass(),
         CheckPass(spec, opset),
     )
+
+
+def serve_passes(num_positions: int | None) -> list[ir.passes.PassBase]:
+    """What is done to ``serve.onnx`` alone, around ONNX Runtime's own attention.
+
+    Args:
+        num_positions: most cache entries of a row; None leaves rotary embeddings where they are.
+    """
+    passes: list[ir.passes.PassBase] = [FlattenHeadsPass(), RemoveUnusedNodesPass()]
+    if num_positions is not None:
+        passes += [RotaryInAttentionPass(num_positions), RemoveUnusedNodesPass()]
+    return passes
