@@ -17,7 +17,7 @@ from engines.tensorrt_builder import BuildOptions, check_options, engine_from_on
 from engines.tensorrt_flavour import check_target, load_tensorrt, runtime_version
 from iapt_export import bundle as layout
 from iapt_export.errors import IaptError, ParityError
-from iapt_export.export import export_graphs
+from iapt_export.export import Serving, export_graphs
 from iapt_export.installed import computing_fields
 from iapt_export.interface import ModelShape, graph_specs
 from iapt_export.manifest import BackboneSpec, BundleManifest, GraphSpec, Ranges, TargetSpec, file_sha256
@@ -125,16 +125,18 @@ class _Job:
             self.backbone, self.dtype = _load(self.args, dtype), dtype
         return self.backbone
 
-    def specs(self, dtype: str) -> dict[str, GraphSpec]:
-        """The interfaces of the bundle's graphs."""
-        return graph_specs(self.tenants.installed, self.shape, dtype)
+    def specs(self, target: TargetPlan) -> dict[str, GraphSpec]:
+        """The interfaces of a target's graphs; of quantised weights only those that ONNX Runtime serves from."""
+        specs = graph_specs(self.tenants.installed, self.shape, target.graph_dtype)
+        return specs if target.weight_bits is None else layout.served_graphs(specs)
 
     def export(self, target: TargetPlan, shipped: bool) -> Path:
         """The folder with the ONNX graphs that a target is built from, or all graphs if the bundle ships them."""
-        specs = self.specs(target.dtype)
+        specs = self.specs(target)
         names = tuple(specs) if shipped else layout.engine_graphs(specs)
         lora = self.tenants.merged
-        num_positions = self.ranges.past.max + 1 if "serve" in names else None  # the entry that a step adds
+        # one position more than a step finds, for the entry that it adds
+        serving = Serving(self.ranges.past.max + 1 if "serve" in names else None, target.weight_bits)
         inputs = {
             "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
             "methods": [
@@ -144,21 +146,21 @@ class _Job:
             "merged": layout.adapter_hashes(self.tenants.adapters) if lora else None,
             "variant": target.variant,
             "graphs": names,
-            "positions": num_positions,
+            "serving": dataclasses.asdict(serving),
             "versions": layout.export_versions(),
         }
 
         def make(folder: Path) -> None:
-            model = self.load(target.dtype).model
+            model = self.load(target.graph_dtype).model
             with merged(lora, model) if lora else nullcontext():
                 export_graphs(
                     model,
                     self.tenants.installed,
                     folder,
-                    dtype=target.dtype,
+                    dtype=target.graph_dtype,
                     opset=target.opset,
                     names=names,
-                    num_positions=num_positions,
+                    serving=serving,
                     on_step=lambda text: self.steps(f"{target.variant}: {text}"),
                 )
 
@@ -169,7 +171,7 @@ class _Job:
 
     def target(self, target: TargetPlan, graphs: Path, bundle: Path) -> TargetSpec:
         """Describe a target; for TensorRT, build its engines first."""
-        specs = self.specs(target.dtype)
+        specs = self.specs(target)
         if target.name == "onnxruntime":
             version = layout.versions().get("onnxruntime", "not installed")
             return TargetSpec(target.name, target.dtype, target.opset, specs, version)

@@ -169,6 +169,11 @@ def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
     return tuple(name for name in specs if name not in ("serve", "generator"))
 
 
+def served_graphs(specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
+    """The graphs that ONNX Runtime serves from; the others are for engines, other readers and comparison."""
+    return {name: spec for name, spec in specs.items() if name in ("serve", "encoder")}
+
+
 def new_manifest(
     backbone: BackboneSpec,
     methods: list[MethodSpec],
@@ -204,7 +209,8 @@ def export_versions() -> dict[str, str]:
     """What may change an export besides its inputs: library versions, and a hash over this project's own part of it."""
     root = Path(__file__).resolve().parent
     exporter = [
-        root / f"{name}.py" for name in ("export", "in_place", "installed", "interface", "save", "trace", "twins")
+        root / f"{name}.py"
+        for name in ("export", "in_place", "installed", "interface", "quantise", "save", "trace", "twins")
     ]
     exporter += sorted((root / "passes").glob("*.py")) + sorted((root / "ops").glob("*.py"))
     names = (

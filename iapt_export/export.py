@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,21 @@ from iapt_export.installed import Installed, rational_forms
 from iapt_export.interface import ModelShape, graph_specs
 from iapt_export.manifest import GraphSpec
 from iapt_export.passes import serve_passes, ship_pipeline
+from iapt_export.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.plan import OPSETS
 from iapt_export.save import save_graphs
 from iapt_export.trace import trace_graph
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is done to graphs that only ONNX Runtime reads."""
+
+    num_positions: int | None = None
+    """Most cache entries of a row in ``serve.onnx``, which holds its rotary table for as many; None leaves the rotary
+    embedding as it was traced, for any number."""
+    weight_bits: int | None = None
+    """4 or 8 to store the backbone's weights in as many; for graphs of fp32. None leaves them in the graphs' type."""
 
 
 def export_graphs(
@@ -24,7 +37,7 @@ def export_graphs(
     dtype: str,
     opset: int,
     names: tuple[str, ...] | None = None,
-    num_positions: int | None = None,
+    serving: Serving = Serving(),
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphSpec]:
     """Write the graphs (``prefill.onnx``, ``decode.onnx``, ...) and their shared ``weights.data``.
@@ -36,8 +49,7 @@ def export_graphs(
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         opset: 20 or 23.
         names: which graphs; None writes all that the methods need.
-        num_positions: most cache entries of a row in ``serve.onnx``, which holds its rotary table for as many; None
-            leaves the rotary embedding as it was traced, for any number.
+        serving: what ONNX Runtime alone knows.
         on_step: called with a word on each step, for progress.
 
     Returns:
@@ -55,7 +67,9 @@ def export_graphs(
         on_step(f"tracing {name}.onnx")
         model = trace_graph(name, backbone, installed, specs[name], opset)
         on_step(f"passes over {name}.onnx")
-        passes = ship_pipeline(specs[name], forms, opset, serve_passes(num_positions) if name == "serve" else ())
+        own = serve_passes(serving.num_positions) if name == "serve" else []
+        own += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
+        passes = ship_pipeline(specs[name], forms, opset, own)
         models[name] = passes(model).model
     on_step("writing graphs and weights")
     save_graphs(models, folder)

@@ -150,7 +150,8 @@ def _build(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="T[:DTYPE]",
-        help="onnxruntime, tensorrt-rtx or tensorrt, once for each (without any: onnxruntime)",
+        help="onnxruntime, tensorrt-rtx or tensorrt, once for each (without any: onnxruntime); onnxruntime:int8 and "
+        "onnxruntime:int4 store the backbone's weights in 8 or 4 bits",
     )
     targets.add_argument("--dtype", metavar="DTYPE", help="fp32, fp16 or bf16, for targets that name none")
     targets.add_argument("--opset", type=int, metavar="N", help="20 or 23 (without: 23)")

@@ -18,6 +18,8 @@ OPSETS = (20, 23)
 """20 decomposes attention and normalisation; 23 has operators for them."""
 DEFAULT_OPSET = 23
 DTYPES = ("fp32", "fp16", "bf16")
+QUANTISED = {"int8": 8, "int4": 4}
+"""Types of stored weights, and their bits: activations, cache and tenants' weights are fp32. ONNX Runtime's only."""
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 TARGETS = ("onnxruntime", *TENSORRT)
 DEFAULT_DTYPE = {"onnxruntime": "fp32", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
@@ -29,12 +31,23 @@ class TargetPlan:
 
     name: str
     dtype: str
+    """``fp32``, ``fp16``, ``bf16``; ``int8`` or ``int4`` for weights in it and all else in fp32."""
     opset: int
 
     @property
     def variant(self) -> str:
         """Targets with the same variant share ONNX graphs."""
         return f"{self.dtype}-opset{self.opset}"
+
+    @property
+    def graph_dtype(self) -> str:
+        """The type that the graphs compute in, and that their inputs and outputs have."""
+        return "fp32" if self.dtype in QUANTISED else self.dtype
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of a stored weight where it is quantised."""
+        return QUANTISED.get(self.dtype)
 
 
 def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> list[TargetPlan]:
@@ -56,8 +69,15 @@ def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> 
         if name not in TARGETS:
             raise IaptError(f"target {name!r} is not known; use one of {', '.join(TARGETS)}, as NAME or NAME:DTYPE")
         chosen = suffix or dtype or DEFAULT_DTYPE[name]
-        if chosen not in DTYPES:
-            raise IaptError(f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join(DTYPES)}")
+        if chosen in QUANTISED and name != "onnxruntime":
+            raise IaptError(
+                f"{chosen} weights are for onnxruntime, which has kernels for them; for {name} use one of "
+                f"{', '.join(DTYPES)}"
+            )
+        if chosen not in (*DTYPES, *QUANTISED):
+            raise IaptError(
+                f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join((*DTYPES, *QUANTISED))}"
+            )
         if any(plan.name == name for plan in plans):
             raise IaptError(f"target {name!r} is given twice; build a second bundle for another dtype")
         plans.append(TargetPlan(name, chosen, opset or DEFAULT_OPSET))

@@ -21,8 +21,8 @@ ALIGNMENT = 4096
 def save_graphs(models: dict[str, ir.Model], folder: Path, on_tensor: Callable[[int], None] = lambda _: None) -> None:
     """Write ``NAME.onnx`` for each model, and ``weights.data`` with every distinct large tensor once.
 
-    Tensors are told apart by content, so a weight that prefill and decode both use occupies the disk
-    once, whatever the exporter called it. One tensor at a time is in memory.
+    Tensors are told apart by their bytes, so a weight that prefill and decode both use occupies the disk
+    once, whatever the exporter called it and whatever shape a node sees it in. One tensor at a time is in memory.
 
     Args:
         models: graph name to model.
@@ -32,7 +32,7 @@ def save_graphs(models: dict[str, ir.Model], folder: Path, on_tensor: Callable[[
     Raises:
         IaptError: a saved graph does not pass ``onnx.checker`` or shape inference.
     """
-    places: dict[tuple[bytes, ir.DataType, tuple[int, ...]], tuple[int, int]] = {}
+    places: dict[bytes, tuple[int, int]] = {}
     with (folder / WEIGHTS_FILE).open("wb") as stream:
         for model in models.values():
             for name, value in sorted(model.graph.initializers.items()):
@@ -41,7 +41,7 @@ def save_graphs(models: dict[str, ir.Model], folder: Path, on_tensor: Callable[[
                     continue
                 data = tensor.tobytes()
                 shape = tuple(tensor.shape.numpy())
-                key = (hashlib.sha256(data).digest(), tensor.dtype, shape)
+                key = hashlib.sha256(data).digest()
                 if key not in places:
                     stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
                     places[key] = (stream.tell(), len(data))

@@ -18,6 +18,8 @@ from torch import Tensor
 
 MICROSOFT = "com.microsoft"
 ATTENTION = "GroupQueryAttention"
+PRODUCT = "MatMulNBits"
+LOOKUP = "GatherBlockQuantized"
 MARKER = "InstructionOnly"
 MARKER_DOMAIN = "ai.iapt.trace"
 """Domain of the marker; it exists between tracing and the passes only."""

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from iapt_export.errors import IaptError
 from iapt_export.manifest import GraphSpec
 from iapt_export.ops import DOMAIN
-from iapt_export.ops.serving import ATTENTION, MICROSOFT
+from iapt_export.ops.serving import ATTENTION, LOOKUP, MICROSOFT, PRODUCT
 
 IR_TYPES = {
     "int64": ir.DataType.INT64,
@@ -22,7 +22,7 @@ IR_TYPES = {
 class CheckPass(ir.passes.InPlacePass):
     """Change nothing; fail on anything that a runtime or a reader would stumble over.
 
-    Ensures: only standard operators of the planned opset, ``ai.iapt`` and ONNX Runtime's attention; inputs and
+    Ensures: only standard operators of the planned opset, ``ai.iapt`` and ONNX Runtime's own; inputs and
     outputs of the interface's names and types; no documentation strings or metadata (they carry source paths).
 
     Raises:
@@ -39,7 +39,8 @@ class CheckPass(ir.passes.InPlacePass):
         problems = [
             f"node {node.name} has the operator {node.domain}::{node.op_type} of an unknown domain"
             for node in graph.all_nodes()
-            if node.domain not in ("", DOMAIN) and (node.domain, node.op_type) != (MICROSOFT, ATTENTION)
+            if node.domain not in ("", DOMAIN)
+            and (node.domain != MICROSOFT or node.op_type not in (ATTENTION, PRODUCT, LOOKUP))
         ]
         if model.opset_imports.get("") != self.opset:
             problems.append(f"opset is {model.opset_imports.get('')}, planned was {self.opset}")

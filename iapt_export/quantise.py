@@ -1,0 +1,53 @@
+"""Weight-only quantisation, by ONNX Runtime's own quantiser: values of 4 or 8 bits in blocks with a scale each.
+
+Shapes: N outputs of a linear layer, K inputs of it, both of the stored matrix; G = ceil(K / block) blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iapt_export.errors import IaptError
+
+BLOCK_SIZE = 32
+"""Values that share a scale. The smallest that every kernel of ONNX Runtime takes, and the nearest to fp32."""
+ACCURACY_LEVEL = 4
+"""The kernel rounds activations to 8 bits, block by block, and multiplies integers."""
+HEAD_BITS = {8: 8, 4: 8}
+"""The embedding and the head, one matrix where they are tied, are read by every token and keep 8 bits."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantised matrix, as ``com.microsoft::MatMulNBits`` takes it; symmetric, so without zero points."""
+
+    bits: int
+    values: np.ndarray
+    """uint8 ``[N, G, block * bits / 8]``, two values a byte in 4 bits."""
+    scales: np.ndarray
+    """fp32 ``[N, G]``."""
+    num_inputs: int
+    """K."""
+
+
+def quantise(weight: np.ndarray, bits: int) -> Blocks:
+    """Round a matrix ``[K, N]`` (fp32) to ``bits`` bits, blocks of `BLOCK_SIZE` along K.
+
+    Raises:
+        IaptError: ONNX Runtime, whose quantiser does it, is not installed.
+    """
+    try:
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
+    except ImportError as error:
+        raise IaptError(
+            "int8 and int4 need ONNX Runtime's quantiser, which is not installed; "
+            "pip install 'iapt-export[cpu]', or choose fp32"
+        ) from error
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=True, bits=bits)
+    values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    return Blocks(bits, values, scales, len(weight))

@@ -1,0 +1,146 @@
+"""Weights in 8 and 4 bits: what is replaced, what stays, how near the results are, and what a target may ask for."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from iapt_export.bundle import served_graphs
+from iapt_export.errors import IaptError
+from iapt_export.export import Serving, export_graphs
+from iapt_export.passes.quantise_weights import QuantiseWeightsPass
+from iapt_export.plan import TargetPlan, onnx_variant, plan_targets
+from iapt_export.quantise import BLOCK_SIZE, quantise
+from iapt_export.save import save_graphs
+from tests.graphs import run_onnx, specs_for, worst
+from tests.iapt_export.test_passes import operators, parse
+from tests.iapt_export.test_serve_passes import two_steps
+from tests.tiny import tiny_gpt2, tiny_llama
+
+WIDTH = 64
+LIMITS = {8: 0.02, 4: 0.25}
+"""Of one product of random weights: rounding to 1/127 and to 1/7 of each block's largest value, and of activations."""
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_hold_the_matrix_to_half_a_step(bits: int) -> None:
+    weight = random(WIDTH, 6)
+    blocks = quantise(weight, bits)
+    assert blocks.values.shape == (6, WIDTH // BLOCK_SIZE, BLOCK_SIZE * bits // 8)
+    assert (blocks.values.dtype, blocks.scales.dtype) == (np.uint8, np.float32)
+    values = blocks.values
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(6, WIDTH // BLOCK_SIZE, BLOCK_SIZE)
+    restored = (values.astype(np.float32) - 2 ** (bits - 1)) * blocks.scales.reshape(6, -1)[..., None]
+    error = np.abs(restored.reshape(6, WIDTH).T - weight)
+    steps = np.repeat(np.abs(blocks.scales.reshape(6, -1)), BLOCK_SIZE, axis=1).T
+    # the largest value of a block may lie one step outside of a range that is not symmetric
+    assert (error <= steps * 1.001).all() and np.mean(error <= steps * 0.501) > 0.9
+
+
+LINEAR = f"g (float[n, {WIDTH}] x, float[{WIDTH}, 5] t) => (float[n, 5] y)\n"
+PRODUCT = LINEAR + "{ a = MatMul (x, w)\n b = MatMul (x, t)\n y = Add (a, b) }"
+BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("text", [PRODUCT, BIASED], ids=["product", "with bias"])
+def test_constant_matrices_are_quantised_and_inputs_are_not(text: str, bits: int) -> None:
+    weights = {"w": random(WIDTH, 5), "c": random(5, seed=1)}
+    feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, 5, seed=3)}
+    wanted = run_onnx(ir.to_proto(parse(text, **weights)).SerializeToString(), feeds)["y"]
+    model = parse(text, **weights)
+    done = QuantiseWeightsPass(bits)
+    assert done(model).modified and done.kept == []
+    assert operators(model) == ["MatMulNBits", "MatMul", "Add"]
+    assert "w" not in model.graph.initializers
+    error = worst(run_onnx(ir.to_proto(model).SerializeToString(), feeds)["y"], wanted)
+    assert 0 < error < LIMITS[bits]
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "kept"),
+    [
+        (LINEAR + "{ a = Gemm <alpha = 2.0> (x, w)\n y = Add (a, a) }", {"w": random(WIDTH, 5)}, ["w"]),
+        (LINEAR + "{ a = MatMul (x, w)\n y = Add (a, a) }", {"w": random(1, WIDTH, 5)}, []),
+        (LINEAR + "{ y = MatMul (x, t) }", {}, []),
+        ("g (int64[n] i) => (float[n, 40] y)\n{ y = Gather (e, i) }", {"e": random(64, 40)}, ["e"]),
+        ("g (int64[n] i) => (float[n, 5] y)\n{ y = Gather (e, i) }", {"e": random(8, 5)}, []),
+    ],
+    ids=["a factor", "three dimensions", "an input", "a broken block", "a small table"],
+)
+def test_other_nodes_stay(text: str, weights: dict[str, np.ndarray], kept: list[str]) -> None:
+    model = parse(text, **weights)
+    before = operators(model)
+    done = QuantiseWeightsPass(8)
+    assert not done(model).modified
+    assert operators(model) == before and done.kept == kept
+
+
+def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
+    text = (
+        "g (int64[n] i) => (float[n, 96] logits)\n"
+        "{ x = Gather (e, i)\n t = Transpose <perm = [1, 0]> (e)\n logits = MatMul (x, t) }"
+    )
+    table = random(96, WIDTH)
+    model = parse(text, e=table)
+    QuantiseWeightsPass(8)(model)
+    assert operators(model) == ["GatherBlockQuantized", "MatMulNBits"]
+    ids = np.array([3, 95, 0])
+    made = run_onnx(ir.to_proto(model).SerializeToString(), {"i": ids})["logits"]
+    assert worst(made, table[ids] @ table.T) < LIMITS[8]
+    save_graphs({"tied": model}, tmp_path)
+    stored = (tmp_path / "weights.data").stat().st_size
+    assert stored < 1.5 * table.size, "two shapes of the same bytes have one place"
+
+
+@pytest.mark.parametrize(("make", "bits"), [(tiny_llama, 8), (tiny_gpt2, 4)], ids=["llama int8", "gpt2 int4"])
+def test_a_quantised_backbone_stays_near(make: Any, bits: int, tmp_path: Path) -> None:
+    model = make(**({"n_layer": 2} if make is tiny_gpt2 else {"num_hidden_layers": 2}))
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, bits))
+    nodes = [node.op_type for node in onnx.load(tmp_path / "serve.onnx", load_external_data=False).graph.node]
+    assert "MatMulNBits" in nodes and "GatherBlockQuantized" in nodes
+    assert not {"MatMul", "Gemm"} & set(nodes)
+    two_steps(model, tmp_path / "serve.onnx", limit={8: 0.05, 4: 0.6}[bits])
+
+
+def test_quantised_targets_compute_in_fp32_and_have_graphs_of_their_own() -> None:
+    plans = plan_targets(["onnxruntime:int4", "tensorrt-rtx:fp16"], None, None)
+    assert plans[0] == TargetPlan("onnxruntime", "int4", 23)
+    assert [(plan.graph_dtype, plan.weight_bits) for plan in plans] == [("fp32", 4), ("fp16", None)]
+    assert onnx_variant(plans) == "int4-opset23"
+    assert list(served_graphs(specs_for(tiny_llama(), []))) == ["serve"]
+
+
+@pytest.mark.parametrize("target", ["tensorrt:int8", "tensorrt-rtx:int4"])
+def test_engines_of_quantised_weights_are_refused(target: str) -> None:
+    with pytest.raises(IaptError, match=r"weights are for onnxruntime, which has kernels for them; for tensorrt.*fp16"):
+        plan_targets([target], None, None)
+
+
+def test_unknown_types_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(IaptError, match=r"dtype 'int2' .* use one of fp32, fp16, bf16, int8, int4"):
+        plan_targets(["onnxruntime:int2"], None, None)
+
+
+def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **named: Any) -> Any:
+        if name.startswith("onnxruntime"):
+            raise ImportError(name)
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(IaptError, match=r"int8 and int4 need ONNX Runtime's quantiser.*iapt-export\[cpu\]"):
+        quantise(random(WIDTH, 4), 8)
