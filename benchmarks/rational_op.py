@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def tokens(tensor: TensorSpec, rows: int, length: int, vocabulary: int) -> np.nd
     return np.ones((rows, length), np.int64) if tensor.name == "attention_mask" else np.zeros(rows, np.int64)
 
 
-def fastest(calls: dict[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, float]:
+def fastest(calls: Mapping[str, Callable[..., Any]], repeat: int, unit: float) -> dict[str, float]:
     """Each call's shortest time, taken in turns; ``unit`` is 1e3 for milliseconds."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeat):

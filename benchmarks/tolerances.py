@@ -67,7 +67,7 @@ def main() -> None:
         "dtype": args.dtype,
         "made by": "onnxruntime" if other is reference else f"PyTorch in {args.dtype}, a stand-in",
         "backbone": "SmolLM2-135M-Instruct",
-        "environment": environment(),
+        "environment": environment("cpu"),
         "summary": summary,
         "samples": samples,
     }

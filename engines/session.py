@@ -49,11 +49,11 @@ class Session(Activated):
         max_waiting: int = MAX_WAITING,
     ) -> None:
         """Bind the parts together; `open` makes them from a bundle."""
+        self.bundle = bundle
         self.manifest = manifest
         self.target = target
         self.stepper = stepper
         self.max_waiting = max_waiting
-        self._bundle = bundle
         self._codec: TextCodec | None = None
         self._scheduler = Scheduler(stepper, continuous=continuous)
         self._lock = threading.Condition()
@@ -122,7 +122,7 @@ class Session(Activated):
     def codec(self) -> TextCodec:
         """The bundle's tokenizer, read when first needed."""
         if self._codec is None:
-            self._codec = TextCodec(self._bundle)
+            self._codec = TextCodec(self.bundle)
         return self._codec
 
     @property

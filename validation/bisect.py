@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from iapt_export.manifest import TargetSpec
+from engines.session import Session
 from trainers.insertion import layers_path
 from trainers.method import rows_of
 from validation.metrics import worst_vector
 from validation.recording import Hypothesis, leaf_modules, record_row
 from validation.reference import Reference, numpy
 from validation.result import Bisection, Finding
-from validation.stepping import Row, Step, graph_of, run_steps, session_with, step_graphs
+from validation.stepping import Row, Step, graph_of, is_in_place, run_steps, session_with, step_graphs
 from validation.taps import Tap, TappedGraph, TappedRunner, layer_of
 from validation.tolerances import tolerance
 
@@ -78,12 +77,10 @@ class Scene:
 
 
 def bisect_target(
-    bundle: Path,
+    session: Session,
     reference: Reference,
-    target: TargetSpec,
     rows: Sequence[Row],
     *,
-    in_place: bool = False,
     case: str = "",
     is_wrong: bool = True,
     device: str = "cpu",
@@ -92,16 +89,15 @@ def bisect_target(
     """Find the first wrong tensor of an ONNX Runtime target.
 
     Args:
-        bundle: its folder.
+        session: on the target, with the kind of cache that failed; it may be closed.
         reference: the PyTorch side.
-        target: the target.
         rows: the batch that failed; steps go on as far as the shortest row's forced tokens reach.
-        in_place: look into ``serve``, not into ``prefill`` and ``decode``.
         case: its name.
         is_wrong: a check failed, so that a tensor within the limits is named too when errors jump there.
         device: ``cpu`` or ``cuda``.
         on_step: called with a word on each step, for progress.
     """
+    bundle, target, in_place = session.bundle, session.target, is_in_place(session)
     leaves = leaf_modules(reference.model)
     graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place)}
     known = set(leaves)
@@ -117,10 +113,10 @@ def bisect_target(
     num_steps = min(len(row.forced) for row in rows) + 1
     errors: list[tuple[str, int | None, float]] = []
     jump: Finding | None = None
-    with session_with(bundle, reference.manifest, target, dict(runners), in_place) as session:
+    with session_with(bundle, reference.manifest, target, dict(runners), in_place) as tapped:
         recordings = [record_row(reference, row, num_steps - 1) for row in rows]
         before: list[Arrays] = []
-        for step in run_steps(session, rows, num_steps):
+        for step in run_steps(tapped, rows, num_steps):
             on_step(f"{target.name}: bisecting {case}, step {step.number}")
             wanted = [next(recording)[1] for recording in recordings]
             scene.step = step

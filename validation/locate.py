@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from engines.session import Session
 from validation.bisect import bisect_target
 from validation.compare import Settings, Truths
 from validation.reference import Reference
 from validation.result import Bisection, TargetResult
-from validation.stepping import Row, is_in_place
+from validation.stepping import Row
 from validation.truth import Truth
 
 OnStep = Callable[[str], None]
@@ -21,7 +20,6 @@ STEPPED = ("prefill logits", "prefill cache", "decode logits", "decode cache", "
 
 
 def look_inside(
-    bundle: Path,
     session: Session,
     reference: Reference,
     truths: Truths,
@@ -41,11 +39,9 @@ def look_inside(
     for case, batch in _batches(truths, stepped[0] if stepped else None):
         rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in batch]
         found = bisect_target(
-            bundle,
+            session,
             reference,
-            session.target,
             rows,
-            in_place=is_in_place(session),
             case=case,
             is_wrong=bool(stepped),
             device=settings.device,

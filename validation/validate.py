@@ -53,7 +53,7 @@ def validate_bundle(
                 session = Session.open(bundle, target.name, device=settings.device, verify=False, in_place=in_place)
                 with session:
                     result = compare_target(session, reference, truths, settings, on_step)
-                bisection = look_inside(bundle, session, reference, truths, result, settings, on_step)
+                bisection = look_inside(session, reference, truths, result, settings, on_step)
                 results.append(dataclasses.replace(result, bisection=bisection))
         except NotRunnableError as error:
             on_step(f"{target.name}: not runnable here, checking the built engines")

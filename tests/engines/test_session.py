@@ -68,7 +68,7 @@ def test_each_row_ends_at_its_own_end_token(session: Session) -> None:
     free = tokens_of(session, mixed())
     eos = free[0][3]
     requests = [dataclasses.replace(request, ignore_eos=False) for request in mixed()]
-    with with_eos(session._bundle, eos) as stopping:
+    with with_eos(session.bundle, eos) as stopping:
         tokens = list(stopping.stream(requests))
     for row, wanted in enumerate(free):
         mine = [token for token in tokens if token.row == row]
@@ -84,7 +84,7 @@ def test_each_row_ends_at_its_own_end_token(session: Session) -> None:
 def test_any_of_several_end_tokens_ends_a_row(session: Session) -> None:
     free = tokens_of(session, mixed()[:1])[0]
     later = next(token for token in free if token != free[0])
-    with with_eos(session._bundle, later, free[0]) as stopping:
+    with with_eos(session.bundle, later, free[0]) as stopping:
         assert tokens_of(stopping, [dataclasses.replace(mixed()[0], ignore_eos=False)]) == [free[:1]]
 
 

@@ -26,7 +26,9 @@ def output_of(*command: str | Path) -> str:
 @needs_runner
 @needs_tokenizer
 def test_both_programs_say_the_same(tiny_build: TinyBuild, tmp_path: Path) -> None:
-    output_of("cmake", "-S", APPS, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={INSTALLED}", "-DCMAKE_CXX_FLAGS=-Wall -Werror")
+    output_of(
+        "cmake", "-S", APPS, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={INSTALLED}", "-DCMAKE_CXX_FLAGS=-Wall -Werror"
+    )
     output_of("cmake", "--build", tmp_path)
     made = output_of(tmp_path / "ask_two_tenants", tiny_build.bundle, *WORDS)
     assert made == output_of(sys.executable, APPS / "ask_two_tenants.py", tiny_build.bundle, *WORDS)

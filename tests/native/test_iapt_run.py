@@ -198,7 +198,9 @@ def test_tensorrt_says_what_it_lacks(tiny_bundle: Path, monkeypatch: pytest.Monk
     assert libraries is not None and libraries.submodule_search_locations
     monkeypatch.setenv("LD_LIBRARY_PATH", libraries.submodule_search_locations[0])
     if find_driver().problem:
-        assert "target tensorrt-rtx needs an NVIDIA GPU and its driver, and there is none here" in iapt_run(*flags).stderr
+        assert (
+            "target tensorrt-rtx needs an NVIDIA GPU and its driver, and there is none here" in iapt_run(*flags).stderr
+        )
 
 
 @needs_fuzzer
