@@ -163,7 +163,7 @@ class TenantBank:
 
     def _method_of(self, card: TenantCard, path: Path) -> MethodSpec:
         for method in self.manifest.methods:
-            if (method.form, method.config) == (card.form, card.config):
+            if card.fits(method.form, method.config):
                 return method
         offered = "; ".join(f"{method.form} {json.dumps(method.config)}" for method in self.manifest.methods)
         raise IaptError(

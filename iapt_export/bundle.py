@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from iapt_export import __version__
 from iapt_export.errors import BundleError
-from iapt_export.installed import Installed
+from iapt_export.installed import Installed, computing_fields
 from iapt_export.interface import ModelShape, weight_specs
 from iapt_export.manifest import (
     MANIFEST_FILE,
@@ -92,7 +93,7 @@ def tenant_card(name: str, plan: TenantPlan, backbone: BackboneSpec) -> TenantCa
     return TenantCard(
         name=name,
         form=form_name(item.stacked),
-        config=dataclasses.asdict(item.stacked.config),
+        config=json.loads(json.dumps(dict(computing_fields(item.stacked.config)))),  # as a manifest has it
         backbone=backbone.name_or_path,
         fingerprint=backbone.fingerprint,
         trained_form=adapter.peft_type,

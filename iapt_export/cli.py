@@ -136,6 +136,43 @@ def generate(args: argparse.Namespace) -> None:
         print() if streams else print("\n---\n".join(texts))
 
 
+def tenant(args: argparse.Namespace) -> None:
+    """Write an adapter as a file that a running session takes in."""
+    from iapt_export.manifest import BundleManifest
+    from iapt_export.tenant_file import write_tenant_file
+    from trainers.backbone import load_backbone
+
+    spec = BundleManifest.load(Path(args.bundle)).backbone
+    backbone = load_backbone(
+        args.model or spec.name_or_path,
+        revision=args.revision or spec.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    card = write_tenant_file(args.adapter, Path(args.bundle), Path(args.output), backbone)
+    if args.json:
+        _print_json(dataclasses.asdict(card))
+    else:
+        print(f"{args.output} holds tenant {card.name} ({card.trained_form}); Session.add_tenant takes it", flush=True)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure how fast a bundle answers."""
+    from engines.bench import measure, plot, report, table
+    from engines.session import Session
+    from iapt_export.progress import Steps
+
+    with Session.open(args.bundle, args.target, device=args.device) as session, Steps(quiet=args.quiet) as steps:
+        figures = [
+            measure(session, rows, args.prompt_tokens, args.new_tokens, args.repeat, steps) for rows in args.rows
+        ]
+        found = report(session, figures)
+    if args.output:
+        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(found, Path(args.plot))
+    _show(args, found, table(found))
+
+
 def inspect(args: argparse.Namespace) -> None:
     """Show what a path holds."""
     from iapt_export.inspection import describe, table
@@ -157,6 +194,8 @@ COMMANDS = {
     "build": build,
     "validate": validate,
     "generate": generate,
+    "tenant": tenant,
+    "bench": bench,
     "inspect": inspect,
     "doctor": doctor,
 }

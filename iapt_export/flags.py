@@ -51,6 +51,8 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         ("build", _build, "export a backbone with adapters, build engines, validate; writes a bundle"),
         ("validate", _validate, "compare a bundle with PyTorch again"),
         ("generate", _generate, "answer a prompt with one tenant of a bundle; streams tokens"),
+        ("tenant", _tenant, "write an adapter as a file that a running session of a bundle takes in"),
+        ("bench", _bench, "measure how fast a bundle answers: first token, next tokens, throughput, memory"),
         ("inspect", _inspect, "show what an adapter, a bundle, an ONNX file or an engine holds"),
         ("doctor", _doctor, "show what this machine can build and run, and how to get what is missing"),
     ):
@@ -218,6 +220,34 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus of the probabilities to sample from")
     command.add_argument("--seed", type=int, default=0, help="seed of sampling")
+
+
+def _tenant(command: argparse.ArgumentParser) -> None:
+    command.add_argument("adapter", metavar="ADAPTER", help="DIR or NAME=DIR; the folder's name is the tenant's else")
+    command.add_argument("--bundle", required=True, help="the bundle that shall serve it, or one of its kind")
+    command.add_argument("--output", "-o", required=True, metavar="FILE.safetensors", help="file to write")
+    _model(command, required=False, text="where the bundle's backbone is now (without: where it was at build)")
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("bundle", help="bundle folder")
+    command.add_argument("--target", help="target to run (without: the bundle's first)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where ONNX Runtime runs")
+    command.add_argument(
+        "--rows", type=_count, nargs="+", default=[1, 8], help="rows that run at once, one table line each"
+    )
+    command.add_argument("--prompt-tokens", type=_count, default=128, help="tokens of each instruction")
+    command.add_argument("--new-tokens", type=_count, default=64, help="tokens of each answer")
+    command.add_argument("--repeat", type=_count, default=5, help="rounds after one to warm up; medians are shown")
+    command.add_argument("--output", "-o", metavar="FILE.json", help="also write everything that was measured")
+    command.add_argument("--plot", metavar="FILE.png", help="also draw the time between tokens")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:

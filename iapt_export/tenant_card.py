@@ -23,7 +23,7 @@ class TenantCard:
     form: str
     """What its method's graphs compute: ``IAPT``, ``PROMPT_TUNING``, ``POSITION_TABLE``, ..."""
     config: dict[str, Any]
-    """That form's settings; a bundle that takes the tenant has a method with the same."""
+    """That form's settings which change what is computed; a bundle that takes the tenant has a method with them."""
     backbone: str
     """The backbone's name, for people."""
     fingerprint: str
@@ -34,6 +34,10 @@ class TenantCard:
     """``chat`` or ``plain``."""
     labels: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+
+    def fits(self, form: str, config: Mapping[str, Any]) -> bool:
+        """Whether a bundle's method computes what this tenant needs; how weights were found does not count."""
+        return self.form == form and all(config.get(name) == value for name, value in self.config.items())
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors keeps it."""

@@ -1,0 +1,58 @@
+"""What `iapt-export bench` measures, as numbers, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.bench import measure
+from engines.session import Session
+from tests.bundles import TinyBuild, run
+
+SMALL = ("--prompt-tokens=6", "--new-tokens=5", "--repeat=2", "--quiet")
+
+
+def test_the_command_measures_tells_and_draws(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    kept, drawn = tmp_path / "bench.json", tmp_path / "bench.png"
+    outcome = run(
+        "bench", tiny_build.bundle, *SMALL, "--rows", "1", "4", "--json", f"--output={kept}", f"--plot={drawn}"
+    )
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found == json.loads(kept.read_text(encoding="utf-8"))
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert (found["target"], found["cache"], found["installed_tenants"]) == ("onnxruntime", "InPlace", 3)
+    assert found["peak_memory_mb"] > 10 and "onnxruntime" in found["versions"]
+    one, four = found["figures"]
+    assert (one["rows"], one["tenants"], four["rows"], four["tenants"]) == (1, 1, 4, 3)
+    for line in found["figures"]:
+        assert 0 < line["ttft_p50_ms"] <= line["ttft_max_ms"]
+        assert 0 < line["itl_p50_ms"] <= line["itl_p99_ms"] <= line["itl_quantiles_ms"][-1]
+        assert len(line["rounds_tokens_per_s"]) == len(line["rounds_decode_tokens_per_s"]) == 2
+        assert min(line["rounds_tokens_per_s"]) <= line["tokens_per_s"] <= max(line["rounds_tokens_per_s"])
+
+
+def test_the_table(tiny_build: TinyBuild) -> None:
+    outcome = run("bench", tiny_build.bundle, *SMALL, "--rows=2")
+    assert outcome.code == 0, outcome.err
+    assert "3 tenants installed" in outcome.out and "tokens/s" in outcome.out and "peak memory" in outcome.out
+
+
+def test_one_token_has_no_next(tiny_build: TinyBuild) -> None:
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        figures = measure(session, 2, 3, 1, 1)
+    assert figures["itl_p50_ms"] is None and figures["decode_tokens_per_s"] is None and figures["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--prompt-tokens=500",), "the prompt has 500 tokens; this bundle takes at most 96"),
+        (("--rows", "0"), "'0' is no whole number from 1 on"),
+    ],
+)
+def test_bad_flags(tiny_build: TinyBuild, flags: tuple[str, ...], text: str) -> None:
+    outcome = run("bench", tiny_build.bundle, "--quiet", *flags)
+    assert outcome.code in (1, 2) and text in outcome.err

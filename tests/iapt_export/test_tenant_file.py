@@ -1,0 +1,70 @@
+"""An adapter becomes a file that a running session takes in, and bad ones are refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.session import Session
+from engines.tenants import read_tenant_file
+from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
+from tests.engines.test_serving import request
+from trainers.backbone import config_fingerprint, load_backbone
+from trainers.method_configs import IAPTConfig, PromptTuningConfig
+
+
+@pytest.fixture(scope="module")
+def fingerprint(tiny_build: TinyBuild) -> str:
+    return config_fingerprint(load_backbone(str(tiny_build.model)).model.config)
+
+
+def test_an_adapters_file_serves_like_the_built_tenant(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    path = tmp_path / "guest.safetensors"
+    words = [f"guest={tiny_build.adapters['beta']}", f"--bundle={tiny_build.bundle}", f"--output={path}"]
+    outcome = run("tenant", *words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == f"{path} holds tenant guest (IAPT); Session.add_tenant takes it\n"
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        assert session.add_tenant(path) == "guest"
+        one = request(1)
+        assert one.tenant == "beta"
+        (wanted,) = tokens_of(session, [one])
+        (made,) = tokens_of(session, [type(one)("guest", tokens=one.tokens, max_new_tokens=12, ignore_eos=True)])
+    assert made == wanted
+    assert json.loads(run("tenant", *words, "--json").out)["name"] == "guest"
+    assert [file.name for file in tmp_path.iterdir()] == ["guest.safetensors"]
+
+
+def test_how_weights_were_found_does_not_count(tiny_build: TinyBuild, tmp_path: Path, fingerprint: str) -> None:
+    config = IAPTConfig(bottleneck=METHOD.bottleneck, init_function="relu")
+    adapter = save_tiny_adapter(tmp_path / "other-start", 5, fingerprint, config)
+    path = tmp_path / "file.safetensors"
+    assert run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={path}").code == 0
+    assert "init_function" not in read_tenant_file(path)[0].config
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        assert session.add_tenant(path) == "other-start"
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (IAPTConfig(bottleneck=4), "has no method IAPT with {"),
+        (PromptTuningConfig(prompt_length=4), "has no method PROMPT_TUNING with {'prompt_length': 4}"),
+    ],
+)
+def test_a_method_that_the_bundle_lacks(
+    tiny_build: TinyBuild, tmp_path: Path, fingerprint: str, method: object, text: str
+) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", 5, fingerprint, method)
+    outcome = run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={tmp_path / 'x.safetensors'}")
+    assert outcome.code == 1 and text in outcome.err and "build a bundle with an adapter of that kind" in outcome.err
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_of_another_backbone(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", 5, "another")
+    outcome = run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={tmp_path / 'x.safetensors'}")
+    assert outcome.code == 1 and "backbone" in outcome.err
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
