@@ -94,7 +94,7 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
         batch("one-token", names[:1], [1], FEW_STEPS),
         batch("largest-batch", mixed, middle, FEW_STEPS),
         batch("most-padding", mixed, uneven, FEW_STEPS),
-        batch("one-tenant", [last] * rows, middle, FEW_STEPS),
+        batch("one-tenant", [last] * rows, middle, FEW_STEPS, is_quick=False),
         batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)], FEW_STEPS),
         Case("unusual-tokens", (Prompt(last, "special token ids", unusual),), min(FEW_STEPS, room - len(unusual) + 1)),
         batch("longest-instruction", names[:1], [longest], FEW_STEPS, is_quick=False),
