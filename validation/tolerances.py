@@ -49,7 +49,7 @@ class Tolerance:
         return value <= self.limit if self.metric in CEILINGS else value >= self.limit
 
 
-_ORT = "ONNX Runtime against PyTorch on SmolLM2-135M (tolerances/fp32.json and its report): worst"
+_ORT = "ONNX Runtime against PyTorch on SmolLM2-135M (results/tolerances/fp32*.json): worst"
 _LAMP = (
     "but where a prompt becomes the attention sink its huge hidden state cancels out in the last layers: 1.1e-4 for a "
     "LAMP adapter, where PyTorch itself is 2e-5 from fp64; five times that"
