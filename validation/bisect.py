@@ -122,11 +122,11 @@ def bisect_target(
             scene.step = step
             seen = {**runners[graph_of(step.number, in_place)].seen, **step.present()}
             suspects, errors = _compare_step(scene, seen, wanted, before)
-            for suspect in suspects:
-                if suspect.is_beyond or (is_wrong and jump is None):
-                    on_step(f"{target.name}: {suspect.tap.name} differs at step {step.number}, asking why")
-                    jump = _finding(scene, suspect, seen)
-                if suspect.is_beyond:
+            if suspects and (suspects[0].is_beyond or (is_wrong and jump is None)):
+                origin = _origin(scene, suspects) if is_wrong else suspects[0]
+                on_step(f"{target.name}: {origin.tap.name} differs at step {step.number}, asking why")
+                jump = _finding(scene, origin, seen)
+                if suspects[0].is_beyond:
                     return Bisection(case, jump, errors, step.number + 1)
             before = wanted
     if jump is not None:
@@ -171,6 +171,13 @@ def _compare_step(
             allowed = limit if is_beyond else JUMP * max(so_far, JUMP_FLOOR)
             first[is_beyond] = Suspect(number, tap, worst, part, error, allowed, own, made, expected, is_beyond)
     return [first[kind] for kind in (True, False) if kind in first], errors
+
+
+def _origin(scene: Scene, suspects: list[Suspect]) -> Suspect:
+    """Where it begins: at a jump before the first tensor beyond its limit, unless the latter's own module is wrong."""
+    beyond, earlier = suspects[0], suspects[-1]
+    wrong_alone = beyond.own_error is not None and beyond.own_error > scene.limits["module"]
+    return beyond if wrong_alone else earlier
 
 
 def own_entries(array: np.ndarray, step: Step, row: int) -> np.ndarray:
