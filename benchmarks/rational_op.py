@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def time_operator(count: int, repeat: int, threads: int, unit: float) -> dict[st
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=imports, functions=[body], ir_version=10)
     sessions = {form: open_session(model.SerializeToString(), form, threads) for form in FORMS}
     x = np.random.default_rng(0).normal(size=(count // 256, 256)).astype(np.float32)
-    feeds = {"x": x, "a": a, "b": b}
-    return fastest({form: lambda s=session: s.run(None, feeds) for form, session in sessions.items()}, repeat, unit)
+    calls = {form: partial(session.run, None, {"x": x, "a": a, "b": b}) for form, session in sessions.items()}
+    return fastest(calls, repeat, unit)
 
 
 def time_prefill(bundle: Path, repeat: int, threads: int) -> dict[str, dict[str, float]]:
@@ -101,7 +102,7 @@ def time_prefill(bundle: Path, repeat: int, threads: int) -> dict[str, dict[str,
             tensor.name: weights.get(tensor.name, tokens(tensor, rows, length, manifest.backbone.vocab_size))
             for tensor in graph.inputs
         }
-        calls = {form: lambda s=session, f=feeds: s.run(None, f) for form, session in sessions.items()}
+        calls = {form: partial(session.run, None, feeds) for form, session in sessions.items()}
         found[f"{rows}x{length}"] = fastest(calls, repeat, 1e3)
     return found
 
@@ -114,6 +115,7 @@ def tokens(tensor: TensorSpec, rows: int, length: int, vocabulary: int) -> np.nd
 
 
 def fastest(calls: Mapping[str, Callable[..., Any]], repeat: int, unit: float) -> dict[str, float]:
+def fastest(calls: Mapping[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, float]:
     """Each call's shortest time, taken in turns; ``unit`` is 1e3 for milliseconds."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeat):

@@ -201,6 +201,8 @@ def test_tensorrt_says_what_it_lacks(tiny_bundle: Path, monkeypatch: pytest.Monk
         assert (
             "target tensorrt-rtx needs an NVIDIA GPU and its driver, and there is none here" in iapt_run(*flags).stderr
         )
+        text = "target tensorrt-rtx needs an NVIDIA GPU and its driver, and there is none here"
+        assert text in iapt_run(*flags).stderr
 
 
 @needs_fuzzer
