@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from engines.doctor import diagnose
 from engines.native import BODY, KERNEL, OPS_VARIABLE, add_kernels, ops_library
 from engines.onnxruntime_runner import OnnxRuntimeRunner, _array_from_value
 from iapt_export.manifest import GraphSpec, TensorSpec
 from tests.iapt_export.test_rational_op import DEGREES, FORMS, KINDS, SPECIAL, coefficients, model, numbers
 from tests.native.built import OPS, needs_ops
+from validation.validate import environment
 
 pytestmark = needs_ops
 
@@ -165,6 +167,14 @@ def test_the_runner_uses_the_kernel_and_says_so(tmp_path: Path, monkeypatch: pyt
             assert runner.rational == form
             made[form] = runner.infer(feeds)["y"]
     assert_equal(made[KERNEL], made[BODY])
+
+
+def test_doctor_and_report_say_which_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, form in ((str(OPS), KERNEL), ("none", BODY)):
+        monkeypatch.setenv(OPS_VARIABLE, variable)
+        assert environment("cpu")["ai.iapt::Rational"] == form
+        (runtime,) = (finding for finding in diagnose() if finding.name == "onnxruntime")
+        assert f"ai.iapt::Rational as {form}" in runtime.detail
 
 
 def test_a_library_that_does_not_load_leaves_the_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
