@@ -41,7 +41,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         if array.shape[1] % BLOCK_SIZE:
             self.kept.append(str(table.name))
             return 0
-        blocks = quantise(np.ascontiguousarray(array.T), HEAD_BITS[self.bits])
+        blocks = quantise(np.ascontiguousarray(array.T), HEAD_BITS)
         values = _constant(graph, f"{table.name}.blocks", blocks.values)
         flat = _constant(graph, f"{table.name}.rows", blocks.values.reshape(len(array), -1))
         scales = _constant(graph, f"{table.name}.scales", blocks.scales)
@@ -68,7 +68,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
             self.kept.append(str(weight.name))
             return 0
         is_head = node.outputs[0] in graph.outputs
-        blocks = quantise(_array(weight), HEAD_BITS[self.bits] if is_head else self.bits)
+        blocks = quantise(_array(weight), HEAD_BITS if is_head else self.bits)
         values = _constant(graph, f"{weight.name}.blocks", blocks.values)
         _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}.scales", blocks.scales)))
         return 1

@@ -1,0 +1,112 @@
+"""The bundles that `benchmarks.serving` measures: the plain backbone, IAPT, and LoRA as the comparator.
+
+Adapters have random weights, because what they compute does not change what it costs. The bundles hold ``serve.onnx``
+alone and no proof; for anything but timing use ``iapt-export build``.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iapt_export import bundle as layout
+from iapt_export.export import Serving, export_graphs
+from iapt_export.interface import ModelShape, graph_specs
+from iapt_export.manifest import Range, Ranges, TargetSpec
+from iapt_export.plan import DEFAULT_OPSET, TargetPlan, plan_tenants
+from iapt_export.stages import publish, temporary_folder
+from trainers.adapter import Adapter, AdapterConfig
+from trainers.backbone import Backbone
+from trainers.insertion import sizes_of
+from trainers.lora import merged
+from trainers.method_configs import IAPTConfig, LoRAConfig
+from trainers.methods import new_method
+
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PAST = 512
+"""Cache entries of a row."""
+
+
+@dataclass(frozen=True)
+class BundlePlan:
+    """One bundle to measure."""
+
+    method: Any = field(default_factory=IAPTConfig)
+    tenants: int = 8
+    dtype: str = "fp32"
+    merged: bool = False
+    """Add the one adapter to the weights: the plain backbone's graph."""
+
+
+PLAIN = LoRAConfig(rank=1, target_modules=("q_proj",))
+BUNDLES = {
+    "plain": BundlePlan(PLAIN, 1, merged=True),
+    "plain-int8": BundlePlan(PLAIN, 1, "int8", merged=True),
+    "plain-int4": BundlePlan(PLAIN, 1, "int4", merged=True),
+    "iapt-8": BundlePlan(),
+    "iapt-64": BundlePlan(tenants=64),
+    "lora-qv": BundlePlan(LoRAConfig(rank=8, target_modules=("q_proj", "v_proj"))),
+    "lora-all": BundlePlan(LoRAConfig(rank=16, target_modules=SEVEN)),
+}
+
+
+def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
+    """Write one bundle.
+
+    Args:
+        plan: which.
+        backbone: in fp32.
+        output: must not exist.
+    """
+    model = backbone.model
+    adapters = {f"tenant{number}": _random_adapter(number, plan.method, backbone) for number in range(plan.tenants)}
+    tenants = plan_tenants(adapters, model, merge_lora=plan.merged)
+    ranges = Ranges(Range(1, 4, 8), Range(1, 128, 256), Range(1, 256, PAST), Range(1, 8, max(64, plan.tenants)))
+    target = TargetPlan("onnxruntime", plan.dtype, DEFAULT_OPSET)
+    specs = graph_specs(tenants.installed, ModelShape.from_config(model.config), target.graph_dtype)
+    with temporary_folder(output) as folder:
+        with merged(tenants.merged, model) if tenants.merged else nullcontext():
+            export_graphs(
+                model,
+                tenants.installed,
+                folder,
+                dtype=target.graph_dtype,
+                opset=target.opset,
+                names=("serve",),
+                serving=Serving(PAST + 1, target.weight_bits),
+                on_step=lambda text: print(f"{output.name}: {text}", flush=True),
+            )
+        layout.place_tokenizer(backbone, folder)
+        spec = layout.backbone_spec(backbone)
+        runtime = layout.versions().get("onnxruntime", "not installed")
+        manifest = layout.new_manifest(
+            spec,
+            [layout.method_spec(item) for item in tenants.installed],
+            ranges,
+            layout.place_tenants(tenants, folder, spec),
+            [TargetSpec(target.name, target.dtype, target.opset, {"serve": specs["serve"]}, runtime)],
+            "benchmark",
+        )
+        layout.with_files(manifest, folder).save(folder)
+        publish(folder, output)
+
+
+def _random_adapter(seed: int, method: Any, backbone: Backbone) -> Adapter:
+    """An adapter whose weights are drawn, zeros included: a product with zeros costs what any other costs."""
+    sizes = sizes_of(backbone.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = new_method(method, sizes)
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+    config = AdapterConfig(
+        base_model_name_or_path=backbone.name_or_path,
+        backbone_fingerprint=backbone.fingerprint,
+        method=method,
+        **{name: getattr(sizes, name) for name in sizes.__dataclass_fields__},
+    )
+    return Adapter(config, dict(module.state_dict()))

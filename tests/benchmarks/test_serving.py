@@ -1,0 +1,126 @@
+"""The serving benchmark's own arithmetic and its worker; not the timings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import serving
+from benchmarks.serving import Case, cases, main, measure
+from benchmarks.serving_bundles import BundlePlan, make_bundle
+from benchmarks.serving_peers import Job
+from benchmarks.serving_peers import measure as work
+from benchmarks.serving_report import GOALS, TITLES, Goal, failures, figures_of, lines_of, ratio, typical, write_report
+from tests.tiny import save_tiny_backbone, tiny_llama
+from trainers.backbone import load_backbone
+from trainers.method_configs import IAPTConfig
+
+JOB: dict[str, Any] = {"peer": "session", "model": "m", "rows": 8, "tokens": 128, "steps": 4, "threads": 2}
+
+
+def entry(name: str, decode: float, prefill: float = 100.0, **changed: Any) -> dict[str, Any]:
+    job = {**JOB, **changed}
+    return {"name": name, "job": job, "prefill_ms": prefill, "decode_ms": [decode, decode, 9e9], "peak_mib": 500.0}
+
+
+def a_round(factor: float, *entries: dict[str, Any]) -> dict[str, Any]:
+    scaled = [{**e, "decode_ms": [factor * ms for ms in e.get("decode_ms", [])]} for e in entries]
+    return {"load": 0.1, "cores": 2, "processor": "P", "time": f"2026-01-0{factor:.0f}", "measured": scaled}
+
+
+ROUNDS = [a_round(factor, entry("iapt-8", 10.0), entry("lora-all", 15.0)) for factor in (1, 2, 4)]
+LORA = Goal("", "decode", "iapt-8", "lora-all", 8, 1.3)
+
+
+def test_a_steps_figure_is_the_median_of_a_round_and_of_rounds() -> None:
+    assert figures_of(ROUNDS[0])["iapt-8", 8] == {"prefill": 100.0, "decode": 10.0, "peak": 500.0}
+    assert typical(ROUNDS)["iapt-8", 8]["decode"] == 20.0
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    assert ratio(ROUNDS, LORA) == pytest.approx(1.5)
+    uneven = [*ROUNDS[:2], a_round(8, entry("iapt-8", 10.0))]
+    assert ratio(uneven, LORA) == pytest.approx(1.5), "a round without one of the two does not count"
+    assert ratio([a_round(1, entry("iapt-8", 10.0))], LORA) is None
+
+
+def test_the_page_says_what_was_met_missed_and_not_measured(tmp_path: Path) -> None:
+    broken = {"name": "peft-all", "job": JOB, "error": "ImportError: no peft"}
+    rounds = [*ROUNDS, a_round(3, entry("iapt-8", 10.0), entry("lora-all", 12.0), broken)]
+    page = "\n".join(lines_of(rounds))
+    assert "decode: against LoRA of seven projections, same session | 8 | 1.30 | 1.50 | met" in page
+    assert "prefill: against LoRA of seven projections, same session | 8 | 1.10 | 1.00 | missed" in page
+    assert "against genai, int4 | 8 | 0.95 |  | not measured" in page
+    assert failures(rounds) == [f"{TITLES['peft-all']}, 8 rows: ImportError: no peft"]
+    assert failures(rounds)[0] in page
+    write_report(rounds, tmp_path / "benchmarks.md")
+    assert (tmp_path / "benchmarks.md").read_text() == page + "\n"
+    assert (tmp_path / "images" / "serving.png").stat().st_size > 1000
+
+
+def test_every_goal_is_about_cases_that_are_measured() -> None:
+    assert {name for goal in GOALS for name in (goal.own, goal.other)} <= set(TITLES)
+
+
+def arguments(tmp_path: Path, **changed: Any) -> argparse.Namespace:
+    fields = {"prepared": tmp_path, "genai": [], "genai_python": "python", "model": "m", "optimum": None}
+    return argparse.Namespace(**{**fields, "steps": 4, "threads": 2, **changed})
+
+
+def test_cases_are_the_bundles_that_stand_there_and_the_peers_that_are_named(tmp_path: Path) -> None:
+    (tmp_path / "iapt-8").mkdir()
+    (tmp_path / "iapt-8" / "manifest.json").write_text("{}")
+    found = list(cases(arguments(tmp_path, genai=[("int4", "g")], optimum="o", optimum_python="other")))
+    names = ["iapt-8", "genai-int4", "transformers", "peft-qv", "peft-all", "optimum"]
+    assert [case.name for case in found] == names * 2
+    assert [case.job.rows for case in found] == [1] * 6 + [8] * 6
+    assert {case.name: case.python for case in found}["optimum"] == "other"
+    assert set(names) <= set(TITLES)
+
+
+def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = Case("x", Job(**{**JOB, "peer": "nobody"}), sys.executable)
+    assert measure(case) == {
+        "error": "peer 'nobody' is not known; use one of session, genai, transformers, peft, optimum"
+    }
+    assert "FileNotFoundError" in measure(Case("x", case.job, str(tmp_path / "none")))["error"]
+
+    def late(*_: Any, **__: Any) -> Any:
+        raise subprocess.TimeoutExpired("x", 1)
+
+    monkeypatch.setattr(serving.subprocess, "run", late)
+    assert "TimeoutExpired" in measure(case)["error"]
+
+
+def test_a_tiny_bundle_is_made_measured_and_reported(tmp_path: Path) -> None:
+    folder = save_tiny_backbone(tmp_path / "model", tiny_llama(num_hidden_layers=1, vocab_size=40000))
+    backbone = load_backbone(str(folder))
+    make_bundle(BundlePlan(IAPTConfig(bottleneck=8), tenants=8), backbone, tmp_path / "prepared" / "iapt-8")
+    job = Job("session", str(tmp_path / "prepared" / "iapt-8"), rows=2, tokens=5, steps=4, threads=1, tenants=8)
+    made = work(job)
+    assert made["prefill_ms"] > 0 and len(made["decode_ms"]) == 3 and made["peak_mib"] > 10
+    words = ["run", "--prepared", tmp_path / "prepared", "--results", tmp_path / "results", "--rounds", "1"]
+    assert main([str(word) for word in [*words, "--steps", "2", "--only", "iapt-8"]]) == 0
+    (record,) = (tmp_path / "results").glob("round-*.json")
+    measured = json.loads(record.read_text())["measured"]
+    assert [(each["name"], each["job"]["rows"], each.get("error")) for each in measured] == [
+        ("iapt-8", 1, None),
+        ("iapt-8", 8, None),
+    ]
+    assert str(tmp_path) not in record.read_text(), "records name no machine's folders"
+    output = tmp_path / "docs" / "benchmarks.md"
+    assert main(["report", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
+    assert "ours, 8 IAPT tenants | 8 |" in output.read_text()
+
+
+def test_nothing_to_measure_or_to_report_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="nothing to measure; run prepare first"):
+        main(["run", "--prepared", str(tmp_path), "--only", "iapt-8", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds no rounds; use run first"):
+        main(["report", "--results", str(tmp_path)])
