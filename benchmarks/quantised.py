@@ -1,4 +1,4 @@
-"""What int8 and int4 weights cost in accuracy and bring in time, against fp32 weights of the same bundle.
+"""What int8 and int4 weights cost in accuracy, against fp32 weights; `benchmarks.serving` has what they bring in time.
 
     python -m benchmarks.quantised --graphs fp32=DIR --graphs int8=DIR --graphs int4=DIR --data .cache/data
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,6 @@ TASKS = ("movie-sentiment", "sarcasm", "reuters-r8")
 MAX_TOKENS = {"reuters-r8": 112}
 """Instructions are cut as in training."""
 BATCH = 8
-STEPS = 24
-"""Decode steps that are timed."""
-CONTEXT = 128
 
 
 def stacks_of(plan: TenantPlan) -> dict[str, np.ndarray]:
@@ -74,19 +70,6 @@ def accuracy(
     return float(np.mean(right)), logits
 
 
-def decode_ms(steps: Steps, rows: int, num_slots: int) -> float:
-    """Median milliseconds of a step of so many rows after `CONTEXT` tokens."""
-    source = np.random.default_rng(0)
-    steps.start({"iapt.tenant_index": np.arange(rows) % 3}, CONTEXT + num_slots + STEPS)
-    steps.read(source.integers(5, 5000, (rows, CONTEXT)).tolist(), num_slots)
-    seconds = []
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        steps.step(source.integers(5, 5000, rows).tolist())
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds) * 1e3)
-
-
 def compare(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """How far logits ``[examples, V]`` are from fp32's."""
     worst = np.abs(logits - wanted).max(axis=1) / np.abs(wanted).max(axis=1)
@@ -104,7 +87,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {
         "examples": arguments.examples,
         "threads": arguments.threads,
-        "context": CONTEXT,
         "machine": platform.processor() or platform.machine(),
         "versions": {name: metadata.version(name) for name in ("onnxruntime", "numpy")},
         "types": {},
@@ -122,8 +104,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             entry["tasks"][task] = {"accuracy": share, **compare(logits, fp32.setdefault(task, logits))}
             print(name, task, entry["tasks"][task], flush=True)
-        entry["decode_ms"] = {str(rows): decode_ms(steps, rows, plan.num_slots) for rows in (1, 8)}
-        print(name, entry["decode_ms"], flush=True)
         record["types"][name] = entry
     return record
 

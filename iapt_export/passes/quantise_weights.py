@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iapt_export.ops.serving import LOOKUP, MICROSOFT, PRODUCT
-from iapt_export.quantise import ACCURACY_LEVEL, BLOCK_SIZE, HEAD_BITS, Blocks, quantise
+from iapt_export.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS, Blocks, quantise
 
 
 class QuantiseWeightsPass(ir.passes.InPlacePass):
@@ -41,7 +41,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         if array.shape[1] % BLOCK_SIZE:
             self.kept.append(str(table.name))
             return 0
-        blocks = quantise(np.ascontiguousarray(array.T), HEAD_BITS)
+        blocks = quantise(np.ascontiguousarray(array.T), FRAGILE_BITS)
         values = _constant(graph, f"{table.name}.blocks", blocks.values)
         flat = _constant(graph, f"{table.name}.rows", blocks.values.reshape(len(array), -1))
         scales = _constant(graph, f"{table.name}.scales", blocks.scales)
@@ -67,8 +67,9 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         if node.op_type == "Gemm" and not _is_plain(node):
             self.kept.append(str(weight.name))
             return 0
-        is_head = node.outputs[0] in graph.outputs
-        blocks = quantise(_array(weight), HEAD_BITS if is_head else self.bits)
+        array = _array(weight)
+        is_fragile = node.outputs[0] in graph.outputs or array.shape[0] > array.shape[1]
+        blocks = quantise(array, FRAGILE_BITS if is_fragile else self.bits)
         values = _constant(graph, f"{weight.name}.blocks", blocks.values)
         _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}.scales", blocks.scales)))
         return 1

@@ -48,7 +48,8 @@ def test_blocks_hold_the_matrix_to_half_a_step(bits: int) -> None:
     assert (error <= steps * 1.001).all() and np.mean(error <= steps * 0.501) > 0.9
 
 
-LINEAR = f"g (float[n, {WIDTH}] x, float[{WIDTH}, 5] t) => (float[n, 5] y)\n"
+OUTPUTS = 70
+LINEAR = f"g (float[n, {WIDTH}] x, float[{WIDTH}, {OUTPUTS}] t) => (float[n, {OUTPUTS}] y)\n"
 PRODUCT = LINEAR + "{ a = MatMul (x, w)\n b = MatMul (x, t)\n y = Add (a, b) }"
 BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
 
@@ -56,8 +57,8 @@ BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("text", [PRODUCT, BIASED], ids=["product", "with bias"])
 def test_constant_matrices_are_quantised_and_inputs_are_not(text: str, bits: int) -> None:
-    weights = {"w": random(WIDTH, 5), "c": random(5, seed=1)}
-    feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, 5, seed=3)}
+    weights = {"w": random(WIDTH, OUTPUTS), "c": random(OUTPUTS, seed=1)}
+    feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, OUTPUTS, seed=3)}
     wanted = run_onnx(ir.to_proto(parse(text, **weights)).SerializeToString(), feeds)["y"]
     model = parse(text, **weights)
     done = QuantiseWeightsPass(bits)
@@ -71,8 +72,8 @@ def test_constant_matrices_are_quantised_and_inputs_are_not(text: str, bits: int
 @pytest.mark.parametrize(
     ("text", "weights", "kept"),
     [
-        (LINEAR + "{ a = Gemm <alpha = 2.0> (x, w)\n y = Add (a, a) }", {"w": random(WIDTH, 5)}, ["w"]),
-        (LINEAR + "{ a = MatMul (x, w)\n y = Add (a, a) }", {"w": random(1, WIDTH, 5)}, []),
+        (LINEAR + "{ a = Gemm <alpha = 2.0> (x, w)\n y = Add (a, a) }", {"w": random(WIDTH, OUTPUTS)}, ["w"]),
+        (LINEAR + "{ a = MatMul (x, w)\n y = Add (a, a) }", {"w": random(1, WIDTH, OUTPUTS)}, []),
         (LINEAR + "{ y = MatMul (x, t) }", {}, []),
         ("g (int64[n] i) => (float[n, 40] y)\n{ y = Gather (e, i) }", {"e": random(64, 40)}, ["e"]),
         ("g (int64[n] i) => (float[n, 5] y)\n{ y = Gather (e, i) }", {"e": random(8, 5)}, []),
@@ -102,6 +103,16 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     save_graphs({"tied": model}, tmp_path)
     stored = (tmp_path / "weights.data").stat().st_size
     assert stored < 1.5 * table.size, "two shapes of the same bytes have one place"
+
+
+def test_four_bits_leave_eight_to_products_that_narrow_and_to_the_head() -> None:
+    text = (
+        "g (float[n, 64] x) => (float[n, 32] logits)\n"
+        "{ a = MatMul (x, up)\n b = MatMul (a, down)\n logits = MatMul (b, head) }"
+    )
+    model = parse(text, up=random(64, 96), down=random(96, 32), head=random(32, 32))
+    QuantiseWeightsPass(4)(model)
+    assert [node.attributes.get_int("bits", 0) for node in model.graph] == [4, 8, 8]
 
 
 @pytest.mark.parametrize(("make", "bits"), [(tiny_llama, 8), (tiny_gpt2, 4)], ids=["llama int8", "gpt2 int4"])
