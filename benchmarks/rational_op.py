@@ -114,7 +114,6 @@ def tokens(tensor: TensorSpec, rows: int, length: int, vocabulary: int) -> np.nd
     return np.ones((rows, length), np.int64) if tensor.name == "attention_mask" else np.zeros(rows, np.int64)
 
 
-def fastest(calls: Mapping[str, Callable[..., Any]], repeat: int, unit: float) -> dict[str, float]:
 def fastest(calls: Mapping[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, float]:
     """Each call's shortest time, taken in turns; ``unit`` is 1e3 for milliseconds."""
     best = dict.fromkeys(calls, float("inf"))
