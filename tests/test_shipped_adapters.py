@@ -97,5 +97,5 @@ def test_the_whole_path_to_a_bundle(smollm2: Path, tmp_path: Path) -> None:
     asked = [(name, index) for name, answers in ANSWERS.items() for index in answers]
     requests = [Request(name, prompts[name][index], max_new_tokens=8) for name, index in asked]
     with Session.open(tmp_path / "bundle") as session:
-        texts = [session.codec.decode(tokens) for tokens in session.generate(requests)]
+        texts = [answer.text for answer in session.generate(requests)]
     assert texts == [ANSWERS[name][index] for name, index in asked]
