@@ -15,10 +15,10 @@ BLOCK_SIZE = 32
 """Values that share a scale. The smallest that every kernel of ONNX Runtime takes, and the nearest to fp32."""
 ACCURACY_LEVEL = 4
 """The kernel rounds activations to 8 bits, block by block, and multiplies integers. Level 0, which does not, was 40
-times as slow in 8 bits and 20 times in 4 on a processor with AVX2, and its logits were no nearer to fp32's."""
+times as slow in 8 bits and 20 times in 4 on a processor with AVX2, and its logits were hardly nearer to fp32's."""
 FRAGILE_BITS = 8
-"""The least for the embedding and the head, and for products with more inputs than outputs (an MLP's second), whose
-inputs have outliers. With these in 4 bits, an adapter of SmolLM2-135M fell from 0.83 to 0.63; so it keeps 0.77."""
+"""The least for the embedding and the head, and for products with more inputs than outputs (an MLP's second).
+With the latter in 4 bits, an adapter of SmolLM2-135M fell from 0.83 to 0.63; so it keeps 0.77."""
 
 
 @dataclass(frozen=True)
