@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.session import Batch, Request, Session
+from engines.in_place import InPlaceStepper
+from engines.session import Request, Session
 from iapt_export.errors import BundleError
 from iapt_export.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
@@ -97,14 +98,14 @@ def compared(bundle: Path, backbone: Any) -> set[str]:
 
 
 def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Session.decode
+    honest = InPlaceStepper.step
 
-    def decode(self: Session, tokens: np.ndarray, batch: Batch) -> np.ndarray:
-        logits = honest(self, tokens, batch).copy()
+    def step(self: InPlaceStepper, tokens: Any) -> np.ndarray:
+        logits = honest(self, tokens).copy()
         logits[0, logits[0].argmin()] = np.nan  # argmax, and with it every token, may stay as it was
         return logits
 
-    monkeypatch.setattr(Session, "decode", decode)
+    monkeypatch.setattr(InPlaceStepper, "step", step)
     assert "decode logits" in compared(tiny_build.bundle, backbone)
 
 
