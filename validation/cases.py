@@ -111,7 +111,7 @@ def _refused(manifest: BundleManifest, seed: int) -> list[Case]:
     """What no session may answer: nothing to read, too much of it, tokens that do not exist."""
     ranges, name = manifest.ranges, manifest.tenants[0].name
     vocabulary = manifest.backbone.vocab_size
-    room = ranges.past.max - manifest.num_slots
+    room = ranges.past.max - manifest.prompt_length(name)
 
     def case(what: str, tokens: tuple[int, ...], new_tokens: int = 1) -> Case:
         return Case(f"refuse-{what}", (Prompt(name, what, tokens),), new_tokens, is_refused=True)

@@ -23,6 +23,8 @@ from validation.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
 
 TRANSPOSED = ".transposed"
 """Ends the names of weights that are stored as MatMul reads them (`iapt_export.passes.fold_transposes`)."""
+QUANTISED = ("int8", "int4")
+"""Types whose weights are meant to differ, number by number."""
 LOW_TYPES = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 
 
@@ -46,7 +48,7 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
     path, _, end = suspect.tap.name.rpartition(".")
     wrong_alone = suspect.own_error is not None and suspect.own_error > scene.limits["module"]
     if end == "output" and (wrong_alone or suspect.own_error is None):
-        if found := _weight_evidence(scene, graph, path):
+        if scene.dtype not in QUANTISED and (found := _weight_evidence(scene, graph, path)):
             return "weight", found
         if wrong_alone:
             return "operator", f"{path} computes something else than PyTorch's module from the same input and weights"

@@ -93,6 +93,7 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """Put a node of one output in another's place."""
     result, made = old.outputs[0], new.outputs[0]
     made.name, made.shape, made.type = result.name, result.shape, result.type
+    new.metadata_props.update(old.metadata_props)  # which module it is of
     ir.convenience.replace_all_uses_with(result, made, replace_graph_outputs=True)
     graph.insert_before(old, new)
     graph.remove(old, safe=True)

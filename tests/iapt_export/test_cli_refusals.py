@@ -108,8 +108,8 @@ def test_flags_of_methods_that_are_not_there(
     [
         (["--target=openvino"], "target 'openvino' is not known; use one of onnxruntime, tensorrt-rtx, tensorrt"),
         (
-            ["--target=onnxruntime:int4"],
-            "dtype 'int4' of target 'onnxruntime:int4' is not known; use one of fp32, fp16, bf",
+            ["--target=onnxruntime:int2"],
+            "dtype 'int2' of target 'onnxruntime:int2' is not known; use one of fp32, fp16, bf",
         ),
         (["--dtype=float32"], "dtype 'float32' of target 'onnxruntime' is not known"),
         (["--dtype=bf16"], "ONNX Runtime multiplies no bf16 matrices on the CPU"),

@@ -27,7 +27,6 @@ def demo_bundle(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @needs_runner
 @needs_tokenizer
-@pytest.mark.slow
 def test_the_demo_answers_the_same_in_cpp(demo_bundle: Path) -> None:
     """``ANSWERS`` is the golden record that PyTorch, Python and C++ are held to."""
     for name, answers in ANSWERS.items():

@@ -37,7 +37,7 @@ def test_checks_are_tests_beside_the_users_own(tiny_build: TinyBuild, tmp_path: 
     code, text = user_pytest(tmp_path, f"--iapt-bundle={tiny_build.bundle}", "--iapt-case=most-padding", "-v", "-v")
     assert code == 0, text
     assert "test_own.py::test_own PASSED" in text
-    assert "prefill logits: most-padding" in text and "8 passed" in text
+    assert "prefill logits: most-padding" in text and "15 passed" in text
     code, text = user_pytest(tmp_path)
     assert code == 0 and "1 passed" in text
 

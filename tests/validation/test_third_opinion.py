@@ -49,7 +49,7 @@ def steps(tiny_build: TinyBuild) -> dict[str, list[tuple[np.ndarray, list[Any]]]
     plain: Any = {name: EvaluatorRunner(tiny_build.bundle / target.graphs[name].path) for name in ("prefill", "decode")}
     found = {}
     for name, runners in (("evaluator", plain), ("onnxruntime", {})):
-        with session_with(tiny_build.bundle, manifest, target, runners) as session:
+        with session_with(tiny_build.bundle, manifest, target, runners, in_place=False) as session:
             found[name] = [(step.logits, step.caches()) for step in run_steps(session, ROWS, 3)]
     return found
 
@@ -81,7 +81,7 @@ def test_the_evaluator_notices_a_changed_graph(tiny_bundle: Path, tiny_build: Ti
     for bundle in (tiny_bundle, tiny_build.bundle):
         manifest = BundleManifest.load(bundle)
         runners: Any = {"prefill": EvaluatorRunner(bundle / "prefill.onnx")}
-        with session_with(bundle, manifest, manifest.target(), runners) as session:
+        with session_with(bundle, manifest, manifest.target(), runners, in_place=False) as session:
             logits.append(next(iter(run_steps(session, ROWS, 1))).logits)
     assert worst(logits[0][0], logits[1][0]) > 1e-2 and worst(logits[0][1], logits[1][1]) == 0.0
 
