@@ -32,6 +32,8 @@ from validation.truth import padded, record_truth
 from validation.validate import environment
 
 Arrays = dict[str, np.ndarray]
+QUANTISED = ("int8", "int4")
+"""Types that a bundle of their own is measured for, in place."""
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     """Measure one type and write its samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--dtype", choices=("fp32", *TYPES), required=True)
+    parser.add_argument("--dtype", choices=("fp32", *TYPES, *QUANTISED), required=True)
     parser.add_argument("--model", help="where the bundle's backbone is now")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--steps", type=int, default=16)
@@ -51,7 +53,7 @@ def main() -> None:
     prompts = prompts_from_bundle(args.bundle, manifest, codec, 0, args.steps, args.prompts)
     truths = record_truth(reference, prompts, new_tokens=args.steps, num_kept=0)
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in truths]
-    other = reference if args.dtype == "fp32" else lowered(reference, TYPES[args.dtype])
+    other = reference if args.dtype not in TYPES else lowered(reference, TYPES[args.dtype])
     samples: dict[str, list[dict[str, float]]] = {}
     for number, row in enumerate(rows):
         print(f"{args.dtype}: prompt {number + 1} of {len(rows)}, {len(row.tokens)} tokens", flush=True)
@@ -99,7 +101,8 @@ def from_torch(other: Reference, row: Row) -> Iterator[Arrays]:
 def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, row: Row) -> Iterator[Arrays]:
     """What ONNX Runtime's graphs compute under the same names, the row beside a longer one of the same tenant."""
     target = manifest.target()
-    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place=False)}
+    in_place = target.dtype in QUANTISED
+    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place)}
     runners: Any = {
         name: TappedRunner(
             bundle / target.graphs[name].path,
@@ -110,9 +113,9 @@ def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, r
         for name, graph in graphs.items()
     }
     longer = Row(row.tenant, (*row.tokens, *row.tokens[-7:]), row.forced)
-    with session_with(bundle, manifest, target, runners, in_place=False) as session:
+    with session_with(bundle, manifest, target, runners, in_place) as session:
         for step in run_steps(session, [row, longer], len(row.forced) + 1):
-            seen = runners[graph_of(step.number, in_place=False)].seen
+            seen = {**runners[graph_of(step.number, in_place)].seen, **step.present()}
             arrays = {name: own_entries(array[0], step, 0) for name, array in seen.items()}
             yield arrays | {"logits": step.logits[0]}
 

@@ -111,7 +111,7 @@ TABLE = (
     Tolerance("prefill logits", "int8", "relative", 0.25, f"{_BITS} 0.075; three times that"),
     Tolerance("prefill logits", "int8", "kl", 0.15, f"{_BITS} 0.041 nats; over three times that"),
     Tolerance("prefill cache", "int8", "relative", 0.4, f"{_BITS} 0.15, at random tokens; under three times that"),
-    Tolerance("decode logits", "int8", "relative", 0.6, f"{_BITS} 0.25, at random tokens; over twice that"),
+    Tolerance("decode logits", "int8", "relative", 0.45, f"{_BITS} 0.25, at random tokens; under twice that"),
     Tolerance("decode logits", "int8", "kl", 0.6, f"{_BITS} 0.19 nats, at random tokens; three times that"),
     Tolerance("decode cache", "int8", "relative", 0.4, f"{_BITS} 0.14, at random tokens; under three times that"),
     Tolerance("top-1 agreement", "int8", "agreement", 0.75, f"{_BITS} 7 of 8 in a case of random tokens; {_TIES}"),
@@ -124,7 +124,7 @@ TABLE = (
     Tolerance("decode logits", "int4", "kl", 4.0, f"{_BITS} 2.1 nats, at random tokens; twice that, {_COARSE}"),
     Tolerance("decode cache", "int4", "relative", 0.9, f"{_BITS} 0.59; {_COARSE}"),
     Tolerance("top-1 agreement", "int4", "agreement", 0.5, f"{_BITS} 0.69 in a case of random tokens; {_COARSE}"),
-    Tolerance("hidden states", "int4", "relative", 2.5, f"{_BITS} 1.2; twice that, {_COARSE}"),
+    Tolerance("hidden states", "int4", "relative", 7.0, f"{_BITS} 3.3; twice that, {_COARSE}"),
     Tolerance("module", "int4", "relative", 0.9, f"{_BITS} 0.41 on its own input; twice that"),
 )
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from iapt_export.manifest import BundleManifest
+from iapt_export.manifest import BundleManifest, GraphSpec
 from iapt_export.ops.rational import rational_function
 from tests.bundles import TinyBuild
 from tests.graphs import worst
@@ -28,7 +28,8 @@ ROWS = [Row("gamma", (5, 9, 30, 7, 250, 12), (7, 11)), Row("alpha", (3, 40), (2,
 class EvaluatorRunner:
     """A graph on ``onnx.reference``: slow, plain NumPy, and nobody's kernel."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spec: GraphSpec) -> None:
+        self.spec = spec
         self.evaluator: Any = ReferenceEvaluator(str(path))
 
     def activate(self) -> None:
@@ -46,7 +47,10 @@ def steps(tiny_build: TinyBuild) -> dict[str, list[tuple[np.ndarray, list[Any]]]
     """Logits and caches of each step, by the reference evaluator and by ONNX Runtime."""
     manifest = BundleManifest.load(tiny_build.bundle)
     target = manifest.target()
-    plain: Any = {name: EvaluatorRunner(tiny_build.bundle / target.graphs[name].path) for name in ("prefill", "decode")}
+    plain: Any = {
+        name: EvaluatorRunner(tiny_build.bundle / target.graphs[name].path, target.graphs[name])
+        for name in ("prefill", "decode")
+    }
     found = {}
     for name, runners in (("evaluator", plain), ("onnxruntime", {})):
         with session_with(tiny_build.bundle, manifest, target, runners, in_place=False) as session:
@@ -80,7 +84,7 @@ def test_the_evaluator_notices_a_changed_graph(tiny_bundle: Path, tiny_build: Ti
     logits = []
     for bundle in (tiny_bundle, tiny_build.bundle):
         manifest = BundleManifest.load(bundle)
-        runners: Any = {"prefill": EvaluatorRunner(bundle / "prefill.onnx")}
+        runners: Any = {"prefill": EvaluatorRunner(bundle / "prefill.onnx", manifest.target().graphs["prefill"])}
         with session_with(bundle, manifest, manifest.target(), runners, in_place=False) as session:
             logits.append(next(iter(run_steps(session, ROWS, 1))).logits)
     assert worst(logits[0][0], logits[1][0]) > 1e-2 and worst(logits[0][1], logits[1][1]) == 0.0

@@ -16,6 +16,11 @@ from validation.stages import Errors
 from validation.tolerances import ANY, CEILINGS, STAGES, TABLE, Tolerance, rows_for, tolerance, tolerances
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+BITS = {"int8": 8, "int4": 4}
+"""Types whose limits are wide: they are held against gross mistakes only."""
+GROSS = ("nothing was computed", "tokens moved by one", "a sign", "rows swapped", "NaN", "a token is missing")
+LOCATING = ("hidden states", "module")
+"""Stages that decide where to look; no verdict rests on them."""
 LAYERS = 30
 RELATIVE = [row for row in TABLE if row.metric == "relative"]
 SHARES = [row for row in TABLE if row.metric not in CEILINGS]
@@ -32,8 +37,15 @@ def residual_sums(dtype: str) -> np.ndarray:
     stream = np.zeros((16, 64), np.float32)
     for _ in range(LAYERS):
         update = source.normal(size=stream.shape).astype(np.float32)
-        stream = (stream + update.astype(DTYPES[dtype]).astype(np.float32)).astype(DTYPES[dtype]).astype(np.float32)
+        stream = rounded(stream + rounded(update, dtype), "fp32" if dtype in BITS else dtype)
     return stream
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype not in BITS:
+        return array.astype(DTYPES[dtype]).astype(np.float32)
+    step = np.abs(array).max() / (2 ** (BITS[dtype] - 1) - 1)
+    return (np.round(array / step) * step).astype(np.float32)
 
 
 def exact_sums() -> np.ndarray:
@@ -77,8 +89,10 @@ def test_honest_rounding_passes(row: Tolerance) -> None:
 @pytest.mark.parametrize("row", RELATIVE, ids=name)
 def test_wrong_outputs_fail(row: Tolerance) -> None:
     reference = exact_sums()
+    if row.dtype in BITS and row.stage in LOCATING:
+        return
     for mistake, output in wrong_outputs(residual_sums(row.dtype), row).items():
-        assert not passes(row, relative(output, reference)), mistake
+        assert (row.dtype == "int4" and mistake not in GROSS) or not passes(row, relative(output, reference)), mistake
 
 
 @pytest.mark.parametrize("row", RELATIVE, ids=name)
@@ -86,8 +100,8 @@ def test_rounding_of_the_next_coarser_type_does_not_pass_for_free(row: Tolerance
     """The limits keep the types apart: fp16 noise is no fp32 result, and eight bits are nobody's."""
     if row.dtype == "fp32":
         assert not passes(row, relative(residual_sums("fp16"), exact_sums()))
-    if row.stage == "hidden states" and row.dtype == "bf16":
-        return  # decides only where to look; no verdict rests on it
+    if row.dtype in BITS or (row.stage == "hidden states" and row.dtype == "bf16"):
+        return
     coarse = exact_sums()
     step = np.abs(coarse).max() / 2
     assert not passes(row, relative(np.round(coarse / step) * step, exact_sums()))
@@ -97,7 +111,11 @@ def test_rounding_of_the_next_coarser_type_does_not_pass_for_free(row: Tolerance
 def test_divergence_passes_honest_rounding_and_stops_wrong_logits(row: Tolerance) -> None:
     logits, reference = residual_sums(row.dtype)[0], exact_sums()[0]
     assert passes(row, kl(logits, reference))
-    for wrong in (np.zeros_like(logits), np.roll(logits, 1), -logits, logits * 1.5, np.full_like(logits, math.nan)):
+    for wrong in (np.roll(logits, 1), -logits, np.full_like(logits, math.nan)):
+        assert not passes(row, kl(wrong, reference))
+    if row.dtype in BITS:
+        return
+    for wrong in (np.zeros_like(logits), logits * 1.5):
         assert not passes(row, kl(wrong, reference))
     swapped = logits.copy()
     best, second = np.argsort(logits)[[-1, -2]]
@@ -108,7 +126,7 @@ def test_divergence_passes_honest_rounding_and_stops_wrong_logits(row: Tolerance
 @pytest.mark.parametrize("row", SHARES, ids=name)
 def test_shares_are_lower_limits(row: Tolerance) -> None:
     assert passes(row, 1.0) and passes(row, row.limit)
-    for share in (0.0, row.limit - 0.01, 0.8, math.nan):
+    for share in (0.0, row.limit - 0.01, row.limit - 0.01 if row.dtype in BITS else 0.8, math.nan):
         assert not passes(row, share)
 
 
@@ -117,7 +135,7 @@ def test_nan_never_passes(row: Tolerance) -> None:
     assert not row.holds(math.nan)
     if row.metric == "relative":
         assert not row.holds(math.inf)
-        assert row.holds(row.limit) and not row.holds(np.nextafter(row.limit, 1))
+        assert row.holds(row.limit) and not row.holds(np.nextafter(row.limit, math.inf))
 
 
 def test_the_table_is_complete() -> None:
@@ -156,7 +174,7 @@ def test_looking_up() -> None:
     assert [row.metric for row in tolerances("decode logits", "bf16")] == ["relative", "kl"]
     assert tolerance("greedy tokens", "fp16") is None and tolerances("greedy tokens", "fp16") == []
     assert [row.dtype for row in tolerances("refusal", "fp16")] == [ANY]
-    for stage, dtype in (("prefill", "fp32"), ("generator", "int8"), ("generator", "int4"), ("generator", ANY)):
+    for stage, dtype in (("prefill", "fp32"), ("generator", "int2"), ("generator", ANY)):
         with pytest.raises(IaptError, match=f"there is no tolerance for stage '{stage}' in '{dtype}'"):
             tolerance(stage, dtype)
 
