@@ -16,7 +16,7 @@ from engines.onnxruntime_runner import OnnxRuntimeRunner
 from engines.runner import NUMPY_TYPES, Arrays, Runner
 from engines.stepper import Instruction, RowCache, Stepper
 from engines.tenants import TenantBank
-from iapt_export.manifest import READS_INSTRUCTION, SENT_PROMPTS, BundleManifest, TargetSpec
+from iapt_export.manifest import READS_INSTRUCTION, BundleManifest, TargetSpec
 
 PAST, PRESENT = "past_key_values.", "present."
 
@@ -137,5 +137,4 @@ class InPlaceStepper(Stepper):
         spec = self.sent_prompts
         if spec is None:
             return {}
-        assert spec.name.endswith(SENT_PROMPTS)
         return {spec.name: np.zeros((rows, *map(int, spec.shape[1:])), NUMPY_TYPES[spec.dtype])}

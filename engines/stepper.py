@@ -61,10 +61,6 @@ class Stepper(Activated):
         """Entries that a row can have: prompts, instruction and all generated tokens but the last."""
         return self.manifest.ranges.past.max
 
-    def num_slots(self, tenant: Tenant) -> int:
-        """Cache entries that a tenant's row takes before its instruction."""
-        return tenant.prompt_length
-
     @abstractmethod
     def read(self, rows: Sequence[Instruction]) -> np.ndarray:
         """Let rows join and read their instructions; they come after those that are there.

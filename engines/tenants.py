@@ -208,25 +208,25 @@ def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:
     Raises:
         IaptError: no safetensors file, or one without a valid card.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            card = TenantCard.from_metadata(file.metadata() or {}, str(path))
-            return card, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise IaptError(f"{path} is not a whole safetensors file ({error}); write it again") from error
+    metadata, tensors = _read_weights(path, "write it again")
+    return TenantCard.from_metadata(metadata, str(path)), tensors
 
 
 def _read_tenant(bundle: Path, spec: TenantSpec, method: MethodSpec) -> Arrays:
     if spec.path is None:
         raise BundleError(f"tenant {spec.name} is of method {method.name} but names no weights file")
-    try:
-        with safe_open(bundle / spec.path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"tenant {spec.name}: {spec.path} is not a whole safetensors file ({error})") from error
+    _, tensors = _read_weights(bundle / spec.path, "build the bundle again")
     for weight in method.weights:
         _check_tensor(tensors.get(weight.name), weight.name, weight.shape, f"tenant {spec.name}")
     return tensors
+
+
+def _read_weights(path: Path, remedy: str) -> tuple[dict[str, str], Arrays]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
 
 
 def _check_tensor(found: np.ndarray | None, name: str, shape: list[int | str], what: str) -> None:

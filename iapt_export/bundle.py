@@ -211,7 +211,7 @@ def export_versions() -> dict[str, str]:
     root = Path(__file__).resolve().parent
     exporter = [
         root / f"{name}.py"
-        for name in ("export", "in_place", "installed", "interface", "quantise", "save", "trace", "twins")
+        for name in ("attention", "export", "in_place", "installed", "interface", "quantise", "save", "trace", "twins")
     ]
     exporter += sorted((root / "passes").glob("*.py")) + sorted((root / "ops").glob("*.py"))
     names = (

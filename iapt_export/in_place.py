@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import DynamicCache
 
 import iapt_export.ops.serving  # noqa: F401  (registers torch.ops.iapt.attend_in_place and instruction_only)
+from iapt_export.attention import attending_with
 from trainers.insertion import decoder_layers, hooked, projected, selected
 from trainers.method import Method, Part, Rows
-
-ATTENTION = "iapt_export_in_place"
 
 
 @dataclass
@@ -179,17 +178,9 @@ def _attending(step: Step) -> Iterator[None]:
         _steps.pop()
 
 
-@contextlib.contextmanager
-def in_place_attention(backbone: Any) -> Iterator[None]:
+def in_place_attention(backbone: Any) -> AbstractContextManager[None]:
     """Let a backbone attend over the buffers of the step under way, while the context is open."""
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, lambda *_args, **_kwargs: None)
-    before = backbone.config._attn_implementation
-    backbone.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
+    return attending_with(backbone, "iapt_export_in_place", _attend, lambda *_args, **_kwargs: None)
 
 
 def _attend(

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import onnx_ir as ir
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
+from iapt_export.attention import attending_with
 from iapt_export.errors import IaptError
 from iapt_export.in_place import in_place_attention
 from iapt_export.installed import Installed
@@ -23,7 +24,6 @@ from iapt_export.manifest import GraphSpec, TensorSpec
 from iapt_export.ops import rational, serving
 from iapt_export.twins import TWINS
 
-ATTENTION = "iapt_export"
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
 TORCH_TYPES = {
@@ -83,17 +83,9 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     return onnx_program.model
 
 
-@contextlib.contextmanager
-def exportable(backbone: Any) -> Iterator[None]:
+def exportable(backbone: Any) -> AbstractContextManager[None]:
     """Give a backbone an attention that exports to one node with grouped key/value heads, while the context is open."""
-    AttentionInterface.register(ATTENTION, _grouped_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    before = backbone.config._attn_implementation
-    backbone.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
+    return attending_with(backbone, "iapt_export", _grouped_attention, sdpa_mask)
 
 
 def _grouped_attention(

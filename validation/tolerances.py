@@ -50,8 +50,8 @@ class Tolerance:
 
 
 _ORT = "ONNX Runtime against PyTorch on SmolLM2-135M (results/tolerances/fp32*.json): worst"
-_LAMP = (
-    "but where a prompt becomes the attention sink its huge hidden state cancels out in the last layers: 1.1e-4 for a "
+_SINK = (
+    "where a prompt becomes the attention sink its huge hidden state cancels out in the last layers: 1.1e-4 for a "
     "LAMP adapter, where PyTorch itself is 2e-5 from fp64; five times that"
 )
 _STAND_IN = "PyTorch in the type against fp32, SmolLM2-135M"
@@ -68,7 +68,7 @@ TABLE = (
         5e-6,
         f"{_ORT} 1.9e-7; softmax and matrix products of other processors differ more",
     ),
-    Tolerance("prefill logits", "fp32", "relative", 1e-4, f"{_ORT} 2.5e-6 for IAPT; {_LAMP[4:]}"),
+    Tolerance("prefill logits", "fp32", "relative", 1e-4, f"{_ORT} 2.5e-6 for IAPT; {_SINK}"),
     Tolerance(
         "prefill logits",
         "fp32",
@@ -76,13 +76,13 @@ TABLE = (
         1e-8,
         f"{_ORT} 7.2e-11 nats; other methods' errors are larger, and this is their square",
     ),
-    Tolerance("prefill cache", "fp32", "relative", 5e-4, f"{_ORT} 1.9e-5, {_LAMP}"),
+    Tolerance("prefill cache", "fp32", "relative", 5e-4, f"{_ORT} 1.9e-5, but {_SINK}"),
     Tolerance("decode logits", "fp32", "relative", 3e-4, f"{_ORT} 9.1e-5, at 256 random steps; three times that"),
     Tolerance("decode logits", "fp32", "kl", 3e-7, f"{_ORT} 5.7e-8 nats, at 256 random steps; five times that"),
-    Tolerance("decode cache", "fp32", "relative", 5e-4, f"{_ORT} 1.9e-5, {_LAMP}"),
+    Tolerance("decode cache", "fp32", "relative", 5e-4, f"{_ORT} 1.9e-5, but {_SINK}"),
     Tolerance("top-1 agreement", "fp32", "agreement", 0.999, "1.0 measured; ties within the logits' limit count"),
     Tolerance("greedy tokens", "fp32", "identical", 1.0, "every row identical, or its first difference an excused tie"),
-    Tolerance("hidden states", "fp32", "relative", 5e-4, f"{_ORT} 2.2e-5, {_LAMP}"),
+    Tolerance("hidden states", "fp32", "relative", 5e-4, f"{_ORT} 2.2e-5, but {_SINK}"),
     Tolerance("module", "fp32", "relative", 2e-5, f"{_ORT} 2.4e-6 on the module's own input; ten times that"),
     Tolerance("generator", "fp16", "relative", 3e-3, f"{_STAND_IN}: worst 7.1e-4; four times that"),
     Tolerance(
