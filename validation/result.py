@@ -45,7 +45,7 @@ class TokenRow:
     margin: float | None
     """Lead of the reference's best logit over its second at that step."""
     excused: bool
-    """The margin is smaller than the logits' tolerance: a tie, not an error."""
+    """The margin is smaller than fp32's tolerance of logits: a tie, not an error."""
 
 
 @dataclass(frozen=True)

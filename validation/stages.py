@@ -97,12 +97,15 @@ def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: 
 
 def agrees(made: np.ndarray, truth: Truth, step: int) -> bool:
     """Same best token, or the reference itself all but ties."""
-    return int(made.argmax()) == truth.tokens[step] or truth.margins[step] < tie_margin(truth, "fp32")
+    return int(made.argmax()) == truth.tokens[step] or truth.margins[step] < tie_margin(truth)
 
 
-def tie_margin(truth: Truth, dtype: str) -> float:
-    """Lead of the reference's best logit below which another choice is a tie: twice the logits' tolerance."""
-    limit = next(row.limit for row in tolerances("decode logits", dtype) if row.metric == "relative")
+def tie_margin(truth: Truth) -> float:
+    """Lead of the reference's best logit below which another choice is a tie: twice the logits' tolerance in fp32.
+
+    Narrower types have no margin of their own: int4's would excuse nearly every answer.
+    """
+    limit = next(row.limit for row in tolerances("decode logits", "fp32") if row.metric == "relative")
     return 2 * limit * truth.peak
 
 
@@ -189,5 +192,5 @@ def token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
         target_text=_answer(session, tokens),
         first_divergence=divergence,
         margin=margin,
-        excused=margin is not None and margin < tie_margin(truth, session.target.dtype),
+        excused=margin is not None and margin < tie_margin(truth),
     )

@@ -181,9 +181,14 @@ def test_identical_tokens_need_no_excuse() -> None:
 )
 def test_only_a_tie_excuses_another_token(margin: float, excused: bool) -> None:
     example = truth([3, 4, 1], [5.0, margin, 5.0])
-    assert tie_margin(example, "fp32") == pytest.approx(LIMIT)
+    assert tie_margin(example) == pytest.approx(LIMIT)
     made = row(example, [3, 9, 1])
     assert (made.first_divergence, made.margin, made.excused) == (1, margin, excused)
+
+
+def test_coarse_weights_get_no_wider_excuse() -> None:
+    """The limit of int4's logits would take nearly every answer for a tie."""
+    assert not row(truth([3, 4, 1], [5.0, LIMIT * 1.01, 5.0]), [3, 9, 1], "int4").excused
 
 
 def test_a_tie_excuses_the_first_difference_only() -> None:
