@@ -31,7 +31,7 @@ class Step:
     """One step's inputs."""
 
     position_ids: Tensor
-    """``[B, T]`` int64, counted on through the padding."""
+    """``[B, T]`` int64, counted on through the padding; from 0 on where instructions are read."""
     seqlens_k: Tensor
     """``[B]`` int32, each row's entries after this step, less one."""
     total: Tensor
@@ -136,18 +136,14 @@ class _Layout:
         count = part.method.num_slots
         if count == 0:
             return target
-        first = torch.arange(count, device=read.device).clamp(max=read.shape[axis] - 1)
+        length = target.shape[axis]
+        first = torch.arange(count, device=read.device).clamp(max=length - 1)
         own = read.index_select(axis, first)
         made = make(part, own)
         if made is own:
             return target
-        where = self.is_slot if part.active is None else self.is_slot & part.active[:, None]  # [B, T]
-        index = self.step.position_ids.clamp(max=count - 1)  # [B, T]
-        if axis == 1:
-            spread = made.to(target.dtype).gather(1, index[..., None].expand(-1, -1, made.shape[2]))
-            return torch.where(where[..., None], spread, target)
-        index = index[:, None, :, None].expand(-1, made.shape[1], -1, made.shape[3])
-        return torch.where(where[:, None, :, None], made.to(target.dtype).gather(2, index), target)
+        made = part.choose(made.to(target.dtype), target.index_select(axis, first))
+        return torch.ops.iapt.set_first(target, made, length, axis)
 
 
 class _PassThrough(DynamicCache):

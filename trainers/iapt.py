@@ -88,10 +88,15 @@ class IAPT(Method):
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""
         config, group = self.config, self.groups[layer]
-        u = tokens @ weights["down_weight"][:, group]  # [B, T, R]
-        if config.bias:
-            u = u + weights["down_bias"][:, group, None]
-        pooled = pool(u, mask, weights["query"][:, layer] if config.pooling == "attention" else None, config)  # [B,P,R]
+        down = weights["down_weight"][:, group]  # [B, D, R]
+        bias = weights["down_bias"][:, group, None] if config.bias else 0.0
+        if config.pooling == "max":
+            pooled = max_pool(tokens @ down + bias, mask, config.prompt_length)  # [B, P, R]
+        else:
+            # Both other kinds are linear in u, so tokens are mixed before they are projected: P products with W_down
+            # instead of T. The bias adds the same to every token's score, and shares sum to 1.
+            query = down @ weights["query"][:, layer] if config.pooling == "attention" else None  # [B, D, P]
+            pooled = token_shares(tokens, mask, query, config) @ tokens @ down + bias
         if config.activation == "rational":
             numerator, denominator = weights["numerator"][:, layer, None], weights["denominator"][:, layer, None]
             active = self.rational(pooled, numerator, denominator, config.rational_form)
@@ -125,20 +130,29 @@ class IAPT(Method):
                 parameters["up_bias"][group] = sink * SINK_SCALE * self.sizes.hidden_size**0.5
 
 
-def pool(u: Tensor, mask: Tensor, query: Tensor | None, config: IAPTConfig) -> Tensor:
-    """Pool ``u [B, T, R]`` over the tokens that ``mask [B, T]`` keeps into ``[B, P, R]``."""
-    if query is not None:
-        scores = (u @ query).float()  # [B, T, P]
-        if config.scale:
-            scores = scores / config.bottleneck**0.5
-        scores = scores.masked_fill(mask[:, :, None] == 0, float("-inf"))
-        return scores.softmax(dim=1).to(u.dtype).transpose(1, 2) @ u
-    bins = adaptive_bins(mask, config.prompt_length)  # [B, P, T]
-    if config.pooling == "mean":
-        share = bins.to(u.dtype) / bins.sum(dim=2, keepdim=True).to(u.dtype)
-        return share @ u
-    spread = u[:, None].masked_fill(~bins[..., None], float("-inf"))  # [B, P, T, R]
-    return spread.amax(dim=2)
+def token_shares(tokens: Tensor, mask: Tensor, query: Tensor | None, config: IAPTConfig) -> Tensor:
+    """Shares ``[B, P, T]`` of the tokens in each prompt, summing to 1 over those that ``mask [B, T]`` keeps.
+
+    Args:
+        tokens: ``[B, T, D]``.
+        mask: 1 at the tokens that count.
+        query: ``[B, D, P]``, scores the tokens for self-attention pooling; None gives those of a bin equal shares.
+        config: the method's.
+    """
+    if query is None:
+        bins = adaptive_bins(mask, config.prompt_length)  # [B, P, T]
+        return bins.to(tokens.dtype) / bins.sum(dim=2, keepdim=True).to(tokens.dtype)
+    scores = (tokens @ query).float()  # [B, T, P]
+    if config.scale:
+        scores = scores / config.bottleneck**0.5
+    scores = scores.masked_fill(mask[:, :, None] == 0, float("-inf"))
+    return scores.softmax(dim=1).to(tokens.dtype).transpose(1, 2)
+
+
+def max_pool(u: Tensor, mask: Tensor, num_bins: int) -> Tensor:
+    """The largest of ``u [B, T, R]`` in each bin ``[B, P, R]``."""
+    bins = adaptive_bins(mask, num_bins)  # [B, P, T]
+    return u[:, None].masked_fill(~bins[..., None], float("-inf")).amax(dim=2)
 
 
 def adaptive_bins(mask: Tensor, num_bins: int) -> Tensor:

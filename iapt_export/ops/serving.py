@@ -5,6 +5,9 @@ each row's own length, where past and present share memory, and attends to what 
 
 ``iapt::instruction_only(changed, unchanged, flag)`` marks what is computed only while an instruction is read; the pass
 `iapt_export.passes.sink_into_if` turns it into an ``If``, and no such node is left in a shipped graph.
+
+``iapt::set_first(target, new, length, axis)`` becomes standard slices; torch.export would bind their lengths to a
+smallest number of tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import onnx
+import onnxscript
 import torch
 from onnxscript import values
 from torch import Tensor
@@ -68,6 +72,18 @@ def _(changed: Tensor, unchanged: Tensor, flag: Tensor) -> Tensor:
     return torch.empty_like(unchanged)
 
 
+@torch.library.custom_op("iapt::set_first", mutates_args=())
+def set_first(target: Tensor, new: Tensor, length: int, axis: int) -> Tensor:
+    """``target``, ``length`` long along ``axis``, with its first entries replaced by ``new``, as far as both reach."""
+    count = min(new.shape[axis], length)
+    return torch.cat([new.narrow(axis, 0, count), target.narrow(axis, count, length - count)], dim=axis)
+
+
+@set_first.register_fake
+def _(target: Tensor, new: Tensor, length: int, axis: int) -> Tensor:
+    return torch.empty_like(target)
+
+
 def register_schemas() -> None:
     """Tell onnx the operators' signatures; the exporter's translation looks them up."""
     if onnx.defs.has(ATTENTION, MICROSOFT):
@@ -120,7 +136,7 @@ def register_schemas() -> None:
 def translation_table() -> dict[Any, Any]:
     """What ``torch.onnx.export(custom_translation_table=...)`` needs for these operators."""
     register_schemas()
-    microsoft, marker = values.Opset(MICROSOFT, 1), values.Opset(MARKER_DOMAIN, 1)
+    microsoft, marker, standard = values.Opset(MICROSOFT, 1), values.Opset(MARKER_DOMAIN, 1), onnxscript.opset20
 
     def attention(query: Any, key: Any, value: Any, past: Any, lengths: Any, scale: float, window: int) -> Any:
         kv_heads, head_dim = past[0].shape[1], past[0].shape[3]
@@ -139,4 +155,16 @@ def translation_table() -> dict[Any, Any]:
     def only(changed: Any, unchanged: Any, flag: Any) -> Any:
         return marker.InstructionOnly(changed, unchanged, flag)
 
-    return {torch.ops.iapt.attend_in_place.default: attention, torch.ops.iapt.instruction_only.default: only}
+    def first(target: Any, new: Any, length: Any, axis: int) -> Any:
+        count = new.shape[axis]
+        axes = standard.Constant(value_ints=[axis])
+        reach = standard.Reshape(length, standard.Constant(value_ints=[1]))
+        kept = standard.Slice(new, standard.Constant(value_ints=[0]), reach, axes)
+        rest = standard.Slice(target, standard.Constant(value_ints=[count]), reach, axes)
+        return standard.Concat(kept, rest, axis=axis)
+
+    return {
+        torch.ops.iapt.attend_in_place.default: attention,
+        torch.ops.iapt.instruction_only.default: only,
+        torch.ops.iapt.set_first.default: first,
+    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.iapt import IAPT, adaptive_bins, pool
+from trainers.iapt import IAPT, adaptive_bins, max_pool, token_shares
 from trainers.method import Sizes
 from trainers.method_configs import IAPTConfig
 
@@ -76,10 +76,22 @@ def test_definition_written_out() -> None:
 
 
 def test_scale_divides_the_scores() -> None:
-    u, query = torch.randn(1, 5, 8), torch.randn(8, 4)
+    tokens, query = torch.randn(1, 5, 8), torch.randn(1, 8, 4)
     mask = torch.ones(1, 5)
-    scaled = pool(u, mask, query, IAPTConfig(bottleneck=8, scale=True))
-    assert torch.allclose(scaled, pool(u, mask, query / 8**0.5, IAPTConfig(bottleneck=8)), atol=1e-6)
+    scaled = token_shares(tokens, mask, query, IAPTConfig(bottleneck=9, scale=True))
+    assert torch.allclose(scaled, token_shares(tokens, mask, query / 3, IAPTConfig(bottleneck=9)), atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_definition_of_fixed_pooling_written_out(pooling: str) -> None:
+    """Projected first and pooled afterwards, as the equations have it."""
+    module = generator(pooling=pooling, activation="relu", prompt_length=2)
+    hidden = torch.randn(1, 6, HIDDEN)
+    u = hidden[0] @ module.down_weight[0] + module.down_bias[0]  # [T, R]
+    reduce = torch.mean if pooling == "mean" else torch.amax
+    pooled = torch.stack([reduce(part, dim=0) for part in u.chunk(2)])
+    expected = pooled.relu() @ module.up_weight[0] + module.up_bias[0]
+    assert torch.allclose(prompts(module, 0, hidden, torch.ones(1, 6))[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
@@ -118,13 +130,12 @@ def test_bins(length: int, parts: int) -> None:
 @pytest.mark.parametrize("parts", [1, 3, 4])
 def test_mean_and_max_are_adaptive_pooling(parts: int) -> None:
     u, mask = torch.randn(2, 10, 8), torch.ones(2, 10)
-    for pooling, reference in (
-        ("mean", torch.nn.functional.adaptive_avg_pool1d),
-        ("max", torch.nn.functional.adaptive_max_pool1d),
+    config = IAPTConfig(pooling="mean", prompt_length=parts, bottleneck=8)
+    for made, reference in (
+        (token_shares(u, mask, None, config) @ u, torch.nn.functional.adaptive_avg_pool1d),
+        (max_pool(u, mask, parts), torch.nn.functional.adaptive_max_pool1d),
     ):
-        config = IAPTConfig(pooling=pooling, prompt_length=parts, bottleneck=8)  # type: ignore[arg-type]
-        expected = reference(u.transpose(1, 2), parts).transpose(1, 2)
-        assert torch.allclose(pool(u, mask, None, config), expected, atol=1e-6)
+        assert torch.allclose(made, reference(u.transpose(1, 2), parts).transpose(1, 2), atol=1e-6)
 
 
 def test_one_tenant_per_row() -> None:
