@@ -160,6 +160,17 @@ def test_a_row_answers_among_other_methods_what_it_answers_alone(session: Sessio
     assert len({tuple(row) for row in together}) == len(together)
 
 
+def test_a_row_shorter_than_the_longest_prompt_of_the_bundle(
+    build: TinyBuild, session: Session, backbone: Backbone
+) -> None:
+    """Slots of the one method reach beyond the end of what the other's row has."""
+    longest, own = session.manifest.num_slots, session.stepper.bank.get("topics").prompt_length
+    assert own + 1 < longest
+    made = next(iter(session.generate([Request("topics", tokens=(5,), max_new_tokens=4, ignore_eos=True)]))).tokens
+    rows, ids = rows_of(load_adapter(build.adapters["topics"]).module()), torch.tensor([[5]])
+    assert [made] == greedy(backbone.model, rows, ids, torch.ones_like(ids), max_new_tokens=4)[0]
+
+
 def test_whose_each_row_is(session: Session) -> None:
     bank = session.stepper.bank
     index = {
