@@ -67,7 +67,9 @@ def export_graphs(
         on_step(f"tracing {name}.onnx")
         model = trace_graph(name, backbone, installed, specs[name], opset)
         on_step(f"passes over {name}.onnx")
-        own = serve_passes(serving.num_positions) if name == "serve" else []
+        # int4 keeps the matrices of keys and values in more bits than those of queries
+        packed = serving.weight_bits != 4
+        own = serve_passes(serving.num_positions, packed=packed) if name == "serve" else []
         own += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
         passes = ship_pipeline(specs[name], forms, opset, own)
         models[name] = passes(model).model

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from iapt_export.passes.pack_projections import JOIN
 from trainers.insertion import layers_path
 from validation.bisect import Scene, Suspect, hypothetical
 from validation.metrics import worst_vector
@@ -52,6 +53,8 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
             return "weight", found
         if wrong_alone:
             return "operator", f"{path} computes something else than PyTorch's module from the same input and weights"
+    if scene.dtype not in QUANTISED and (found := _packed_evidence(scene, graph, places)):
+        return "weight", found
     attending = {graph.module(place) for place in places if graph.nodes[place].op_type in ATTENTION_OPERATORS}
     for hypothesis in _hypotheses(scene, suspect, attending):
         if _explains(scene, suspect, hypothesis):
@@ -144,6 +147,22 @@ def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
         right = right.T if shipped.endswith(TRANSPOSED) else right
         if not np.array_equal(made, right):
             return f"{path}.{name}: {_difference(made, right, _elsewhere(scene, path, name))}"
+    return ""
+
+
+def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str:
+    """What is wrong with weights that stand side by side in one matrix; empty where they are PyTorch's."""
+    packed = {name for place in places for name in graph.nodes[place].input if name in graph.weights and JOIN in name}
+    for name in sorted(packed):
+        made, start = load_weight(graph, name), 0
+        for part in name.split(JOIN):
+            own, _, kind = part.removesuffix(TRANSPOSED).rpartition(".")
+            right = numpy(scene.reference.model.get_submodule(own).get_parameter(kind))
+            right = right.T if part.endswith(TRANSPOSED) else right
+            mine = made[..., start : start + right.shape[-1]]
+            start += right.shape[-1]
+            if not np.array_equal(mine, right):
+                return f"{own}.{kind}: {_difference(mine, right, _elsewhere(scene, own, kind))}"
     return ""
 
 

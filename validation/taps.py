@@ -76,7 +76,7 @@ class TappedGraph:
             found += self._around(path)
         for place, node in enumerate(self.nodes):
             path = self.module(place)
-            if node.op_type in ATTENTION_OPERATORS and path:
+            if node.op_type in ATTENTION_OPERATORS and path and node.input[1]:  # else it gets query, key, value in one
                 found += self._tap(f"{path}.query", node.input[0])
             if node.op_type == RATIONAL and path:
                 found += self._tap(f"{path}.pooled", node.input[0]) + self._tap(f"{path}.activated", node.output[0])

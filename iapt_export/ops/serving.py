@@ -91,7 +91,6 @@ def register_schemas() -> None:
     schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     optional = schema.FormalParameterOption.Optional
-    tensors = ("query", "key", "value", "past_key", "past_value")
     onnx.defs.register_schema(
         schema(
             ATTENTION,
@@ -99,7 +98,9 @@ def register_schemas() -> None:
             1,
             doc="ONNX Runtime's grouped-query attention over a cache of fixed capacity.",
             inputs=[
-                *(parameter(name, "T") for name in tensors),
+                parameter("query", "T"),  # or all three in one
+                *(parameter(name, "T", param_option=optional) for name in ("key", "value")),
+                *(parameter(name, "T") for name in ("past_key", "past_value")),
                 parameter("seqlens_k", "tensor(int32)"),
                 parameter("total_sequence_length", "tensor(int32)"),
                 *(parameter(name, "T", param_option=optional) for name in ("cos_cache", "sin_cache")),

@@ -37,6 +37,7 @@ from iapt_export.passes.fold_transposes import FoldTransposesPass
 from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.passes.name_interface import NameInterfacePass
 from iapt_export.passes.name_nodes import NameNodesPass
+from iapt_export.passes.pack_projections import PackProjectionsPass
 from iapt_export.passes.rotary_in_attention import RotaryInAttentionPass
 from iapt_export.passes.sink_into_if import SinkIntoIfPass
 
@@ -79,13 +80,16 @@ def ship_pipeline(
     )
 
 
-def serve_passes(num_positions: int | None) -> list[ir.passes.PassBase]:
+def serve_passes(num_positions: int | None, *, packed: bool) -> list[ir.passes.PassBase]:
     """What is done to ``serve.onnx`` alone, around ONNX Runtime's own attention.
 
     Args:
         num_positions: most cache entries of a row; None leaves rotary embeddings where they are.
+        packed: compute an attention's queries, keys and values in one product where they allow it.
     """
     passes: list[ir.passes.PassBase] = [FlattenHeadsPass(), RemoveUnusedNodesPass()]
     if num_positions is not None:
         passes += [RotaryInAttentionPass(num_positions), RemoveUnusedNodesPass()]
+    if packed:
+        passes += [PackProjectionsPass(), RemoveUnusedNodesPass()]
     return passes

@@ -20,7 +20,7 @@ from iapt_export.passes.rotary_in_attention import RotaryInAttentionPass
 from tests.bundles import SIZES, random_method
 from tests.graphs import Arrays, run_onnx, worst
 from tests.iapt_export.test_passes import operators, parse
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen3
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_qwen3
 from trainers.method_configs import PrefixTuningConfig
 
 POSITIONS = 24
@@ -201,10 +201,11 @@ def two_steps(model: Any, path: Path, limit: float = LIMIT) -> None:
     [
         (tiny_llama, {"num_attention_heads": 2, "num_key_value_heads": 1}, True),
         (tiny_llama, {}, False),  # heads of eight
+        (tiny_qwen2, {"num_attention_heads": 2, "num_key_value_heads": 1}, True),  # biases
         (tiny_qwen3, {}, True),
         (tiny_gpt2, {"n_layer": 2}, False),  # learned positions
     ],
-    ids=["llama", "llama with narrow heads", "qwen3", "gpt2"],
+    ids=["llama", "llama with narrow heads", "qwen2", "qwen3", "gpt2"],
 )
 def test_backbones_are_served_as_pytorch_runs_them(
     make: Any, fields: dict[str, Any], turned: bool, tmp_path: Path
@@ -217,6 +218,8 @@ def test_backbones_are_served_as_pytorch_runs_them(
     (rotary,) = {node.attributes.get_int("do_rotary", 0) for node in nodes if node.op_type == "GroupQueryAttention"}
     assert rotary == turned
     left = [node.op_type for node in nodes]
+    packed = [node for node in nodes if node.op_type == "GroupQueryAttention" and node.inputs[1] is None]
+    assert len(packed) == (2 if turned and make is not tiny_qwen3 else 0), "products alone stand before the attention"
     assert left.count("RotaryEmbedding") == (4 if make is tiny_llama and not turned else 0)
     assert left.count("Transpose") <= 1, "none but for a tied embedding at the head"
     apart = [node for node in nodes if node.op_type == "Reshape" and len(node.outputs[0].shape or ()) == 4]
