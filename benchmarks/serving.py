@@ -1,12 +1,20 @@
 """Serve the same tokens with this project and with its peers, in alternating runs, and compare.
 
-    python -m benchmarks.serving prepare            # the bundles, once (minutes)
-    python -m benchmarks.serving run --genai fp32=DIR --genai int4=DIR --genai-python PYTHON
-    python -m benchmarks.serving report             # docs/benchmarks.md from the records
+    python -m benchmarks.serving all --genai fp32=DIR --genai int4=DIR --genai-python PYTHON --optimum DIR \
+        --optimum-python PYTHON
+
+does it all, in about an hour and a half; its parts are
+
+    prepare   the bundles, once
+    run       every case, round after round
+    trace     continuous against static batches, on requests of mixed lengths and arrivals
+    soak      half an hour in which tenants come and go: right answers, no request lost, flat memory
+    report    docs/benchmarks.md from the records
 
 ``run`` measures every case once a round, each in a process of its own, so that slow minutes of the machine fall on all
 of them; ratios are medians over rounds. The genai folders come from its own model builder and the same weights:
-``python -m onnxruntime_genai.models.builder -i MODEL -o DIR -p fp32 -e cpu`` (and ``-p int4``).
+``python -m onnxruntime_genai.models.builder -i MODEL -o DIR -p fp32 -e cpu`` (and ``-p int4``); optimum's from
+``optimum-cli export onnx -m MODEL --task text-generation-with-past DIR``.
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving_bundles import BUNDLES, SEVEN, make_bundle
+from benchmarks.serving_load import compare_batching, soak
 from benchmarks.serving_peers import Job
 from iapt_export.stages import content_key
 from trainers.backbone import load_backbone
@@ -54,6 +63,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """Everything that the arguments ask for and this machine has."""
     for rows in ROWS:
         sizes: dict[str, Any] = {"rows": rows, "tokens": TOKENS, "steps": arguments.steps, "threads": arguments.threads}
+        yield Case("base", Job("base", "", **sizes), sys.executable)
         for name, plan in BUNDLES.items():
             if (arguments.prepared / name / "manifest.json").is_file():
                 tenants = 0 if plan.merged else plan.tenants
@@ -98,7 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = [case for case in cases(arguments) if not arguments.only or case.name in arguments.only]
     if not chosen:
         sys.exit("nothing to measure; run prepare first, or name peers")
-    arguments.results.mkdir(parents=True, exist_ok=True)
     for number in range(arguments.rounds):
         order = chosen if number % 2 == 0 else chosen[::-1]
         found = []
@@ -108,26 +117,53 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"round {number + 1}: {case.name}, {case.job.rows} rows: {shown}", flush=True)
             job = {**dataclasses.asdict(case.job), "model": Path(case.job.model).name}
             found.append({"name": case.name, "job": job, **figures})
-        record = {
-            "load": os.getloadavg()[0],
-            "cores": len(os.sched_getaffinity(0)),
-            "processor": _processor(),
-            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "measured": found,
-        }
-        path = arguments.results / f"round-{content_key(record)}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _save(arguments.results, "round", {"measured": found})
     return 0
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    """Measure continuous against static batches; each round is a file."""
+    for record in compare_batching(arguments.prepared / "iapt-8", arguments.rounds, arguments.requests):
+        print(f"trace: {json.dumps(record)}", flush=True)
+        _save(arguments.results, "trace", record)
+    return 0
+
+
+def run_soak(arguments: argparse.Namespace) -> int:
+    """Serve while tenants come and go; fails where an answer is wrong or lost."""
+    for state in soak(arguments.prepared / "iapt-8", 60 * arguments.minutes):
+        seconds, mib = state.memory_mib[-1] if state.memory_mib else (0.0, 0.0)
+        print(f"soak: {seconds:.0f} s, {state.answered} answered, {mib:.0f} MiB", flush=True)
+    _save(arguments.results, "soak", {"minutes": arguments.minutes, **state.to_dict()})
+    return 1 if state.wrong or state.lost else 0
+
+
+def measure_all(arguments: argparse.Namespace) -> int:
+    """Prepare, run, trace, soak, report."""
+    return max(action(arguments) for action in (prepare, run, trace, run_soak, report))
+
+
+def _save(folder: Path, kind: str, record: dict[str, Any]) -> None:
+    record = {
+        "load": os.getloadavg()[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        **record,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}-{content_key(record)}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Write the tables and plots."""
-    from benchmarks.serving_report import read_rounds, write_report
+    from benchmarks.serving_report import Records, write_report
 
-    rounds = read_rounds(arguments.results)
-    if not rounds:
+    records = Records.read(arguments.results)
+    if not records.rounds:
         sys.exit(f"{arguments.results} holds no rounds; use run first")
-    write_report(rounds, arguments.output)
+    write_report(records, arguments.output)
     print(f"wrote {arguments.output}")
     return 0
 
@@ -144,28 +180,36 @@ def _named(text: str) -> tuple[str, str]:
     return name, folder
 
 
+FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("prepare run", "--model", {"default": str(MODEL), "help": "folder of the backbone (default: %(default)s)"}),
+    ("prepare run trace soak", "--prepared", {"type": Path, "default": PREPARED, "help": "folder of the bundles"}),
+    ("prepare run", "--only", {"nargs": "+", "default": [], "metavar": "CASE", "help": "these alone"}),
+    ("run", "--genai", {"action": "append", "type": _named, "default": [], "metavar": "DTYPE=DIR"}),
+    ("run", "--genai-python", {"default": sys.executable, "metavar": "PYTHON", "help": "where genai is installed"}),
+    ("run", "--optimum", {"metavar": "DIR", "help": "a model that optimum-onnx exported"}),
+    ("run", "--optimum-python", {"default": sys.executable, "metavar": "PYTHON", "help": "where optimum is installed"}),
+    ("run trace", "--rounds", {"type": int, "default": 5, "help": "default: %(default)s"}),
+    ("run", "--steps", {"type": int, "default": STEPS, "help": "decode steps (default: %(default)s)"}),
+    ("run", "--threads", {"type": int, "default": 2, "help": "default: %(default)s"}),
+    ("trace", "--requests", {"type": int, "default": 48, "help": "default: %(default)s"}),
+    ("soak", "--minutes", {"type": float, "default": 30.0, "help": "default: %(default)s"}),
+    ("run trace soak report", "--results", {"type": Path, "default": RESULTS, "help": "folder of the records"}),
+    ("report", "--output", {"type": Path, "default": ROOT / "docs" / "benchmarks.md", "help": "file to write"}),
+)
+"""The commands that need a flag, the flag, and its settings."""
+
+
 def main(words: list[str] | None = None) -> int:
-    """Prepare, run or report; returns the exit code."""
+    """Measure or report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, action in (("prepare", prepare), ("run", run)):
+    actions = {"all": measure_all, "prepare": prepare, "run": run, "trace": trace, "soak": run_soak, "report": report}
+    for name, action in actions.items():
         command = commands.add_parser(name, help=str(action.__doc__))
         command.set_defaults(action=action)
-        command.add_argument("--model", default=str(MODEL), help="folder of the backbone (default: %(default)s)")
-        command.add_argument("--prepared", type=Path, default=PREPARED, help="folder of the bundles")
-        command.add_argument("--only", nargs="+", default=[], metavar="CASE", help="these alone")
-    command.add_argument("--genai", action="append", type=_named, default=[], metavar="DTYPE=DIR")
-    command.add_argument("--genai-python", default=sys.executable, metavar="PYTHON", help="where genai is installed")
-    command.add_argument("--optimum", metavar="DIR", help="a model that optimum-onnx exported")
-    command.add_argument("--optimum-python", default=sys.executable, metavar="PYTHON")
-    command.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    command.add_argument("--steps", type=int, default=STEPS, help="decode steps (default: %(default)s)")
-    command.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    written = commands.add_parser("report", help=str(report.__doc__))
-    written.set_defaults(action=report)
-    written.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks.md", help="file to write")
-    for command in (commands.choices["run"], written):
-        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+        for needed_by, flag, fields in FLAGS:
+            if name == "all" or name in needed_by.split():
+                command.add_argument(flag, **fields)
     arguments = parser.parse_args(words)
     return int(arguments.action(arguments))
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import random
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Step = Callable[[], object]
@@ -69,6 +71,16 @@ def session(job: Job) -> tuple[Step, Step]:
         last["tokens"] = stepper.step(last["tokens"]).argmax(axis=1).tolist()
 
     return prefill, decode
+
+
+def base(job: Job) -> tuple[Step, Step]:
+    """The runtime alone: what a process holds before a model is loaded."""
+    import onnxruntime
+
+    import engines.session  # noqa: F401
+
+    onnxruntime.SessionOptions()
+    return (lambda: None), (lambda: None)
 
 
 def genai(job: Job) -> tuple[Step, Step]:
@@ -157,18 +169,30 @@ def optimum(job: Job) -> tuple[Step, Step]:
     return lambda: run(ids, None, job.tokens), lambda: run(last["tokens"], last["cache"], last["total"] + 1)
 
 
-PEERS = {each.__name__: each for each in (session, genai, transformers, peft, optimum)}
+PEERS = {each.__name__: each for each in (session, base, genai, transformers, peft, optimum)}
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Load, warm up, and time: the second prefill, and the steps after the first."""
+    """Load, warm up, and time: three prefills, of which the median counts, and the steps after the first."""
     prefill, decode = PEERS[job.peer](job)
     prefill()
-    prefill_ms = _timed(prefill)
+    prefill_ms = statistics.median(_timed(prefill) for _ in range(3))
     decode()
     steps = [_timed(decode) for _ in range(job.steps - 1)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"prefill_ms": prefill_ms, "decode_ms": steps, "peak_mib": peak}
+    sizes = needed_mib(job) if job.peer == "session" else {}
+    return {"prefill_ms": prefill_ms, "decode_ms": steps, "peak_mib": peak, **sizes}
+
+
+def needed_mib(job: Job) -> dict[str, float]:
+    """What a bundle cannot do without: one copy of its weights, its tenants', and the cache entries in use."""
+    folder = Path(job.model)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (target,) = manifest["targets"]
+    past = [x for x in target["graphs"]["serve"]["inputs"] if x["name"].startswith("past_key_values.")]
+    entry = sum(heads * width * 4 for _, heads, _, width in (tensor["shape"] for tensor in past))
+    weights = sum(path.stat().st_size for pattern in ("*.data", "tenants/*") for path in folder.glob(pattern))
+    return {"weights_mib": weights / 2**20, "cache_mib": job.rows * (job.tokens + job.steps) * entry / 2**20}
 
 
 def _timed(action: Step) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,10 +57,32 @@ GOALS = (
 )
 
 
-def read_rounds(folder: Path) -> list[dict[str, Any]]:
-    """All records, oldest first."""
-    rounds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("round-*.json"))]
-    return sorted(rounds, key=lambda record: record["time"])
+MEMORY_GOAL = 1.2
+"""Peak memory beyond the runtime's own, over one copy of the weights and the cache in use."""
+TRACE_GOAL = 1.7
+"""Throughput of continuous over that of static batches."""
+FLAT_MIB = 32.0
+"""How much a soak's memory may grow after its first fifth."""
+BY_HAND = "## What it means"
+"""This heading and all after it are kept when the page is written again."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was measured, oldest first."""
+
+    rounds: list[dict[str, Any]]
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    soaks: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Records:
+        """All records of a folder."""
+        kinds = []
+        for kind in ("round", "trace", "soak"):
+            found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"{kind}-*.json")]
+            kinds.append(sorted(found, key=lambda record: record["time"]))
+        return cls(*kinds)
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
@@ -70,6 +92,8 @@ def figures_of(record: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
             "prefill": entry["prefill_ms"],
             "decode": median(entry["decode_ms"]),
             "peak": entry["peak_mib"],
+            "needed": entry.get("weights_mib", 0.0) + entry.get("cache_mib", 0.0),
+            "weights": entry.get("weights_mib", 0.0),
         }
         for entry in record["measured"]
         if "error" not in entry
@@ -82,21 +106,36 @@ def typical(rounds: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, float]]:
     keys = dict.fromkeys(key for found in each for key in found)
     return {
         key: {
-            name: median(found[key][name] for found in each if key in found) for name in ("prefill", "decode", "peak")
+            name: median(found[key][name] for found in each if key in found)
+            for name in ("prefill", "decode", "peak", "needed", "weights")
         }
         for key in keys
     }
 
 
-def ratio(rounds: Sequence[Mapping[str, Any]], goal: Goal) -> float | None:
-    """The median over rounds of how much faster a goal's own case is; None where no round has both."""
+def ratios(rounds: Sequence[Mapping[str, Any]], goal: Goal) -> list[float]:
+    """How much faster a goal's own case is, in each round that has both, sorted."""
     found = []
     for record in rounds:
         figures = figures_of(record)
         own, other = figures.get((goal.own, goal.rows)), figures.get((goal.other, goal.rows))
         if own and other:
             found.append(other[goal.figure] / own[goal.figure])
-    return median(found) if found else None
+    return sorted(found)
+
+
+def memory(figures: Mapping[Key, Mapping[str, float]], name: str, rows: int) -> float | None:
+    """A case's peak beyond the runtime's own, over what it cannot do without; None where it was not measured."""
+    own, base = figures.get((name, rows)), figures.get(("base", rows))
+    return (own["peak"] - base["peak"]) / own["needed"] if own and base and own["needed"] else None
+
+
+def tenant_cost(figures: Mapping[Key, Mapping[str, float]]) -> float | None:
+    """Memory of a tenant more over its weights, from 8 to 64 tenants."""
+    few, many = figures.get(("iapt-8", 8)), figures.get(("iapt-64", 8))
+    if not few or not many:
+        return None
+    return (many["peak"] - few["peak"]) / (many["weights"] - few["weights"])
 
 
 def failures(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -110,8 +149,46 @@ def failures(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(lines)
 
 
-def lines_of(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The page."""
+def goal_lines(records: Records) -> Iterator[str]:
+    """The rows of the table of goals."""
+
+    def row(what: str, rows: str, goal: str, made: str, met: bool) -> str:
+        return f"| {what} | {rows} | {goal} | {made} | {('met' if met else 'missed') if made else 'not measured'} |"
+
+    for goal in GOALS:
+        found = ratios(records.rounds, goal)
+        shown = f"{median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})" if found else ""
+        met = bool(found) and median(found) >= goal.at_least
+        yield row(f"{goal.figure}: {goal.text}", str(goal.rows), f"at least {goal.at_least:.2f}", shown, met)
+    figures = typical(records.rounds)
+    for rows in (1, 8):
+        made = memory(figures, "plain", rows)
+        what = "peak memory beyond the runtime's, over weights and cache"
+        shown = "" if made is None else f"{made:.2f}"
+        yield row(what, str(rows), f"at most {MEMORY_GOAL}", shown, (made or 0) <= MEMORY_GOAL)
+    cost = tenant_cost(figures)
+    yield row("memory of one more tenant, over its weights", "8", "1", f"{cost:.2f}" if cost else "", (cost or 9) < 1.1)
+    gains = sorted(each["continuous"]["tokens_per_s"] / each["static"]["tokens_per_s"] for each in records.traces)
+    shown = f"{median(gains):.2f} ({gains[0]:.2f} to {gains[-1]:.2f})" if gains else ""
+    met = bool(gains) and median(gains) >= TRACE_GOAL
+    yield row("throughput: continuous over static batches", "8", f"at least {TRACE_GOAL}", shown, met)
+    if records.soaks:
+        last = records.soaks[-1]
+        shown = f"{len(last['lost'])} lost, {len(last['wrong'])} wrong, {growth(last):+.0f} MiB"
+        met = not last["lost"] and not last["wrong"] and growth(last) <= FLAT_MIB
+        yield row(f"soak of {last['minutes']:.0f} minutes", "8", "none lost, none wrong, flat memory", shown, met)
+
+
+def growth(soak: Mapping[str, Any]) -> float:
+    """MiB by which a soak's memory grew after its first fifth: medians of the second and of the last fifth."""
+    mib = [sample for _, sample in soak["memory_mib"]]
+    fifth = max(1, len(mib) // 5)
+    return median(mib[-fifth:]) - median(mib[fifth : 2 * fifth] or mib)
+
+
+def lines_of(records: Records) -> Iterator[str]:
+    """The page, but for what is written by hand."""
+    rounds = records.rounds
     last = rounds[-1]
     job = last["measured"][0]["job"]
     yield "# Benchmarks"
@@ -123,29 +200,26 @@ def lines_of(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         f"{min(r['load'] for r in rounds):.1f} to {max(r['load'] for r in rounds):.1f}."
     )
     yield ""
-    yield "`python -m benchmarks.serving prepare`, `run` and `report` measure it again; `--help` says what each needs."
+    yield "`python -m benchmarks.serving all` measures it again; `--help` says what it needs."
     yield ""
     yield "## Goals"
     yield ""
-    yield "Times as fast, by the median over rounds of the ratio within a round."
+    yield "Times as fast: the median over rounds of the ratio within a round, and the smallest and largest ratio."
     yield ""
     yield "| What | Rows | Goal | Measured | |"
     yield "| --- | --- | --- | --- | --- |"
-    for goal in GOALS:
-        made = ratio(rounds, goal)
-        verdict = "not measured" if made is None else "met" if made >= goal.at_least else "missed"
-        shown = "" if made is None else f"{made:.2f}"
-        yield f"| {goal.figure}: {goal.text} | {goal.rows} | {goal.at_least:.2f} | {shown} | {verdict} |"
+    yield from goal_lines(records)
     yield ""
     yield "## Figures"
     yield ""
     yield "| Case | Rows | Prefill, ms | Decode step, ms | Decode, tokens/s | Peak memory, MiB |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for (name, rows), figures in sorted(typical(rounds).items(), key=_place):
-        yield (
-            f"| {TITLES.get(name, name)} | {rows} | {figures['prefill']:.0f} | {figures['decode']:.1f} "
-            f"| {rows / figures['decode'] * 1e3:.0f} | {figures['peak']:.0f} |"
-        )
+        if name != "base":
+            yield (
+                f"| {TITLES.get(name, name)} | {rows} | {figures['prefill']:.0f} | {figures['decode']:.1f} "
+                f"| {rows / figures['decode'] * 1e3:.0f} | {figures['peak']:.0f} |"
+            )
     yield ""
     yield "![Tokens a second](images/serving.png)"
     if failed := failures(rounds):
@@ -153,14 +227,68 @@ def lines_of(rounds: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "Not measured:"
         yield ""
         yield from (f"- {line}" for line in failed)
+    yield from load_lines(records)
 
 
-def write_report(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the page, and its plot beside it."""
+def load_lines(records: Records) -> Iterator[str]:
+    """The sections on the trace and the soak."""
+    if records.traces:
+        yield ""
+        yield "## Continuous and static batches"
+        yield ""
+        yield (
+            f"{records.traces[-1]['requests']} requests of 16 to 128 instruction tokens and 4 to 256 answer tokens, "
+            f"ten a second, eight rows; medians of {len(records.traces)} alternating rounds."
+        )
+        yield ""
+        yield "| Batches | Tokens/s | Seconds to the first token | Seconds to the whole answer |"
+        yield "| --- | --- | --- | --- |"
+        for kind in ("continuous", "static"):
+            made = {name: median(each[kind][name] for each in records.traces) for name in records.traces[0][kind]}
+            yield f"| {kind} | {made['tokens_per_s']:.0f} | {made['first_token_s']:.1f} | {made['answer_s']:.1f} |"
+    if records.soaks:
+        last = records.soaks[-1]
+        yield ""
+        yield f"## {last['minutes']:.0f} minutes with tenants coming and going"
+        yield ""
+        yield (
+            f"{last['answered']} requests answered, {len(last['lost'])} lost, {len(last['wrong'])} with another answer "
+            f"than alone; {last['added']} tenants added (the slowest in {last['slowest_add_ms']:.0f} ms, waiting for "
+            f"the step under way), {last['removed']} removed. Memory grew by {growth(last):.0f} MiB after the first "
+            "fifth."
+        )
+        yield ""
+        yield "![Memory during the soak](images/soak.png)"
+
+
+def write_report(records: Records, path: Path) -> None:
+    """Write the page, and its plots beside it; what is written by hand at the page's end stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines_of(rounds)) + "\n", encoding="utf-8")
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    kept = BY_HAND + before.partition(BY_HAND)[2] if BY_HAND in before else ""
+    page = "\n".join(lines_of(records)) + "\n"
+    path.write_text(f"{page}\n{kept}" if kept else page, encoding="utf-8")
     (path.parent / "images").mkdir(exist_ok=True)
-    plot(typical(rounds), path.parent / "images" / "serving.png")
+    plot(typical(records.rounds), path.parent / "images" / "serving.png")
+    if records.soaks:
+        plot_soak(records.soaks[-1], path.parent / "images" / "soak.png")
+
+
+def plot_soak(soak: Mapping[str, Any], path: Path) -> None:
+    """Resident memory over minutes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from benchmarks.quality_plots import OWN, STYLE
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 2.6))
+        axes = figure.subplots()
+        axes.plot([s / 60 for s, _ in soak["memory_mib"]], [mib for _, mib in soak["memory_mib"]], color=OWN)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("minutes")
+        axes.set_ylabel("MiB resident")
+        figure.savefig(path, metadata={"Software": None})
 
 
 def plot(figures: Mapping[Key, Mapping[str, float]], path: Path) -> None:

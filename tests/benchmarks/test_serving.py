@@ -14,9 +14,24 @@ import pytest
 from benchmarks import serving
 from benchmarks.serving import Case, cases, main, measure
 from benchmarks.serving_bundles import BundlePlan, make_bundle
+from benchmarks.serving_load import Soak, compare_batching, make_trace, soak
 from benchmarks.serving_peers import Job
 from benchmarks.serving_peers import measure as work
-from benchmarks.serving_report import GOALS, TITLES, Goal, failures, figures_of, lines_of, ratio, typical, write_report
+from benchmarks.serving_report import (
+    BY_HAND,
+    GOALS,
+    TITLES,
+    Goal,
+    Records,
+    failures,
+    figures_of,
+    lines_of,
+    memory,
+    ratios,
+    tenant_cost,
+    typical,
+    write_report,
+)
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.backbone import load_backbone
 from trainers.method_configs import IAPTConfig
@@ -39,29 +54,59 @@ LORA = Goal("", "decode", "iapt-8", "lora-all", 8, 1.3)
 
 
 def test_a_steps_figure_is_the_median_of_a_round_and_of_rounds() -> None:
-    assert figures_of(ROUNDS[0])["iapt-8", 8] == {"prefill": 100.0, "decode": 10.0, "peak": 500.0}
+    found = figures_of(ROUNDS[0])["iapt-8", 8]
+    assert found == {"prefill": 100.0, "decode": 10.0, "peak": 500.0, "needed": 0.0, "weights": 0.0}
     assert typical(ROUNDS)["iapt-8", 8]["decode"] == 20.0
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    assert ratio(ROUNDS, LORA) == pytest.approx(1.5)
+    assert ratios(ROUNDS, LORA) == pytest.approx([1.5] * 3)
     uneven = [*ROUNDS[:2], a_round(8, entry("iapt-8", 10.0))]
-    assert ratio(uneven, LORA) == pytest.approx(1.5), "a round without one of the two does not count"
-    assert ratio([a_round(1, entry("iapt-8", 10.0))], LORA) is None
+    assert ratios(uneven, LORA) == pytest.approx([1.5] * 2), "a round without one of the two does not count"
+    assert ratios([a_round(1, entry("iapt-8", 10.0))], LORA) == []
+
+
+def test_memory_is_counted_beyond_the_runtime() -> None:
+    own = {**entry("plain", 1.0), "weights_mib": 350.0, "cache_mib": 50.0}
+    base = {**entry("base", 1.0), "peak_mib": 60.0}
+    figures = typical([a_round(1, own, base)])
+    assert memory(figures, "plain", 8) == pytest.approx(440 / 400)
+    assert memory(figures, "plain", 1) is None and memory(typical([a_round(1, own)]), "plain", 8) is None
+    few, many = ({**entry(f"iapt-{n}", 1.0), "peak_mib": 500.0 + 2 * n, "weights_mib": 1.0 * n} for n in (8, 64))
+    assert tenant_cost(typical([a_round(1, few, many)])) == pytest.approx(2.0)
+    assert tenant_cost(typical([a_round(1, few)])) is None
 
 
 def test_the_page_says_what_was_met_missed_and_not_measured(tmp_path: Path) -> None:
     broken = {"name": "peft-all", "job": JOB, "error": "ImportError: no peft"}
     rounds = [*ROUNDS, a_round(3, entry("iapt-8", 10.0), entry("lora-all", 12.0), broken)]
-    page = "\n".join(lines_of(rounds))
-    assert "decode: against LoRA of seven projections, same session | 8 | 1.30 | 1.50 | met" in page
-    assert "prefill: against LoRA of seven projections, same session | 8 | 1.10 | 1.00 | missed" in page
-    assert "against genai, int4 | 8 | 0.95 |  | not measured" in page
+    trace = {"requests": 3, "time": "1"}
+    for kind, speed in (("continuous", 30.0), ("static", 20.0)):
+        trace[kind] = {"tokens_per_s": speed, "first_token_s": 1.0, "answer_s": 2.0}  # type: ignore[assignment]
+    soaked = {"minutes": 1.0, **Soak(answered=9, memory_mib=[(n, 100.0 + n) for n in range(10)]).to_dict()}
+    records = Records(rounds, [trace], [soaked])
+    page = "\n".join(lines_of(records))
+    assert (
+        "decode: against LoRA of seven projections, same session | 8 | at least 1.30 | 1.50 (1.20 to 1.50) | met"
+        in page
+    )
+    assert (
+        "prefill: against LoRA of seven projections, same session | 8 | at least 1.10 | 1.00 (1.00 to 1.00) | missed"
+        in page
+    )
+    assert "against genai, int4 | 8 | at least 0.95 |  | not measured" in page
+    assert "continuous over static batches | 8 | at least 1.7 | 1.50 (1.50 to 1.50) | missed" in page
+    assert "0 lost, 0 wrong, +6 MiB | met" in page
     assert failures(rounds) == [f"{TITLES['peft-all']}, 8 rows: ImportError: no peft"]
     assert failures(rounds)[0] in page
-    write_report(rounds, tmp_path / "benchmarks.md")
-    assert (tmp_path / "benchmarks.md").read_text() == page + "\n"
-    assert (tmp_path / "images" / "serving.png").stat().st_size > 1000
+    path = tmp_path / "benchmarks.md"
+    write_report(records, path)
+    assert path.read_text() == page + "\n"
+    path.write_text(f"old\n\n{BY_HAND}\n\nWe think.\n")
+    write_report(records, path)
+    assert path.read_text() == f"{page}\n\n{BY_HAND}\n\nWe think.\n"
+    for name in ("serving", "soak"):
+        assert (tmp_path / "images" / f"{name}.png").stat().st_size > 1000
 
 
 def test_every_goal_is_about_cases_that_are_measured() -> None:
@@ -77,17 +122,17 @@ def test_cases_are_the_bundles_that_stand_there_and_the_peers_that_are_named(tmp
     (tmp_path / "iapt-8").mkdir()
     (tmp_path / "iapt-8" / "manifest.json").write_text("{}")
     found = list(cases(arguments(tmp_path, genai=[("int4", "g")], optimum="o", optimum_python="other")))
-    names = ["iapt-8", "genai-int4", "transformers", "peft-qv", "peft-all", "optimum"]
+    names = ["base", "iapt-8", "genai-int4", "transformers", "peft-qv", "peft-all", "optimum"]
     assert [case.name for case in found] == names * 2
-    assert [case.job.rows for case in found] == [1] * 6 + [8] * 6
+    assert [case.job.rows for case in found] == [1] * 7 + [8] * 7
     assert {case.name: case.python for case in found}["optimum"] == "other"
-    assert set(names) <= set(TITLES)
+    assert set(names) - {"base"} <= set(TITLES)
 
 
 def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = Case("x", Job(**{**JOB, "peer": "nobody"}), sys.executable)
     assert measure(case) == {
-        "error": "peer 'nobody' is not known; use one of session, genai, transformers, peft, optimum"
+        "error": "peer 'nobody' is not known; use one of session, base, genai, transformers, peft, optimum"
     }
     assert "FileNotFoundError" in measure(Case("x", case.job, str(tmp_path / "none")))["error"]
 
@@ -114,9 +159,24 @@ def test_a_tiny_bundle_is_made_measured_and_reported(tmp_path: Path) -> None:
         ("iapt-8", 8, None),
     ]
     assert str(tmp_path) not in record.read_text(), "records name no machine's folders"
+    assert measured[0]["weights_mib"] > measured[0]["cache_mib"] > 0
+    (batching,) = compare_batching(tmp_path / "prepared" / "iapt-8", rounds=1, count=3)
+    assert batching["requests"] == 3 and all(
+        v > 0 for kind in ("continuous", "static") for v in batching[kind].values()
+    )
+    *_, state = soak(tmp_path / "prepared" / "iapt-8", 2.0, clients=2, length=3)
+    assert state.answered > 0 and state.added > 1 and not state.wrong and not state.lost
+    assert main(["run", "--only", "base", "--results", str(tmp_path / "other"), "--rounds", "1"]) == 0
     output = tmp_path / "docs" / "benchmarks.md"
     assert main(["report", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0
     assert "ours, 8 IAPT tenants | 8 |" in output.read_text()
+
+
+def test_a_trace_is_the_same_for_all_who_play_it() -> None:
+    one, other = (make_trace(["a", "b"], 100, 20) for _ in range(2))
+    assert one == other and [arrival.request.tenant for arrival in one] == ["a", "b"] * 10
+    assert sorted(arrival.seconds for arrival in one) == [arrival.seconds for arrival in one]
+    assert all(16 <= len(a.request.tokens) <= 128 and 4 <= a.request.max_new_tokens <= 256 for a in one)
 
 
 def test_nothing_to_measure_or_to_report_says_what_to_do(tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""Load on one session: a trace of requests of mixed lengths, and a soak in which tenants come and go.
+
+`benchmarks.serving` runs them as ``trace`` and ``soak``.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines.session import Request, Session
+from engines.stepper import Instruction, Stepper
+from iapt_export.errors import IaptError
+
+CLEAR = 1e-2
+"""Lead of every token's logit over the next, below which an answer may change with the batch's rounding."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request of a trace."""
+
+    seconds: float
+    """After the start."""
+    request: Request
+
+
+def make_trace(tenants: list[str], vocabulary: int, count: int, seed: int = 0) -> list[Arrival]:
+    """Requests whose instructions have 16 to 128 tokens and whose answers have 4 to 256, most of them short.
+
+    They arrive a tenth of a second apart on average, which is faster than two cores serve them, as in a busy hour.
+    """
+    source = random.Random(seed)
+    arrivals, now = [], 0.0
+    for number in range(count):
+        prompt = tuple(source.randrange(5, vocabulary) for _ in range(source.randint(16, 128)))
+        length = min(256, 4 + int(source.expovariate(1 / 48)))
+        request = Request(tenants[number % len(tenants)], tokens=prompt, max_new_tokens=length, ignore_eos=True)
+        arrivals.append(Arrival(now, request))
+        now += source.expovariate(10.0)
+    return arrivals
+
+
+def play(bundle: Path, trace: list[Arrival], *, continuous: bool) -> dict[str, float]:
+    """Serve a trace as it arrives.
+
+    Args:
+        bundle: the bundle to serve.
+        trace: what arrives, and when.
+        continuous: let requests join others under way; else a batch runs to its end before the next begins.
+
+    Returns:
+        ``tokens_per_s`` from the first arrival to the last answer, and the medians over requests of the seconds from
+        arrival to the first token, ``first_token_s``, and to the last, ``answer_s``.
+    """
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    tokens = 0
+
+    def follow(number: int, due: float) -> None:
+        nonlocal tokens
+        for _ in session.submit(trace[number].request, number):
+            first.setdefault(number, time.perf_counter() - due)
+            with counting:
+                tokens += 1
+        last[number] = time.perf_counter() - due
+
+    counting = threading.Lock()
+    with Session.open(bundle, verify=False, continuous=continuous, max_waiting=len(trace)) as session:
+        start, threads = time.perf_counter(), []
+        for number, arrival in enumerate(trace):
+            due = start + arrival.seconds
+            time.sleep(max(0.0, due - time.perf_counter()))
+            threads.append(threading.Thread(target=follow, args=(number, due)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - start
+    assert tokens == sum(arrival.request.max_new_tokens for arrival in trace)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "first_token_s": statistics.median(first.values()),
+        "answer_s": statistics.median(last.values()),
+    }
+
+
+def compare_batching(bundle: Path, rounds: int, count: int) -> Iterator[dict[str, Any]]:
+    """Play one trace with continuous and with static batches, in alternating order; a record after each round."""
+    with Session.open(bundle, verify=False) as session:
+        trace = make_trace(session.tenants, session.manifest.backbone.vocab_size, count)
+    for number in range(rounds):
+        found: dict[str, Any] = {}
+        for continuous in (True, False) if number % 2 == 0 else (False, True):
+            found["continuous" if continuous else "static"] = play(bundle, trace, continuous=continuous)
+        yield {"requests": count, **found}
+
+
+def answer_alone(stepper: Stepper, tenant: str, prompt: tuple[int, ...], length: int) -> tuple[list[int], float]:
+    """Greedy tokens of a row by itself, and the smallest lead that any of them had."""
+    logits = stepper.read([Instruction(stepper.bank.get(tenant), prompt)])[0]
+    tokens, lead = [], float("inf")
+    while True:
+        second, best = sorted(logits.tolist())[-2:]
+        lead = min(lead, best - second)
+        tokens.append(int(logits.argmax()))
+        if len(tokens) == length:
+            break
+        logits = stepper.step([tokens[-1]])[0]
+    stepper.leave(0)
+    return tokens, lead
+
+
+@dataclass
+class Soak:
+    """What a soak found."""
+
+    answered: int = 0
+    wrong: list[dict[str, Any]] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """Errors of requests that should have been answered."""
+    added: int = 0
+    removed: int = 0
+    slowest_add_ms: float = 0.0
+    memory_mib: list[tuple[float, float]] = field(default_factory=list)
+    """(seconds, MiB resident), from the first sample on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            **self.__dict__,
+            "memory_mib": [(round(seconds), round(mib, 1)) for seconds, mib in self.memory_mib],
+        }
+
+
+def soak(bundle: Path, seconds: float, clients: int = 12, length: int = 24) -> Iterator[Soak]:
+    """Clients ask without pause while one tenant after the other is added under new names, used and removed.
+
+    Every answer is compared with what its row gives alone, which was computed before. The state is given out about
+    every ten seconds, the last time when all is over.
+    """
+    known = _expected(bundle, length)
+    state, lock, stop = Soak(), threading.Lock(), threading.Event()
+    with Session.open(bundle, verify=False, max_waiting=clients) as session:
+        guests: list[tuple[str, str]] = []
+        """(name, the tenant whose file it was added from) of those that are there and will not be removed next."""
+
+        def ask(seed: int) -> None:
+            source = random.Random(seed)
+            while not stop.is_set():
+                with lock:
+                    name, model = source.choice([*guests, *((own, own) for own in known)])
+                prompt, wanted = source.choice(known[model])
+                try:
+                    request = Request(name, tokens=prompt, max_new_tokens=length, ignore_eos=True)
+                    made = session.submit(request).result().tokens
+                except IaptError as error:
+                    if f"tenant {name!r} is not in this bundle" in str(error):
+                        continue  # it was removed since the choice
+                    with lock:
+                        state.lost.append(str(error))
+                    continue
+                with lock:
+                    state.answered += 1
+                    if made != wanted:
+                        state.wrong.append({"tenant": model, "prompt": prompt, "made": made, "wanted": wanted})
+
+        def change() -> None:
+            source, number = random.Random(0), 0
+            while not stop.wait(0.5):
+                if len(guests) >= 8:
+                    with lock:
+                        name, _ = guests.pop(0)
+                    session.remove_tenant(name)
+                    state.removed += 1
+                model = source.choice(list(known))
+                began = time.perf_counter()
+                name = session.add_tenant(bundle / "tenants" / f"{model}.safetensors", f"guest{number}")
+                state.slowest_add_ms = max(state.slowest_add_ms, (time.perf_counter() - began) * 1e3)
+                with lock:
+                    guests.append((name, model))
+                state.added, number = state.added + 1, number + 1
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(clients)]
+        threads.append(threading.Thread(target=change))
+        for thread in threads:
+            thread.start()
+        start = time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            state.memory_mib.append((passed, resident_mib()))
+            yield state
+            time.sleep(min(10.0, max(0.0, seconds - passed)))
+        stop.set()
+        for thread in threads:
+            thread.join()
+    yield state
+
+
+def _expected(bundle: Path, length: int) -> dict[str, list[tuple[tuple[int, ...], list[int]]]]:
+    """For each of the bundle's tenants eight prompts and their answers; prompts with a near tie are passed over."""
+    source = random.Random(1)
+    with Session.open(bundle, verify=False) as session:
+        stepper, vocabulary = session.stepper, session.manifest.backbone.vocab_size
+        known: dict[str, list[tuple[tuple[int, ...], list[int]]]] = {name: [] for name in session.tenants}
+        for name, pairs in known.items():
+            while len(pairs) < 8:
+                prompt = tuple(source.randrange(5, vocabulary) for _ in range(source.randint(8, 64)))
+                tokens, lead = answer_alone(stepper, name, prompt, length)
+                if lead > CLEAR:
+                    pairs.append((prompt, tokens))
+    return known
+
+
+def resident_mib() -> float:
+    """Memory of this process that is resident now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096 / MIB
