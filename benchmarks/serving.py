@@ -11,21 +11,24 @@ does it all, in about an hour and a half; its parts are
     soak      half an hour in which tenants come and go: right answers, no request lost, flat memory
     report    docs/benchmarks.md from the records
 
-``run`` measures every case once a round, each in a process of its own, so that slow minutes of the machine fall on all
-of them; ratios are medians over rounds. The genai folders come from its own model builder and the same weights:
-``python -m onnxruntime_genai.models.builder -i MODEL -o DIR -p fp32 -e cpu`` (and ``-p int4``); optimum's from
+``run`` keeps every case in a process of its own and measures each once a round, so that slow seconds of the machine
+fall on all of them; ratios are medians over rounds. The genai folders come from its own model builder and the same
+weights: ``python -m onnxruntime_genai.models.builder -i MODEL -o DIR -p fp32 -e cpu`` (and ``-p int4``); optimum's from
 ``optimum-cli export onnx -m MODEL --task text-generation-with-past DIR``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +48,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "serving"
 WORKER = ROOT / "benchmarks" / "serving_peers.py"
 ROWS = (1, 8)
 TOKENS = 128
-STEPS = 32
-TIMEOUT_S = 900
+STEPS = 24
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,50 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
             yield Case("optimum", Job("optimum", arguments.optimum, **sizes), arguments.optimum_python)
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Run one case in a process of its own; its figures, or what went wrong."""
-    threads = str(case.job.threads)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    command = [case.python, str(WORKER), json.dumps(dataclasses.asdict(case.job))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+class Worker:
+    """A case in a process of its own, which loads once and measures whenever it is asked."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        threads = str(case.job.threads)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [case.python, str(WORKER), json.dumps(dataclasses.asdict(case.job))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+        )
+
+    def measure(self) -> dict[str, Any]:
+        """One measurement, or what went wrong."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        late = threading.Timer(TIMEOUT_S, self.process.kill)
+        late.start()
+        try:
+            print(file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except OSError:
+            line = ""
+        finally:
+            late.cancel()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        self.errors.seek(0)
+        return {"error": (self.errors.read().strip().splitlines() or [f"exit code {self.process.returncode}"])[-1]}
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            assert file is not None
+            with contextlib.suppress(OSError):  # a line that nobody read
+                file.close()
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -104,21 +139,30 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure round after round; each round is a file."""
+    """Measure round after round, first with one row, then with eight; each round is a file."""
     chosen = [case for case in cases(arguments) if not arguments.only or case.name in arguments.only]
     if not chosen:
         sys.exit("nothing to measure; run prepare first, or name peers")
-    for number in range(arguments.rounds):
-        order = chosen if number % 2 == 0 else chosen[::-1]
-        found = []
-        for case in order:
-            figures = measure(case)
-            shown = figures.get("error") or f"prefill {figures['prefill_ms']:.0f} ms"
-            print(f"round {number + 1}: {case.name}, {case.job.rows} rows: {shown}", flush=True)
-            job = {**dataclasses.asdict(case.job), "model": Path(case.job.model).name}
-            found.append({"name": case.name, "job": job, **figures})
-        _save(arguments.results, "round", {"measured": found})
+    for rows in ROWS:
+        with contextlib.ExitStack() as stack:
+            workers = []
+            for case in chosen:
+                if case.job.rows == rows:
+                    workers.append(stack.enter_context(contextlib.closing(Worker(case))))
+                    workers[-1].measure()  # loads and warms up, one after the other
+                    print(f"{case.name}, {rows} rows: loaded", flush=True)
+            for number in range(arguments.rounds):
+                found = [_entry(worker) for worker in (workers if number % 2 == 0 else workers[::-1])]
+                _save(arguments.results, "round", {"measured": found})
+                print(f"round {number + 1} of {arguments.rounds}, {rows} rows", flush=True)
     return 0
+
+
+def _entry(worker: Worker) -> dict[str, Any]:
+    """A measurement as it stands in the record; processes rest in between, so that threads that spin come to a stop."""
+    time.sleep(0.1)
+    job = {**dataclasses.asdict(worker.case.job), "model": Path(worker.case.job.model).name}
+    return {"name": worker.case.name, "job": job, **worker.measure()}
 
 
 def trace(arguments: argparse.Namespace) -> int:
@@ -188,10 +232,10 @@ FLAGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("run", "--genai-python", {"default": sys.executable, "metavar": "PYTHON", "help": "where genai is installed"}),
     ("run", "--optimum", {"metavar": "DIR", "help": "a model that optimum-onnx exported"}),
     ("run", "--optimum-python", {"default": sys.executable, "metavar": "PYTHON", "help": "where optimum is installed"}),
-    ("run trace", "--rounds", {"type": int, "default": 5, "help": "default: %(default)s"}),
+    ("run trace", "--rounds", {"type": int, "default": 9, "help": "default: %(default)s"}),
     ("run", "--steps", {"type": int, "default": STEPS, "help": "decode steps (default: %(default)s)"}),
     ("run", "--threads", {"type": int, "default": 2, "help": "default: %(default)s"}),
-    ("trace", "--requests", {"type": int, "default": 48, "help": "default: %(default)s"}),
+    ("trace", "--requests", {"type": int, "default": 64, "help": "default: %(default)s"}),
     ("soak", "--minutes", {"type": float, "default": 30.0, "help": "default: %(default)s"}),
     ("run trace soak report", "--results", {"type": Path, "default": RESULTS, "help": "folder of the records"}),
     ("report", "--output", {"type": Path, "default": ROOT / "docs" / "benchmarks.md", "help": "file to write"}),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import threading
@@ -35,13 +36,14 @@ class Arrival:
 def make_trace(tenants: list[str], vocabulary: int, count: int, seed: int = 0) -> list[Arrival]:
     """Requests whose instructions have 16 to 128 tokens and whose answers have 4 to 256, most of them short.
 
-    They arrive a tenth of a second apart on average, which is faster than two cores serve them, as in a busy hour.
+    Answers' lengths are log-normal with a median of 32, as those of chat logs roughly are. Requests arrive a tenth of a
+    second apart on average, which is faster than two cores serve them, as in a busy hour.
     """
     source = random.Random(seed)
     arrivals, now = [], 0.0
     for number in range(count):
         prompt = tuple(source.randrange(5, vocabulary) for _ in range(source.randint(16, 128)))
-        length = min(256, 4 + int(source.expovariate(1 / 48)))
+        length = min(256, max(4, int(source.lognormvariate(math.log(32), 1.2))))
         request = Request(tenants[number % len(tenants)], tokens=prompt, max_new_tokens=length, ignore_eos=True)
         arrivals.append(Arrival(now, request))
         now += source.expovariate(10.0)

@@ -1,18 +1,18 @@
-"""One measurement of one peer, in a process and an environment of its own.
+"""One peer in a process and an environment of its own, measured whenever it is asked.
 
     PYTHON benchmarks/serving_peers.py '{"peer": "genai", "model": "DIR", "rows": 8, "tokens": 128, ...}'
 
-prints one line of JSON: milliseconds of prefill, of each decode step, and the peak of memory. Every peer reads the same
-random tokens and writes as many, greedily, and none stops early. Standard library and the peer's own package only, so
-that it runs where this project is not installed; `session` alone imports it.
+loads, and for each line on stdin prints one line of JSON: milliseconds of a prefill and of each decode step, and the
+peak of memory. Every peer reads the same random tokens and writes as many, greedily, and none stops early. Standard
+library and the peer's own package only, so that it runs where this project is not installed; `session` alone imports
+it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
-import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -172,16 +172,19 @@ def optimum(job: Job) -> tuple[Step, Step]:
 PEERS = {each.__name__: each for each in (session, base, genai, transformers, peft, optimum)}
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Load, warm up, and time: three prefills, of which the median counts, and the steps after the first."""
-    prefill, decode = PEERS[job.peer](job)
-    prefill()
-    prefill_ms = statistics.median(_timed(prefill) for _ in range(3))
+def measure(job: Job, prefill: Step, decode: Step) -> dict[str, Any]:
+    """Time a prefill, and the decode steps after the first."""
+    prefill_ms = _timed(prefill)
     decode()
     steps = [_timed(decode) for _ in range(job.steps - 1)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     sizes = needed_mib(job) if job.peer == "session" else {}
-    return {"prefill_ms": prefill_ms, "decode_ms": steps, "peak_mib": peak, **sizes}
+    return {"prefill_ms": prefill_ms, "decode_ms": steps, "peak_mib": peak_mib(), **sizes}
+
+
+def peak_mib() -> float:
+    """The most memory that was resident; what getrusage says may be the parent's, from before this program began."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def needed_mib(job: Job) -> dict[str, float]:
@@ -201,8 +204,18 @@ def _timed(action: Step) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Load and answer until stdin ends."""
     fields = json.loads(sys.argv[1])
     if fields["peer"] not in PEERS:
         sys.exit(f"peer {fields['peer']!r} is not known; use one of {', '.join(PEERS)}")
-    print(json.dumps(measure(Job(**{**fields, "modules": tuple(fields.get("modules", ()))}))))
+    job = Job(**{**fields, "modules": tuple(fields.get("modules", ()))})
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    prefill, decode = PEERS[job.peer](job)
+    for _ in sys.stdin:
+        print(json.dumps(measure(job, prefill, decode)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

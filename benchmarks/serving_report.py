@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,12 @@ def typical(rounds: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, float]]:
     }
 
 
+def num_rounds(rounds: Sequence[Mapping[str, Any]]) -> int:
+    """How often each case was measured; cases of few and of many rows have rounds of their own."""
+    counts = Counter(key for record in rounds for key in figures_of(record))
+    return min(counts.values())
+
+
 def ratios(rounds: Sequence[Mapping[str, Any]], goal: Goal) -> list[float]:
     """How much faster a goal's own case is, in each round that has both, sorted."""
     found = []
@@ -195,7 +202,7 @@ def lines_of(records: Records) -> Iterator[str]:
     yield ""
     yield (
         f"SmolLM2-135M-Instruct on {job['threads']} threads of {last['cores']} cores ({last['processor']}), "
-        f"{job['tokens']} instruction tokens, {job['steps']} generated tokens a row; medians of {len(rounds)} "
+        f"{job['tokens']} instruction tokens, {job['steps']} generated tokens a row; medians of {num_rounds(rounds)} "
         f"alternating rounds, each case in a process of its own. Load of the machine: "
         f"{min(r['load'] for r in rounds):.1f} to {max(r['load'] for r in rounds):.1f}."
     )

@@ -18,12 +18,22 @@ __all__ = ["tiny_build", "tiny_bundle"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / ".cache" / "smollm2-135m-instruct"
-THREADS = 2
-"""Fixed, so that sums are split the same way on every machine."""
+THREADS = 1
+"""Of PyTorch: fixed, so that sums are split the same way on every machine."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
+    _keep_to_own_cores()
+
+
+def _keep_to_own_cores() -> None:
+    """Deal the cores out to pytest-xdist's workers: a runtime starts a thread for each core it sees, and spins."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, own or cores)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

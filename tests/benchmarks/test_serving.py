@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks import serving
-from benchmarks.serving import Case, cases, main, measure
+from benchmarks.serving import Case, Worker, cases, main
 from benchmarks.serving_bundles import BundlePlan, make_bundle
 from benchmarks.serving_load import Soak, compare_batching, make_trace, soak
-from benchmarks.serving_peers import Job
+from benchmarks.serving_peers import PEERS, Job
 from benchmarks.serving_peers import measure as work
 from benchmarks.serving_report import (
     BY_HAND,
@@ -129,18 +129,18 @@ def test_cases_are_the_bundles_that_stand_there_and_the_peers_that_are_named(tmp
     assert set(names) - {"base"} <= set(TITLES)
 
 
-def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def asked(case: Case) -> dict[str, Any]:
+    with contextlib.closing(Worker(case)) as worker:
+        return worker.measure()
+
+
+def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("x", Job(**{**JOB, "peer": "nobody"}), sys.executable)
-    assert measure(case) == {
+    assert asked(case) == {
         "error": "peer 'nobody' is not known; use one of session, base, genai, transformers, peft, optimum"
     }
-    assert "FileNotFoundError" in measure(Case("x", case.job, str(tmp_path / "none")))["error"]
-
-    def late(*_: Any, **__: Any) -> Any:
-        raise subprocess.TimeoutExpired("x", 1)
-
-    monkeypatch.setattr(serving.subprocess, "run", late)
-    assert "TimeoutExpired" in measure(case)["error"]
+    monkeypatch.setattr(serving, "TIMEOUT_S", 0.01)
+    assert asked(Case("x", Job(**{**JOB, "peer": "base"}), sys.executable)) == {"error": "exit code -9"}
 
 
 def test_a_tiny_bundle_is_made_measured_and_reported(tmp_path: Path) -> None:
@@ -148,17 +148,15 @@ def test_a_tiny_bundle_is_made_measured_and_reported(tmp_path: Path) -> None:
     backbone = load_backbone(str(folder))
     make_bundle(BundlePlan(IAPTConfig(bottleneck=8), tenants=8), backbone, tmp_path / "prepared" / "iapt-8")
     job = Job("session", str(tmp_path / "prepared" / "iapt-8"), rows=2, tokens=5, steps=4, threads=1, tenants=8)
-    made = work(job)
+    made = work(job, *PEERS["session"](job))
     assert made["prefill_ms"] > 0 and len(made["decode_ms"]) == 3 and made["peak_mib"] > 10
     words = ["run", "--prepared", tmp_path / "prepared", "--results", tmp_path / "results", "--rounds", "1"]
     assert main([str(word) for word in [*words, "--steps", "2", "--only", "iapt-8"]]) == 0
-    (record,) = (tmp_path / "results").glob("round-*.json")
-    measured = json.loads(record.read_text())["measured"]
-    assert [(each["name"], each["job"]["rows"], each.get("error")) for each in measured] == [
-        ("iapt-8", 1, None),
-        ("iapt-8", 8, None),
-    ]
-    assert str(tmp_path) not in record.read_text(), "records name no machine's folders"
+    records = [path.read_text() for path in (tmp_path / "results").glob("round-*.json")]
+    measured = [each for record in records for each in json.loads(record)["measured"]]
+    found = sorted((each["name"], each["job"]["rows"], each.get("error")) for each in measured)
+    assert found == [("iapt-8", 1, None), ("iapt-8", 8, None)]
+    assert not any(str(tmp_path) in record for record in records), "records name no machine's folders"
     assert measured[0]["weights_mib"] > measured[0]["cache_mib"] > 0
     (batching,) = compare_batching(tmp_path / "prepared" / "iapt-8", rounds=1, count=3)
     assert batching["requests"] == 3 and all(

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from iapt_export.manifest import BundleManifest
-from tests.bundles import NEW_TOKENS, TinyBuild
+from iapt_export.passes.pack_projections import JOIN
+from tests.bundles import NEW_TOKENS, TinyBuild, run, save_tiny_adapter
+from tests.tiny import save_tiny_backbone, tiny_llama
 from tests.validation.faults import FAULTS, Fault
-from trainers.backbone import load_backbone
+from trainers.backbone import config_fingerprint, load_backbone
 from validation.compare import Settings
 from validation.result import Bisection
 from validation.validate import validate_bundle
@@ -44,6 +48,33 @@ def test_a_planted_fault_is_caught_and_located(
         assert found.graph == "serve" or found.tensor.endswith(fault.tensor), found
         assert fault.evidence in found.evidence, found
     record_property("located", fault.name)
+
+
+def test_a_fault_in_packed_weights_names_the_part(tmp_path: Path) -> None:
+    """Heads of the tiny backbone are too narrow for ONNX Runtime to turn, so its projections stay apart; not these."""
+    model = tiny_llama(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    folder = save_tiny_backbone(tmp_path / "model", model)
+    heads = {"num_kv_heads": 1, "head_dim": 16}
+    adapter = save_tiny_adapter(tmp_path / "alpha", 0, config_fingerprint(model.config), **heads)
+    bundle = tmp_path / "bundle"
+    build = TinyBuild(folder, {"alpha": adapter}, tmp_path / "cache", bundle)
+    outcome = run(*build.arguments(bundle))
+    assert outcome.code == 0, outcome.err
+    graph = onnx.load(bundle / "serve.onnx")
+    packed = next(t for t in graph.graph.initializer if "layers.1" in t.name and t.name.count(JOIN) == 2)
+    array = numpy_helper.to_array(packed).copy()
+    assert array.shape == (32, 64)
+    array[:, 32:48] *= 1.01
+    packed.CopyFrom(numpy_helper.from_array(array, packed.name))
+    onnx.save(graph, bundle / "serve.onnx")
+    report = validate_bundle(
+        bundle, BundleManifest.load(bundle), load_backbone(str(folder)), Settings(0, NEW_TOKENS, depth="quick")
+    )
+    (failed,) = (target for target in report.targets if target.status == "fail")
+    assert failed.bisection is not None and failed.bisection.finding is not None, failed.bisection
+    found = failed.bisection.finding
+    assert (found.graph, found.step, found.layer, found.source) == ("serve", 0, 1, "weight"), found
+    assert "layers.1.self_attn.k_proj.weight: it is 1.01 times the right one" in found.evidence
 
 
 def test_an_honest_bundle_has_nothing_to_find(tiny_build: TinyBuild, backbone: Any) -> None:
