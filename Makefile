@@ -11,7 +11,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 BIN      := $(VENV)/bin
 INSTALL  := $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt

@@ -147,9 +147,9 @@ def soak(bundle: Path, seconds: float, clients: int = 12, length: int = 24) -> I
     Every answer is compared with what its row gives alone, which was computed before. The state is given out about
     every ten seconds, the last time when all is over.
     """
-    known = _expected(bundle, length)
     state, lock, stop = Soak(), threading.Lock(), threading.Event()
     with Session.open(bundle, verify=False, max_waiting=clients) as session:
+        known = _expected(session, length)
         guests: list[tuple[str, str]] = []
         """(name, the tenant whose file it was added from) of those that are there and will not be removed next."""
 
@@ -204,18 +204,16 @@ def soak(bundle: Path, seconds: float, clients: int = 12, length: int = 24) -> I
     yield state
 
 
-def _expected(bundle: Path, length: int) -> dict[str, list[tuple[tuple[int, ...], list[int]]]]:
-    """For each of the bundle's tenants eight prompts and their answers; prompts with a near tie are passed over."""
-    source = random.Random(1)
-    with Session.open(bundle, verify=False) as session:
-        stepper, vocabulary = session.stepper, session.manifest.backbone.vocab_size
-        known: dict[str, list[tuple[tuple[int, ...], list[int]]]] = {name: [] for name in session.tenants}
-        for name, pairs in known.items():
-            while len(pairs) < 8:
-                prompt = tuple(source.randrange(5, vocabulary) for _ in range(source.randint(8, 64)))
-                tokens, lead = answer_alone(stepper, name, prompt, length)
-                if lead > CLEAR:
-                    pairs.append((prompt, tokens))
+def _expected(session: Session, length: int) -> dict[str, list[tuple[tuple[int, ...], list[int]]]]:
+    """For each tenant of an idle session eight prompts and their answers; prompts with a near tie are passed over."""
+    source, vocabulary = random.Random(1), session.manifest.backbone.vocab_size
+    known: dict[str, list[tuple[tuple[int, ...], list[int]]]] = {name: [] for name in session.tenants}
+    for name, pairs in known.items():
+        while len(pairs) < 8:
+            prompt = tuple(source.randrange(5, vocabulary) for _ in range(source.randint(8, 64)))
+            tokens, lead = answer_alone(session.stepper, name, prompt, length)
+            if lead > CLEAR:
+                pairs.append((prompt, tokens))
     return known
 
 
