@@ -135,7 +135,7 @@ def test_ctrl_c_cancels_the_build_and_leaves_an_older_engine(tmp_path: Path) -> 
             os.kill(os.getpid(), signal.SIGINT)
 
     gc.collect()
-    gc.disable()  # Python drops an interrupt that arrives while a finaliser runs, such as those of earlier tests' garbage
+    gc.disable()  # Python drops an interrupt that arrives while a finaliser of earlier tests' garbage runs
     try:
         with pytest.raises(KeyboardInterrupt):
             engine_from_onnx(onnx_path, engine_path, spec, RANGES, on_progress=interrupt)
