@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,31 +129,12 @@ def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
     return folder, adapters
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from more threads, and those that wait for work take the cores from others."""
-    with single_thread():
-        yield
-
-
-@contextlib.contextmanager
-def single_thread() -> Iterator[None]:
-    """Sums are then split the same way, wherever a build is first asked for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @functools.cache
 def build_once(root: Path) -> TinyBuild:
     """The build that all tests of a run share."""
     model, adapters = save_tiny_inputs(root)
     build = TinyBuild(model, adapters, root / "cache", root / "bundle")
-    with single_thread():  # a fixture of the whole session comes before one_thread
-        outcome = run(*build.arguments(build.bundle))
+    outcome = run(*build.arguments(build.bundle))
     assert outcome.code == 0, outcome.err
     return build
 

@@ -1,24 +1,13 @@
-"""What the trainers' tests share: one thread, a tiny backbone in a folder, and data to train on."""
+"""What the trainers' tests share: a tiny backbone in a folder, and data to train on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.tiny import save_tiny_backbone
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from two, and lose much where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,8 @@
-"""The tiny bundle for the comparison's tests, and the figure of planted faults that were caught."""
+"""The figure of planted faults that were caught."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from tests.bundles import one_thread, tiny_build, tiny_bundle
-
-__all__ = ["one_thread", "tiny_build", "tiny_bundle"]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
