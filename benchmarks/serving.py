@@ -3,7 +3,7 @@
     python -m benchmarks.serving all --genai fp32=DIR --genai int4=DIR --genai-python PYTHON --optimum DIR \
         --optimum-python PYTHON
 
-does it all, in about an hour and a half; its parts are
+does it all; its parts are
 
     prepare   the bundles, once
     run       every case, round after round
