@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from engines.text import TextCodec
@@ -56,8 +56,9 @@ class Case:
     """The session must refuse it in words."""
     is_quick: bool = True
     """Part of a quick comparison too."""
-    forced: tuple[int, ...] = ()
-    """Tokens that are fed after the only row's instruction, one a step; empty feeds the likeliest."""
+    fed: tuple[tuple[int, ...], ...] = ()
+    """Each row's tokens after its instruction, one a step, whatever would be the likeliest: PyTorch computes them in
+    one pass. A refused case has none."""
 
     def __str__(self) -> str:
         lengths = ", ".join(str(len(row.tokens)) for row in self.rows)
@@ -74,15 +75,22 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
     room = ranges.past.max - manifest.num_slots
     rows, longest = ranges.batch.max, min(ranges.sequence.max, room)
 
-    def row(case: str, place: int, tenant: str, length: int) -> Prompt:
-        source = random.Random(f"{seed} {case} {place}")
-        tokens = tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(length))
-        return Prompt(tenant, f"{length} random tokens", tokens)
+    def drawn(what: str, length: int) -> tuple[int, ...]:
+        source = random.Random(f"{seed} {what}")
+        return tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(length))
 
-    def batch(case: str, tenants: list[str], lengths: list[int], new_tokens: int, is_quick: bool = True) -> Case:
+    def case_of(name: str, made: list[Prompt], new_tokens: int, is_quick: bool = True) -> Case:
+        steps = min(new_tokens, room - max(len(row.tokens) for row in made) + 1)
+        fed = tuple(drawn(f"{name} fed {place}", steps - 1) for place in range(len(made)))
+        return Case(name, tuple(made), steps, is_quick=is_quick, fed=fed)
+
+    def batch(name: str, tenants: list[str], lengths: list[int], new_tokens: int, is_quick: bool = True) -> Case:
         fitting = [min(length, longest) for length in lengths]
-        made = tuple(row(case, place, *pair) for place, pair in enumerate(zip(tenants, fitting, strict=True)))
-        return Case(case, made, min(new_tokens, room - max(fitting) + 1), is_quick=is_quick)
+        made = [
+            Prompt(tenant, f"{length} random tokens", drawn(f"{name} {place}", length))
+            for place, (tenant, length) in enumerate(zip(tenants, fitting, strict=True))
+        ]
+        return case_of(name, made, new_tokens, is_quick)
 
     mixed = [names[place % len(names)] for place in range(rows)]
     middle = [min(longest, 5 + 6 * place) for place in range(rows)]
@@ -92,18 +100,16 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
     last = names[-1]
     cases = [
         batch("one-token", names[:1], [1], FEW_STEPS),
-        batch("largest-batch", mixed, middle, FEW_STEPS),
+        batch("largest-batch", mixed, middle, FEW_STEPS, is_quick=False),
         batch("most-padding", mixed, uneven, FEW_STEPS),
         batch("one-tenant", [last] * rows, middle, FEW_STEPS, is_quick=False),
         batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)], FEW_STEPS),
-        Case("unusual-tokens", (Prompt(last, "special token ids", unusual),), min(FEW_STEPS, room - len(unusual) + 1)),
+        case_of("unusual-tokens", [Prompt(last, "special token ids", unusual)], FEW_STEPS),
         batch("longest-instruction", names[:1], [longest], FEW_STEPS, is_quick=False),
     ]
     if room > LONG_STEPS // 4:
         cases.append(batch("long-answer", [last] * min(2, rows), [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))
-    full = batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False)
-    forced = row("full-cache", 1, last, full.new_tokens - 1).tokens  # hundreds of steps in one pass of PyTorch
-    cases.append(replace(full, forced=forced))
+    cases.append(batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False))
     return cases
 
 

@@ -26,7 +26,7 @@ from validation.reference import Reference
 from validation.result import TargetResult
 from validation.stages import Errors, compare_refusal, compare_steps, compare_tokens
 from validation.stepping import is_in_place
-from validation.truth import Truth, record_forced, record_truth
+from validation.truth import Truth, record_fed, record_truth
 
 OnStep = Callable[[str], None]
 PROMPTS = "prompts"
@@ -99,18 +99,12 @@ def measure_truth(
     )
     recorded = []
     for case in cases:
-        if not case.is_refused:
-            on_step(f"PyTorch computes case {case}")
-        recorded.append((case, _case_truths(reference, case)))
+        if case.is_refused:
+            recorded.append((case, []))
+            continue
+        on_step(f"PyTorch computes case {case}")
+        recorded.append((case, record_fed(reference, case.rows, case.fed)))
     return Truths(answers, recorded)
-
-
-def _case_truths(reference: Reference, case: Case) -> list[Truth]:
-    if case.is_refused:
-        return []
-    if case.forced:
-        return [record_forced(reference, case.rows[0], case.forced)]
-    return record_truth(reference, list(case.rows), new_tokens=case.new_tokens, num_kept=len(case.rows))
 
 
 def chosen_cases(manifest: BundleManifest, settings: Settings) -> list[Case]:

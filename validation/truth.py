@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,11 +65,35 @@ def record_truth(
     """
     truths = [Truth(prompt) for prompt in prompts]
     kept = {id(truth) for truth in truths[:num_kept]}
+    for tenant, rows in _batches(reference, truths):
+        _record_batch(reference, tenant, rows, new_tokens, kept, on_step)
+    return truths
+
+
+def record_fed(reference: Reference, prompts: Sequence[Prompt], fed: Sequence[tuple[int, ...]]) -> list[Truth]:
+    """What PyTorch computes when given tokens follow each prompt: all of them in one pass, which is quick.
+
+    Args:
+        reference: the PyTorch side.
+        prompts: what is read first.
+        fed: each prompt's tokens that follow, as many for each.
+
+    Returns:
+        One `Truth` for each prompt, in their order: logits of a step more than there are tokens, and the caches
+        that prefill and the whole leave.
+    """
+    truths = [Truth(prompt, forced=tokens) for prompt, tokens in zip(prompts, fed, strict=True)]
+    for tenant, rows in _batches(reference, truths):
+        _record_fed_batch(reference, tenant, rows)
+    return truths
+
+
+def _batches(reference: Reference, truths: list[Truth]) -> Iterator[tuple[str, list[Truth]]]:
+    """Each tenant's rows, a few at a time."""
     for tenant in reference.manifest.tenants:
         rows = [truth for truth in truths if truth.prompt.tenant == tenant.name]
         for start in range(0, len(rows), 8):
-            _record_batch(reference, tenant.name, rows[start : start + 8], new_tokens, kept, on_step)
-    return truths
+            yield tenant.name, rows[start : start + 8]
 
 
 @torch.no_grad()
@@ -81,58 +105,52 @@ def _record_batch(
     kept: set[int],
     on_step: Callable[[], None],
 ) -> None:
-    ids, mask = padded([row.prompt.tokens for row in rows], reference.manifest.backbone.pad_token_id)
-    logits, cache = reference.prefill(tenant, ids, mask)
-    mask = torch.cat([mask.new_ones(len(rows), reference.methods[tenant].num_slots), mask], dim=1)
+    logits, cache, mask = _read(reference, tenant, rows)
     for index, row in _kept_rows(rows, kept):
         row.prefill_cache = row_cache(cache, mask, index)
     for step in range(new_tokens):
-        best = logits.topk(2, dim=-1)
         for index, row in enumerate(rows):
-            row.tokens.append(int(best.indices[index, 0]))
-            row.margins.append(float(best.values[index, 0] - best.values[index, 1]))
-            row.peak = max(row.peak, float(logits[index].abs().max()))
-            if id(row) in kept:
-                row.logits.append(numpy(logits[index]))
+            _take_step(row, logits[index], is_kept=id(row) in kept)
         on_step()
         if step + 1 < new_tokens:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = reference.decode(tenant, best.indices[:, 0], mask, cache)
+            logits = reference.decode(tenant, logits.argmax(dim=-1), mask, cache)
     for index, row in _kept_rows(rows, kept):
         row.final_cache = row_cache(cache, mask, index)
 
 
 @torch.no_grad()
-def record_forced(reference: Reference, prompt: Prompt, forced: tuple[int, ...]) -> Truth:
-    """What PyTorch computes when given tokens follow a prompt: all of them in one pass, which is quick.
+def _record_fed_batch(reference: Reference, tenant: str, rows: list[Truth]) -> None:
+    first, cache, mask = _read(reference, tenant, rows)
+    for index, row in enumerate(rows):
+        row.prefill_cache = row_cache(cache, mask, index)
+    logits = first[:, None]  # [B, 1, V]
+    fed = torch.tensor([row.forced for row in rows])  # [B, K]
+    if fed.shape[1]:
+        mask = torch.cat([mask, torch.ones_like(fed)], dim=1)
+        methods = rows_of(reference.methods[tenant])
+        logits = torch.cat([logits, continue_from(reference.model, methods, fed, mask, cache).logits], dim=1)
+    for index, row in enumerate(rows):
+        row.final_cache = row_cache(cache, mask, index)
+        for step in logits[index]:
+            _take_step(row, step, is_kept=True)
 
-    Args:
-        reference: the PyTorch side.
-        prompt: what is read first.
-        forced: the tokens that follow.
 
-    Returns:
-        Logits of ``len(forced) + 1`` steps, and the cache that prefill and the whole leave.
-    """
-    truth = Truth(prompt, forced=forced)
-    method = reference.methods[prompt.tenant]
-    ids, mask = padded([prompt.tokens], reference.manifest.backbone.pad_token_id)
-    first, cache = reference.prefill(prompt.tenant, ids, mask)
-    mask = torch.cat([mask.new_ones(1, method.num_slots), mask], dim=1)
-    truth.prefill_cache = row_cache(cache, mask, 0)
-    logits = [first]
-    if forced:
-        mask = torch.cat([mask, mask.new_ones(1, len(forced))], dim=1)
-        rows = rows_of(method)
-        logits.append(continue_from(reference.model, rows, torch.tensor([forced]), mask, cache).logits[0])
-    truth.final_cache = row_cache(cache, mask, 0)
-    for step in torch.cat(logits):
-        best = step.topk(2)
-        truth.tokens.append(int(best.indices[0]))
-        truth.margins.append(float(best.values[0] - best.values[1]))
-        truth.peak = max(truth.peak, float(step.abs().max()))
-        truth.logits.append(numpy(step))
-    return truth
+def _read(reference: Reference, tenant: str, rows: list[Truth]) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Prefill: logits ``[B, V]``, the cache, and its mask ``[B, P+T]``, prompt slots included."""
+    ids, mask = padded([row.prompt.tokens for row in rows], reference.manifest.backbone.pad_token_id)
+    logits, cache = reference.prefill(tenant, ids, mask)
+    return logits, cache, torch.cat([mask.new_ones(len(rows), reference.methods[tenant].num_slots), mask], dim=1)
+
+
+def _take_step(row: Truth, logits: Tensor, *, is_kept: bool) -> None:
+    """Note a step's ``[V]`` logits."""
+    best = logits.topk(2)
+    row.tokens.append(int(best.indices[0]))
+    row.margins.append(float(best.values[0] - best.values[1]))
+    row.peak = max(row.peak, float(logits.abs().max()))
+    if is_kept:
+        row.logits.append(numpy(logits))
 
 
 def padded(prompts: list[tuple[int, ...]], pad_token: int) -> tuple[Tensor, Tensor]:

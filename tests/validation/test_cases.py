@@ -68,7 +68,7 @@ def test_the_seed_decides_the_tokens(manifest: BundleManifest) -> None:
 def test_depth_and_name_choose(manifest: BundleManifest) -> None:
     full = {case.name for case in chosen_cases(manifest, Settings(depth="full"))}
     quick = {case.name for case in chosen_cases(manifest, Settings(depth="quick"))}
-    assert full - quick == {"one-tenant", "longest-instruction", "long-answer", "full-cache"}
+    assert full - quick == {"largest-batch", "one-tenant", "longest-instruction", "long-answer", "full-cache"}
     assert quick == {case.name for case in chosen_cases(manifest, Settings())}
     assert [case.name for case in chosen_cases(manifest, Settings(depth="quick", case="full-cache"))] == ["full-cache"]
     assert chosen_cases(manifest, Settings(case="prompts")) == []

@@ -25,7 +25,7 @@ from trainers.generate import greedy
 from trainers.method import rows_of
 from validation.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
 from validation.reference import Reference, TorchRunner
-from validation.truth import record_truth
+from validation.truth import record_fed, record_truth
 
 REQUESTS = [
     Request("gamma", "the film is a quiet joy", max_new_tokens=NEW_TOKENS),
@@ -125,6 +125,24 @@ def test_a_truth_is_what_the_trainer_generates(
     assert {array.shape[1] for pair in kept.prefill_cache for array in pair} == {entries}
     assert {array.shape[1] for pair in kept.final_cache for array in pair} == {entries + len(kept.tokens) - 1}
     assert not truths[2].logits and not truths[2].prefill_cache
+
+
+def test_feeding_tokens_in_one_pass_is_stepping_through_them(
+    tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference
+) -> None:
+    """Rows of several tenants and lengths, so that batches hold padding."""
+    prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)[:7]
+    assert len({len(prompt.tokens) for prompt in prompts}) > 1 < len({prompt.tenant for prompt in prompts})
+    stepped = record_truth(reference, prompts, new_tokens=NEW_TOKENS, num_kept=len(prompts))
+    fed = record_fed(reference, prompts, [truth.fed for truth in stepped])
+    for made, wanted in zip(fed, stepped, strict=True):
+        assert (made.prompt, made.tokens, made.fed) == (wanted.prompt, wanted.tokens, wanted.fed)
+        assert made.margins == pytest.approx(wanted.margins, abs=1e-4)
+        pairs = list(zip(made.logits, wanted.logits, strict=True))
+        for cache in ("prefill_cache", "final_cache"):
+            for mine, theirs in zip(getattr(made, cache), getattr(wanted, cache), strict=True):
+                pairs += zip(mine, theirs, strict=True)  # keys and values
+        assert all(worst(*pair) < 1e-5 for pair in pairs)
 
 
 def test_a_reference_for_another_backbone_is_refused(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
