@@ -97,7 +97,7 @@ def measure_truth(
         num_kept=_num_kept(manifest),
         on_step=lambda: on_step(text),
     )
-    recorded = []
+    recorded: list[tuple[Case, list[Truth]]] = []
     for case in cases:
         if case.is_refused:
             recorded.append((case, []))

@@ -29,7 +29,7 @@ def cosine(target: np.ndarray, reference: np.ndarray) -> float:
     a, b = target.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
     if a.shape != b.shape or not np.isfinite(a).all():
         return 0.0
-    # einsum and not `@`: BLAS would wake threads of its own, which then spin beside the runtime's and slow its next step.
+    # einsum and not `@`: BLAS wakes threads of its own, which then spin beside the runtime's and slow its next step.
     inner, square_a, square_b = (float(np.einsum("i,i->", *pair)) for pair in ((a, b), (a, a), (b, b)))
     length = (square_a * square_b) ** 0.5
     return inner / length if length else 0.0
