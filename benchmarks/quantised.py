@@ -1,8 +1,10 @@
 r"""What int8 and int4 weights cost in accuracy, against fp32 weights; `benchmarks.serving` has what they bring in time.
 
-    iapt-export build -m .cache/smollm2-135m-instruct -t onnxruntime -t onnxruntime:int8 -t onnxruntime:int4 \
-        -a examples/adapters/movie-sentiment -a examples/adapters/sarcasm -a examples/adapters/reuters-r8 -o BUNDLE
-    python -m benchmarks.quantised BUNDLE --data .cache/data
+    for dtype in fp32 int8 int4; do
+        iapt-export build -m .cache/smollm2-135m-instruct -t onnxruntime:$dtype -a examples/adapters/movie-sentiment \
+            -a examples/adapters/sarcasm -a examples/adapters/reuters-r8 -o .cache/quantised/$dtype
+    done
+    python -m benchmarks.quantised .cache/quantised/{fp32,int8,int4} --data .cache/data
 
 The tenants answer held-out examples of the task they are named after, greedily; an answer counts where it is the right
 label and nothing else. Errors of the logits are those after the instruction, the largest difference over fp32's
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,13 +76,14 @@ def compare(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(bundle: Path, data: Path, count: int) -> dict[str, Any]:
-    """The whole record; the bundle's fp32 target comes first and is what the others are compared with."""
-    manifest = BundleManifest.load(bundle)
-    tokenizer = AutoTokenizer.from_pretrained(str(bundle))
+def measure(bundles: Sequence[Path], data: Path, count: int) -> dict[str, Any]:
+    """The whole record; the first bundle's weights are fp32, and what the others are compared with."""
     types: dict[str, Any] = {}
     fp32: dict[str, np.ndarray] = {}
-    for target in manifest.targets:
+    for bundle in bundles:
+        manifest = BundleManifest.load(bundle)
+        target = manifest.target("onnxruntime")
+        tokenizer = AutoTokenizer.from_pretrained(str(bundle))
         graph = bundle / target.graphs["serve"].path
         entry: dict[str, Any] = {"tasks": {}}
         entry["bytes"] = graph.stat().st_size + graph.with_name(WEIGHTS_FILE).stat().st_size
@@ -102,12 +106,12 @@ def measure(bundle: Path, data: Path, count: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="a bundle with ONNX Runtime targets, fp32 first")
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of the same tenants, fp32 first")
     parser.add_argument("--data", type=Path, default=ROOT / ".cache" / "data", metavar="DIR")
     parser.add_argument("--examples", type=int, default=200, metavar="N", help="of each task")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
-    record = measure(arguments.bundle, arguments.data, arguments.examples)
+    record = measure(arguments.bundles, arguments.data, arguments.examples)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -57,8 +57,8 @@ class Case:
     is_quick: bool = True
     """Part of a quick comparison too."""
     fed: tuple[tuple[int, ...], ...] = ()
-    """Each row's tokens after its instruction, one a step, whatever would be the likeliest: PyTorch computes them in
-    one pass. A refused case has none."""
+    """Each row's tokens after its instruction, one a step; empty feeds what PyTorch finds likeliest. Of given tokens
+    PyTorch computes hundreds in one pass."""
 
     def __str__(self) -> str:
         lengths = ", ".join(str(len(row.tokens)) for row in self.rows)
@@ -79,18 +79,18 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
         source = random.Random(f"{seed} {what}")
         return tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(length))
 
-    def case_of(name: str, made: list[Prompt], new_tokens: int, is_quick: bool = True) -> Case:
-        steps = min(new_tokens, room - max(len(row.tokens) for row in made) + 1)
-        fed = tuple(drawn(f"{name} fed {place}", steps - 1) for place in range(len(made)))
-        return Case(name, tuple(made), steps, is_quick=is_quick, fed=fed)
-
-    def batch(name: str, tenants: list[str], lengths: list[int], new_tokens: int, is_quick: bool = True) -> Case:
+    def batch(
+        name: str, tenants: list[str], lengths: list[int], new_tokens: int = FEW_STEPS, is_quick: bool = True
+    ) -> Case:
         fitting = [min(length, longest) for length in lengths]
-        made = [
+        steps = min(new_tokens, room - max(fitting) + 1)
+        made = tuple(
             Prompt(tenant, f"{length} random tokens", drawn(f"{name} {place}", length))
             for place, (tenant, length) in enumerate(zip(tenants, fitting, strict=True))
-        ]
-        return case_of(name, made, new_tokens, is_quick)
+        )
+        is_long = new_tokens > FEW_STEPS
+        fed = tuple(drawn(f"{name} fed {place}", steps - 1) for place in range(len(made))) if is_long else ()
+        return Case(name, made, steps, is_quick=is_quick, fed=fed)
 
     mixed = [names[place % len(names)] for place in range(rows)]
     middle = [min(longest, 5 + 6 * place) for place in range(rows)]
@@ -99,13 +99,13 @@ def _accepted(manifest: BundleManifest, seed: int) -> list[Case]:
     unusual = (0, special.vocab_size - 1, special.pad_token_id, *special.eos_token_ids, 1)[:longest]
     last = names[-1]
     cases = [
-        batch("one-token", names[:1], [1], FEW_STEPS),
-        batch("largest-batch", mixed, middle, FEW_STEPS, is_quick=False),
-        batch("most-padding", mixed, uneven, FEW_STEPS),
-        batch("one-tenant", [last] * rows, middle, FEW_STEPS, is_quick=False),
-        batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)], FEW_STEPS),
-        case_of("unusual-tokens", [Prompt(last, "special token ids", unusual)], FEW_STEPS),
-        batch("longest-instruction", names[:1], [longest], FEW_STEPS, is_quick=False),
+        batch("one-token", names[:1], [1]),
+        batch("largest-batch", mixed, middle, is_quick=False),
+        batch("most-padding", mixed, uneven),
+        batch("one-tenant", [last] * rows, middle, is_quick=False),
+        batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)]),
+        Case("unusual-tokens", (Prompt(last, "special token ids", unusual),), min(FEW_STEPS, room - len(unusual) + 1)),
+        batch("longest-instruction", names[:1], [longest], is_quick=False),
     ]
     if room > LONG_STEPS // 4:
         cases.append(batch("long-answer", [last] * min(2, rows), [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))

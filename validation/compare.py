@@ -99,12 +99,18 @@ def measure_truth(
     )
     recorded: list[tuple[Case, list[Truth]]] = []
     for case in cases:
-        if case.is_refused:
-            recorded.append((case, []))
-            continue
-        on_step(f"PyTorch computes case {case}")
-        recorded.append((case, record_fed(reference, case.rows, case.fed)))
+        if not case.is_refused:
+            on_step(f"PyTorch computes case {case}")
+        recorded.append((case, _case_truths(reference, case)))
     return Truths(answers, recorded)
+
+
+def _case_truths(reference: Reference, case: Case) -> list[Truth]:
+    if case.is_refused:
+        return []
+    if case.fed:
+        return record_fed(reference, case.rows, case.fed)
+    return record_truth(reference, case.rows, new_tokens=case.new_tokens, num_kept=len(case.rows))
 
 
 def chosen_cases(manifest: BundleManifest, settings: Settings) -> list[Case]:

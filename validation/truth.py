@@ -43,7 +43,7 @@ class Truth:
 
 def record_truth(
     reference: Reference,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     *,
     new_tokens: int,
     num_kept: int,

@@ -25,7 +25,7 @@ def test_an_answer_counts_where_it_is_the_label_and_nothing_else(
             texts = [answer.text for answer in answers]
             lines = [json.dumps({"prompt": p, "completion": t or "x"}) for p, t in zip(prompts, texts, strict=True)]
             (tmp_path / f"{tenant}.eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    record = quantised.measure(tiny_build.bundle, tmp_path, 6)
+    record = quantised.measure([tiny_build.bundle], tmp_path, 6)
     (entry,) = record["types"].values()
     assert record["skipped"] == 2 and entry["bytes"] > 1000
     assert set(entry["tasks"]) == {"alpha", "beta", "gamma"}
