@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from validation.cases import (
     QUICK_TOKENS,
     Case,
     Prompt,
+    example_text,
     generated_cases,
     prompts_from_bundle,
 )
@@ -82,10 +83,10 @@ def measure_truth(
     Raises:
         IaptError: there is no case of the name that the settings ask for.
     """
-    cases = chosen_cases(manifest, settings)
+    codec = TextCodec(bundle)
+    cases = chosen_cases(manifest, settings, example_text(bundle, manifest, codec))
     prompts: list[Prompt] = []
     if settings.wants(PROMPTS):
-        codec = TextCodec(bundle)
         number = QUICK_PROMPTS if settings.is_quick else MIN_PROMPTS
         prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.steps, number)
 
@@ -113,13 +114,13 @@ def _case_truths(reference: Reference, case: Case) -> list[Truth]:
     return record_truth(reference, case.rows, new_tokens=case.new_tokens, num_kept=len(case.rows))
 
 
-def chosen_cases(manifest: BundleManifest, settings: Settings) -> list[Case]:
+def chosen_cases(manifest: BundleManifest, settings: Settings, text: Sequence[int]) -> list[Case]:
     """The generated cases that the settings ask for.
 
     Raises:
         IaptError: there is no case of that name.
     """
-    cases = generated_cases(manifest, settings.seed)
+    cases = generated_cases(manifest, settings.seed, text)
     names = [PROMPTS, *(case.name for case in cases)]
     if settings.case is not None and settings.case not in names:
         raise IaptError(f"case {settings.case!r} does not exist; this bundle's cases are {', '.join(names)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 HISTOGRAM_EDGES = np.arange(-9.0, 3.0, 0.5)
@@ -15,6 +17,21 @@ def relative(target: np.ndarray, reference: np.ndarray) -> float:
     scale = float(np.abs(reference).max(initial=0.0))
     error = max_abs(target, reference)
     return error / scale if scale else error
+
+
+def entry_errors(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """`relative` of each cache entry alone ``[S]``, of ``[H, S, K]``; the scale is that of all entries."""
+    if target.shape != reference.shape:
+        return np.full(reference.shape[1], np.inf)
+    scale = float(np.abs(reference).max(initial=0.0)) or 1.0
+    errors = np.abs(target.astype(np.float64) - reference).max(axis=(0, 2), initial=0.0) / scale
+    return np.where(np.isfinite(errors), errors, np.inf)
+
+
+def worst_but(errors: Sequence[float] | np.ndarray, share: float) -> float:
+    """The largest error, once the worst ``share`` of them is left out: none of fewer than ``1 / share``."""
+    ordered = np.sort(np.asarray(errors, np.float64))
+    return float(ordered[-1 - int(ordered.size * share)]) if ordered.size else 0.0
 
 
 def max_abs(target: np.ndarray, reference: np.ndarray) -> float:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engines.text import TextCodec
 from iapt_export.errors import IaptError
 from iapt_export.manifest import BundleManifest, Range
 from tests.bundles import NEW_TOKENS, TinyBuild, run
-from validation.cases import generated_cases
+from validation.cases import GENERAL_PROMPTS, example_text, generated_cases, read_examples
 from validation.compare import Settings, chosen_cases
+
+TEXT = list(range(3, 40))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,7 @@ def manifest(tiny_build: TinyBuild) -> BundleManifest:
 
 
 def test_cases_reach_every_edge_of_the_ranges(manifest: BundleManifest) -> None:
-    cases = {case.name: case for case in generated_cases(manifest, 0)}
+    cases = {case.name: case for case in generated_cases(manifest, 0, TEXT)}
     ranges = manifest.ranges
     accepted = [case for case in cases.values() if not case.is_refused]
     assert {len(case.rows) for case in accepted} >= {1, ranges.batch.max}
@@ -39,9 +43,26 @@ def test_cases_reach_every_edge_of_the_ranges(manifest: BundleManifest) -> None:
     assert all(0 <= token < vocabulary for case in accepted for row in case.rows for token in row.tokens)
 
 
+def test_long_cases_read_and_are_fed_text(manifest: BundleManifest, tiny_build: TinyBuild) -> None:
+    cases = {case.name: case for case in generated_cases(manifest, 0, TEXT)}
+    for name in ("long-answer", "full-cache"):
+        case = cases[name]
+        for row, fed in zip(case.rows, case.fed, strict=True):
+            assert len(fed) == case.new_tokens - 1
+            places = [TEXT.index(token) for token in (*row.tokens, *fed)]
+            assert all((after - before) % len(TEXT) == 1 for before, after in itertools.pairwise(places))
+    assert not any(cases[name].fed for name in ("one-token", "longest-instruction", "refuse-too-long"))
+    codec = TextCodec(tiny_build.bundle)
+    text = example_text(tiny_build.bundle, manifest, codec)
+    first = manifest.tenants[0]
+    prompt = (read_examples(tiny_build.bundle / first.examples) if first.examples else GENERAL_PROMPTS)[0]
+    wanted = codec.encode(prompt, first.prompt_format)
+    assert text[: len(wanted)] == wanted and len(text) > 3 * len(wanted)
+
+
 def test_long_answers_take_256_steps_where_the_cache_allows(manifest: BundleManifest) -> None:
     ranges = dataclasses.replace(manifest.ranges, past=Range(1, 256, 1024))
-    cases = {case.name: case for case in generated_cases(dataclasses.replace(manifest, ranges=ranges), 0)}
+    cases = {case.name: case for case in generated_cases(dataclasses.replace(manifest, ranges=ranges), 0, TEXT)}
     assert cases["long-answer"].new_tokens == 256
 
 
@@ -50,7 +71,7 @@ def test_small_ranges_still_give_cases_that_fit(manifest: BundleManifest, batch:
     ranges = dataclasses.replace(
         manifest.ranges, batch=Range(1, 1, batch), sequence=Range(1, 1, sequence), past=Range(1, 1, past)
     )
-    for case in generated_cases(dataclasses.replace(manifest, ranges=ranges), 0):
+    for case in generated_cases(dataclasses.replace(manifest, ranges=ranges), 0, TEXT):
         if not case.is_refused:
             assert len(case.rows) <= batch and case.new_tokens >= 1
             longest = max(len(row.tokens) for row in case.rows)
@@ -59,21 +80,23 @@ def test_small_ranges_still_give_cases_that_fit(manifest: BundleManifest, batch:
 
 
 def test_the_seed_decides_the_tokens(manifest: BundleManifest) -> None:
-    assert generated_cases(manifest, 3) == generated_cases(manifest, 3)
-    assert generated_cases(manifest, 3) != generated_cases(manifest, 4)
-    printed = str(generated_cases(manifest, 3)[1])
+    assert generated_cases(manifest, 3, TEXT) == generated_cases(manifest, 3, TEXT)
+    assert generated_cases(manifest, 3, TEXT) != generated_cases(manifest, 4, TEXT)
+    printed = str(generated_cases(manifest, 3, TEXT)[1])
     assert printed == "largest-batch (8 rows of 5, 11, 17, 23, 29, 35, 41, 47 tokens, 4 steps)"
 
 
 def test_depth_and_name_choose(manifest: BundleManifest) -> None:
-    full = {case.name for case in chosen_cases(manifest, Settings(depth="full"))}
-    quick = {case.name for case in chosen_cases(manifest, Settings(depth="quick"))}
+    full = {case.name for case in chosen_cases(manifest, Settings(depth="full"), TEXT)}
+    quick = {case.name for case in chosen_cases(manifest, Settings(depth="quick"), TEXT)}
     assert full - quick == {"largest-batch", "one-tenant", "longest-instruction", "long-answer", "full-cache"}
-    assert quick == {case.name for case in chosen_cases(manifest, Settings())}
-    assert [case.name for case in chosen_cases(manifest, Settings(depth="quick", case="full-cache"))] == ["full-cache"]
-    assert chosen_cases(manifest, Settings(case="prompts")) == []
+    assert quick == {case.name for case in chosen_cases(manifest, Settings(), TEXT)}
+    assert [case.name for case in chosen_cases(manifest, Settings(depth="quick", case="full-cache"), TEXT)] == [
+        "full-cache"
+    ]
+    assert chosen_cases(manifest, Settings(case="prompts"), TEXT) == []
     with pytest.raises(IaptError, match="case 'most' does not exist; this bundle's cases are prompts, one-token, "):
-        chosen_cases(manifest, Settings(case="most"))
+        chosen_cases(manifest, Settings(case="most"), TEXT)
 
 
 def test_one_case_alone_and_all_of_them(tiny_build: TinyBuild, tmp_path: Path) -> None:

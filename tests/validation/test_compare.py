@@ -22,7 +22,7 @@ from validation import stages
 from validation.cases import Prompt
 from validation.compare import Settings, compare_target, measure_truth
 from validation.reference import Reference
-from validation.stages import tie_margin
+from validation.stages import over_steps, tie_margin
 from validation.truth import Truth
 from validation.validate import validate_bundle
 
@@ -236,3 +236,10 @@ def test_a_prompt_list_that_does_not_fit(tiny_build: TinyBuild) -> None:
     with pytest.raises(BundleError, match="not in this bundle"):
         Session.open(tiny_build.bundle, "tensorrt")
     assert Request("alpha").max_new_tokens == 64
+
+
+def test_coarse_weights_may_be_wrong_at_a_step_of_a_hundred_and_others_at_none() -> None:
+    steps = [0.1] * 120 + [1.8]
+    assert [over_steps("relative", steps, dtype) for dtype in ("fp32", "fp16", "int8", "int4")] == [1.8, 1.8, 0.1, 0.1]
+    assert over_steps("relative", steps[-10:], "int8") == 1.8
+    assert over_steps("agreed", [1.0, 0.5, 1.0], "int8") == 0.5

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from validation.metrics import HISTOGRAM_EDGES, cosine, error_counts, max_abs, relative
+from validation.metrics import HISTOGRAM_EDGES, cosine, entry_errors, error_counts, max_abs, relative, worst_but
 
 REFERENCE = np.array([[1.0, -4.0], [0.5, 2.0]], np.float32)
 
@@ -77,3 +77,24 @@ def test_histogram_counts_every_element_once() -> None:
     assert (counts[0], counts[-1]) == (2, 1), "the ends are open"
     low = np.searchsorted(HISTOGRAM_EDGES, math.log10(3e-4)) - 1
     assert counts[low] == 2
+
+
+def test_a_share_of_the_worst_is_left_out_where_there_are_enough() -> None:
+    errors = [0.1] * 197 + [9.0, 8.0, 7.0]
+    assert worst_but(errors, 0.0) == 9.0
+    assert worst_but(errors, 0.01) == 7.0
+    assert worst_but(errors, 0.02) == 0.1
+    assert worst_but([0.1, 5.0, 0.2], 0.01) == 5.0, "of fewer than a hundred, none"
+    assert worst_but([], 0.01) == 0.0
+    assert worst_but([0.1, float("inf")], 0.0) == float("inf")
+
+
+def test_errors_of_cache_entries() -> None:
+    reference = np.zeros((2, 3, 4), np.float32)
+    reference[1, 0, 2] = -10.0
+    target = reference.copy()
+    target[0, 1, 3] = 5.0
+    target[1, 2, 0] = float("nan")
+    assert entry_errors(target, reference).tolist() == [0.0, 0.5, float("inf")]
+    assert entry_errors(target[:, :2], reference).tolist() == [float("inf")] * 3
+    assert entry_errors(reference[:, :0], reference[:, :0]).tolist() == []
