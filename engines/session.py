@@ -191,8 +191,24 @@ class Session(Activated):
         return generation
 
     def add_tenant(self, path: str | Path, name: str | None = None, *, replace: bool = False) -> str:
-        """Install a tenant while serving, see `engines.tenants.TenantBank.add`; returns its name."""
-        return self._between_steps(lambda: self.stepper.bank.add(Path(path), name, replace=replace).name)
+        """Install a tenant while serving; steps go on while its file is read and checked.
+
+        Args:
+            path: a safetensors file with a tenant card, as ``iapt-export tenant`` writes it.
+            name: what to call it; None takes the card's name.
+            replace: take the place of a tenant of that name; its requests under way keep the old weights.
+
+        Returns:
+            Its name.
+
+        Raises:
+            IaptError: the file is for another backbone or a method that the bundle lacks, holds other tensors or
+                NaN, the name is taken, or the method's stack is full.
+        """
+        with self._lock:
+            self._check_open()
+        new = self.stepper.bank.read(Path(path), name)
+        return self._between_steps(lambda: self.stepper.bank.install(new, replace=replace).name)
 
     def remove_tenant(self, name: str) -> None:
         """Take a tenant out while serving; its requests under way are finished.

@@ -38,6 +38,17 @@ class Tenant:
     removed: bool = False
 
 
+@dataclass(frozen=True)
+class NewTenant:
+    """A tenant's file, read and checked against a bundle."""
+
+    name: str
+    card: TenantCard
+    method: MethodSpec
+    entries: Arrays
+    """``METHOD.TENSOR`` to this tenant's entry, in the type that the graphs take."""
+
+
 class TenantBank:
     """The stacked weights and who stands where in them; entries of removed tenants are used again."""
 
@@ -77,44 +88,56 @@ class TenantBank:
             raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {known}")
         return self.tenants[name]
 
-    def add(self, path: Path, name: str | None = None, *, replace: bool = False) -> Tenant:
-        """Install a tenant's file, as ``iapt-export tenant`` writes it.
+    def read(self, path: Path, name: str | None = None) -> NewTenant:
+        """Read a tenant's file, as ``iapt-export tenant`` writes it; while steps run, because nothing changes.
 
         Args:
             path: a safetensors file with a tenant card.
             name: what to call it; None takes the card's name.
-            replace: take the place of a tenant of that name; its requests under way keep the old weights.
 
         Raises:
-            IaptError: the file is for another backbone or a method that the bundle lacks, holds other tensors or
-                NaN, the name is taken, or the method's stack is full.
+            IaptError: the file is for another backbone or a method that the bundle lacks, or holds other tensors
+                or NaN.
         """
         card, tensors = read_tenant_file(path)
         chosen = name or card.name
-        if chosen in self.tenants and not replace:
-            raise IaptError(f"tenant {chosen!r} is installed already; remove it first, or replace it")
         if card.fingerprint != self.manifest.backbone.fingerprint:
             raise IaptError(
                 f"{path} was made for another backbone ({card.backbone}); this bundle's is "
                 f"{self.manifest.backbone.name_or_path}"
             )
         method = self._method_of(card, path)
-        checked = {}
+        entries = {}
         for weight in method.weights:
             found = tensors.get(weight.name)
             _check_tensor(found, weight.name, weight.shape, f"tenant {chosen}")
             assert found is not None
             stack = f"{method.name}.{weight.name}"
-            checked[stack] = self._cast(found, stack, f"tenant {chosen}: {weight.name}")
-        index = self._free_entry(method.name)
-        for stack, array in checked.items():
+            entries[stack] = self._cast(found, stack, f"tenant {chosen}: {weight.name}")
+        return NewTenant(chosen, card, method, entries)
+
+    def install(self, new: NewTenant, *, replace: bool = False) -> Tenant:
+        """Install what `read` gave.
+
+        Args:
+            new: a tenant.
+            replace: take the place of a tenant of that name; its requests under way keep the old weights.
+
+        Raises:
+            IaptError: the name is taken, or the method's stack is full.
+        """
+        if new.name in self.tenants and not replace:
+            raise IaptError(f"tenant {new.name!r} is installed already; remove it first, or replace it")
+        index = self._free_entry(new.method.name)
+        for stack, array in new.entries.items():
             self.stacks[stack][index] = array
-        if chosen in self.tenants:
-            self.remove(chosen)
+        if new.name in self.tenants:
+            self.remove(new.name)
+        card, method = new.card, new.method
         tenant = Tenant(
-            chosen, method.name, index, method.prompt_length, card.prompt_format, card.trained_form, list(card.labels)
+            new.name, method.name, index, method.prompt_length, card.prompt_format, card.trained_form, list(card.labels)
         )
-        self.tenants[chosen] = self._entries[method.name][index] = tenant
+        self.tenants[new.name] = self._entries[method.name][index] = tenant
         return tenant
 
     def remove(self, name: str) -> None:

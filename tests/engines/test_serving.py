@@ -198,6 +198,29 @@ def test_a_tenant_joins_while_requests_run(session: Session, tiny_build: TinyBui
     assert ask(session, "alpha") == alpha and ask(session, "beta", LONG) == beta
 
 
+def test_a_slow_disk_holds_up_nobody(
+    session: Session, tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's file is read while steps go on: others are answered before it is there."""
+    path = tenant_file(tiny_build, tmp_path / "slow.safetensors", "slow")
+    asked, arrived = threading.Event(), threading.Event()
+
+    def slowly(path: Path) -> Any:
+        asked.set()
+        assert arrived.wait(60)
+        return read_tenant_file(path)
+
+    monkeypatch.setattr("engines.tenants.read_tenant_file", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(session.add_tenant, path)
+        try:
+            assert asked.wait(60)
+            assert len(ask(session, "alpha")) == 12 and "slow" not in session.tenants
+        finally:
+            arrived.set()
+        assert adding.result() == "slow" and "slow" in session.tenants
+
+
 def test_a_bundles_tenant_serves_in_another_bundle(session: Session, tiny_build: TinyBuild) -> None:
     session.add_tenant(tiny_build.bundle / "tenants/gamma.safetensors", "guest")
     assert ask(session, "guest") == ask(session, "gamma")
