@@ -274,8 +274,8 @@ def load_lines(records: Records) -> Iterator[str]:
         yield ""
         yield (
             f"{last['answered']} requests answered, {len(last['lost'])} lost, {len(last['wrong'])} with another answer "
-            f"than alone; {last['added']} tenants added (the slowest in {last['slowest_add_ms']:.0f} ms, waiting for "
-            f"the step under way), {last['removed']} removed. Memory grew by {growth(last):.0f} MiB after the first "
+            f"than alone; {last['added']} tenants added (the slowest in {last['slowest_add_ms']:.0f} ms), "
+            f"{last['removed']} removed. Memory grew by {growth(last):.0f} MiB after the first "
             "fifth."
         )
         yield ""

@@ -29,8 +29,13 @@ def entry_errors(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def worst_but(errors: Sequence[float] | np.ndarray, share: float) -> float:
-    """The largest error, once the worst ``share`` of them is left out: none of fewer than ``1 / share``."""
+    """The largest error, once the worst ``share`` of them is left out: none of fewer than ``1 / share``.
+
+    Infinite when any is: NaN is a fault wherever it stands, and no rounding.
+    """
     ordered = np.sort(np.asarray(errors, np.float64))
+    if not np.isfinite(ordered).all():
+        return float("inf")
     return float(ordered[-1 - int(ordered.size * share)]) if ordered.size else 0.0
 
 
@@ -46,7 +51,7 @@ def cosine(target: np.ndarray, reference: np.ndarray) -> float:
     a, b = target.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
     if a.shape != b.shape or not np.isfinite(a).all():
         return 0.0
-    # einsum and not `@`: BLAS wakes threads of its own, which then spin beside the runtime's and slow its next step.
+    # einsum and not `@`: after BLAS, ONNX Runtime's next step took twice as long, perhaps because of BLAS' threads
     inner, square_a, square_b = (float(np.einsum("i,i->", *pair)) for pair in ((a, b), (a, a), (b, b)))
     length = (square_a * square_b) ** 0.5
     return inner / length if length else 0.0

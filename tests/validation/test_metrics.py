@@ -86,7 +86,9 @@ def test_a_share_of_the_worst_is_left_out_where_there_are_enough() -> None:
     assert worst_but(errors, 0.02) == 0.1
     assert worst_but([0.1, 5.0, 0.2], 0.01) == 5.0, "of fewer than a hundred, none"
     assert worst_but([], 0.01) == 0.0
-    assert worst_but([0.1, float("inf")], 0.0) == float("inf")
+    for value in (float("inf"), float("nan")):
+        assert worst_but([0.1, value], 0.0) == float("inf")
+        assert worst_but([*errors, value], 0.02) == float("inf"), "what is not finite is never left out"
 
 
 def test_errors_of_cache_entries() -> None:
