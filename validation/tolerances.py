@@ -34,7 +34,7 @@ CEILINGS = ("relative", "kl")
 
 OUTLIERS = {"int8": 0.01, "int4": 0.01}
 """Share of a case's decode steps, and of a cache's entries, that coarse weights may get wrong by any finite amount:
-tokens at which a rounding decides where attention goes. One step of 508 was wrong by 1.8, the 99th percentile by 0.14."""
+tokens at which a rounding decides where attention goes. One step of 508 was off by 1.8, the 99th percentile by 0.14."""
 COMPARED_FOR_A_SHARE = 32
 """Tokens that a case compares at least before coarse weights' top-1 agreement is judged; of four it is chance."""
 
