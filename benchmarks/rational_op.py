@@ -4,7 +4,9 @@
     python benchmarks/rational_op.py .cache/demo-bundle
 
 Three ways of running the same graph take turns, so that a noisy machine is noisy for all of them: the kernel, the
-function body with ONNX Runtime's own fusions, and the body without them. The fastest of many repetitions counts.
+function body with ONNX Runtime's own fusions, and the body without them. What the kernel saves against each body is
+taken turn by turn, so that a slow minute cancels: the median of the turns' ratios with its 95 % interval, which
+includes zero where nothing is shown. Processor time counts.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from trainers.rational import initial_coefficients
 
 FORMS = ("kernel", "body", "body unfused")
 ELEMENTS = (1024, 65536, 4194304)
-BATCHES = ((1, 16), (1, 64), (4, 64))
+BATCHES = ["1x16", "1x64", "4x64"]
 """Rows and instruction tokens of the prefills that are timed."""
 
 
@@ -41,13 +43,16 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="a bundle with an IAPT tenant and the target onnxruntime")
     parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--batches", nargs="+", default=BATCHES, help="ROWSxTOKENS of the prefills (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     found = {
         "threads": arguments.threads,
         "operator_us": {
             str(count): time_operator(count, arguments.repeat, arguments.threads, 1e6) for count in ELEMENTS
         },
-        "prefill_ms": time_prefill(arguments.bundle, arguments.repeat, arguments.threads),
+        "prefill_ms": time_prefill(arguments.bundle, arguments.batches, arguments.repeat, arguments.threads),
     }
     print(json.dumps(found, indent=2))
 
@@ -72,7 +77,7 @@ def open_session(source: bytes | str, form: str, threads: int) -> Any:
     return onnxruntime.InferenceSession(source, options)
 
 
-def time_operator(count: int, repeat: int, threads: int, unit: float) -> dict[str, float]:
+def time_operator(count: int, repeat: int, threads: int, unit: float) -> dict[str, Any]:
     """The operator alone on ``count`` values of fp32, degrees (5, 4), form B."""
     a, b = (array.astype(np.float32) for array in initial_coefficients("gelu", 5, 4, "B"))
     node = helper.make_node(RATIONAL, ["x", "a", "b"], ["y"], domain=DOMAIN, form="B")
@@ -86,10 +91,10 @@ def time_operator(count: int, repeat: int, threads: int, unit: float) -> dict[st
     sessions = {form: open_session(model.SerializeToString(), form, threads) for form in FORMS}
     x = np.random.default_rng(0).normal(size=(count // 256, 256)).astype(np.float32)
     calls = {form: partial(session.run, None, {"x": x, "a": a, "b": b}) for form, session in sessions.items()}
-    return fastest(calls, repeat, unit)
+    return take_turns(calls, repeat, unit)
 
 
-def time_prefill(bundle: Path, repeat: int, threads: int) -> dict[str, dict[str, float]]:
+def time_prefill(bundle: Path, batches: Sequence[str], repeat: int, threads: int) -> dict[str, dict[str, Any]]:
     """The bundle's prefill graph, rows of its first tenant."""
     manifest = BundleManifest.load(bundle)
     target = manifest.target("onnxruntime")
@@ -97,13 +102,14 @@ def time_prefill(bundle: Path, repeat: int, threads: int) -> dict[str, dict[str,
     weights = TenantBank(bundle, manifest, target).stacks
     sessions = {form: open_session(str(bundle / graph.path), form, threads) for form in FORMS}
     found = {}
-    for rows, length in BATCHES:
+    for batch in batches:
+        rows, length = map(int, batch.split("x"))
         feeds = {
             tensor.name: weights.get(tensor.name, tokens(tensor, rows, length, manifest.backbone.vocab_size))
             for tensor in graph.inputs
         }
         calls = {form: partial(session.run, None, feeds) for form, session in sessions.items()}
-        found[f"{rows}x{length}"] = fastest(calls, repeat, 1e3)
+        found[batch] = take_turns(calls, repeat, 1e3)
     return found
 
 
@@ -114,15 +120,38 @@ def tokens(tensor: TensorSpec, rows: int, length: int, vocabulary: int) -> np.nd
     return np.ones((rows, length), np.int64) if tensor.name == "attention_mask" else np.zeros(rows, np.int64)
 
 
-def fastest(calls: Mapping[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, float]:
-    """Each call's shortest time, taken in turns; ``unit`` is 1e3 for milliseconds."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeat):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return {name: round(seconds * unit, 3) for name, seconds in best.items()}
+def take_turns(calls: Mapping[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, Any]:
+    """Time every call ``repeat`` times, in turns that each begin with another call.
+
+    Args:
+        calls: one call per form, the kernel among them.
+        repeat: number of turns.
+        unit: 1e3 for milliseconds.
+
+    Returns:
+        each form's median time in ``unit`` and, under ``saved_percent``, what the kernel saves against each other form:
+        the median over the turns and the bounds of its 95 % interval, by order statistics.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(repeat + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            started = time.process_time()
+            calls[name]()
+            times[name].append(time.process_time() - started)
+    timed = {name: np.array(seconds[1:]) for name, seconds in times.items()}  # the first turn warms up
+    found: dict[str, Any] = {name: round(float(np.median(seconds)) * unit, 3) for name, seconds in timed.items()}
+    found["saved_percent"] = {
+        name: median_with_bounds(100 * (1 - timed["kernel"] / timed[name])) for name in names if name != "kernel"
+    }
+    return found
+
+
+def median_with_bounds(values: np.ndarray) -> list[float]:
+    """Lower bound, median and upper bound of the median's 95 % interval (order statistics, normal approximation)."""
+    half = 0.98 * len(values) ** 0.5
+    ranks = np.clip([len(values) / 2 - half, (len(values) - 1) / 2, len(values) / 2 + half - 1], 0, len(values) - 1)
+    return [round(float(value), 2) for value in np.interp(ranks, np.arange(len(values)), np.sort(values))]
 
 
 if __name__ == "__main__":
