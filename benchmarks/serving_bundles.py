@@ -77,7 +77,7 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
                 dtype=target.graph_dtype,
                 opset=target.opset,
                 names=("serve",),
-                serving=Serving(PAST + 1, target.weight_bits),
+                serving=Serving(PAST + 1, weight_bits=target.weight_bits),
                 on_step=lambda text: print(f"{output.name}: {text}", flush=True),
             )
         layout.place_tokenizer(backbone, folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,25 @@ def load_cuda() -> Any:
             f"CUDA's Python bindings do not load ({error}); try: pip install cuda-bindings, "
             "in the major version of your CUDA"
         ) from error
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A C-contiguous array in a GPU's memory, which somebody else owns."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, count: int) -> DeviceArray:
+        """A part of its first axis."""
+        width = self.num_bytes // self.shape[0]
+        return DeviceArray(self.address + first * width, (count, *self.shape[1:]), self.dtype)
 
 
 class CudaStream:
@@ -67,6 +88,22 @@ class CudaStream:
         """Queue the copy of a buffer into a contiguous array."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(array.ctypes.data, self._buffers[name][0], array, kind)
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """Queue the clearing of the buffer of that name, as an array."""
+        size = math.prod(shape) * dtype.itemsize
+        made = DeviceArray(self.reserve(name, size), shape, dtype)
+        self._call("cudaMemsetAsync", made.address, 0, size, self._stream)
+        return made
+
+    def copy(self, source: DeviceArray, target: DeviceArray) -> None:
+        """Queue a copy on the GPU between arrays of one size that do not overlap."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target.address, source.address, source.num_bytes, kind, self._stream)
+
+    def fetch(self, source: DeviceArray, array: np.ndarray) -> None:
+        """Queue the copy of an array on the GPU into a contiguous one of its size here."""
+        self._copy(array.ctypes.data, source.address, array, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def synchronize(self) -> None:
         """Wait until everything queued is done."""

@@ -158,6 +158,7 @@ def profile_from_spec(spec: GraphSpec, ranges: Ranges) -> dict[str, ProfileShape
     sizes = {
         "batch": ranges.batch,
         "sequence": ranges.sequence,
+        "places": Range(ranges.sequence.min, ranges.sequence.opt, past.max),
         "past": past,
         "total": Range(past.min + 1, past.opt + 1, past.max + 1),
         **dict.fromkeys(_tenant_sizes(spec), ranges.tenants),

@@ -1,62 +1,53 @@
-"""The stepper of ``serve.onnx``: a cache of fixed capacity that ONNX Runtime writes in place.
+"""The stepper over a cache that graphs write in place, see `engines.cache`.
 
-The cache is one buffer ``[rows, H, C, K]`` for each layer's keys and values. A step is bound to the part of it that its
-rows occupy, as input and as output at the same address, so nothing is concatenated or copied between steps.
 A row stands at ``[its prompt slots | its tokens]`` from entry 0 on: position is place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from engines.onnxruntime_runner import OnnxRuntimeRunner
+from engines.cache import Cache
 from engines.runner import NUMPY_TYPES, Arrays, Runner
 from engines.stepper import Instruction, RowCache, Stepper
 from engines.tenants import TenantBank
 from iapt_export.manifest import READS_INSTRUCTION, BundleManifest, TargetSpec
 
-PAST, PRESENT = "past_key_values.", "present."
-
 
 class InPlaceStepper(Stepper):
-    """Over ``serve``, on the CPU."""
+    """Over ``serve``, or over ``serve_prefill`` and ``serve_decode``."""
 
     def __init__(
-        self, manifest: BundleManifest, target: TargetSpec, bank: TenantBank, runners: dict[str, Runner]
+        self,
+        manifest: BundleManifest,
+        target: TargetSpec,
+        bank: TenantBank,
+        runners: dict[str, Runner],
+        cache: Cache,
     ) -> None:
         super().__init__(manifest, target, bank, runners)
-        runner = runners["serve"]
-        assert isinstance(runner, OnnxRuntimeRunner)
-        self.runner = runner
-        self.names = [tensor.name for tensor in runner.spec.inputs]
-        self.buffers: Arrays = {}
+        self.cache = cache
         self.lengths: list[int] = []
         """Entries of each row."""
-        self._bound: dict[tuple[int, int], Any] = {}
-        self._stacks: Arrays = {}
+        self._is_active = False
 
     def activate(self) -> None:
-        """Load the graph and reserve the cache; the system gives the memory as it is written."""
-        if self.buffers:
+        """Load the graphs and reserve the cache."""
+        if self._is_active:
             return
-        for name in ("encoder", "serve"):
+        for name in ("encoder", *serving_graphs(self.target)):
             if name in self.runners:
                 self.runners[name].activate()
-        for tensor in self.runner.spec.inputs:
-            if tensor.name.startswith(PAST):
-                _, heads, _, width = tensor.shape
-                shape = (self.max_rows, int(heads), self.capacity, int(width))
-                self.buffers[tensor.name] = np.zeros(shape, NUMPY_TYPES[tensor.dtype])
-        (logits,) = (tensor for tensor in self.runner.spec.outputs if tensor.name == "logits")
-        self.logits = np.empty((self.max_rows, 1, int(logits.shape[2])), NUMPY_TYPES[logits.dtype])
+        self.cache.reserve(self.max_rows, self.capacity)
+        self._is_active = True
 
     def deactivate(self) -> None:
         """Give the memory back."""
+        self.cache.release()
         super().deactivate()
-        self.buffers, self.lengths, self._bound, self._stacks = {}, [], {}, {}
+        self.lengths, self._is_active = [], False
 
     def read(self, rows: Sequence[Instruction]) -> np.ndarray:
         """See `Stepper.read`; rows are padded on the right to one length."""
@@ -83,21 +74,18 @@ class InPlaceStepper(Stepper):
         """See `Stepper.leave`."""
         last = self.num_rows - 1
         if row != last:
-            used = self.lengths[last]
-            for buffer in self.buffers.values():
-                buffer[row, :, :used] = buffer[last, :, :used]
+            self.cache.move(last, row, self.lengths[last])
         self.tenants[row], self.lengths[row] = self.tenants[last], self.lengths[last]
         self.tenants.pop()
         self.lengths.pop()
 
     def row_cache(self, row: int) -> RowCache:
         """See `Stepper.row_cache`."""
-        arrays = [buffer[row, :, : self.lengths[row]].copy() for buffer in self.buffers.values()]
+        arrays = self.cache.read(row, self.lengths[row])
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def _run(self, first: int, ids: np.ndarray, places: np.ndarray, *, reads: bool, encoded: Arrays) -> np.ndarray:
         """One step of the rows from ``first`` on."""
-        binding = self._binding(first)
         lengths = np.array(self.lengths[first:], dtype=np.int32)
         feeds = {
             "input_ids": ids,
@@ -108,29 +96,7 @@ class InPlaceStepper(Stepper):
             **self.bank.indices(self.tenants[first:]),
             **(encoded or self._no_prompts(len(ids))),
         }
-        for name, array in feeds.items():
-            if name in self.names:
-                binding.bind_cpu_input(name, np.asarray(array))
-        self.runner.run_bound(binding)
-        return self.logits[first : self.num_rows, 0]
-
-    def _binding(self, first: int) -> Any:
-        """What stays the same between steps of the same rows: the cache, the logits, the tenants' weights."""
-        if any(self._stacks.get(name) is not array for name, array in self.bank.stacks.items()):
-            self._bound, self._stacks = {}, dict(self.bank.stacks)  # a stack has grown to another place
-        key = first, self.num_rows
-        if key not in self._bound:
-            binding = self.runner.new_binding()
-            for name, buffer in self.buffers.items():
-                rows = buffer[first : self.num_rows]
-                self.runner.bind(binding, name, rows)
-                self.runner.bind_output(binding, name.replace(PAST, PRESENT), rows)
-            for name, array in self._stacks.items():
-                if name in self.names:
-                    self.runner.bind(binding, name, array)
-            self.runner.bind_output(binding, "logits", self.logits[first : self.num_rows])
-            self._bound[key] = binding
-        return self._bound[key]
+        return self.cache.run(first, len(ids), feeds, self.bank, reads=reads)
 
     def _no_prompts(self, rows: int) -> Arrays:
         """What a method that takes prompts gets in steps that read no instruction."""
@@ -138,3 +104,8 @@ class InPlaceStepper(Stepper):
         if spec is None:
             return {}
         return {spec.name: np.zeros((rows, *map(int, spec.shape[1:])), NUMPY_TYPES[spec.dtype])}
+
+
+def serving_graphs(target: TargetSpec) -> tuple[str, str]:
+    """The graphs that read instructions and that go on from them, of a target that has them; they may be one."""
+    return ("serve", "serve") if "serve" in target.graphs else ("serve_prefill", "serve_decode")

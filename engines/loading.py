@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from engines.cache import Cache, HostCache
+from engines.in_place import InPlaceStepper, serving_graphs
 from engines.runner import Runner
 from engines.stepper import ConcatenatedStepper, Stepper
 from engines.tenants import TenantBank
@@ -33,7 +36,8 @@ def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> di
 def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
     """Whether a target's cache can be written in place (True), concatenated (False), or both, the better one first."""
     kinds = [("serve", True)] if device == "cpu" else []
-    return [in_place for graph, in_place in [*kinds, ("prefill", False)] if graph in target.graphs]
+    kinds += [("serve_prefill", True), ("prefill", False)]
+    return [in_place for graph, in_place in kinds if graph in target.graphs]
 
 
 def open_stepper(
@@ -68,6 +72,12 @@ def stepper_over(
     bank = TenantBank(bundle, manifest, target)
     if not in_place:
         return ConcatenatedStepper(manifest, target, bank, runners)
-    from engines.in_place import InPlaceStepper
+    serving: list[Any] = [runners[name] for name in serving_graphs(target)]
+    cache: Cache
+    if target.name == "onnxruntime":
+        cache = HostCache(*serving)
+    else:
+        from engines.cuda_cache import CudaCache
 
-    return InPlaceStepper(manifest, target, bank, runners)
+        cache = CudaCache(*serving)
+    return InPlaceStepper(manifest, target, bank, runners, cache)

@@ -19,6 +19,8 @@ from engines.runner import Activated, Arrays, Runner
 from engines.tenants import Tenant, TenantBank, cast
 from iapt_export.manifest import SENT_PROMPTS, BundleManifest, TargetSpec, TensorSpec
 
+READING = ("serve", "serve_prefill", "prefill")
+"""The graphs that read instructions; a target has one at least."""
 RowCache = list[tuple[np.ndarray, np.ndarray]]
 """One row's keys and values by layer, ``[H, entries, K]``, prompts first, padding left out."""
 
@@ -112,7 +114,7 @@ class Stepper(Activated):
     @property
     def sent_prompts(self) -> TensorSpec | None:
         """The input that takes prompts computed beforehand, if a method has one."""
-        graph = self.target.graphs.get("prefill") or self.target.graphs["serve"]
+        graph = next(self.target.graphs[name] for name in READING if name in self.target.graphs)
         return next((tensor for tensor in graph.inputs if tensor.name.endswith(f".{SENT_PROMPTS}")), None)
 
 

@@ -64,6 +64,8 @@ class TenantBank:
         self.tenants: dict[str, Tenant] = {}
         self.stacks: Arrays = {}
         """``METHOD.TENSOR`` to ``[N, ...]`` in the type that the graphs take; replaced by larger ones as N grows."""
+        self.version = 0
+        """Counts the changes of `stacks`, for copies of them elsewhere."""
         self._entries: dict[str, list[Tenant | None]] = {}
         for method in manifest.methods:
             specs = manifest.tenants_of(method.name)
@@ -131,6 +133,7 @@ class TenantBank:
         index = self._free_entry(new.method.name)
         for stack, array in new.entries.items():
             self.stacks[stack][index] = array
+        self.version += 1
         if new.name in self.tenants:
             self.remove(new.name)
         card, method = new.card, new.method

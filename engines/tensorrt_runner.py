@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 
 from engines.cuda_driver import Driver, Gpu, find_driver
-from engines.cuda_memory import CudaStream
+from engines.cuda_memory import CudaStream, DeviceArray
 from engines.engine_info import EngineInfo, read_header
 from engines.native import load_plugin
 from engines.runner import NUMPY_TYPES, Arrays, Runner, check_feeds
@@ -57,21 +60,31 @@ class TensorRTRunner(Runner):
             raise
         self._info = info
 
-    def infer(self, feeds: Arrays) -> Arrays:
+    def infer(self, feeds: Arrays, resident: Mapping[str, DeviceArray] = MappingProxyType({})) -> Arrays:
         """Run the graph once; see `engines.runner.Runner.infer`.
+
+        Args:
+            feeds: the inputs that come from the host.
+            resident: inputs and outputs that stand on the GPU; such outputs are not among the returned ones.
 
         Raises:
             IaptError: also when a size lies outside what the engine was built for.
         """
         if self._context is None or self._stream is None or self._info is None:
             raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
-        check_feeds(self.spec, feeds)
-        check_profile(self.spec, self._info, feeds)
+        fed = [tensor for tensor in self.spec.inputs if tensor.name not in resident]
+        check_feeds(dataclasses.replace(self.spec, inputs=fed), feeds)
+        shapes = {name: feeds[name].shape for name in feeds} | {name: resident[name].shape for name in resident}
+        check_profile(self.spec, self._info, shapes)
+        for tensor in self.spec.inputs:
+            if tensor.name in resident:
+                self._context.set_input_shape(tensor.name, resident[tensor.name].shape)
+                self._context.set_tensor_address(tensor.name, resident[tensor.name].address)
         for name, array in feeds.items():
             contiguous = np.ascontiguousarray(array)
             self._context.set_input_shape(name, contiguous.shape)
             self._context.set_tensor_address(name, self._stream.upload(name, contiguous))
-        outputs = self._bind_outputs(self._stream)
+        outputs = self._bind_outputs(self._stream, resident)
         if not self._context.execute_async_v3(self._stream.handle):
             raise IaptError(f"{self.spec.path}: TensorRT fails to run: {self._reasons()}")
         for name, array in outputs.items():
@@ -101,10 +114,13 @@ class TensorRTRunner(Runner):
                 "build the engine again for this machine, and see iapt-export doctor"
             )
 
-    def _bind_outputs(self, stream: CudaStream) -> Arrays:
+    def _bind_outputs(self, stream: CudaStream, resident: Mapping[str, DeviceArray]) -> Arrays:
         """Empty arrays of the sizes that TensorRT infers from the inputs', with buffers on the GPU bound."""
         arrays = {}
         for tensor in self.spec.outputs:
+            if tensor.name in resident:
+                self._context.set_tensor_address(tensor.name, resident[tensor.name].address)
+                continue
             shape = tuple(self._context.get_tensor_shape(tensor.name))
             if any(size < 0 for size in shape):
                 raise IaptError(
@@ -182,7 +198,7 @@ def check_gpu(info: EngineInfo, driver: Driver, device: int) -> None:
         raise NotRunnableError(f"{_described(gpu)} cannot run this engine, which needs {need}; build it for this GPU")
 
 
-def check_profile(spec: GraphSpec, info: EngineInfo, feeds: Arrays) -> None:
+def check_profile(spec: GraphSpec, info: EngineInfo, shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse sizes that the engine was not built for.
 
     Raises:
@@ -194,7 +210,7 @@ def check_profile(spec: GraphSpec, info: EngineInfo, feeds: Arrays) -> None:
         if tensor.name not in profile:
             continue
         shape = profile[tensor.name]
-        for axis, size in enumerate(feeds[tensor.name].shape):
+        for axis, size in enumerate(shapes[tensor.name]):
             low, high = shape.min[axis], shape.max[axis]
             if not low <= size <= high:
                 problems.append(f"{tensor.shape[axis]} is {size}, the engine takes {low} to {high}")

@@ -1,4 +1,4 @@
-"""An attention of ours in a transformers backbone while it is traced."""
+"""Attentions of ours in a transformers backbone while it is traced."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -28,3 +30,19 @@ def attending_with(backbone: Any, name: str, attend: Callable[..., Any], mask: C
         yield
     finally:
         backbone.set_attn_implementation(before)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention over ``query [B, heads, T, K]`` and ``key, value [B, H, S, K]`` without repeating the latter."""
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return mixed.transpose(1, 2), None

@@ -80,7 +80,11 @@ def build_bundle(args: argparse.Namespace) -> None:
         job = _Job(args, cache, spec, ModelShape.from_config(backbone.model.config), tenants, ranges, steps, backbone)
         del backbone  # the job keeps one at a time, in the type that a target needs
         shipped = onnx_variant(targets)
-        graphs = {target.variant: job.export(target, target.variant == shipped) for target in reversed(targets)}
+        variants = dict.fromkeys(target.variant for target in reversed(targets))
+        graphs = {
+            variant: job.export([target for target in targets if target.variant == variant], variant == shipped)
+            for variant in variants
+        }
         backbone = job.load("fp32")
         with temporary_folder(output) as bundle:
             layout.place_files(graphs[shipped], bundle)
@@ -126,17 +130,23 @@ class _Job:
         return self.backbone
 
     def specs(self, target: TargetPlan) -> dict[str, GraphSpec]:
-        """The interfaces of a target's graphs; of quantised weights only those that ONNX Runtime serves from."""
-        specs = graph_specs(self.tenants.installed, self.shape, target.graph_dtype)
+        """The interfaces of the graphs that a target can use; of quantised weights only those to serve from."""
+        specs = graph_specs(self.tenants.installed, self.shape, target.graph_dtype, self.capacity(target))
         return specs if target.weight_bits is None else layout.served_graphs(specs)
 
-    def export(self, target: TargetPlan, shipped: bool) -> Path:
-        """The folder with the ONNX graphs that a target is built from, or all graphs if the bundle ships them."""
-        specs = self.specs(target)
-        names = tuple(specs) if shipped else layout.engine_graphs(specs)
+    def capacity(self, target: TargetPlan) -> int | None:
+        """Cache entries of a row that a target's graphs have room for, if that is fixed."""
+        return self.ranges.past.max if target.name in TENSORRT and target.opset >= 23 else None
+
+    def export(self, targets: list[TargetPlan], shipped: bool) -> Path:
+        """The folder with the ONNX graphs that targets of one variant are built from; all if the bundle ships them."""
+        wanted = [self.specs(target) for target in targets]
+        chosen = [tuple(specs) if shipped else layout.engine_graphs(specs) for specs in wanted]
+        names = tuple(dict.fromkeys(name for own in chosen for name in own))
+        target, capacity = targets[0], next(filter(None, map(self.capacity, targets)), None)
         lora = self.tenants.merged
         # one position more than a step finds, for the entry that it adds
-        serving = Serving(self.ranges.past.max + 1 if "serve" in names else None, target.weight_bits)
+        serving = Serving(self.ranges.past.max + 1 if "serve" in names else None, capacity, target.weight_bits)
         inputs = {
             "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
             "methods": [
@@ -205,7 +215,7 @@ class _Job:
             folder, _ = run_stage(self.cache, f"engine-{target.name}-{name}", inputs, make)
             layout.place_files(folder, bundle / "engines" / target.name)
         engines = layout.engine_specs(specs, target.name)
-        built_for = EngineInfo.load(bundle / engines["prefill"].path).compute_capability
+        built_for = EngineInfo.load(bundle / next(iter(engines.values())).path).compute_capability
         return TargetSpec(
             target.name, target.dtype, target.opset, engines, version, built_for, sources, self.args.rational
         )

@@ -17,6 +17,7 @@ from iapt_export.errors import BundleError
 from iapt_export.installed import Installed, computing_fields
 from iapt_export.interface import ModelShape, weight_specs
 from iapt_export.manifest import (
+    ENGINE_SERVING,
     MANIFEST_FILE,
     BackboneSpec,
     BundleManifest,
@@ -166,8 +167,9 @@ def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpe
 
 
 def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
-    """The graphs that TensorRT engines are built from; ``serve`` has an operator of ONNX Runtime."""
-    return tuple(name for name in specs if name not in ("serve", "generator"))
+    """The graphs that TensorRT engines are built from: over a cache in place, where the opset has what that needs."""
+    stepping = ENGINE_SERVING if set(ENGINE_SERVING) <= specs.keys() else ("prefill", "decode")
+    return tuple(name for name in specs if name in ("encoder", *stepping))
 
 
 def served_graphs(specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:

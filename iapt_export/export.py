@@ -10,9 +10,10 @@ from typing import Any
 from iapt_export.errors import IaptError
 from iapt_export.installed import Installed, rational_forms
 from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import GraphSpec
+from iapt_export.manifest import ENGINE_SERVING, GraphSpec
 from iapt_export.passes import serve_passes, ship_pipeline
 from iapt_export.passes.quantise_weights import QuantiseWeightsPass
+from iapt_export.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
 from iapt_export.plan import OPSETS
 from iapt_export.save import save_graphs
 from iapt_export.trace import trace_graph
@@ -20,11 +21,13 @@ from iapt_export.trace import trace_graph
 
 @dataclass(frozen=True)
 class Serving:
-    """What is done to graphs that only ONNX Runtime reads."""
+    """What graphs over a cache in place need to know besides."""
 
     num_positions: int | None = None
     """Most cache entries of a row in ``serve.onnx``, which holds its rotary table for as many; None leaves the rotary
     embedding as it was traced, for any number."""
+    capacity: int | None = None
+    """Cache entries of a row in ``serve_prefill`` and ``serve_decode``; None leaves these graphs out."""
     weight_bits: int | None = None
     """4 or 8 to store the backbone's weights in as many; for graphs of fp32. None leaves them in the graphs' type."""
 
@@ -49,7 +52,7 @@ def export_graphs(
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         opset: 20 or 23.
         names: which graphs; None writes all that the methods need.
-        serving: what ONNX Runtime alone knows.
+        serving: what the graphs over a cache in place need to know besides.
         on_step: called with a word on each step, for progress.
 
     Returns:
@@ -60,7 +63,7 @@ def export_graphs(
     """
     if opset not in OPSETS:
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
-    specs = graph_specs(installed, ModelShape.from_config(backbone.config), dtype)
+    specs = graph_specs(installed, ModelShape.from_config(backbone.config), dtype, serving.capacity)
     models = {}
     forms = rational_forms(installed)
     for name in names or specs:
@@ -71,7 +74,9 @@ def export_graphs(
         packed = serving.weight_bits != 4
         own = serve_passes(serving.num_positions, packed=packed) if name == "serve" else []
         own += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
-        passes = ship_pipeline(specs[name], forms, opset, own)
+        own += [UseTensorScatterPass()] if name in ENGINE_SERVING else []
+        version = SCATTER_OPSET if name in ENGINE_SERVING else opset
+        passes = ship_pipeline(specs[name], forms, version, own)
         models[name] = passes(model).model
     on_step("writing graphs and weights")
     save_graphs(models, folder)

@@ -1,4 +1,7 @@
-"""One graph for reading instructions and for every later step, over a cache that is written in place.
+"""Reading instructions and every later step over a cache that is written in place: one graph for both, or two.
+
+``serve`` is both in one, with ONNX Runtime's own attention. ``serve_prefill`` and ``serve_decode`` are of standard
+operators, for TensorRT: each is `serve` with the flag known while it is traced, so that what it skips is not in it.
 
 A row is laid out ``[its prompt slots | its tokens | padding]`` and its cache entries stand where they are counted:
 position is place. So rows of any length share a batch, each writes at its own end, and a row's slots are exactly those
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import iapt_export.ops.serving  # noqa: F401  (registers torch.ops.iapt.attend_in_place and instruction_only)
-from iapt_export.attention import attending_with
+from iapt_export.attention import attending_with, grouped_attention
 from trainers.insertion import decoder_layers, hooked, projected, selected
 from trainers.method import Method, Part, Rows
 
@@ -34,12 +37,12 @@ class Step:
     """``[B, T]`` int64, counted on through the padding; from 0 on where instructions are read."""
     seqlens_k: Tensor
     """``[B]`` int32, each row's entries after this step, less one."""
-    total: Tensor
-    """int32 scalar, the largest of them plus one."""
+    total: Tensor | None
+    """int32 scalar, the largest of them plus one; None makes the attention of standard operators."""
     past: list[Tensor]
     """Key and value buffers ``[B, H, C, K]`` of layer 0, of layer 1, and so on."""
-    flag: Tensor | None = None
-    """Boolean scalar, set while instructions are read; None where no method needs it."""
+    flag: Tensor | bool | None = None
+    """Whether instructions are read: a boolean scalar, or known while tracing; None where no method needs it."""
     present: list[Tensor] = field(default_factory=list)
     """The buffers after the step, which share the memory of ``past``."""
 
@@ -127,6 +130,8 @@ class _Layout:
     def only(self, changed: Tensor, unchanged: Tensor) -> Tensor:
         """``changed`` while instructions are read, ``unchanged`` in later steps."""
         assert self.step.flag is not None
+        if isinstance(self.step.flag, bool):
+            return changed if self.step.flag else unchanged
         return torch.ops.iapt.instruction_only(changed, unchanged, self.step.flag)
 
     def _replaced(
@@ -143,6 +148,10 @@ class _Layout:
         if made is own:
             return target
         made = part.choose(made.to(target.dtype), target.index_select(axis, first))
+        if self.step.total is None:  # behind slices of a computed length TensorRT knows no size any more
+            places = torch.arange(length, device=read.device)
+            spread = made.index_select(axis, places.clamp(max=count - 1))
+            return torch.where((places < count)[:, None], spread, target)
         return torch.ops.iapt.set_first(target, made, length, axis)
 
 
@@ -185,6 +194,14 @@ def _attend(
     """Attention of ``query [B, heads, T, K]`` over the cache and ``key, value [B, H, T, K]``."""
     step, layer = _steps[-1], int(module.layer_idx)  # type: ignore[arg-type]
     batch, heads, length, width = query.shape
+    window = int(rest.get("sliding_window") or -1)
+    past = step.past[2 * layer : 2 * layer + 2]
+    if step.total is None:
+        begin = step.position_ids[:, 0]
+        keys, values = (torch.ops.iapt.tensor_scatter(*pair, begin) for pair in zip(past, (key, value), strict=True))
+        step.present[2 * layer], step.present[2 * layer + 1] = keys, values
+        seen = _seen(step.position_ids, past[0].shape[2], window)
+        return grouped_attention(module, query, keys, values, seen, scaling)
 
     def flat(states: Tensor) -> Tensor:
         return states.transpose(1, 2).reshape(batch, length, -1)
@@ -193,12 +210,19 @@ def _attend(
         flat(query),
         flat(key),
         flat(value),
-        step.past[2 * layer : 2 * layer + 2],
+        past,
         [step.seqlens_k, step.total],
         float(scaling if scaling is not None else width**-0.5),
-        int(rest.get("sliding_window") or -1),
+        window,
     )
     return mixed.reshape(batch, length, heads, width), None
+
+
+def _seen(position_ids: Tensor, capacity: int, window: int) -> Tensor:
+    """``[B, 1, T, C]`` bool: the entries that each position attends to, itself and those before it."""
+    entries = torch.arange(capacity, device=position_ids.device)
+    own = position_ids[:, None, :, None]
+    return (entries <= own) if window < 0 else (entries <= own) & (entries > own - window)
 
 
 def needs_flag(methods: list[Method]) -> bool:

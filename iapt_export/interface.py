@@ -60,23 +60,26 @@ def weight_specs(item: Installed, dtype: str) -> list[TensorSpec]:
     ]
 
 
-def graph_specs(installed: list[Installed], shape: ModelShape, dtype: str) -> dict[str, GraphSpec]:
+def graph_specs(
+    installed: list[Installed], shape: ModelShape, dtype: str, capacity: int | None = None
+) -> dict[str, GraphSpec]:
     """Interface of the bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
 
     Args:
         installed: the bundle's methods.
         shape: the backbone's sizes.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
+        capacity: cache entries of a row in the graphs for TensorRT, which wants a fixed number; None leaves them out.
 
     Returns:
-        ``prefill``, ``decode`` and ``serve``, ``encoder`` where a method computes its prompts beforehand,
-        ``generator`` where a method generates prompts at every layer.
+        ``prefill``, ``decode`` and ``serve``, ``serve_prefill`` and ``serve_decode`` if asked for, ``encoder`` where a
+        method computes its prompts beforehand, ``generator`` where a method generates prompts at every layer.
     """
     tokens = [TensorSpec(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask")]
     logits = TensorSpec("logits", dtype, ["batch", 1, shape.vocab_size])
     mixed = len(installed) > 1
 
-    def cache(prefix: str, length: str) -> list[TensorSpec]:
+    def cache(prefix: str, length: str | int) -> list[TensorSpec]:
         return _cache_tensors(prefix, length, shape, dtype)
 
     def taken(items: list[Installed]) -> list[TensorSpec]:
@@ -104,6 +107,16 @@ def graph_specs(installed: list[Installed], shape: ModelShape, dtype: str) -> di
         "decode": GraphSpec("decode.onnx", decode_inputs, [logits, *cache("present", "total")]),
         "serve": GraphSpec("serve.onnx", serve_inputs, [logits, *cache("present", "capacity")]),
     }
+    if capacity is not None:
+        for name, length, methods in (("prefill", "places", installed), ("decode", 1, in_decode(installed))):
+            inputs = [
+                TensorSpec("input_ids", "int64", ["batch", length]),
+                TensorSpec("position_ids", "int64", ["batch", length]),
+                TensorSpec("seqlens_k", "int32", ["batch"]),
+                *cache("past_key_values", capacity),
+                *taken(methods),
+            ]
+            specs[f"serve_{name}"] = GraphSpec(f"serve_{name}.onnx", inputs, [logits, *cache("present", capacity)])
     for item in installed:
         if item.encoder:
             made = TensorSpec(SENT_PROMPTS, dtype, ["batch", item.method.num_slots, shape.hidden_size])
@@ -121,7 +134,7 @@ def generators(installed: list[Installed]) -> list[Installed]:
     return [item for item in installed if isinstance(item.method, IAPT)]
 
 
-def _cache_tensors(prefix: str, length: str, shape: ModelShape, dtype: str) -> list[TensorSpec]:
+def _cache_tensors(prefix: str, length: str | int, shape: ModelShape, dtype: str) -> list[TensorSpec]:
     sizes: list[int | str] = ["batch", shape.num_kv_heads, length, shape.head_dim]
     return [
         TensorSpec(f"{prefix}.{layer}.{part}", dtype, list(sizes))

@@ -21,11 +21,14 @@ from iapt_export.schema import read_fields
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
-GRAPHS = ("encoder", "prefill", "decode", "serve", "generator")
+ENGINE_SERVING = ("serve_prefill", "serve_decode")
+SERVING = ("serve", *ENGINE_SERVING)
+"""Graphs over a cache that is written in place: ONNX Runtime's for both kinds of step, TensorRT's for one each."""
+GRAPHS = ("encoder", "prefill", "decode", *SERVING, "generator")
 """The graphs that a bundle may have.
 
-``prefill`` and ``decode`` are of standard operators. ``serve`` is both in one, over a cache that is written in place,
-for ONNX Runtime. ``encoder`` makes LoPA's prompts, ``generator`` is IAPT's generators alone, for comparison.
+``prefill`` and ``decode`` are for any runtime: each step returns a longer cache. ``encoder`` makes LoPA's prompts,
+``generator`` is IAPT's generators alone, for comparison.
 """
 READS_INSTRUCTION = "reads_instruction"
 """Input of ``serve``, a boolean: whether this step reads instructions or goes on from them."""

@@ -11,20 +11,19 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
-from torch.nn import functional as F
 from transformers.masking_utils import sdpa_mask
 
-from iapt_export.attention import attending_with
+from iapt_export.attention import attending_with, grouped_attention
 from iapt_export.errors import IaptError
 from iapt_export.in_place import in_place_attention
 from iapt_export.installed import Installed
-from iapt_export.manifest import GraphSpec, TensorSpec
+from iapt_export.manifest import SERVING, GraphSpec, TensorSpec
 from iapt_export.ops import rational, serving
 from iapt_export.twins import TWINS
 
-EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
+EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
 TORCH_TYPES = {
     "int64": torch.int64,
@@ -56,7 +55,7 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     num_plain = twin.num_plain
     examples = [_example(tensor) for tensor in spec.inputs]
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
-    attention = in_place_attention if name == "serve" else exportable
+    attention = in_place_attention if name in SERVING else exportable
     with attention(backbone), _quiet(), torch.no_grad():
         try:
             program = torch.export.export(
@@ -85,23 +84,7 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
 
 def exportable(backbone: Any) -> AbstractContextManager[None]:
     """Give a backbone an attention that exports to one node with grouped key/value heads, while the context is open."""
-    return attending_with(backbone, "iapt_export", _grouped_attention, sdpa_mask)
-
-
-def _grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention over ``query [B, heads, T, K]`` and ``key, value [B, H, S, K]`` without repeating the latter."""
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return mixed.transpose(1, 2), None
+    return attending_with(backbone, "iapt_export", grouped_attention, sdpa_mask)
 
 
 def _first_line(error: BaseException) -> str:

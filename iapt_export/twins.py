@@ -87,7 +87,7 @@ class DecodeTwin(Twin):
 
 
 class ServeTwin(Twin):
-    """Prefill and decode in one graph, over a cache that is written in place; see `iapt_export.in_place`."""
+    """Prefill and decode in one graph for ONNX Runtime; see `iapt_export.in_place`."""
 
     num_plain = 4
 
@@ -108,6 +108,30 @@ class ServeTwin(Twin):
         return (logits, *step.present)
 
 
+class ServePrefillTwin(Twin):
+    """The reading half of `ServeTwin`, of standard operators."""
+
+    num_plain = 3
+    reads: ClassVar[bool] = True
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, seqlens_k: Tensor, rest: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """``input_ids, position_ids [B, T]``, ``seqlens_k [B]``, buffers ``[B, H, C, K]`` to logits ``[B, 1, V]``."""
+        inputs = self.named(rest)
+        past = [tensor for name, tensor in inputs.items() if name.startswith("past_key_values.")]
+        step = Step(position_ids, seqlens_k, None, past, self.reads)
+        chosen = self.installed if self.reads else in_decode(self.installed)
+        logits = serve(self.backbone, rows_from_inputs(self.installed, inputs, only=chosen), input_ids, step)
+        return (logits, *step.present)
+
+
+class ServeDecodeTwin(ServePrefillTwin):
+    """The other half: one token a row, and of the methods those that act on generated tokens."""
+
+    reads = False
+
+
 class GeneratorTwin(Twin):
     """IAPT's generators alone: every layer's prompts from every layer's hidden states."""
 
@@ -125,6 +149,8 @@ TWINS: dict[str, type[Twin]] = {
     "prefill": PrefillTwin,
     "decode": DecodeTwin,
     "serve": ServeTwin,
+    "serve_prefill": ServePrefillTwin,
+    "serve_decode": ServeDecodeTwin,
     "generator": GeneratorTwin,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from iapt_export.installed import Installed
+from iapt_export.bundle import with_files
+from iapt_export.export import Serving, export_graphs
+from iapt_export.installed import Installed, installed_from_manifest
 from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import GraphSpec
+from iapt_export.manifest import ENGINE_SERVING, BundleManifest, GraphSpec
 from tests.bundles import METHOD, SIZES, random_method
 from trainers.generate import prefill
 from trainers.method import Method, Sizes, rows_of
@@ -45,9 +49,27 @@ def installed(config: Any = METHOD, sizes: Sizes = SIZES) -> list[Installed]:
     return [Installed(method_name(config).lower(), random_method(0, config, sizes))]
 
 
-def specs_for(model: Any, methods: list[Installed], dtype: str = "fp32") -> dict[str, GraphSpec]:
+def specs_for(
+    model: Any, methods: list[Installed], dtype: str = "fp32", capacity: int | None = None
+) -> dict[str, GraphSpec]:
     """The interfaces of the graphs of a backbone with these methods."""
-    return graph_specs(methods, ModelShape.from_config(model.config), dtype)
+    return graph_specs(methods, ModelShape.from_config(model.config), dtype, capacity)
+
+
+def with_engine_graphs(source: Path, copy: Path, model: Any) -> Path:
+    """A copy of a bundle for ONNX Runtime whose target has the graphs of TensorRT's engines, and no others."""
+    shutil.copytree(source, copy)
+    manifest = BundleManifest.load(copy)
+    methods, capacity = installed_from_manifest(manifest, model), manifest.ranges.past.max
+    specs = specs_for(model, methods, capacity=capacity)
+    names = tuple(name for name in specs if name in ("encoder", *ENGINE_SERVING))
+    folder = copy / "graphs"
+    folder.mkdir()
+    export_graphs(model, methods, folder, dtype="fp32", opset=23, names=names, serving=Serving(capacity=capacity))
+    graphs = {name: dataclasses.replace(specs[name], path=f"graphs/{name}.onnx") for name in names}
+    target = dataclasses.replace(manifest.target(), graphs=graphs)
+    with_files(dataclasses.replace(manifest, targets=[target]), copy).save(copy)
+    return copy
 
 
 def stacked_feeds(tenants: Sequence[Method], name: str = "iapt") -> Arrays:

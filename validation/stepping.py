@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.cache import HostCache
 from engines.in_place import InPlaceStepper
 from engines.loading import open_runners, stepper_over
 from engines.runner import Arrays, Runner
@@ -49,8 +50,10 @@ class Step:
     def present(self) -> Arrays:
         """``present.N.*`` to ``[B, H, S, K]``: the cache as the mask says."""
         if isinstance(self.stepper, InPlaceStepper):
+            assert isinstance(self.stepper.cache, HostCache)
             rows, length = self.mask.shape
-            arrays = {name: buffer[:rows, :, :length] for name, buffer in self.stepper.buffers.items()}
+            buffers = self.stepper.cache.buffers
+            arrays = {name: buffer[:rows, :, :length] for name, buffer in buffers.items()}
         else:
             assert isinstance(self.stepper, ConcatenatedStepper)
             arrays = self.stepper.cache

@@ -1,7 +1,11 @@
-"""The operators of ``serve.onnx`` that PyTorch has no word for: attention over a cache in place, and a condition.
+"""The operators of graphs over a cache in place that PyTorch has no word for: attention, a write, and a condition.
 
 ``com.microsoft::GroupQueryAttention`` is ONNX Runtime's: it writes the new keys and values into the cache buffers at
 each row's own length, where past and present share memory, and attends to what is written so far.
+
+``TensorScatter`` is the standard's, but newer than what torch's exporter writes, so it is traced under a domain of our
+own and renamed by `iapt_export.passes.use_tensor_scatter`. It writes new keys or values into a buffer at each row's own
+place. TensorRT makes its KV-cache-update layer of it, which needs input and output at one address.
 
 ``iapt::instruction_only(changed, unchanged, flag)`` marks what is computed only while an instruction is read; the pass
 `iapt_export.passes.sink_into_if` turns it into an ``If``, and no such node is left in a shipped graph.
@@ -25,8 +29,9 @@ ATTENTION = "GroupQueryAttention"
 PRODUCT = "MatMulNBits"
 LOOKUP = "GatherBlockQuantized"
 MARKER = "InstructionOnly"
+SCATTER = "TensorScatter"
 MARKER_DOMAIN = "ai.iapt.trace"
-"""Domain of the marker; it exists between tracing and the passes only."""
+"""Domain of these two; it exists between tracing and the passes only."""
 
 
 @torch.library.custom_op("iapt::attend_in_place", mutates_args=())
@@ -59,6 +64,18 @@ def attend_in_place(
 @attend_in_place.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, past: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(query), torch.empty_like(past[0]), torch.empty_like(past[1])
+
+
+@torch.library.custom_op("iapt::tensor_scatter", mutates_args=())
+def tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """``past [B, H, C, K]`` with the entries from ``write_indices [B]`` on replaced by ``update [B, H, T, K]``."""
+    places = write_indices[:, None] + torch.arange(update.shape[2], device=past.device)
+    return past.scatter(2, places[:, None, :, None].expand_as(update), update)
+
+
+@tensor_scatter.register_fake
+def _(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    return torch.empty_like(past)
 
 
 @torch.library.custom_op("iapt::instruction_only", mutates_args=())
@@ -132,6 +149,17 @@ def register_schemas() -> None:
             type_constraints=[("T", everything, "")],
         )
     )
+    onnx.defs.register_schema(
+        schema(
+            SCATTER,
+            MARKER_DOMAIN,
+            1,
+            doc="Writes entries into a cache from each row's own place on.",
+            inputs=[parameter("past", "T"), parameter("update", "T"), parameter("write_indices", "tensor(int64)")],
+            outputs=[parameter("present", "T")],
+            type_constraints=[("T", floats, "")],
+        )
+    )
 
 
 def translation_table() -> dict[Any, Any]:
@@ -153,6 +181,9 @@ def translation_table() -> dict[Any, Any]:
             local_window_size=window,
         )
 
+    def scatter(past: Any, update: Any, write_indices: Any) -> Any:
+        return marker.TensorScatter(past, update, write_indices)
+
     def only(changed: Any, unchanged: Any, flag: Any) -> Any:
         return marker.InstructionOnly(changed, unchanged, flag)
 
@@ -166,6 +197,7 @@ def translation_table() -> dict[Any, Any]:
 
     return {
         torch.ops.iapt.attend_in_place.default: attention,
+        torch.ops.iapt.tensor_scatter.default: scatter,
         torch.ops.iapt.instruction_only.default: only,
         torch.ops.iapt.set_first.default: first,
     }

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import math
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+
+from engines.runner import NUMPY_TYPES
+from iapt_export.manifest import GraphSpec, TensorSpec
 
 
 class Status(enum.IntEnum):
@@ -23,13 +29,16 @@ class Status(enum.IntEnum):
 class FakeCuda:
     """`cuda.bindings.runtime`: "device" memory is host memory, and every allocation is counted."""
 
-    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaMemcpyKind = types.SimpleNamespace(  # noqa: N815
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
 
     def __init__(self, memory_bytes: int = 1 << 30) -> None:
         self.memory_bytes = memory_bytes
         self.live: dict[int, Any] = {}
         self.streams = 0
         self.allocations = 0
+        self.uploads = 0
 
     def cudaSetDevice(self, device: int) -> tuple[Status]:  # noqa: N802
         return (Status.cudaSuccess,)
@@ -59,8 +68,13 @@ class FakeCuda:
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, *arguments: Any) -> tuple[Status]:  # noqa: N802
-        target, source, size, _, _ = arguments
+        target, source, size, kind, _ = arguments
         ctypes.memmove(target, source, size)
+        self.uploads += kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice
+        return (Status.cudaSuccess,)
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[Status]:  # noqa: N802
+        ctypes.memset(address, value, size)
         return (Status.cudaSuccess,)
 
 
@@ -98,8 +112,46 @@ class FakeContext:
         return np.frombuffer(memory, kind).reshape(shape)
 
 
-def fake_tensorrt(version: str, context: FakeContext | None) -> types.SimpleNamespace:
-    """A module ``tensorrt_rtx`` whose every engine has that context; None refuses every engine."""
+class OnnxContext:
+    """Computes what an ONNX graph says, by ONNX Runtime, in "device" memory."""
+
+    def __init__(self, path: Path, spec: GraphSpec) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.spec = spec
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shapes[name] = tuple(shape)
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        (tensor,) = (tensor for tensor in self.spec.outputs if tensor.name == name)
+        batch = self.shapes["input_ids"][0]
+        return tuple(batch if size == "batch" else int(size) for size in tensor.shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        for name, address in self.addresses.items():  # what TensorRT's KV-cache-update layer demands
+            if name.startswith("present.") and address != self.addresses[name.replace("present", "past_key_values")]:
+                return False
+        feeds = {tensor.name: self._array(tensor, self.shapes[tensor.name]) for tensor in self.spec.inputs}
+        made = self.session.run([tensor.name for tensor in self.spec.outputs], feeds)
+        for tensor, array in zip(self.spec.outputs, made, strict=True):
+            self._array(tensor, self.get_tensor_shape(tensor.name))[...] = array
+        return True
+
+    def _array(self, tensor: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+        kind = np.dtype(NUMPY_TYPES[tensor.dtype])
+        memory = (ctypes.c_char * (math.prod(shape) * kind.itemsize)).from_address(self.addresses[tensor.name])
+        return np.frombuffer(memory, kind).reshape(shape)
+
+
+def fake_tensorrt(version: str, context: Any) -> types.SimpleNamespace:
+    """A module ``tensorrt_rtx`` whose engines have that context, or the one under their bytes; None refuses them."""
 
     class Logger:
         ERROR, INTERNAL_ERROR = 1, 0
@@ -109,9 +161,10 @@ def fake_tensorrt(version: str, context: FakeContext | None) -> types.SimpleName
             self.logger = logger
 
         def deserialize_cuda_engine(self, data: bytes) -> Any:
-            if context is None:
+            own = context.get(data) if isinstance(context, dict) else context
+            if own is None:
                 self.logger.log(Logger.ERROR, "Error Code 1: the plan is of another GPU")
                 return None
-            return types.SimpleNamespace(create_execution_context=lambda: context)
+            return types.SimpleNamespace(create_execution_context=lambda: own)
 
     return types.SimpleNamespace(__version__=version, ILogger=Logger, Runtime=Runtime)

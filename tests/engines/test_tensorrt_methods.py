@@ -9,7 +9,7 @@ import pytest
 
 from engines.engine_info import ProfileShape, check_engine, profile_from_spec
 from engines.tensorrt_builder import engine_from_onnx
-from iapt_export.export import export_graphs
+from iapt_export.export import Serving, export_graphs
 from iapt_export.manifest import Range, Ranges
 from iapt_export.plan import TenantPlan, plan_tenants
 from tests.bundles import METHOD, tiny_adapter
@@ -27,10 +27,10 @@ CONFIGS = [
 ]
 STACKS = {
     "encoder": {"lopa"},
-    "prefill": {"iapt", "prompt_tuning", "prefix_tuning", "lora"},
-    "decode": {"lora"},
+    "serve_prefill": {"iapt", "prompt_tuning", "prefix_tuning", "lora"},
+    "serve_decode": {"lora"},
 }
-"""Graph to the methods whose weights it takes; LoPA's prompts come to prefill as they were sent."""
+"""Graph to the methods whose weights it takes; LoPA's prompts come to serve_prefill as they were sent."""
 
 
 def planned(model: Any) -> TenantPlan:
@@ -38,14 +38,16 @@ def planned(model: Any) -> TenantPlan:
     return plan_tenants(tenants, model)
 
 
-@pytest.mark.parametrize("name", ["prefill", *(pytest.param(n, marks=pytest.mark.slow) for n in ("encoder", "decode"))])
+@pytest.mark.parametrize("name", ["serve_prefill", "serve_decode", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_engines_of_a_mixed_bundle(tmp_path: Path, name: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     model = tiny_llama(num_hidden_layers=1)
     plan = planned(model)
     model.half()
-    specs = specs_for(model, plan.installed, "fp16")
-    export_graphs(model, plan.installed, tmp_path, dtype="fp16", opset=23, names=(name,))
+    capacity = RANGES.past.max
+    specs = specs_for(model, plan.installed, "fp16", capacity)
+    serving = Serving(capacity=capacity)
+    export_graphs(model, plan.installed, tmp_path, dtype="fp16", opset=23, names=(name,), serving=serving)
     engine = tmp_path / f"{name}.engine"
     info = engine_from_onnx(tmp_path / f"{name}.onnx", engine, specs[name], RANGES)
     assert check_engine(specs[name], info, RANGES, engine) == []

@@ -140,13 +140,14 @@ def test_placing_leaves_a_stages_record_behind(tmp_path: Path) -> None:
 
 
 def test_engines_stand_in_their_targets_folder() -> None:
-    specs = graph_specs(installed(), SHAPE, "fp16")
+    specs = graph_specs(installed(), SHAPE, "fp16", capacity=64)
     engines = layout.engine_specs(specs, "tensorrt-rtx")
     assert {name: spec.path for name, spec in engines.items()} == {
-        "prefill": "engines/tensorrt-rtx/prefill.engine",
-        "decode": "engines/tensorrt-rtx/decode.engine",
+        "serve_prefill": "engines/tensorrt-rtx/serve_prefill.engine",
+        "serve_decode": "engines/tensorrt-rtx/serve_decode.engine",
     }
-    assert engines["decode"].inputs == specs["decode"].inputs
+    assert engines["serve_decode"].inputs == specs["serve_decode"].inputs
+    assert layout.engine_graphs(graph_specs(installed(), SHAPE, "fp16")) == ("prefill", "decode")
 
 
 def key(build: TinyBuild, settings: dict[str, Any] | None = None, order: tuple[str, ...] = TENANTS) -> str:

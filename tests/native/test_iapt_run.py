@@ -13,7 +13,9 @@ import pytest
 
 from engines.cuda_driver import find_driver
 from tests.bundles import PROMPTS, TENANTS, TinyBuild, change_manifest, rehash, run
+from tests.graphs import with_engine_graphs
 from tests.native.built import FUZZER, RUNNER, TENSORRT_RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
+from trainers.backbone import load_backbone
 
 MULTIBYTE = "quiet joy — é 日本語 🎉"
 
@@ -47,6 +49,18 @@ def test_the_same_answers_as_python(tiny_build: TinyBuild, tenant: str, sampling
         made = iapt_run(*flags, *cache, "--json")
         assert made.returncode == 0, made.stderr
         assert made.stdout == expected, cache
+
+
+@needs_runner
+@needs_tokenizer
+def test_the_graphs_of_tensorrts_engines(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    """The stepper that runs them on a GPU, over ONNX Runtime."""
+    bundle = with_engine_graphs(tiny_build.bundle, tmp_path / "bundle", load_backbone(str(tiny_build.model)).model)
+    for tenant in TENANTS:
+        flags = [f"--tenant={tenant}", *(f"--prompt={text}" for text in PROMPTS[:3]), "--max-new-tokens=24"]
+        made = iapt_run(bundle, *flags, "--json")
+        assert made.returncode == 0, made.stderr
+        assert made.stdout == wanted(tiny_build.bundle, *flags) == wanted(bundle, *flags)
 
 
 @needs_runner

@@ -226,13 +226,13 @@ def stepping(change: Callable[[InPlaceStepper, int], None]) -> Plant:
 
 def rows_swapped_in_place(stepper: InPlaceStepper, step: int) -> None:
     if step == 2:
-        for buffer in stepper.buffers.values():
+        for buffer in stepper.cache.buffers.values():
             buffer[: stepper.num_rows] = buffer[: stepper.num_rows][::-1].copy()
 
 
 def stale_in_place(stepper: InPlaceStepper, step: int) -> None:
     if step >= 3:
-        values, newest = stepper.buffers["past_key_values.1.value"], stepper.lengths[0] - 1
+        values, newest = stepper.cache.buffers["past_key_values.1.value"], stepper.lengths[0] - 1
         values[0, :, newest] = values[0, :, newest - 1]
 
 

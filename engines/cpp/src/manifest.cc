@@ -148,8 +148,10 @@ TargetSpec read_target(const Json& json, const std::string& where, Problems& pro
   spec.rational = "function";
   fields.read("rational", spec.rational, false);
   fields.refuse_unknown();
-  const bool portable = spec.graphs.count("prefill") > 0 && spec.graphs.count("decode") > 0;
-  if (!portable && spec.graphs.count("serve") == 0) fields.problem(".graphs has neither serve nor prefill and decode");
+  const auto has = [&](const char* name) { return spec.graphs.count(name) > 0; };
+  if (!has("serve") && !(has("serve_prefill") && has("serve_decode")) && !(has("prefill") && has("decode"))) {
+    fields.problem(".graphs has neither serve nor serve_prefill and serve_decode nor prefill and decode");
+  }
   return spec;
 }
 

@@ -20,8 +20,9 @@ Session::Session(std::filesystem::path bundle, BundleManifest manifest, const Se
       manifest_(std::make_unique<const BundleManifest>(std::move(manifest))),
       target_(&manifest_->target(options.target)) {
   const bool has_serve = target_->graphs.count("serve") > 0, has_prefill = target_->graphs.count("prefill") > 0;
-  // the buffers of the cache in place stand in the host's memory
-  const bool in_place = has_serve && !(has_prefill && (options.portable || options.runner.device != "cpu"));
+  // ONNX Runtime's buffers of the cache in place stand in the host's memory
+  const bool keeps_portable = has_prefill && (options.portable || options.runner.device != "cpu");
+  const bool in_place = (has_serve && !keeps_portable) || target_->graphs.count("serve_prefill") > 0;
   stepper_ = (in_place ? in_place_stepper : concatenating_stepper)(bundle_, *manifest_, *target_, options.runner);
 }
 

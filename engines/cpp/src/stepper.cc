@@ -114,18 +114,21 @@ class ConcatenatingStepper final : public Stepper {
   Tensors cache_;
 };
 
-// One graph for both kinds of step; a row stands [its prompt slots | its tokens | padding], and its cache entries where
-// they are counted. Keys and values are written into buffers that stay where they are.
+// One graph for both kinds of step, or one for each; a row stands [its prompt slots | its tokens | padding], and its
+// cache entries where they are counted. Keys and values are written into buffers that stay where they are.
 class InPlaceStepper final : public Stepper {
  public:
   InPlaceStepper(const std::filesystem::path& bundle, const BundleManifest& manifest, const TargetSpec& target,
                  const RunnerOptions& options)
       : manifest_(manifest),
-        graph_(target.graphs.at("serve")),
+        graph_(target.graphs.at(target.graphs.count("serve") > 0 ? "serve" : "serve_prefill")),
         tenant_feeds_(bundle, manifest, target, options),
-        runner_(open_runner(bundle, target, graph_, options)) {}
+        reader_(open_runner(bundle, target, graph_, options)),
+        stepper_(target.graphs.count("serve") > 0
+                     ? reader_
+                     : open_runner(bundle, target, target.graphs.at("serve_decode"), options)) {}
 
-  std::string rational() const override { return runner_->rational(); }
+  std::string rational() const override { return reader_->rational(); }
 
   Tensor prefill(const Prompts& prompts, const Names& tenants, int64_t capacity) override {
     const size_t batch = prompts.size();
@@ -170,7 +173,7 @@ class InPlaceStepper final : public Stepper {
       feeds[name] = buffer;
       into[present_of(name)] = buffer;
     }
-    return runner_->infer(feeds, into).at("logits");
+    return (reads ? reader_ : stepper_)->infer(feeds, into).at("logits");
   }
 
   // Zeros [B, H, C, K] for every layer's keys and values.
@@ -183,14 +186,14 @@ class InPlaceStepper final : public Stepper {
         const auto* name = std::get_if<std::string>(&size);
         shape.push_back(name == nullptr ? std::get<int64_t>(size) : *name == "batch" ? batch : capacity);
       }
-      buffers_[input.name] = Tensor(input.dtype, shape);
+      buffers_[input.name] = reader_->zeros(input.dtype, shape);
     }
   }
 
   const BundleManifest& manifest_;
   const GraphSpec& graph_;
   TenantFeeds tenant_feeds_;
-  std::unique_ptr<Runner> runner_;
+  std::shared_ptr<Runner> reader_, stepper_;  // one and the same where one graph serves for both
   Names tenants_;
   std::vector<int64_t> lengths_;  // cache entries of every row
   Tensors weights_, buffers_;

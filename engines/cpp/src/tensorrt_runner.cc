@@ -90,6 +90,13 @@ class TensorRTRunner final : public Runner {
 
   std::string rational() const override { return rational_; }
 
+  Tensor zeros(const std::string& dtype, std::vector<int64_t> shape) override {
+    const Tensor made = gpu_tensor(dtype, std::move(shape));
+    check(cudaMemsetAsync(made.data.get(), 0, made.num_bytes(), stream_->get()), "clearing memory on the GPU");
+    stream_->wait();  // another runner, on a stream of its own, may be the first to read it
+    return made;
+  }
+
   Tensors infer(const Tensors& feeds, const Tensors& into) override {
     Tensors outputs;
     for (const auto& input : graph_.inputs) {

@@ -23,6 +23,9 @@ class Runner {
   // Throws Error: an input is missing, or the runtime refuses it.
   virtual Tensors infer(const Tensors& feeds, const Tensors& into = {}) = 0;
 
+  // Zeros where this runner wants to find what stays between its calls.
+  virtual Tensor zeros(const std::string& dtype, std::vector<int64_t> shape) { return {dtype, std::move(shape)}; }
+
   // Which form of ai.iapt::Rational runs: "native kernel", "function body" or "plugin".
   virtual std::string rational() const = 0;
 };

@@ -1,0 +1,211 @@
+"""The graphs that TensorRT's engines are built from, run by ONNX Runtime: the numbers are checked without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from engines import cuda_memory, tensorrt_runner
+from engines.cache import HostCache
+from engines.cuda_cache import CudaCache
+from engines.cuda_driver import Driver, Gpu
+from engines.engine_info import EngineInfo, profile_from_spec
+from engines.in_place import InPlaceStepper
+from engines.loading import cache_kinds, open_runners, open_stepper, stepper_over
+from engines.stepper import Instruction, Stepper
+from iapt_export.errors import IaptError
+from iapt_export.manifest import ENGINE_SERVING, BundleManifest, Range
+from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter
+from tests.engines.fake_gpu import FakeCuda, OnnxContext, fake_tensorrt
+from tests.graphs import with_engine_graphs
+from tests.tiny import tiny_mistral
+from trainers.backbone import load_backbone
+from trainers.method_configs import ADePTConfig, LoPAConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
+
+CONFIGS: dict[str, Any] = {
+    "topics": PromptTuningConfig(prompt_length=4),
+    "movies": METHOD,
+    "style": PrefixTuningConfig(prompt_length=7),
+    "taste": LoPAConfig(prompt_length=6, rank=2),
+    "words": ADePTConfig(prompt_length=5, bottleneck=4, decode_offset=True),
+    "ranks": LoRAConfig(rank=2, target_modules=("v_proj",)),
+}
+PROMPTS = [("topics", [5, 6, 7]), ("movies", [9, 8, 7, 6, 5, 4, 3]), ("style", [11]), ("taste", [3, 5]), ("ranks", [4])]
+CLOSE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
+    """A bundle of six methods with the engines' graphs as a target for ONNX Runtime."""
+    root = tmp_path_factory.mktemp("engine-graphs")
+    backbone = load_backbone(str(tiny_build.model))
+    adapters = {
+        name: save_tiny_adapter(root / name, seed, backbone.fingerprint, config)
+        for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+    build = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
+    outcome = run(*build.arguments(build.bundle), "--tenants=1:6:8")
+    assert outcome.code == 0, outcome.err
+    return with_engine_graphs(build.bundle, root / "engine-graphs", backbone.model)
+
+
+def opened(bundle: Path) -> Stepper:
+    manifest = BundleManifest.load(bundle)
+    return open_stepper(bundle, manifest, manifest.target())
+
+
+def test_they_compute_what_pytorch_computes(bundle: Path, tiny_build: TinyBuild, tmp_path: Path) -> None:
+    """The whole validation: mixed rows, joins, the longest answer, the full cache, greedy tokens."""
+    outcome = run("validate", bundle, "--model", tiny_build.model, "--new-tokens", "8", "--report", tmp_path)
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "onnxruntime fp32: pass" in outcome.out
+
+
+def test_rows_join_and_leave_without_a_trace(bundle: Path) -> None:
+    def alone(stepper: Stepper, number: int) -> list[np.ndarray]:
+        tenant, tokens = PROMPTS[number]
+        logits = [stepper.read([Instruction(stepper.bank.get(tenant), tokens)])[0].copy()]
+        for _ in range(4):
+            logits.append(stepper.step([int(logits[-1].argmax())])[0].copy())
+        stepper.leave(0)
+        return logits
+
+    with opened(bundle) as stepper:
+        assert isinstance(stepper, InPlaceStepper) and isinstance(stepper.cache, HostCache)
+        addresses = {name: buffer.ctypes.data for name, buffer in stepper.cache.buffers.items()}
+        expected = [alone(stepper, number) for number in range(len(PROMPTS))]
+        made: list[list[np.ndarray]] = [[] for _ in PROMPTS]
+        rows: list[int] = []
+        for number, (tenant, tokens) in enumerate(PROMPTS):  # one joins in each step, the first leaves in between
+            rows.append(number)
+            made[number].append(stepper.read([Instruction(stepper.bank.get(tenant), tokens)])[0].copy())
+            if number == 2:
+                stepper.leave(0)
+                rows[0] = rows.pop()
+            for own, row in zip(rows, stepper.step([int(made[own][-1].argmax()) for own in rows]), strict=True):
+                made[own].append(row.copy())
+        assert [len(logits) for logits in made] == [3, 5, 4, 3, 2]
+        for logits, wanted in zip(made, expected, strict=True):
+            np.testing.assert_allclose(np.array(logits), np.array(wanted[: len(logits)]), atol=CLOSE, rtol=CLOSE)
+        assert addresses == {name: buffer.ctypes.data for name, buffer in stepper.cache.buffers.items()}
+
+
+def test_they_are_standard_and_skip_what_a_step_does_not_need(bundle: Path) -> None:
+    graphs = {name: onnx.load(bundle / f"graphs/{name}.onnx", load_external_data=False) for name in ENGINE_SERVING}
+    for graph in graphs.values():
+        assert {node.domain for node in graph.graph.node} <= {"", "ai.iapt"}
+        assert [(entry.domain, entry.version) for entry in graph.opset_import if not entry.domain] == [("", 24)]
+        kinds = [node.op_type for node in graph.graph.node]
+        assert kinds.count("TensorScatter") == 4 and kinds.count("Attention") == 2 and "If" not in kinds
+        past = [value for value in graph.graph.input if value.name.startswith("past_key_values.")]
+        assert {value.type.tensor_type.shape.dim[2].dim_value for value in past} == {160}
+    inputs = {name: {value.name.partition(".")[0] for value in graph.graph.input} for name, graph in graphs.items()}
+    assert inputs["serve_decode"] == {"input_ids", "position_ids", "seqlens_k", "past_key_values", "adept", "lora"}
+    assert inputs["serve_prefill"] > inputs["serve_decode"]
+
+
+def test_a_window_is_kept(tmp_path: Path) -> None:
+    """Mistral's layers see their last entries only."""
+    from torch import ones, zeros
+
+    from iapt_export.in_place import Step, in_place_attention, serve
+    from trainers.method import Rows
+
+    model = tiny_mistral(sliding_window=4)
+    sizes = (1, model.config.num_key_value_heads, 16, model.config.hidden_size // model.config.num_attention_heads)
+    past = [zeros(sizes) for _ in range(2 * model.config.num_hidden_layers)]
+    ids = (ones(1, 9) * 7).long().cumsum(1) % 50
+    places = ones(1, 9).long().cumsum(1) - 1
+    with in_place_attention(model):
+        made = serve(model, Rows(), ids, Step(places, places[:, -1].int(), None, past))
+    wanted = model(ids).logits[:, -1:]
+    np.testing.assert_allclose(made.detach(), wanted.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def on_gpu(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Stepper, FakeCuda]:
+    """The stepper of a TensorRT target, over a GPU and engines that are played."""
+    manifest = BundleManifest.load(bundle)
+    target = manifest.target()
+    contexts, graphs = {}, {}
+    for name, spec in target.graphs.items():
+        graphs[name] = dataclasses.replace(spec, path=f"{name}.engine")
+        contexts[name.encode()] = OnnxContext(bundle / spec.path, spec)
+        engine = tmp_path / f"{name}.engine"
+        engine.write_bytes(name.encode())
+        EngineInfo(
+            target="tensorrt-rtx",
+            runtime_version="1.7.1.116",
+            compute_capability="portable",
+            source_sha256="",
+            sha256="",
+            size_bytes=len(name),
+            seconds=0.1,
+            inputs=[],
+            outputs=[],
+            profiles=[profile_from_spec(spec, manifest.ranges)],
+        ).save(engine)
+    cuda = FakeCuda()
+    monkeypatch.setattr(cuda_memory, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_runner, "find_driver", lambda: Driver((Gpu("NVIDIA L4", "8.9", 24 << 30),), "13.0"))
+    monkeypatch.setattr(tensorrt_runner, "load_tensorrt", lambda target: fake_tensorrt("1.7.1.116", contexts))
+    engines = dataclasses.replace(target, name="tensorrt-rtx", graphs=graphs)
+    assert cache_kinds(engines) == [True]
+    runners = open_runners(tmp_path, engines)
+    return stepper_over(bundle, manifest, engines, runners, in_place=True), cuda
+
+
+def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:
+    """The same rows through both caches: they join, go on, leave, and their entries are read back."""
+    stepper, cuda = on_gpu
+    with opened(bundle) as wanted, stepper as made:
+        assert isinstance(made, InPlaceStepper) and isinstance(made.cache, CudaCache)
+        for each in (wanted, made):
+            each.read([Instruction(each.bank.get(tenant), tokens) for tenant, tokens in PROMPTS[:3]])
+        logits = [each.step([7, 8, 9]).copy() for each in (wanted, made)]
+        for each in (wanted, made):
+            each.leave(0)
+            each.read([Instruction(each.bank.get(tenant), tokens) for tenant, tokens in PROMPTS[3:]])
+        uploads = cuda.uploads
+        logits += [each.step([5, 6, 7, 8]).copy() for each in (wanted, made)]
+        assert cuda.uploads - uploads == 5, "a step uploads its own five inputs, no cache and no tenant's weights"
+        for one, other in (logits[:2], logits[2:]):
+            np.testing.assert_allclose(other, one, atol=CLOSE, rtol=CLOSE)
+        assert [tenant.name for tenant in made.tenants] == ["style", "movies", "taste", "ranks"]
+        for row in range(4):
+            for mine, one in zip(made.row_cache(row), wanted.row_cache(row), strict=True):
+                for part in range(2):
+                    np.testing.assert_allclose(mine[part], one[part], atol=CLOSE, rtol=CLOSE)
+        while made.num_rows:
+            made.leave(0)
+    assert not cuda.live and not cuda.streams
+
+
+def test_a_new_tenant_reaches_the_gpu(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:
+    stepper, _ = on_gpu
+    instruction = [Instruction(stepper.bank.get("movies"), [5, 6, 7])]
+    with stepper:
+        before = stepper.read(instruction).copy()
+        stepper.leave(0)
+        stack = stepper.bank.stacks["iapt.up_bias"]
+        stack[stepper.bank.get("movies").index] += 1
+        assert np.array_equal(stepper.read(instruction), before), "what changes behind the bank's back is not seen"
+        stepper.leave(0)
+        stepper.bank.version += 1
+        assert not np.allclose(stepper.read(instruction), before)
+
+
+def test_engines_of_another_capacity_are_refused(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:
+    stepper, cuda = on_gpu
+    stepper.manifest = dataclasses.replace(
+        stepper.manifest, ranges=dataclasses.replace(stepper.manifest.ranges, past=Range(5, 64, 128))
+    )
+    with pytest.raises(IaptError, match="the engines hold 160 cache entries a row, the manifest says 128; build again"):
+        stepper.activate()
+    stepper.deactivate()
+    assert not cuda.live and not cuda.streams
