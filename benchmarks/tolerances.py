@@ -3,6 +3,9 @@
 fp32 is ONNX Runtime against PyTorch, on a bundle. fp16 and bf16 are PyTorch in that type against PyTorch in fp32 on the
 CPU: a stand-in for runtimes that this machine cannot run, with the weights rounded as theirs are and each operator's
 result rounded once; kernels that add up in the low type are noisier. Every sample is kept.
+
+int8 and int4 are ONNX Runtime again, on bundles of these types. What is judged there leaves the worst percent out
+(`validation.tolerances.OUTLIERS`), so the figures are those of whole validations, with as many seeds as asked for.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from engines.loading import cache_kinds
+from engines.session import Session
 from engines.text import TextCodec
 from iapt_export.interface import COEFFICIENTS
 from iapt_export.manifest import BundleManifest
 from trainers.backbone import load_backbone
 from validation.bisect import own_entries
 from validation.cases import prompts_from_bundle
+from validation.compare import Settings, compare_target, measure_truth
 from validation.metrics import cosine, kl, quantiles, relative, worst_vector
 from validation.recording import leaf_modules, record_row
 from validation.reference import Reference, numpy
@@ -34,48 +40,86 @@ from validation.validate import environment
 Arrays = dict[str, np.ndarray]
 QUANTISED = ("int8", "int4")
 """Types that a bundle of their own is measured for, in place."""
+KEYS = ("bundle", "row", "step", "seed", "case")
+"""What tells samples apart."""
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     """Measure one type and write its samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="+", help="one bundle; several of the type for int8 and int4")
     parser.add_argument("--dtype", choices=("fp32", *TYPES, *QUANTISED), required=True)
     parser.add_argument("--model", help="where the bundle's backbone is now")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3, help="whole validations of each bundle, int8 and int4 only")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tolerances"))
     args = parser.parse_args()
-    manifest = BundleManifest.load(args.bundle)
-    reference = Reference(args.bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
-    codec = TextCodec(args.bundle)
-    prompts = prompts_from_bundle(args.bundle, manifest, codec, 0, args.steps, args.prompts)
+    if len(args.bundle) > 1 and args.dtype not in QUANTISED:
+        parser.error("several bundles are for int8 and int4")
+    samples: dict[str, list[dict[str, Any]]] = {}
+    judged: dict[str, list[dict[str, Any]]] = {}
+    manifests = {bundle: BundleManifest.load(bundle) for bundle in args.bundle}
+    for bundle, manifest in manifests.items():
+        reference = Reference(bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
+        name = f"{bundle.resolve().parent.name}/{bundle.name}"
+        print(f"{args.dtype}: {name}", flush=True)
+        for stage, found in sample_bundle(bundle, manifest, reference, args).items():
+            samples.setdefault(stage, []).extend({"bundle": name, **one} for one in found)
+        for seed in range(args.seeds if args.dtype in QUANTISED else 0):
+            for stage, found in judge_bundle(bundle, manifest, reference, seed).items():
+                judged.setdefault(stage, []).extend({"bundle": name, **one} for one in found)
+    record = {
+        "dtype": args.dtype,
+        "made by": f"PyTorch in {args.dtype}, a stand-in" if args.dtype in TYPES else "onnxruntime",
+        "backbone": "SmolLM2-135M-Instruct",
+        "environment": environment("cpu"),
+        "summary": {stage: worst(found) for stage, found in samples.items()},
+        "samples": samples,
+    }
+    if judged:
+        record |= {"judged summary": {stage: worst(found) for stage, found in judged.items()}, "judged": judged}
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{args.dtype}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record.get("judged summary", record["summary"]), indent=1), path, sep="\n")
+
+
+def sample_bundle(
+    bundle: Path, manifest: BundleManifest, reference: Reference, args: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    """The figures of each stage at each step of the bundle's example prompts."""
+    prompts = prompts_from_bundle(bundle, manifest, TextCodec(bundle), 0, args.steps, args.prompts)
     truths = record_truth(reference, prompts, new_tokens=args.steps, num_kept=0)
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in truths]
     other = reference if args.dtype not in TYPES else lowered(reference, TYPES[args.dtype])
-    samples: dict[str, list[dict[str, float]]] = {}
+    samples: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows):
         print(f"{args.dtype}: prompt {number + 1} of {len(rows)}, {len(row.tokens)} tokens", flush=True)
-        runs = from_session(args.bundle, manifest, reference, row) if other is reference else from_torch(other, row)
+        runs = from_session(bundle, manifest, reference, row) if other is reference else from_torch(other, row)
         for (step, wanted), made in zip(record_row(reference, row, args.steps - 1), runs, strict=True):
             for stage, figures in sample(reference, made, wanted, step).items():
                 samples.setdefault(stage, []).append({"row": number, "step": step, **figures})
         if other is not reference:
             samples.setdefault("generator", []).append({"row": number, **generator_sample(reference, other, row)})
-    args.output.mkdir(parents=True, exist_ok=True)
-    summary = {stage: worst(found) for stage, found in samples.items()}
-    record = {
-        "dtype": args.dtype,
-        "made by": "onnxruntime" if other is reference else f"PyTorch in {args.dtype}, a stand-in",
-        "backbone": "SmolLM2-135M-Instruct",
-        "environment": environment("cpu"),
-        "summary": summary,
-        "samples": samples,
-    }
-    path = args.output / f"{args.dtype}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(summary, indent=1), path, sep="\n")
+    return samples
+
+
+def judge_bundle(
+    bundle: Path, manifest: BundleManifest, reference: Reference, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """What a whole validation with this seed holds against the table, by stage."""
+    settings = Settings(seed=seed, depth="full")
+    truths = measure_truth(bundle, manifest, reference, settings, lambda text: None)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for in_place in cache_kinds(manifest.target(), "cpu"):
+        with Session.open(bundle, verify=False, in_place=in_place) as session:
+            result = compare_target(session, reference, truths, settings, lambda text: print(text, flush=True))
+        for check in result.checks:
+            figures = {name: check.measured[name] for name in check.limits}
+            found.setdefault(check.stage, []).append({"seed": seed, "case": check.case, **figures})
+    return {stage: rows for stage, rows in found.items() if stage not in ("refusal", "greedy tokens")}
 
 
 def lowered(reference: Reference, dtype: torch.dtype) -> Reference:
@@ -164,13 +208,13 @@ def generator_sample(reference: Reference, other: Reference, row: Row) -> dict[s
     return {"relative": max(errors)}
 
 
-def worst(found: list[dict[str, float]]) -> dict[str, float]:
+def worst(found: list[dict[str, Any]]) -> dict[str, float]:
     """The median, the 99th percentile and the worst of each figure, and how many samples there are."""
     figures: dict[str, float] = {"samples": len(found)}
     for name in found[0]:
-        if name not in ("row", "step"):
+        if name not in KEYS:
             values = np.array([one[name] for one in found])
-            is_floor = name in ("cosine", "agreed")
+            is_floor = name in ("cosine", "agreed", "agreement")
             figures |= {
                 f"{name} median": float(np.median(values)),
                 f"{name} p99": float(np.quantile(values, 0.01 if is_floor else 0.99)),

@@ -69,13 +69,13 @@ class Case:
 def generated_cases(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[Case]:
     """Batches at the edges of the manifest's ranges: the same for the same seed.
 
-    Short cases are of random token ids. Long ones are cut from ``text``: among hundreds of random tokens stands one
-    that no text has, at which a rounding decides where attention goes. There int8 was wrong by 1.8 of the largest
-    logit at one step, by 1.2 at another, and by less than 0.25 at the 506 others.
+    Instructions are cut from ``text``, not drawn: among random tokens stands one that no text has, at which a rounding
+    decides where attention goes. There int8 was wrong by 1.8 of the largest logit at one step, by 1.2 at another, and
+    by less than 0.25 at the 506 others. `unusual-tokens` has what no text has: special ids, the first and the last.
 
     Args:
         manifest: the bundle's.
-        seed: decides the random tokens, and where the text is cut.
+        seed: decides where the text is cut.
         text: what the bundle's tenants read, see `example_text`.
     """
     return [*_accepted(manifest, seed, text), *_refused(manifest, seed)]
@@ -86,15 +86,9 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
     room = ranges.past.max - manifest.num_slots
     rows, longest = ranges.batch.max, min(ranges.sequence.max, room)
 
-    def batch(name: str, tenants: list[str], lengths: list[int], is_quick: bool = True) -> Case:
-        made = []
-        for place, (tenant, wanted) in enumerate(zip(tenants, lengths, strict=True)):
-            source, length = random.Random(f"{seed} {name} {place}"), min(wanted, longest)
-            tokens = tuple(source.randrange(manifest.backbone.vocab_size) for _ in range(length))
-            made.append(Prompt(tenant, f"{length} random tokens", tokens))
-        return Case(name, tuple(made), steps_of(made, FEW_STEPS), is_quick=is_quick)
-
-    def long_batch(name: str, tenants: list[str], lengths: list[int], new_tokens: int) -> Case:
+    def batch(
+        name: str, tenants: list[str], lengths: list[int], new_tokens: int = FEW_STEPS, *, is_quick: bool = True
+    ) -> Case:
         made, fed = [], []
         for place, (tenant, wanted) in enumerate(zip(tenants, lengths, strict=True)):
             start, length = random.Random(f"{seed} {name} {place}").randrange(len(text)), min(wanted, longest)
@@ -103,7 +97,7 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
             fed.append(tuple(cut[length:]))
         steps = steps_of(made, new_tokens)
         given = tuple(tokens[: steps - 1] for tokens in fed) if new_tokens > FEW_STEPS else ()
-        return Case(name, tuple(made), steps, is_quick=False, fed=given)
+        return Case(name, tuple(made), steps, is_quick=is_quick, fed=given)
 
     def steps_of(made: list[Prompt], wanted: int) -> int:
         """As many as wanted, or as fit into the cache."""
@@ -122,11 +116,11 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
         batch("one-tenant", [last] * rows, middle, is_quick=False),
         batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)]),
         Case("unusual-tokens", (Prompt(last, "special token ids", unusual),), min(FEW_STEPS, room - len(unusual) + 1)),
-        long_batch("longest-instruction", names[:1], [longest], FEW_STEPS),
+        batch("longest-instruction", names[:1], [longest], is_quick=False),
     ]
     if room > LONG_STEPS // 4:
-        cases.append(long_batch("long-answer", [last] * min(2, rows), [8, 5][: min(2, rows)], LONG_STEPS))
-    cases.append(long_batch("full-cache", [last], [max(1, room - 8)], room))
+        cases.append(batch("long-answer", [last] * min(2, rows), [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))
+    cases.append(batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False))
     return cases
 
 

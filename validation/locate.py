@@ -15,7 +15,15 @@ from validation.truth import Truth
 OnStep = Callable[[str], None]
 MAX_ROWS = 3
 """Rows of prompts that are looked into first: with taps, a batch of prompts takes hundreds of megabytes."""
-STEPPED = ("prefill logits", "prefill cache", "decode logits", "decode cache", "top-1 agreement", "greedy tokens")
+STEPPED = (
+    "prefill logits",
+    "prefill cache",
+    "decode logits",
+    "decode cache",
+    "typical logits",
+    "top-1 agreement",
+    "greedy tokens",
+)
 """Stages of which a batch can be run again with taps."""
 
 

@@ -60,8 +60,10 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in truths]
     agreed, first_disagreement = 0.0, None
     decoded: list[dict[str, float]] = []
+    every: list[float] = []
     for step in run_steps(session, rows, num_steps):
-        measured = _compare_logits(step.logits, truths, step.number, errors)
+        measured, of_rows = _compare_logits(step.logits, truths, step.number, errors)
+        every += of_rows
         agreed += measured["agreed"]
         if measured["agreed"] < 1 and first_disagreement is None:
             first_disagreement = step.number
@@ -79,6 +81,9 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
     detail = "" if first_disagreement is None else f"first other token at step {first_disagreement}"
     if dtype not in OUTLIERS or compared["compared"] >= COMPARED_FOR_A_SHARE:
         errors.judge("top-1 agreement", case, dtype, compared, detail)
+    if tolerances("typical logits", dtype) and compared["compared"] >= COMPARED_FOR_A_SHARE:
+        typical = {"relative": float(np.median(every)), "compared": compared["compared"]}
+        errors.judge("typical logits", case, dtype, typical, "median over rows and steps")
 
 
 def over_steps(metric: str, steps: list[float], dtype: str) -> float:
@@ -86,10 +91,14 @@ def over_steps(metric: str, steps: list[float], dtype: str) -> float:
     return min(steps) if metric in ("cosine", "agreed") else worst_but(steps, OUTLIERS.get(dtype, 0.0))
 
 
-def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: Errors) -> dict[str, float]:
+def _compare_logits(
+    logits: np.ndarray, truths: list[Truth], step: int, errors: Errors
+) -> tuple[dict[str, float], list[float]]:
+    """The worst figures over the rows, and each row's relative error."""
     rows = [(logits[i].astype(np.float32), truth.logits[step], truth) for i, truth in enumerate(truths)]
+    of_rows = [relative(made, wanted) for made, wanted, _ in rows]
     worst = {
-        "relative": max(relative(made, wanted) for made, wanted, _ in rows),
+        "relative": max(of_rows),
         "max_abs": max(max_abs(made, wanted) for made, wanted, _ in rows),
         "kl": max(kl(made, wanted) for made, wanted, _ in rows),
         "cosine": min(cosine(made, wanted) for made, wanted, _ in rows),
@@ -101,7 +110,7 @@ def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: 
         errors.counts += error_counts(np.nan_to_num(made), wanted)
     errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
     errors.by_step[step] = max(errors.by_step[step], worst["relative"])
-    return worst
+    return worst, of_rows
 
 
 def agrees(made: np.ndarray, truth: Truth, step: int) -> bool:

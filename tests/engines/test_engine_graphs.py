@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from engines import cuda_memory, tensorrt_runner
-from engines.cache import HostCache
+from engines.cache import PAST, HostCache
 from engines.cuda_cache import CudaCache
 from engines.cuda_driver import Driver, Gpu
 from engines.engine_info import EngineInfo, profile_from_spec
@@ -35,15 +35,17 @@ CONFIGS: dict[str, Any] = {
     "words": ADePTConfig(prompt_length=5, bottleneck=4, decode_offset=True),
     "ranks": LoRAConfig(rank=2, target_modules=("v_proj",)),
 }
-PROMPTS = [("topics", [5, 6, 7]), ("movies", [9, 8, 7, 6, 5, 4, 3]), ("style", [11]), ("taste", [3, 5]), ("ranks", [4])]
+PROMPTS = ([5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11], [3, 5], [4])
 CLOSE = 2e-5
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
-    """A bundle of six methods with the engines' graphs as a target for ONNX Runtime."""
+@pytest.fixture(scope="module", params=["iapt", pytest.param("six methods", marks=pytest.mark.slow)])
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild, request: pytest.FixtureRequest) -> Path:
+    """A bundle with the engines' graphs as a target for ONNX Runtime."""
     root = tmp_path_factory.mktemp("engine-graphs")
     backbone = load_backbone(str(tiny_build.model))
+    if request.param == "iapt":
+        return with_engine_graphs(tiny_build.bundle, root / "engine-graphs", backbone.model)
     adapters = {
         name: save_tiny_adapter(root / name, seed, backbone.fingerprint, config)
         for seed, (name, config) in enumerate(CONFIGS.items())
@@ -52,6 +54,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> P
     outcome = run(*build.arguments(build.bundle), "--tenants=1:6:8")
     assert outcome.code == 0, outcome.err
     return with_engine_graphs(build.bundle, root / "engine-graphs", backbone.model)
+
+
+def instruction(stepper: Stepper, number: int) -> Instruction:
+    """One prompt for each tenant in turn."""
+    tenants = list(stepper.bank.tenants.values())
+    return Instruction(tenants[number % len(tenants)], PROMPTS[number])
 
 
 def opened(bundle: Path) -> Stepper:
@@ -68,8 +76,7 @@ def test_they_compute_what_pytorch_computes(bundle: Path, tiny_build: TinyBuild,
 
 def test_rows_join_and_leave_without_a_trace(bundle: Path) -> None:
     def alone(stepper: Stepper, number: int) -> list[np.ndarray]:
-        tenant, tokens = PROMPTS[number]
-        logits = [stepper.read([Instruction(stepper.bank.get(tenant), tokens)])[0].copy()]
+        logits = [stepper.read([instruction(stepper, number)])[0].copy()]
         for _ in range(4):
             logits.append(stepper.step([int(logits[-1].argmax())])[0].copy())
         stepper.leave(0)
@@ -81,9 +88,9 @@ def test_rows_join_and_leave_without_a_trace(bundle: Path) -> None:
         expected = [alone(stepper, number) for number in range(len(PROMPTS))]
         made: list[list[np.ndarray]] = [[] for _ in PROMPTS]
         rows: list[int] = []
-        for number, (tenant, tokens) in enumerate(PROMPTS):  # one joins in each step, the first leaves in between
+        for number in range(len(PROMPTS)):  # one joins in each step, the first leaves in between
             rows.append(number)
-            made[number].append(stepper.read([Instruction(stepper.bank.get(tenant), tokens)])[0].copy())
+            made[number].append(stepper.read([instruction(stepper, number)])[0].copy())
             if number == 2:
                 stepper.leave(0)
                 rows[0] = rows.pop()
@@ -105,7 +112,9 @@ def test_they_are_standard_and_skip_what_a_step_does_not_need(bundle: Path) -> N
         past = [value for value in graph.graph.input if value.name.startswith("past_key_values.")]
         assert {value.type.tensor_type.shape.dim[2].dim_value for value in past} == {160}
     inputs = {name: {value.name.partition(".")[0] for value in graph.graph.input} for name, graph in graphs.items()}
-    assert inputs["serve_decode"] == {"input_ids", "position_ids", "seqlens_k", "past_key_values", "adept", "lora"}
+    methods = {method.name for method in BundleManifest.load(bundle).methods}
+    assert inputs["serve_decode"] - methods == {"input_ids", "position_ids", "seqlens_k", "past_key_values"}
+    assert inputs["serve_decode"] & methods == {"adept", "lora"} & methods
     assert inputs["serve_prefill"] > inputs["serve_decode"]
 
 
@@ -166,17 +175,19 @@ def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Ste
     with opened(bundle) as wanted, stepper as made:
         assert isinstance(made, InPlaceStepper) and isinstance(made.cache, CudaCache)
         for each in (wanted, made):
-            each.read([Instruction(each.bank.get(tenant), tokens) for tenant, tokens in PROMPTS[:3]])
+            each.read([instruction(each, number) for number in range(3)])
         logits = [each.step([7, 8, 9]).copy() for each in (wanted, made)]
         for each in (wanted, made):
             each.leave(0)
-            each.read([Instruction(each.bank.get(tenant), tokens) for tenant, tokens in PROMPTS[3:]])
+            each.read([instruction(each, number) for number in (3, 4)])
         uploads = cuda.uploads
         logits += [each.step([5, 6, 7, 8]).copy() for each in (wanted, made)]
-        assert cuda.uploads - uploads == 5, "a step uploads its own five inputs, no cache and no tenant's weights"
+        own = made.target.graphs["serve_decode"].inputs
+        own = [tensor for tensor in own if not tensor.name.startswith(PAST) and tensor.name not in made.bank.stacks]
+        assert cuda.uploads - uploads == len(own), "a step uploads no cache and no tenant's weights"
         for one, other in (logits[:2], logits[2:]):
             np.testing.assert_allclose(other, one, atol=CLOSE, rtol=CLOSE)
-        assert [tenant.name for tenant in made.tenants] == ["style", "movies", "taste", "ranks"]
+        assert [t.name for t in made.tenants] == [t.name for t in wanted.tenants]
         for row in range(4):
             for mine, one in zip(made.row_cache(row), wanted.row_cache(row), strict=True):
                 for part in range(2):
@@ -188,16 +199,17 @@ def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Ste
 
 def test_a_new_tenant_reaches_the_gpu(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:
     stepper, _ = on_gpu
-    instruction = [Instruction(stepper.bank.get("movies"), [5, 6, 7])]
+    tenant = next(tenant for tenant in stepper.bank.tenants.values() if tenant.method == "iapt")
+    row = [Instruction(tenant, [5, 6, 7])]
     with stepper:
-        before = stepper.read(instruction).copy()
+        before = stepper.read(row).copy()
         stepper.leave(0)
         stack = stepper.bank.stacks["iapt.up_bias"]
-        stack[stepper.bank.get("movies").index] += 1
-        assert np.array_equal(stepper.read(instruction), before), "what changes behind the bank's back is not seen"
+        stack[tenant.index] += 1
+        assert np.array_equal(stepper.read(row), before), "what changes behind the bank's back is not seen"
         stepper.leave(0)
         stepper.bank.version += 1
-        assert not np.allclose(stepper.read(instruction), before)
+        assert not np.allclose(stepper.read(row), before)
 
 
 def test_engines_of_another_capacity_are_refused(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:

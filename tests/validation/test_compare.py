@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -243,3 +244,23 @@ def test_coarse_weights_may_be_wrong_at_a_step_of_a_hundred_and_others_at_none()
     assert [over_steps("relative", steps, dtype) for dtype in ("fp32", "fp16", "int8", "int4")] == [1.8, 1.8, 0.1, 0.1]
     assert over_steps("relative", steps[-10:], "int8") == 1.8
     assert over_steps("agreed", [1.0, 0.5, 1.0], "int8") == 0.5
+
+
+@pytest.mark.parametrize(("scale", "failed"), [(1.0, set()), (1.3, {"typical logits"})])
+def test_coarse_weights_are_judged_by_the_median_as_well(
+    tiny_build: TinyBuild, backbone: Any, monkeypatch: pytest.MonkeyPatch, scale: float, failed: set[str]
+) -> None:
+    """A fault in every row that int8's limit of the worst lets through; of few tokens the median is not judged."""
+    manifest = BundleManifest.load(tiny_build.bundle)
+    reference = Reference(tiny_build.bundle, manifest, backbone)
+    settings = Settings(new_tokens=NEW_TOKENS, depth="quick")
+    truths = measure_truth(tiny_build.bundle, manifest, reference, settings, lambda _: None)
+    honest = InPlaceStepper._run
+    monkeypatch.setattr(InPlaceStepper, "_run", lambda self, *args, **rest: honest(self, *args, **rest) * scale)
+    with Session.open(tiny_build.bundle) as session:
+        session.target = dataclasses.replace(session.target, dtype="int8")
+        result = compare_target(session, reference, truths, settings, lambda _: None)
+    assert {check.stage for check in result.checks if not check.passed} - {"prefill logits", "decode logits"} == failed
+    judged = {check.case: check.measured for check in result.checks if check.stage == "typical logits"}
+    assert judged and all(figures["compared"] >= 32 for figures in judged.values())
+    assert "one-token" not in judged
