@@ -27,7 +27,7 @@ from validation.reference import Reference
 
 
 def main() -> None:
-    """Run the quick comparison once without a fault and once with each; print JSON."""
+    """Run what `build` compares once without a fault and once with each; print and write what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle of IAPT tenants with the target onnxruntime:int8 or :int4")
     parser.add_argument("--model", help="where the bundle's backbone is now")
