@@ -19,6 +19,8 @@ from engines.session import Request, Session
 from engines.stepper import Instruction, Stepper
 from iapt_export.errors import IaptError
 
+IDLE_ADDS = 5
+"""Times that each tenant is added before there are requests."""
 CLEAR = 1e-2
 """Lead of every token's logit over the next, below which an answer may change with the batch's rounding."""
 MIB = 2**20
@@ -127,9 +129,11 @@ class Soak:
     wrong: list[dict[str, Any]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     """Errors of requests that should have been answered."""
-    added: int = 0
     removed: int = 0
-    slowest_add_ms: float = 0.0
+    idle_add_ms: list[float] = field(default_factory=list)
+    """Milliseconds that adding a tenant took before there were requests."""
+    add_ms: list[float] = field(default_factory=list)
+    """The same while the clients asked."""
     memory_mib: list[tuple[float, float]] = field(default_factory=list)
     """(seconds, MiB resident), from the first sample on."""
 
@@ -137,6 +141,8 @@ class Soak:
         """For the record."""
         return {
             **self.__dict__,
+            "idle_add_ms": [round(ms, 1) for ms in self.idle_add_ms],
+            "add_ms": [round(ms, 1) for ms in self.add_ms],
             "memory_mib": [(round(seconds), round(mib, 1)) for seconds, mib in self.memory_mib],
         }
 
@@ -182,13 +188,20 @@ def soak(bundle: Path, seconds: float, clients: int = 12, length: int = 24) -> I
                     session.remove_tenant(name)
                     state.removed += 1
                 model = source.choice(list(known))
-                began = time.perf_counter()
-                name = session.add_tenant(bundle / "tenants" / f"{model}.safetensors", f"guest{number}")
-                state.slowest_add_ms = max(state.slowest_add_ms, (time.perf_counter() - began) * 1e3)
+                name = f"guest{number}"
+                state.add_ms.append(add(model, name))
                 with lock:
                     guests.append((name, model))
-                state.added, number = state.added + 1, number + 1
+                number += 1
 
+        def add(model: str, name: str) -> float:
+            began = time.perf_counter()
+            session.add_tenant(bundle / "tenants" / f"{model}.safetensors", name)
+            return (time.perf_counter() - began) * 1e3
+
+        for model in list(known) * IDLE_ADDS:
+            state.idle_add_ms.append(add(model, "guest"))
+            session.remove_tenant("guest")
         threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(clients)]
         threads.append(threading.Thread(target=change))
         for thread in threads:

@@ -77,11 +77,12 @@ class CudaCache(Cache):
 
     def _weights(self, bank: TenantBank) -> dict[str, DeviceArray]:
         assert self._stream is not None
-        if bank.version != self._version:
+        version, stacks = bank.version, bank.stacks  # in this order: what changes meanwhile is uploaded next time
+        if version != self._version:
             self._uploaded = {
                 name: DeviceArray(self._stream.upload(name, array), array.shape, array.dtype)
-                for name, array in bank.stacks.items()
+                for name, array in stacks.items()
             }
             self._stream.synchronize()
-            self._version = bank.version
+            self._version = version
         return self._uploaded

@@ -12,11 +12,9 @@ from any thread, and a `Generation` may be awaited.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,10 +55,9 @@ class Session(Activated):
         self._codec: TextCodec | None = None
         self._scheduler = Scheduler(stepper, continuous=continuous)
         self._lock = threading.Condition()
-        """Guards everything below, and the bank's names; the scheduler belongs to the thread alone."""
+        """Guards everything below, and the bank; the scheduler belongs to the thread alone."""
         self._arrived: list[Entry] = []
         self._generations: dict[Entry, Generation] = {}
-        self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._thread: threading.Thread | None = None
         self._closing = False
         self._failure: Exception | None = None
@@ -191,7 +188,7 @@ class Session(Activated):
         return generation
 
     def add_tenant(self, path: str | Path, name: str | None = None, *, replace: bool = False) -> str:
-        """Install a tenant while serving; steps go on while its file is read and checked.
+        """Install a tenant while serving; no step waits for it, nor it for a step.
 
         Args:
             path: a safetensors file with a tenant card, as ``iapt-export tenant`` writes it.
@@ -208,7 +205,9 @@ class Session(Activated):
         with self._lock:
             self._check_open()
         new = self.stepper.bank.read(Path(path), name)
-        return self._between_steps(lambda: self.stepper.bank.install(new, replace=replace).name)
+        with self._lock:
+            self._check_open()
+            return self.stepper.bank.install(new, replace=replace).name
 
     def remove_tenant(self, name: str) -> None:
         """Take a tenant out while serving; its requests under way are finished.
@@ -216,16 +215,9 @@ class Session(Activated):
         Raises:
             IaptError: no such tenant, or one that is merged into the backbone.
         """
-        self._between_steps(lambda: self.stepper.bank.remove(name))
-
-    def _between_steps(self, action: Callable[[], Any]) -> Any:
-        """Have the serving thread do something while no graph runs."""
-        done: Future[Any] = Future()
         with self._lock:
             self._check_open()
-            self._commands.append((action, done))
-            self._lock.notify_all()
-        return done.result()
+            self.stepper.bank.remove(name)
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -255,29 +247,17 @@ class Session(Activated):
                 self.stepper.bank.release(entry.tenant)
                 generation.give(failure)
             self._generations.clear()
-            for _, done in self._commands:
-                done.set_exception(failure)
-            self._commands.clear()
             self._arrived.clear()
             self._scheduler = Scheduler(self.stepper, continuous=self._scheduler.continuous)
             self._lock.notify_all()
 
     def _wait_for_work(self) -> bool:
         with self._lock:
-            self._lock.wait_for(lambda: self._closing or self._commands or self._arrived or self._scheduler.has_work)
-            self._run_commands()
+            self._lock.wait_for(lambda: self._closing or self._arrived or self._scheduler.has_work)
             for entry in self._arrived:
                 self._scheduler.add(entry)
             self._arrived.clear()
             return not self._closing
-
-    def _run_commands(self) -> None:
-        for action, done in self._commands:
-            try:
-                done.set_result(action())
-            except Exception as error:
-                done.set_exception(error)
-        self._commands.clear()
 
     def _hand_out(self, entry: Entry, token: Token | None) -> None:
         generation = self._generations[entry]

@@ -119,7 +119,7 @@ class TenantBank:
         return NewTenant(chosen, card, method, entries)
 
     def install(self, new: NewTenant, *, replace: bool = False) -> Tenant:
-        """Install what `read` gave.
+        """Install what `read` gave; also while a step runs, which reads other entries and the stacks it began with.
 
         Args:
             new: a tenant.
@@ -133,7 +133,7 @@ class TenantBank:
         index = self._free_entry(new.method.name)
         for stack, array in new.entries.items():
             self.stacks[stack][index] = array
-        self.version += 1
+        self.version += 1  # after the writing, so that who sees it sees all of it
         if new.name in self.tenants:
             self.remove(new.name)
         card, method = new.card, new.method
@@ -208,11 +208,12 @@ class TenantBank:
                 "larger --tenants"
             )
         grown = min(2 * len(entries), limit)
+        larger = {}
         for weight in self.methods[method].weights:
-            stack = self.stacks[f"{method}.{weight.name}"]
-            larger = np.zeros((grown, *stack.shape[1:]), stack.dtype)
-            larger[: len(stack)] = stack
-            self.stacks[f"{method}.{weight.name}"] = larger
+            name = f"{method}.{weight.name}"
+            larger[name] = np.zeros((grown, *self.stacks[name].shape[1:]), self.stacks[name].dtype)
+            larger[name][: len(entries)] = self.stacks[name]
+        self.stacks = {**self.stacks, **larger}  # at once, so that no step sees stacks of two sizes
         first = len(entries)
         entries += [None] * (grown - first)
         return first

@@ -83,7 +83,9 @@ def test_the_page_says_what_was_met_missed_and_not_measured(tmp_path: Path) -> N
     trace = {"requests": 3, "time": "1"}
     for kind, speed in (("continuous", 30.0), ("static", 20.0)):
         trace[kind] = {"tokens_per_s": speed, "first_token_s": 1.0, "answer_s": 2.0}  # type: ignore[assignment]
-    soaked = {"minutes": 1.0, **Soak(answered=9, memory_mib=[(n, 100.0 + n) for n in range(10)]).to_dict()}
+    memory = [(n, 100.0 + n) for n in range(10)]
+    found = Soak(answered=9, memory_mib=memory, idle_add_ms=[8.0, 9.0], add_ms=[*range(20, 70), *range(60, 110)])
+    soaked = {"minutes": 1.0, **found.to_dict()}
     records = Records(rounds, [trace], [soaked])
     page = "\n".join(lines_of(records))
     assert (
@@ -97,6 +99,8 @@ def test_the_page_says_what_was_met_missed_and_not_measured(tmp_path: Path) -> N
     assert "against genai, int4 | 8 | at least 0.95 |  | not measured" in page
     assert "continuous over static batches | 8 | at least 1.7 | 1.50 (1.50 to 1.50) | missed" in page
     assert "0 lost, 0 wrong, +6 MiB | met" in page
+    assert "50 ms | 8 ms in the median (9 in the 99th percentile, 9 at most) | met" in page
+    assert "50 ms | 64 ms in the median (108 in the 99th percentile, 109 at most) | missed" in page
     assert failures(rounds) == [f"{TITLES['peft-all']}, 8 rows: ImportError: no peft"]
     assert failures(rounds)[0] in page
     path = tmp_path / "benchmarks.md"
@@ -163,7 +167,13 @@ def test_a_tiny_bundle_is_made_measured_and_reported(tmp_path: Path) -> None:
         v > 0 for kind in ("continuous", "static") for v in batching[kind].values()
     )
     *_, state = soak(tmp_path / "prepared" / "iapt-8", 2.0, clients=2, length=3)
-    assert state.answered > 0 and state.added > 1 and not state.wrong and not state.lost
+    assert (
+        state.answered > 0
+        and len(state.add_ms) > 1
+        and len(state.idle_add_ms) > 1
+        and not state.wrong
+        and not state.lost
+    )
     assert main(["run", "--only", "base", "--results", str(tmp_path / "other"), "--rounds", "1"]) == 0
     output = tmp_path / "docs" / "benchmarks.md"
     assert main(["report", "--results", str(tmp_path / "results"), "--output", str(output)]) == 0

@@ -14,6 +14,7 @@ from engines import cuda_memory, tensorrt_runner
 from engines.cache import PAST, HostCache
 from engines.cuda_cache import CudaCache
 from engines.cuda_driver import Driver, Gpu
+from engines.cuda_memory import CudaStream
 from engines.engine_info import EngineInfo, profile_from_spec
 from engines.in_place import InPlaceStepper
 from engines.loading import cache_kinds, open_runners, open_stepper, stepper_over
@@ -210,6 +211,28 @@ def test_a_new_tenant_reaches_the_gpu(bundle: Path, on_gpu: tuple[Stepper, FakeC
         stepper.leave(0)
         stepper.bank.version += 1
         assert not np.allclose(stepper.read(row), before)
+
+
+def test_a_tenant_added_during_an_upload_reaches_the_gpu(
+    bundle: Path, on_gpu: tuple[Stepper, FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepper, _ = on_gpu
+    tenant = next(tenant for tenant in stepper.bank.tenants.values() if tenant.method == "iapt")
+    row = [Instruction(tenant, [5, 6, 7])]
+    honest, name = CudaStream.upload, "iapt.up_bias"
+
+    def upload(self: CudaStream, what: str, array: np.ndarray) -> int:
+        address = honest(self, what, array)
+        if what == name and not stepper.bank.version:
+            stepper.bank.stacks[name][tenant.index] += 1
+            stepper.bank.version += 1
+        return address
+
+    with stepper:
+        monkeypatch.setattr(CudaStream, "upload", upload)
+        before = stepper.read(row).copy()
+        stepper.leave(0)
+        assert stepper.bank.version == 1 and not np.allclose(stepper.read(row), before)
 
 
 def test_engines_of_another_capacity_are_refused(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:

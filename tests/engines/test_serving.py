@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from engines.onnxruntime_runner import OnnxRuntimeRunner
 from engines.session import Request, Session
 from engines.tenants import read_tenant_file
 from iapt_export.errors import BundleError, IaptError
@@ -219,6 +220,31 @@ def test_a_slow_disk_holds_up_nobody(
         finally:
             arrived.set()
         assert adding.result() == "slow" and "slow" in session.tenants
+
+
+def test_a_long_step_holds_up_no_tenant(
+    session: Session, tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant is added, for which the stacks grow, and one is removed, while the graph runs over the old stacks."""
+    alpha, beta = ask(session, "alpha"), ask(session, "beta")
+    path = tenant_file(tiny_build, tmp_path / "same.safetensors", "same")
+    honest, inside, go = OnnxRuntimeRunner.run_bound, threading.Event(), threading.Event()
+
+    def held(self: OnnxRuntimeRunner, binding: Any) -> None:
+        inside.set()
+        assert go.wait(60)
+        honest(self, binding)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "run_bound", held)
+    running = session.submit(Request("beta", tokens=(5, 6, 7), max_new_tokens=12, ignore_eos=True))
+    assert inside.wait(60)
+    before = session.stepper.bank.stacks
+    assert session.add_tenant(path) == "same"
+    session.remove_tenant("gamma")
+    after = session.stepper.bank.stacks
+    assert {len(stack) for stack in before.values()} == {3} and {len(stack) for stack in after.values()} == {4}
+    go.set()
+    assert running.result().tokens == beta and ask(session, "same") == alpha
 
 
 def test_a_bundles_tenant_serves_in_another_bundle(session: Session, tiny_build: TinyBuild) -> None:
