@@ -1,7 +1,7 @@
 """Plant faults in a quantised bundle and see which checks catch them: ``python benchmarks/planted.py --help``.
 
-The limits of int8 and int4 are wide, because rounding is; this says what they still find. tests/validation/faults.py
-does the same, with more faults, for fp32.
+Two comparisons may find them: with activations rounded, whose limits are wide, and without. tests/validation/faults.py
+has more faults, on tiny bundles.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import numpy as np
 
 from engines.cache import HostCache
 from engines.in_place import InPlaceStepper
-from engines.session import Session
 from engines.tenants import TenantBank
 from iapt_export.manifest import BundleManifest
 from trainers.backbone import load_backbone
-from validation.compare import Settings, compare_target, measure_truth
-from validation.reference import Reference
+from validation.compare import Settings
+from validation.result import TargetResult
+from validation.summary import summary
+from validation.validate import validate_bundle
 
 
 def main() -> None:
@@ -34,20 +35,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tolerances"))
     args = parser.parse_args()
     manifest = BundleManifest.load(args.bundle)
-    reference = Reference(args.bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
-    settings = Settings()
-    truths = measure_truth(args.bundle, manifest, reference, settings, lambda text: None)
+    backbone = load_backbone(args.model or manifest.backbone.name_or_path)
     found = {}
     for name, fault in FAULTS.items():
-        with Session.open(args.bundle, verify=False, in_place=True) as session, fault():
-            result = compare_target(session, reference, truths, settings, lambda text: None)
-        typical = [check.measured["relative"] for check in result.checks if check.stage == "typical logits"]
-        failed = sorted({check.stage for check in result.checks if not check.passed})
-        found[name] = {"typical logits": max(typical), "failed": failed}
-        print(f"{name}: typical {max(typical):.3f}, failed: {', '.join(failed) or 'nothing'}", flush=True)
+        with fault():
+            report = validate_bundle(args.bundle, manifest, backbone, Settings())
+        print(name, summary(report), sep="\n", flush=True)
+        found[name] = {target.name: outcome(target) for target in report.targets}
     dtype = manifest.target().dtype
     path = args.output / f"planted-{dtype}.json"
     path.write_text(json.dumps({"dtype": dtype, "faults": found}, indent=1) + "\n", encoding="utf-8")
+
+
+def outcome(target: TargetResult) -> dict[str, Any]:
+    """The stages that failed, the largest typical error where that is judged, and the place that was named."""
+    typical = [check.measured["relative"] for check in target.checks if check.stage == "typical logits"]
+    place = target.bisection and target.bisection.finding
+    return {
+        "failed": sorted({check.stage for check in target.checks if not check.passed}),
+        **({"typical logits": max(typical)} if typical else {}),
+        **({"located": f"step {place.step}, {place.tensor}: {place.source}"} if place else {}),
+    }
 
 
 def other_tenant() -> AbstractContextManager[Any]:

@@ -4,8 +4,10 @@ fp32 is ONNX Runtime against PyTorch, on a bundle. fp16 and bf16 are PyTorch in 
 CPU: a stand-in for runtimes that this machine cannot run, with the weights rounded as theirs are and each operator's
 result rounded once; kernels that add up in the low type are noisier. Every sample is kept.
 
-int8 and int4 are ONNX Runtime again, on bundles of these types. What is judged there leaves the worst percent out
-(`validation.tolerances.OUTLIERS`), so the figures are those of whole validations, with as many seeds as asked for.
+int8 and int4 are ONNX Runtime again, on bundles of these types, twice. What is judged against PyTorch in fp32 leaves
+the worst percent out (`validation.tolerances.OUTLIERS`), so the figures are those of whole validations, with as many
+seeds as asked for. And, in a record of its own, without rounding of activations against PyTorch with the same rounded
+weights: there fp32's limits hold.
 """
 
 from __future__ import annotations
@@ -25,21 +27,22 @@ from engines.session import Session
 from engines.text import TextCodec
 from iapt_export.interface import COEFFICIENTS
 from iapt_export.manifest import BundleManifest
+from iapt_export.quantise import QUANTISED
 from trainers.backbone import load_backbone
+from trainers.method import rows_of
 from validation.bisect import own_entries
 from validation.cases import prompts_from_bundle
 from validation.compare import Settings, compare_target, measure_truth
 from validation.metrics import cosine, kl, quantiles, relative, worst_vector
 from validation.recording import leaf_modules, record_row
 from validation.reference import Reference, numpy
-from validation.stepping import Row, graph_of, run_steps, session_with, step_graphs
+from validation.rounding import unrounded_session, with_rounded_weights
+from validation.stepping import Row, graph_of, is_in_place, run_steps, session_with, step_graphs
 from validation.taps import TappedGraph, TappedRunner
 from validation.truth import padded, record_truth
 from validation.validate import environment
 
 Arrays = dict[str, np.ndarray]
-QUANTISED = ("int8", "int4")
-"""Types that a bundle of their own is measured for, in place."""
 KEYS = ("bundle", "row", "step", "seed", "case")
 """What tells samples apart."""
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,6 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.bundle) > 1 and args.dtype not in QUANTISED:
         parser.error("several bundles are for int8 and int4")
+    is_quantised = args.dtype in QUANTISED
     samples: dict[str, list[dict[str, Any]]] = {}
     judged: dict[str, list[dict[str, Any]]] = {}
     manifests = {bundle: BundleManifest.load(bundle) for bundle in args.bundle}
@@ -65,11 +69,21 @@ def main() -> None:
         reference = Reference(bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
         name = f"{bundle.resolve().parent.name}/{bundle.name}"
         print(f"{args.dtype}: {name}", flush=True)
-        for stage, found in sample_bundle(bundle, manifest, reference, args).items():
-            samples.setdefault(stage, []).extend({"bundle": name, **one} for one in found)
-        for seed in range(args.seeds if args.dtype in QUANTISED else 0):
+        for seed in range(args.seeds if is_quantised else 0):
             for stage, found in judge_bundle(bundle, manifest, reference, seed).items():
                 judged.setdefault(stage, []).extend({"bundle": name, **one} for one in found)
+        session = Session.open(bundle, verify=False, in_place=is_quantised)
+        if is_quantised:
+            reference, session = with_rounded_weights(reference, QUANTISED[args.dtype]), unrounded_session(session)
+        for stage, found in sample_bundle(session, reference, args).items():
+            samples.setdefault(stage, []).extend({"bundle": name, **one} for one in found)
+    if judged:
+        write_record(args, args.dtype, judged)
+    write_record(args, f"{args.dtype}-unrounded" if is_quantised else args.dtype, samples)
+
+
+def write_record(args: argparse.Namespace, name: str, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """Write samples with what they sum up to, and print the latter."""
     record = {
         "dtype": args.dtype,
         "made by": f"PyTorch in {args.dtype}, a stand-in" if args.dtype in TYPES else "onnxruntime",
@@ -78,18 +92,15 @@ def main() -> None:
         "summary": {stage: worst(found) for stage, found in samples.items()},
         "samples": samples,
     }
-    if judged:
-        record |= {"judged summary": {stage: worst(found) for stage, found in judged.items()}, "judged": judged}
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{args.dtype}.json"
+    path = args.output / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record.get("judged summary", record["summary"]), indent=1), path, sep="\n")
+    print(json.dumps(record["summary"], indent=1), path, sep="\n")
 
 
-def sample_bundle(
-    bundle: Path, manifest: BundleManifest, reference: Reference, args: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
+def sample_bundle(session: Session, reference: Reference, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The figures of each stage at each step of the bundle's example prompts."""
+    bundle, manifest = session.bundle, session.manifest
     prompts = prompts_from_bundle(bundle, manifest, TextCodec(bundle), 0, args.steps, args.prompts)
     truths = record_truth(reference, prompts, new_tokens=args.steps, num_kept=0)
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, tuple(truth.tokens[:-1])) for truth in truths]
@@ -97,9 +108,9 @@ def sample_bundle(
     samples: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows):
         print(f"{args.dtype}: prompt {number + 1} of {len(rows)}, {len(row.tokens)} tokens", flush=True)
-        runs = from_session(bundle, manifest, reference, row) if other is reference else from_torch(other, row)
+        runs = from_session(session, reference, row) if other is reference else from_torch(other, row)
         for (step, wanted), made in zip(record_row(reference, row, args.steps - 1), runs, strict=True):
-            for stage, figures in sample(reference, made, wanted, step).items():
+            for stage, figures in sample(reference, row.tenant, made, wanted, step).items():
                 samples.setdefault(stage, []).append({"row": number, "step": step, **figures})
         if other is not reference:
             samples.setdefault("generator", []).append({"row": number, **generator_sample(reference, other, row)})
@@ -142,10 +153,9 @@ def from_torch(other: Reference, row: Row) -> Iterator[Arrays]:
         yield arrays
 
 
-def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, row: Row) -> Iterator[Arrays]:
+def from_session(session: Session, reference: Reference, row: Row) -> Iterator[Arrays]:
     """What ONNX Runtime's graphs compute under the same names, the row beside a longer one of the same tenant."""
-    target = manifest.target()
-    in_place = target.dtype in QUANTISED
+    bundle, manifest, target, in_place = session.bundle, session.manifest, session.target, is_in_place(session)
     graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place)}
     runners: Any = {
         name: TappedRunner(
@@ -157,16 +167,16 @@ def from_session(bundle: Path, manifest: BundleManifest, reference: Reference, r
         for name, graph in graphs.items()
     }
     longer = Row(row.tenant, (*row.tokens, *row.tokens[-7:]), row.forced)
-    with session_with(bundle, manifest, target, runners, in_place) as session:
-        for step in run_steps(session, [row, longer], len(row.forced) + 1):
+    with session_with(bundle, manifest, target, {**session.stepper.runners, **runners}, in_place) as tapped:
+        for step in run_steps(tapped, [row, longer], len(row.forced) + 1):
             seen = {**runners[graph_of(step.number, in_place)].seen, **step.present()}
             arrays = {name: own_entries(array[0], step, 0) for name, array in seen.items()}
             yield arrays | {"logits": step.logits[0]}
 
 
 @torch.no_grad()
-def sample(reference: Reference, made: Arrays, wanted: Arrays, step: int) -> dict[str, dict[str, float]]:
-    """The figures of one row at one step."""
+def sample(reference: Reference, tenant: str, made: Arrays, wanted: Arrays, step: int) -> dict[str, dict[str, float]]:
+    """The figures of one row at one step; modules that the tenant's method changes are not held against their own."""
     logits = {
         "relative": relative(made["logits"], wanted["logits"]),
         "kl": kl(made["logits"], wanted["logits"]),
@@ -177,10 +187,10 @@ def sample(reference: Reference, made: Arrays, wanted: Arrays, step: int) -> dic
     shared = [name for name in wanted if name in made and made[name].shape == wanted[name].shape]
     cache = [relative(made[name], wanted[name]) for name in shared if name.startswith("present.")]
     hidden = [worst_vector(made[name], wanted[name])[0] for name in shared if "." in name and "present." not in name]
-    modules = []
+    modules, changed = [], tuple(f".{name}" for name in rows_of(reference.methods[tenant]).linear_names)
     for path in leaf_modules(reference.model):
         fed, output = made.get(f"{path}.input"), made.get(f"{path}.output")
-        if fed is None or output is None or path.endswith(("lm_head", "rotary_emb")):
+        if fed is None or output is None or path.endswith(("lm_head", "rotary_emb", *changed)):
             continue
         right = numpy(reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
         modules.append(worst_vector(output, right)[0])

@@ -11,6 +11,7 @@ from torch import Tensor
 from iapt_export.errors import IaptError
 from iapt_export.installed import Installed, deploy, install
 from iapt_export.manifest import Range, Ranges
+from iapt_export.quantise import QUANTISED
 from trainers.adapter import Adapter, check_adapter_fits, load_adapter
 from trainers.lora import LoRA
 
@@ -18,8 +19,6 @@ OPSETS = (20, 23)
 """20 decomposes attention and normalisation; 23 has operators for them."""
 DEFAULT_OPSET = 23
 DTYPES = ("fp32", "fp16", "bf16")
-QUANTISED = {"int8": 8, "int4": 4}
-"""Types of stored weights, and their bits: activations, cache and tenants' weights are fp32. ONNX Runtime's only."""
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 TARGETS = ("onnxruntime", *TENSORRT)
 DEFAULT_DTYPE = {"onnxruntime": "fp32", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}

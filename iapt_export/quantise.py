@@ -5,12 +5,15 @@ Shapes: N outputs of a linear layer, K inputs of it, both of the stored matrix; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from iapt_export.errors import IaptError
 
+QUANTISED = {"int8": 8, "int4": 4}
+"""Types of stored weights, and their bits: activations, cache and tenants' weights are fp32. ONNX Runtime's only."""
 BLOCK_SIZE = 32
 """Values that share a scale. The smallest that every kernel of ONNX Runtime takes, and the nearest to fp32."""
 ACCURACY_LEVEL = 4
@@ -32,6 +35,21 @@ class Blocks:
     """fp32 ``[N, G]``."""
     num_inputs: int
     """K."""
+
+    def restored(self) -> np.ndarray:
+        """The matrix ``[K, N]`` (fp32) that the kernels multiply with."""
+        values = self.values
+        if self.bits == 4:
+            values = np.stack([values & 15, values >> 4], axis=-1)
+        outputs, blocks = self.values.shape[:2]
+        steps = values.reshape(outputs, blocks, BLOCK_SIZE).astype(np.float32) - 2 ** (self.bits - 1)
+        matrix = (steps * self.scales.reshape(outputs, blocks, 1)).reshape(outputs, -1)
+        return np.ascontiguousarray(matrix[:, : self.num_inputs].T)
+
+
+def bits_for(shape: Sequence[int], bits: int, *, is_end: bool) -> int:
+    """Bits of a matrix ``[K, N]`` in a backbone of ``bits``; ``is_end`` for the embedding and the head."""
+    return FRAGILE_BITS if is_end or shape[0] > shape[1] else bits
 
 
 def quantise(weight: np.ndarray, bits: int) -> Blocks:

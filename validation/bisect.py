@@ -113,7 +113,7 @@ def bisect_target(
     num_steps = min(len(row.forced) for row in rows) + 1
     errors: list[tuple[str, int | None, float]] = []
     jump: Finding | None = None
-    with session_with(bundle, reference.manifest, target, dict(runners), in_place) as tapped:
+    with session_with(bundle, reference.manifest, target, {**session.stepper.runners, **runners}, in_place) as tapped:
         recordings = [record_row(reference, row, num_steps - 1) for row in rows]
         before: list[Arrays] = []
         for step in run_steps(tapped, rows, num_steps):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from engines.session import Session
 from validation.bisect import bisect_target
 from validation.compare import Settings, Truths
 from validation.reference import Reference
-from validation.result import Bisection, TargetResult
+from validation.result import TargetResult
 from validation.stepping import Row
 from validation.truth import Truth
 
@@ -34,15 +35,16 @@ def look_inside(
     result: TargetResult,
     settings: Settings,
     on_step: OnStep,
-) -> Bisection | None:
+) -> TargetResult:
     """Find where a failed target first differs; also where it did not fail but the settings ask for it.
 
     Returns:
-        None where nothing failed and nobody asked, or where the target's graphs are no ONNX.
+        The result with what was found; as it is where nothing failed and nobody asked, or where the target's graphs are
+        no ONNX.
     """
     stepped = [check.case for check in result.checks if not check.passed and check.stage in STEPPED]
     if session.target.name != "onnxruntime" or not (stepped or settings.bisect):
-        return result.bisection
+        return result
     found = result.bisection
     for case, batch in _batches(truths, stepped[0] if stepped else None):
         rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in batch]
@@ -57,7 +59,7 @@ def look_inside(
         )
         if found.finding or not stepped:
             break
-    return found
+    return dataclasses.replace(result, bisection=found)
 
 
 def _batches(truths: Truths, failed: str | None) -> list[tuple[str, list[Truth]]]:

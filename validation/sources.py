@@ -14,6 +14,8 @@ import onnx
 from onnx import numpy_helper
 
 from iapt_export.passes.pack_projections import JOIN
+from iapt_export.passes.quantise_weights import BLOCKS, ROWS, SCALES
+from iapt_export.quantise import BLOCK_SIZE, Blocks
 from trainers.insertion import layers_path
 from validation.bisect import Scene, Suspect, hypothetical
 from validation.metrics import worst_vector
@@ -24,8 +26,6 @@ from validation.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
 
 TRANSPOSED = ".transposed"
 """Ends the names of weights that are stored as MatMul reads them (`iapt_export.passes.fold_transposes`)."""
-QUANTISED = ("int8", "int4")
-"""Types whose weights are meant to differ, number by number."""
 LOW_TYPES = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 
 
@@ -49,11 +49,11 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
     path, _, end = suspect.tap.name.rpartition(".")
     wrong_alone = suspect.own_error is not None and suspect.own_error > scene.limits["module"]
     if end == "output" and (wrong_alone or suspect.own_error is None):
-        if scene.dtype not in QUANTISED and (found := _weight_evidence(scene, graph, path)):
+        if found := _weight_evidence(scene, graph, path):
             return "weight", found
         if wrong_alone:
             return "operator", f"{path} computes something else than PyTorch's module from the same input and weights"
-    if scene.dtype not in QUANTISED and (found := _packed_evidence(scene, graph, places)):
+    if found := _packed_evidence(scene, graph, places):
         return "weight", found
     attending = {graph.module(place) for place in places if graph.nodes[place].op_type in ATTENTION_OPERATORS}
     for hypothesis in _hypotheses(scene, suspect, attending):
@@ -136,15 +136,16 @@ def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
     """What is wrong with a module's weights in the graph; empty where they are PyTorch's."""
     module = scene.reference.model.get_submodule(path)
     used = [name for place in graph.of_module(path) for name in graph.nodes[place].input if name in graph.weights]
+    weights = {name: stored_weight(graph, name) for name in used if not name.endswith(SCALES)}
     for name, parameter in module.named_parameters(recurse=False):
         right = numpy(parameter)
-        shipped = next((other for other in used if other.startswith(f"{path}.{name}")), None)
+        shipped = next((other for other in weights if other.startswith(f"{path}.{name}")), None)
         # equal tensors are stored once, under the name of the first
-        shipped = shipped or next((other for other in used if np.prod(graph.weights[other].dims) == right.size), None)
+        shipped = shipped or next((other for other, array in weights.items() if array.size == right.size), None)
         if shipped is None:
             continue
-        made = load_weight(graph, shipped)
-        right = right.T if shipped.endswith(TRANSPOSED) else right
+        made = weights[shipped]
+        right = right.T if shipped.removesuffix(BLOCKS).endswith(TRANSPOSED) else right
         if not np.array_equal(made, right):
             return f"{path}.{name}: {_difference(made, right, _elsewhere(scene, path, name))}"
     return ""
@@ -152,10 +153,10 @@ def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
 
 def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str:
     """What is wrong with weights that stand side by side in one matrix; empty where they are PyTorch's."""
-    packed = {name for place in places for name in graph.nodes[place].input if name in graph.weights and JOIN in name}
-    for name in sorted(packed):
-        made, start = load_weight(graph, name), 0
-        for part in name.split(JOIN):
+    used = {name for place in places for name in graph.nodes[place].input if name in graph.weights}
+    for name in sorted(name for name in used if JOIN in name and not name.endswith(SCALES)):
+        made, start = stored_weight(graph, name), 0
+        for part in name.removesuffix(BLOCKS).split(JOIN):
             own, _, kind = part.removesuffix(TRANSPOSED).rpartition(".")
             right = numpy(scene.reference.model.get_submodule(own).get_parameter(kind))
             right = right.T if part.endswith(TRANSPOSED) else right
@@ -166,13 +167,27 @@ def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str
     return ""
 
 
-def load_weight(graph: TappedGraph, name: str) -> np.ndarray:
-    """An initializer in fp32, from the graph or from the file of weights beside it."""
+def stored_weight(graph: TappedGraph, name: str) -> np.ndarray:
+    """A weight in fp32 by the name of its initializer; of a quantised one, what its values and scales stand for."""
+    array = _initializer(graph, name)
+    base = name.removesuffix(BLOCKS).removesuffix(ROWS)
+    if base == name:
+        return array.astype(np.float32)
+    scales = _initializer(graph, base + SCALES)  # [N, G]
+    values = array.reshape(*scales.shape, -1)
+    reader = graph.nodes[graph.readers[name][0]]
+    num_inputs = next((field.i for field in reader.attribute if field.name == "K"), scales.shape[1] * BLOCK_SIZE)
+    matrix = Blocks(8 * values.shape[2] // BLOCK_SIZE, values, scales, num_inputs).restored()  # [K, N]
+    return matrix.T if base + ROWS in graph.weights else matrix
+
+
+def _initializer(graph: TappedGraph, name: str) -> np.ndarray:
+    """From the graph, or from the file of weights beside it."""
     tensor = onnx.TensorProto()
     tensor.CopyFrom(graph.weights[name])
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         onnx.external_data_helper.load_external_data_for_tensor(tensor, str(graph.folder))
-    return numpy_helper.to_array(tensor).astype(np.float32)
+    return numpy_helper.to_array(tensor)
 
 
 def _difference(made: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.ndarray]) -> str:

@@ -21,10 +21,11 @@ from engines.onnxruntime_runner import PROVIDERS, OnnxRuntimeRunner
 from iapt_export.errors import IaptError
 from iapt_export.manifest import GraphSpec, TensorSpec
 from iapt_export.ops import RATIONAL
+from iapt_export.ops.serving import PRODUCT
 
 SHAPE_OPERATORS = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Range", "Cast")
 """Operators that appear in modules only to compute shapes and masks, next to the one that does the work."""
-PRODUCTS = ("MatMul", "Gemm", "MatMulNBits")
+PRODUCTS = ("MatMul", "Gemm", PRODUCT)
 """Operators of linear layers; their first input is the layer's."""
 ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention")
 """Those whose first input is the rotated query."""
@@ -43,12 +44,20 @@ class Tap:
 
 
 class TappedGraph:
-    """A graph's structure: its nodes by module, who makes and who reads each value."""
+    """A graph's structure: its nodes by module, who makes and who reads each value.
+
+    Products with quantised weights round their inputs for speed. In this copy they do not, so that what stands before
+    and after them can be held against PyTorch with the same weights (`validation.rounding`) as closely as in fp32.
+    """
 
     def __init__(self, path: Path) -> None:
         self.folder = path.parent
         self.model = onnx.load(path, load_external_data=False)
         self.nodes = list(self.model.graph.node)
+        for node in self.nodes:
+            for attribute in node.attribute:
+                if (node.op_type, attribute.name) == (PRODUCT, "accuracy_level"):
+                    attribute.i = 0
         self.weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self.maker = {value: place for place, node in enumerate(self.nodes) for value in node.output}
         self.readers: dict[str, list[int]] = {}

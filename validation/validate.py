@@ -12,11 +12,13 @@ from engines.native import add_kernels
 from engines.session import Session
 from iapt_export.errors import NotRunnableError
 from iapt_export.manifest import BundleManifest, Parity, TargetSpec
-from validation.compare import OnStep, Settings, compare_target, measure_truth
+from iapt_export.quantise import QUANTISED
+from validation.compare import OnStep, Settings, Truths, compare_target, measure_truth
 from validation.interface import check_built_engines
 from validation.locate import look_inside
 from validation.reference import Reference
 from validation.result import Report, TargetResult
+from validation.rounding import unrounded_session, with_rounded_weights
 from validation.tolerances import rows_for
 
 
@@ -53,8 +55,10 @@ def validate_bundle(
                 session = Session.open(bundle, target.name, device=settings.device, verify=False, in_place=in_place)
                 with session:
                     result = compare_target(session, reference, truths, settings, on_step)
-                bisection = look_inside(session, reference, truths, result, settings, on_step)
-                results.append(dataclasses.replace(result, bisection=bisection))
+                if target.dtype in QUANTISED:
+                    results += _without_rounding(session, reference, truths, result, settings, on_step)
+                else:
+                    results.append(look_inside(session, reference, truths, result, settings, on_step))
         except NotRunnableError as error:
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))
@@ -78,9 +82,34 @@ def validate_bundle(
     )
 
 
+def _without_rounding(
+    session: Session, reference: Reference, truths: Truths, result: TargetResult, settings: Settings, on_step: OnStep
+) -> list[TargetResult]:
+    """A quantised target's result, and that of the same graphs with rounded weights and nothing else, on both sides.
+
+    Where the first failed, it is looked into without the rounding of activations as well, which would hide where an
+    error begins.
+    """
+    target = session.target
+    on_step(f"{target.name}: rounding PyTorch's weights to {target.dtype}")
+    reference = with_rounded_weights(reference, QUANTISED[target.dtype])
+    quick = dataclasses.replace(settings, depth="quick")
+    exact_truths = measure_truth(session.bundle, session.manifest, reference, quick, on_step)
+    exact = unrounded_session(session)
+    with exact:
+        exact_result = compare_target(exact, reference, exact_truths, quick, on_step)
+    name = f"{target.name} {target.dtype} without rounding of activations"
+    return [
+        look_inside(exact, reference, truths, result, dataclasses.replace(settings, bisect=False), on_step),
+        look_inside(exact, reference, exact_truths, dataclasses.replace(exact_result, name=name), quick, on_step),
+    ]
+
+
 def parity_from_report(report: Report) -> Parity:
     """What the manifest keeps of a report: the limits, and the worst figure of each stage and target."""
-    limits = {row["stage"] + " " + row["dtype"]: {row["metric"]: row["limit"]} for row in report.tolerances}
+    limits: dict[str, dict[str, float]] = {}
+    for row in report.tolerances:
+        limits.setdefault(f"{row['stage']} {row['dtype']}", {})[row["metric"]] = row["limit"]
     measured: dict[str, dict[str, dict[str, float]]] = {}
     for target in report.targets:
         stages = measured.setdefault(f"{target.name}:{target.dtype}", {})

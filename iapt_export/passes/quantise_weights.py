@@ -6,7 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from iapt_export.ops.serving import LOOKUP, MICROSOFT, PRODUCT
-from iapt_export.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS, Blocks, quantise
+from iapt_export.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS, Blocks, bits_for, quantise
+
+BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
+"""End the names of what stands for a weight: its values as products take them, as a lookup takes them, its scales."""
 
 
 class QuantiseWeightsPass(ir.passes.InPlacePass):
@@ -42,9 +45,9 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
             self.kept.append(str(table.name))
             return 0
         blocks = quantise(np.ascontiguousarray(array.T), FRAGILE_BITS)
-        values = _constant(graph, f"{table.name}.blocks", blocks.values)
-        flat = _constant(graph, f"{table.name}.rows", blocks.values.reshape(len(array), -1))
-        scales = _constant(graph, f"{table.name}.scales", blocks.scales)
+        values = _constant(graph, f"{table.name}{BLOCKS}", blocks.values)
+        flat = _constant(graph, f"{table.name}{ROWS}", blocks.values.reshape(len(array), -1))
+        scales = _constant(graph, f"{table.name}{SCALES}", blocks.scales)
         count = 0
         for node, _ in list(table.uses()):
             if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
@@ -68,10 +71,9 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
             self.kept.append(str(weight.name))
             return 0
         array = _array(weight)
-        is_fragile = node.outputs[0] in graph.outputs or array.shape[0] > array.shape[1]
-        blocks = quantise(array, FRAGILE_BITS if is_fragile else self.bits)
-        values = _constant(graph, f"{weight.name}.blocks", blocks.values)
-        _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}.scales", blocks.scales)))
+        blocks = quantise(array, bits_for(array.shape, self.bits, is_end=node.outputs[0] in graph.outputs))
+        values = _constant(graph, f"{weight.name}{BLOCKS}", blocks.values)
+        _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}{SCALES}", blocks.scales)))
         return 1
 
 

@@ -24,6 +24,7 @@ from validation.cases import Prompt
 from validation.compare import Settings, compare_target, measure_truth
 from validation.reference import Reference
 from validation.stages import over_steps, tie_margin
+from validation.tolerances import tolerances
 from validation.truth import Truth
 from validation.validate import validate_bundle
 
@@ -108,6 +109,12 @@ def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatc
 
     monkeypatch.setattr(InPlaceStepper, "step", step)
     assert "decode logits" in compared(tiny_build.bundle, backbone)
+
+
+def test_the_manifest_keeps_every_limit(tiny_build: TinyBuild) -> None:
+    kept = BundleManifest.load(tiny_build.bundle).parity.tolerances
+    assert kept["prefill logits fp32"] == {row.metric: row.limit for row in tolerances("prefill logits", "fp32")}
+    assert set(kept["prefill logits fp32"]) == {"relative", "kl"}
 
 
 def test_another_backbone_of_the_same_shape_is_refused(tiny_build: TinyBuild, tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""int8 and int4 held to fp32's limits: rounded weights on both sides, activations rounded on none."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from iapt_export.export import Serving, export_graphs
+from iapt_export.manifest import BundleManifest
+from iapt_export.passes.quantise_weights import BLOCKS, SCALES
+from iapt_export.quantise import QUANTISED
+from tests.bundles import METHOD, NEW_TOKENS, TinyBuild, run, save_tiny_adapter
+from tests.iapt_export.test_serve_passes import two_steps
+from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
+from tests.validation.fake_report import passing_report
+from tests.validation.faults import FAULTS, Fault
+from trainers.backbone import config_fingerprint, load_backbone
+from trainers.method_configs import ADePTConfig, LoPAConfig, LoRAConfig
+from validation.compare import Settings
+from validation.metrics import relative
+from validation.result import Report
+from validation.rounding import round_weights
+from validation.sources import stored_weight
+from validation.taps import TappedGraph
+from validation.validate import validate_bundle
+
+LORA = LoRAConfig(rank=2, target_modules=("q_proj", "down_proj"))
+METHODS = {
+    "iapt": METHOD,
+    "adept": ADePTConfig(prompt_length=5, bottleneck=4),
+    "lopa": LoPAConfig(prompt_length=6, rank=2),
+}
+QUICK = Settings(0, NEW_TOKENS, depth="quick")
+DTYPES = tuple(QUANTISED)
+Plant = Callable[[Path, pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBuild]:
+    """Bundles with quantised weights, each built once."""
+    root = tmp_path_factory.mktemp("quantised")
+    model = tiny_llama(num_hidden_layers=2)
+    folder = save_tiny_backbone(root / "model", model)
+    fingerprint = config_fingerprint(model.config)
+
+    @functools.cache
+    def made(dtype: str, *methods: Any, flags: tuple[str, ...] = ()) -> TinyBuild:
+        bundle = root / f"bundle-{made.cache_info().currsize}"
+        adapters = {
+            name: save_tiny_adapter(root / bundle.name / "adapters" / name, seed, fingerprint, method)
+            for seed, (name, method) in enumerate(methods)
+        }
+        build = TinyBuild(folder, adapters, root / "cache", bundle / "bundle")
+        # what rounding costs so small and random a model is beyond the limits, which were measured on a real one
+        with patch("iapt_export.build.validate_bundle", lambda *_: passing_report()):
+            outcome = run(*build.arguments(build.bundle), f"--target=onnxruntime:{dtype}", *flags)
+        assert outcome.code == 0, outcome.err
+        return build
+
+    return made
+
+
+def validate(build: TinyBuild, bundle: Path, settings: Settings = QUICK) -> Report:
+    return validate_bundle(bundle, BundleManifest.load(bundle), load_backbone(str(build.model)), settings)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "methods", "flags"),
+    [
+        ("int4", tuple(METHODS.items()), ("--fold-embeddings",)),
+        ("int8", (("lora", LORA), *METHODS.items()), ()),
+        ("int4", (("lora", LORA),), ("--merge-lora", "--past=1:64:160")),
+    ],
+    ids=["int4, folded ADePT", "int8, with LoRA", "int4, merged LoRA"],
+)
+def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, methods: Any, flags: Any) -> None:
+    made = build(dtype, *methods, flags=flags)
+    report = validate(made, made.bundle)
+    rounded, exact = report.targets
+    assert (rounded.dtype, exact.dtype, exact.status) == (dtype, "fp32", "pass")
+    assert exact.name == f"onnxruntime {dtype} without rounding of activations"
+    worst = {
+        target.name: max(check.measured.get("relative", 0.0) for check in target.checks) for target in report.targets
+    }
+    assert worst[exact.name] < 2e-5 < 1e-2 < worst[rounded.name], "weights, and activations, were rounded"
+    (tokens,) = [check for check in exact.checks if check.stage == "greedy tokens"]
+    assert tokens.measured["identical"] == 1.0 and tokens.limits == {"identical": 1.0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, tmp_path: Path) -> None:
+    model = make(**({"n_layer": 2} if make is tiny_gpt2 else {"num_hidden_layers": 2}))
+    bits = QUANTISED[dtype]
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=bits))
+    before = copy.deepcopy(model)
+    round_weights(model, bits)
+    changes = [
+        relative(new.detach().numpy(), old.detach().numpy())
+        for new, old in zip(model.parameters(), before.parameters(), strict=True)
+        if new.dim() == 2
+    ]
+    assert all(2e-3 < change < {8: 0.01, 4: 0.15}[bits] for change in changes) and max(changes) > 1 / 2**bits / 2
+    graph = TappedGraph(tmp_path / "serve.onnx")
+    (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
+    two_steps(model, tmp_path / "unrounded.onnx")
+
+
+def test_a_stored_weight_is_read_as_the_kernels_do(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=4))
+    round_weights(model, 4)
+    graph = TappedGraph(tmp_path / "serve.onnx")
+    names = [name for name in graph.weights if name.endswith(BLOCKS)]
+    assert len(names) == 8, "seven products and the tied embedding"
+    for name in names:
+        right = model.get_parameter(name.removesuffix(BLOCKS).removesuffix(".transposed")).detach().numpy()
+        np.testing.assert_array_equal(stored_weight(graph, name), right.T if "transposed" in name else right)
+
+
+def weight(ending: str, change: Callable[[np.ndarray], None]) -> Plant:
+    """Change what stands for layer 1's up-projection."""
+
+    def plant(bundle: Path, _: pytest.MonkeyPatch) -> None:
+        model = onnx.load(bundle / "serve.onnx")
+        name = f"model.layers.1.mlp.up_proj.weight.transposed{ending}"
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+        array = numpy_helper.to_array(tensor).copy()
+        change(array)
+        tensor.CopyFrom(numpy_helper.from_array(array, name))
+        onnx.save(model, bundle / "serve.onnx")
+
+    return plant
+
+
+def one_bit(values: np.ndarray) -> None:
+    values[0, 0, 0] ^= 1
+
+
+def one_percent(scales: np.ndarray) -> None:
+    scales *= np.float32(1.01)
+
+
+QUANTISED_FAULTS = (
+    *(fault for fault in FAULTS if fault.name.startswith("serve:")),
+    Fault("one bit of a stored weight", weight(BLOCKS, one_bit), 0, 1, "weight", "up_proj.output", "1 of 1536"),
+    Fault("scales 1 % too large", weight(SCALES, one_percent), 0, 1, "weight", "up_proj.output", "1.01"),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", QUANTISED_FAULTS, ids=lambda fault: fault.name)
+def test_small_faults_are_caught_and_located(
+    build: Any, fault: Fault, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    made = build(dtype, *((name, METHOD) for name in ("alpha", "beta", "gamma")))
+    bundle = Path(shutil.copytree(made.bundle, tmp_path / "bundle"))
+    fault.plant(bundle, monkeypatch)
+    record_property("planted", f"{fault.name}, {dtype}")
+    rounded, exact = validate(made, bundle).targets
+    assert exact.status == "fail"
+    record_property("caught", fault.name)
+    for target in (exact, rounded) if rounded.status == "fail" else (exact,):
+        assert target.bisection is not None and target.bisection.finding is not None, target.bisection
+        found = target.bisection.finding
+        assert (found.step, found.layer, found.source) == (fault.step, fault.layer, fault.source), found
+        assert fault.evidence in found.evidence, found
+    record_property("located", fault.name)
+
+
+def test_what_did_not_fail_is_looked_into_once(build: Any) -> None:
+    made = build("int4", *((name, METHOD) for name in ("alpha", "beta", "gamma")))
+    rounded, exact = validate(made, made.bundle, Settings(0, NEW_TOKENS, depth="quick", bisect=True)).targets
+    assert rounded.bisection is None and exact.bisection is not None
+    assert exact.bisection.finding is None and exact.bisection.num_steps == NEW_TOKENS
+    assert max(error for *_, error in exact.bisection.errors) < 1e-4
