@@ -318,7 +318,7 @@ def plot_soak(soak: Mapping[str, Any], path: Path) -> None:
         figure = Figure(figsize=(10, 2.6))
         axes = figure.subplots()
         axes.plot([s / 60 for s, _ in soak["memory_mib"]], [mib for _, mib in soak["memory_mib"]], color=OWN)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(mib for _, mib in soak["memory_mib"]))
         axes.set_xlabel("minutes")
         axes.set_ylabel("MiB resident")
         figure.savefig(path, metadata={"Software": None})

@@ -98,7 +98,7 @@ def _without_rounding(
     exact = unrounded_session(session)
     with exact:
         exact_result = compare_target(exact, reference, exact_truths, quick, on_step)
-    name = f"{target.name} {target.dtype} without rounding of activations"
+    name = f"{target.name} with {target.dtype} weights, otherwise"  # its type, fp32, follows wherever it is shown
     return [
         look_inside(exact, reference, truths, result, dataclasses.replace(settings, bisect=False), on_step),
         look_inside(exact, reference, exact_truths, dataclasses.replace(exact_result, name=name), quick, on_step),

@@ -88,7 +88,7 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
     report = validate(made, made.bundle)
     rounded, exact = report.targets
     assert (rounded.dtype, exact.dtype, exact.status) == (dtype, "fp32", "pass")
-    assert exact.name == f"onnxruntime {dtype} without rounding of activations"
+    assert exact.name == f"onnxruntime with {dtype} weights, otherwise"
     worst = {
         target.name: max(check.measured.get("relative", 0.0) for check in target.checks) for target in report.targets
     }
