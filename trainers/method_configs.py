@@ -7,7 +7,7 @@ what is our choice stands in docs/methods.md. The string below a field is its he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trainers.config import choice_problems, raise_problems, range_problems
 from trainers.errors import IaptError
@@ -33,7 +33,7 @@ class IAPTConfig:
 
     Settled by the paper: the order down, pool, activate, up; self-attention pooling with learned
     queries; a learned rational activation; projections shared across layers; four soft tokens.
-    Everything else here (degrees, form, bias, scale, bottleneck) is our choice.
+    Everything else here (degrees, form, bias, scale, normalised input, bottleneck) is our choice.
 
     Raises:
         IaptError: a field has a value outside its range; all problems are listed together.
@@ -63,8 +63,11 @@ class IAPTConfig:
     """Give both projections a bias."""
     scale: bool = False
     """Divide the pooling scores by sqrt(R)."""
+    normalize: bool = True
+    """Divide each token's hidden state by its root mean square before the generator reads it."""
     coefficients: CoefficientLearning = "joint"
     """Learn the activation's coefficients jointly, or bi-level on a held-out half of the data."""
+    older: ClassVar[dict[str, Any]] = {"normalize": False}  # what files that lack a field were made with
 
     def __post_init__(self) -> None:
         problems = choice_problems(self)

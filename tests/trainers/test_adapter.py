@@ -77,6 +77,13 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
+def test_iapt_without_the_field_was_trained_without_normalising(folder: Path) -> None:
+    """Adapters that are older than the field keep their meaning."""
+    assert read_adapter_config(folder).method.normalize
+    change_config(folder, normalize=...)
+    assert not read_adapter_config(folder).method.normalize
+
+
 def test_round_trip(folder: Path) -> None:
     torch.manual_seed(0)
     module = IAPT(METHOD, Sizes(32, 3))

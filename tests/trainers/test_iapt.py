@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.iapt import IAPT, adaptive_bins, max_pool, token_shares
+from trainers.iapt import IAPT, adaptive_bins, max_pool, normalised, token_shares
 from trainers.method import Sizes
 from trainers.method_configs import IAPTConfig
 
@@ -60,11 +60,13 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(one.query, other.query)
 
 
-def test_definition_written_out() -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_definition_written_out(normalize: bool) -> None:
     """Down, attention pooling, rational, up, for one row, with loops in place of matrix products."""
-    module = generator(prompt_length=2)
+    module = generator(prompt_length=2, normalize=normalize)
     hidden = torch.randn(1, 5, HIDDEN)
-    u = torch.stack([hidden[0, t] @ module.down_weight[0] + module.down_bias[0] for t in range(5)])
+    read = [state / (state.square().sum() / HIDDEN + 1e-6).sqrt() if normalize else state for state in hidden[0]]
+    u = torch.stack([state @ module.down_weight[0] + module.down_bias[0] for state in read])
     a, b = module.numerator[1], module.denominator[1]
     for row in range(2):
         weights = torch.exp(u @ module.query[1, :, row])
@@ -73,6 +75,34 @@ def test_definition_written_out() -> None:
         bottom = 1 + sum(b[k] * pooled ** (k + 1) for k in range(4)).abs()
         expected = (top / bottom) @ module.up_weight[0] + module.up_bias[0]
         assert torch.allclose(prompts(module, 1, hidden, torch.ones(1, 5))[0, row], expected, atol=1e-6)
+
+
+def test_the_size_of_hidden_states_does_not_count() -> None:
+    """Nor does a massive first token: 1,000 times as large, it is one token among others."""
+    module, mask = generator(), torch.ones(1, 5)
+    hidden = torch.randn(1, 5, HIDDEN)
+    expected = prompts(module, 1, hidden, mask)
+    sizes = torch.tensor([1e3, 1, 3, 0.1, 10])[:, None]
+    assert torch.allclose(prompts(module, 1, hidden * sizes, mask), expected, atol=1e-6)
+    plain = generator(normalize=False)
+    assert not torch.allclose(prompts(plain, 1, hidden * sizes, mask), prompts(plain, 1, hidden, mask), atol=1e-3)
+
+
+def test_normalised_states_stay_finite_in_half_precision() -> None:
+    """Squares of hidden states beyond 256 are not numbers of fp16."""
+    states = normalised(torch.tensor([[[2000.0, -2000.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]], dtype=torch.float16))
+    assert states.dtype == torch.float16
+    assert torch.allclose(states.float()[0, 0], torch.tensor([2.0, -2.0, 0.0, 0.0]).div(2**0.5), atol=2e-3)
+    assert states[0, 1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"scale": True}, {"bottleneck": 64}])
+def test_scores_spread_by_one_at_the_start(fields: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    module = IAPT(IAPTConfig(**{"bottleneck": 16, **fields}), Sizes(512, 8))  # type: ignore[arg-type]
+    scores = normalised(torch.randn(1, 64, 512)) @ module.down_weight[0] @ module.query  # [L, T, P]
+    divisor = module.config.bottleneck**0.5 if module.config.scale else 1.0
+    assert 0.6 < float(scores.detach().std() / divisor) < 1.6
 
 
 def test_scale_divides_the_scores() -> None:
@@ -87,7 +117,7 @@ def test_definition_of_fixed_pooling_written_out(pooling: str) -> None:
     """Projected first and pooled afterwards, as the equations have it."""
     module = generator(pooling=pooling, activation="relu", prompt_length=2)
     hidden = torch.randn(1, 6, HIDDEN)
-    u = hidden[0] @ module.down_weight[0] + module.down_bias[0]  # [T, R]
+    u = normalised(hidden)[0] @ module.down_weight[0] + module.down_bias[0]  # [T, R]
     reduce = torch.mean if pooling == "mean" else torch.amax
     pooled = torch.stack([reduce(part, dim=0) for part in u.chunk(2)])
     expected = pooled.relu() @ module.up_weight[0] + module.up_bias[0]
