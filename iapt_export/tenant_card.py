@@ -13,6 +13,8 @@ from iapt_export.schema import read_fields
 
 CARD_KEY = "iapt_tenant"
 SCHEMA_VERSION = 1
+OLDER: dict[str, dict[str, Any]] = {"IAPT": {"normalize": False}}
+"""Form to the fields that it got later, with what files that lack them mean; the trainers' configurations say the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class TenantCard:
 
     def fits(self, form: str, config: Mapping[str, Any]) -> bool:
         """Whether a bundle's method computes what this tenant needs; how weights were found does not count."""
-        return self.form == form and all(config.get(name) == value for name, value in self.config.items())
+        mine, theirs = (_comparable(form, fields) for fields in (self.config, config))
+        return self.form == form and all(theirs.get(name) == value for name, value in mine.items())
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors keeps it."""
@@ -68,3 +71,9 @@ class TenantCard:
         if problems:
             raise IaptError(f"{where} has no valid tenant card: " + "; ".join(problems))
         return card
+
+
+def _comparable(form: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A form's settings with those that an older file lacks; lists of names in one order."""
+    complete = {**OLDER.get(form, {}), **config}
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in complete.items()}

@@ -153,8 +153,8 @@ def normalised(tokens: Tensor) -> Tensor:
 
     Hidden states grow with depth and differ a hundredfold between tokens, while all layers share the projections.
     """
-    inverse = torch.rsqrt(tokens.float().pow(2).mean(dim=2, keepdim=True) + EPSILON)
-    return (tokens.float() * inverse).to(tokens.dtype)
+    width = tokens.shape[-1]
+    return F.rms_norm(tokens, (width,), tokens.new_ones(width), EPSILON)  # with ones, because exporters want a weight
 
 
 def token_shares(tokens: Tensor, mask: Tensor, query: Tensor | None, config: IAPTConfig) -> Tensor:

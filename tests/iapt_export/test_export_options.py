@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {"sharing": "groups", "num_groups": 2},
     "no bias": {"bias": False},
     "scale": {"scale": True},
+    "raw input": {"normalize": False},
     "form A": {"rational_form": "A"},
     "degrees": {"numerator_degree": 6, "denominator_degree": 5, "prompt_length": 1},
 }
@@ -38,7 +39,12 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "mean, no sharing": {"pooling": "mean", "sharing": "none"},
     "max, tanh, no bias": {"pooling": "max", "activation": "tanh", "bias": False, "prompt_length": 3},
     "gelu, scale": {"activation": "gelu", "scale": True},
-    "form A, groups": {"rational_form": "A", "sharing": "groups", "num_groups": 2},
+    "form A, groups, raw input": {
+        "rational_form": "A",
+        "sharing": "groups",
+        "num_groups": 2,
+        "normalize": False,
+    },
     "degrees": OPTIONS["degrees"],
 }
 """Options that do not touch each other share an export."""

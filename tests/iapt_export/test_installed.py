@@ -91,6 +91,7 @@ def test_tenants_that_share_a_stack(model: Any, case: str) -> None:
 APART = {
     "bottleneck": ([METHOD, dataclasses.replace(METHOD, bottleneck=4)], ["iapt", "iapt_2"]),
     "nothing that shapes tell": ([METHOD, dataclasses.replace(METHOD, scale=True)], ["iapt", "iapt_2"]),
+    "raw input": ([METHOD, dataclasses.replace(METHOD, normalize=False)], ["iapt", "iapt_2"]),
     "three": (
         [METHOD, dataclasses.replace(METHOD, bottleneck=4), dataclasses.replace(METHOD, prompt_length=2)],
         ["iapt", "iapt_2", "iapt_3"],

@@ -40,6 +40,7 @@ ADEPT = ADePTConfig(prompt_length=5, bottleneck=4, decode_offset=True)
 CONFIGS: dict[str, Any] = {
     "movies": METHOD,
     "scaled": dataclasses.replace(METHOD, scale=True),
+    "raw": dataclasses.replace(METHOD, normalize=False),
     "topics": PromptTuningConfig(prompt_length=4),
     "mood": LAMPConfig(init_length=20, rank=3, window=5),
     "style": PrefixTuningConfig(prompt_length=7, projection=True, projection_width=8),

@@ -9,10 +9,11 @@ import pytest
 
 from engines.session import Session
 from engines.tenants import read_tenant_file
+from iapt_export.tenant_card import OLDER, TenantCard
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
 from tests.engines.test_serving import request
 from trainers.backbone import config_fingerprint, load_backbone
-from trainers.method_configs import IAPTConfig, PromptTuningConfig
+from trainers.method_configs import METHOD_CONFIGS, IAPTConfig, PromptTuningConfig
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,34 @@ def test_how_weights_were_found_does_not_count(tiny_build: TinyBuild, tmp_path: 
     assert "init_function" not in read_tenant_file(path)[0].config
     with Session.open(tiny_build.bundle, verify=False) as session:
         assert session.add_tenant(path) == "other-start"
+
+
+def card(form: str, **config: object) -> TenantCard:
+    return TenantCard(
+        name="guest",
+        form=form,
+        config=config,
+        backbone="tiny",
+        fingerprint="0",
+        trained_form=form,
+        prompt_format="plain",
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_files_older_than_a_field_fit_only_what_computes_the_same(normalize: bool) -> None:
+    assert card("IAPT", bottleneck=8).fits("IAPT", {"bottleneck": 8, "normalize": normalize}) is not normalize
+    assert card("IAPT", bottleneck=8, normalize=normalize).fits("IAPT", {"bottleneck": 8}) is not normalize
+
+
+def test_cards_and_configurations_agree_on_older_files() -> None:
+    assert {name: cls.older for name, cls in METHOD_CONFIGS.items() if hasattr(cls, "older")} == OLDER
+
+
+def test_the_order_of_target_modules_does_not_count() -> None:
+    """A card sorts them, a manifest has them as they were given."""
+    assert card("LORA", target_modules=["q_proj", "v_proj"]).fits("LORA", {"target_modules": ["v_proj", "q_proj"]})
+    assert not card("LORA", target_modules=["q_proj"]).fits("LORA", {"target_modules": ["v_proj", "q_proj"]})
 
 
 @pytest.mark.parametrize(
