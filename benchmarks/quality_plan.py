@@ -97,10 +97,10 @@ ABLATIONS: dict[str, tuple[tuple[str, IAPTConfig], ...]] = {
         *((name, dataclasses.replace(IAPT, pooling=name)) for name in ("mean", "max")),
     ),
     "prompt length": tuple((str(n), dataclasses.replace(IAPT, prompt_length=n)) for n in (1, 2, 4, 8)),
-    "input": (("normalised", IAPT), ("as it is", dataclasses.replace(IAPT, normalize=False))),
+    "input and start": (("normalised", IAPT), ("as it is", dataclasses.replace(IAPT, normalize=False))),
 }
-"""The paper's three and our choice of input, all with projections shared by all layers. IAPT itself is in each: it is
-trained once."""
+"""The paper's three and our choice of input, with the initial values that go with it; projections are shared by all
+layers in all. IAPT itself is in each: it is trained once."""
 SMALL_LEAVES_OUT = ("silu", "tanh")
 
 

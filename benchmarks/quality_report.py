@@ -32,6 +32,8 @@ from benchmarks.quality_plan import (
 from benchmarks.quality_records import Record, chosen_rates, rate_scores, score
 from trainers.method_configs import IAPTConfig
 
+BY_HAND = "## Why"
+"""This heading and all after it are kept when the page is written again."""
 PLOTS = ("results-main", "results-ablations", "results-rates")
 OUTCOMES = {"ahead": "IAPT loses to", "behind": "IAPT beats", "open": "Not told apart from IAPT"}
 Records = Mapping[str, Record]
@@ -131,6 +133,11 @@ def ranks(cells: Mapping[str, Mapping[str, Cell]], task: Task) -> dict[str, floa
     return {label: statistics.fmean(places[means[label]]) for label in order}
 
 
+def first_of(ranked: Mapping[str, float]) -> list[str]:
+    """The labels that share the first place."""
+    return [label for label, rank in ranked.items() if rank == min(ranked.values())]
+
+
 def average_ranks(cells: Mapping[str, Mapping[str, Cell]], tasks: Sequence[Task] = TASKS) -> dict[str, float]:
     """Label to mean rank over ``tasks`` on which every label was measured; without such a task empty."""
     whole = [task for task in tasks if all(row[task.name].scores for row in cells.values())]
@@ -148,7 +155,7 @@ def main_table(budget: Budget, records: Records) -> str:
     """Methods by tasks, with average ranks; then the plain backbone and the most frequent label."""
     cells, plain = main_cells(budget, records), baselines(budget, records)
     mean_ranks = average_ranks(cells)
-    best = {task.name: [label for label, rank in ranks(cells, task).items() if rank < 2] for task in TASKS}
+    best = {task.name: first_of(ranks(cells, task)) for task in TASKS}
     rows = []
     for variant in variants(budget):
         row = [variant.label, f"{variant.num_parameters:,}"]
@@ -235,10 +242,10 @@ def findings(budget: Budget, records: Records) -> list[str]:
         if "IAPT" not in placed or len(placed) < 2:
             lines.append(f"- **{task.title}**: not measured yet.")
             continue
-        first = min(placed, key=lambda label: placed[label])
+        first = first_of(placed)
         unit = "loss saved per token" if task.is_generation else "points of accuracy"
         place = f"IAPT is {placed['IAPT']:g} of {len(placed)}"
-        text = f"- **{task.title}**: first is {first} with {cells[first][task.name]}; {place}."
+        text = f"- **{task.title}**: first is {' and '.join(first)} with {cells[first[0]][task.name]}; {place}."
         groups = comparisons(budget, records, task)
         for group, words in OUTCOMES.items():
             found = groups[group]
@@ -248,7 +255,26 @@ def findings(budget: Budget, records: Records) -> list[str]:
     if mean_ranks:
         order = sorted(mean_ranks, key=lambda label: mean_ranks[label])
         lines.append("- **Average rank**: " + "; ".join(f"{label} {mean_ranks[label]:.1f}" for label in order) + ".")
+        lines += goals(budget, records, mean_ranks)
     return lines
+
+
+def goals(budget: Budget, records: Records, mean_ranks: Mapping[str, float]) -> list[str]:
+    """Whether IAPT does what was hoped for: first or not told apart from the first, and ahead of its siblings."""
+    matched = [variant.label for variant in variants(budget) if variant.is_matched]
+    lost = []
+    for task in TASKS:
+        ahead = {text.rpartition(" (")[0] for text in comparisons(budget, records, task)["ahead"]}
+        if ahead & set(matched):
+            lost.append(task.title)
+    siblings = [label for label in mean_ranks if label not in ("IAPT", "LoRA")]
+    before = [label for label in siblings if mean_ranks[label] <= mean_ranks["IAPT"]]
+    return [
+        "- **First, or not told apart from the first, among the methods of its budget on every task**: "
+        + (f"missed on {', '.join(lost)}." if lost else "met."),
+        "- **Ahead of every prompt-tuning sibling on average**: "
+        + (f"missed, {', '.join(before)} rank as high or higher." if before else "met, by average rank."),
+    ]
 
 
 def limits(budget: Budget, records: Records) -> list[str]:
@@ -263,15 +289,25 @@ def limits(budget: Budget, records: Records) -> list[str]:
         )
     size = max((p["report"]["count"] for name, p in plain.items() if name not in GENERATION), default=0)
     error = 100 * math.sqrt(0.16 / size) if size else 0.0
-    noise = f"An accuracy of 80 % on {size} examples has a standard error of {error:.1f} points. "
+    noise = (
+        f"An accuracy of 80 % on {size} examples has a standard error of {error:.1f} points, so two methods closer "
+        f"than {2 * math.sqrt(2) * error:.0f} points are not told apart, which does not mean that they are equal. "
+    )
+    seeds = (
+        f"The spread (±) is the sample standard deviation over {budget.seeds} seeds, which decide initial weights and "
+        "order of the data, not the sample. "
+        if budget.seeds > 1
+        else "One seed: what initial weights and the order of the data change is not in these numbers. "
+    )
     return [
-        f"- Test examples: {counts or 'none yet'}. {noise if size else ''}The spread (±) is the sample standard "
-        f"deviation over {budget.seeds} seeds, which decide initial weights and order of the data, not the sample. Two "
-        "methods count as told apart when their means differ by twice the standard error of the difference, from seeds "
-        "and test sample, as if independent: with so few seeds a rough guide, no test.",
-        f"- Learning rates were chosen on {TUNED_ON}'s validation split with one seed and used for every task; IAPT's "
-        "ablations use IAPT's rate. "
-        f"{edges[0]}{edges[-1]}A rate at an edge may not be that method's best.",
+        f"- Test examples: {counts or 'none yet'}. {noise if size else ''}{seeds}Two methods count as told apart when "
+        "their means differ by twice the standard error of the difference, from the test sample and the spread over "
+        "seeds, as if independent; losses only with two seeds or more. A rough guide, no test, and many are compared. "
+        "Seeds that diverged are counted beside a mean, not in it.",
+        f"- Learning rates were chosen on {TUNED_ON}'s validation split ({budget.validation_rows} examples, one seed) "
+        "and used for every task; IAPT's ablations use IAPT's rate. "
+        f"{edges[0]}{edges[-1]}A rate at an edge may not be that method's best, and neighbours often differ by less "
+        "than the error of either.",
         f"- {budget.steps} steps of {budget.batch_size} examples are a short training: methods that learn slowly look "
         "worse than they would in a long one.",
         f"- One backbone of 135 million parameters, dequantised from 4 bits. Texts are cut at {MAX_CHARACTERS} "
@@ -314,7 +350,7 @@ def write_report(budget: Budget, records: Records, output: Path) -> None:
     parts = [
         "# Results",
         "Written by `python benchmarks/quality.py report` from the records in `benchmarks/results/quality`; "
-        "`python benchmarks/quality.py run` makes them. Do not edit.",
+        f"`python benchmarks/quality.py run` makes them. Only what follows `{BY_HAND}` is written by hand.",
         "## What was run",
         "\n".join(facts(budget, records)),
         "## Methods at matched budgets",
@@ -338,6 +374,9 @@ def write_report(budget: Budget, records: Records, output: Path) -> None:
         "## What this does not say",
         "\n".join(limits(budget, records)),
     ]
+    before = output.read_text(encoding="utf-8") if output.is_file() else ""
+    if BY_HAND in before:
+        parts.append(BY_HAND + before.partition(BY_HAND)[2].rstrip("\n"))
     temporary = output.with_suffix(".tmp")
     temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     temporary.replace(output)

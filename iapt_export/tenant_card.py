@@ -14,7 +14,7 @@ from iapt_export.schema import read_fields
 CARD_KEY = "iapt_tenant"
 SCHEMA_VERSION = 1
 OLDER: dict[str, dict[str, Any]] = {"IAPT": {"normalize": False}}
-"""Form to the fields that it got later, with what files that lack them mean; the trainers' configurations say the same."""
+"""Form to the fields that it got later, with what files that lack them mean, as `trainers.method_configs` has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,9 +130,9 @@ class IAPT(Method):
         A pretrained decoder parks unneeded attention on its first token, whose hidden state it drives to one
         dominant direction (the attention sink, arXiv 2309.17453). Prompts stand before that token and take the
         place away: with randomly drawn prompts SmolLM2's loss starts at 17 instead of the plain backbone's 5.
-        Prompts that begin in the sink's direction serve as sink themselves, and the loss starts at 5.7. The method
-        is unchanged: only initial values are. The down-projection loses its component along the sink, whose
-        hidden state is a hundred times as long as any other token's and would saturate the pooling.
+        Prompts that begin in the sink's direction serve as sink themselves, and the loss starts at 5.7 (both figures
+        with raw input). The method is unchanged: only initial values are. The down-projection loses its component along
+        the sink, which is all that the first token's hidden state shows, in every instruction.
         """
         ids = torch.tensor([instruction[:1]], device=backbone.device)
         states = backbone(input_ids=ids, output_hidden_states=True).hidden_states

@@ -164,6 +164,8 @@ def evaluate_adapter(
     labels = tuple(labels) or find_labels(examples, config.task)
     examples = sample(examples, config.max_eval_examples, config.seed)
     task = Evaluation(backbone.tokenizer, examples, tuple(labels), prompt_format, config)
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        backbone.model.to(device)  # where the Trainer would put it
     return evaluate(backbone.model, loaded.module() if loaded else None, task, say)
 
 

@@ -12,7 +12,7 @@ from engines.session import Session
 from trainers.insertion import layers_path
 from trainers.method import Method
 from validation.metrics import cosine, max_abs, relative
-from validation.recording import with_form
+from validation.recording import OTHER_INPUT, altered
 from validation.reference import Reference, numpy
 from validation.result import Bisection, Finding
 from validation.stages import Errors
@@ -106,8 +106,9 @@ def _source(reference: Reference, run: _Run, row: int, layer: int, limit: float)
         if method is not own and type(method) is type(own)
     ]
     tried += [
-        ("activation", f"the rational activation is evaluated in form {form}", with_form(own, form)) for form in "AB"
+        ("activation", f"the rational activation is evaluated in form {form}", altered(own, form)) for form in "AB"
     ]
+    tried.append(("normalisation", OTHER_INPUT, altered(own, normalised_otherwise=True)))
     for kind, says, method in tried:
         if method.num_slots != own.num_slots:
             continue
@@ -116,4 +117,4 @@ def _source(reference: Reference, run: _Run, row: int, layer: int, limit: float)
             prompts = method.slots(method.weights(), layer, empty, states, states.new_ones(1, states.shape[1]))
         if relative(run.made[row, layer, -method.num_slots :], numpy(prompts[0])) <= limit:
             return kind, says
-    return "prompt", "no other tenant and no other form of the activation gives this prompt"
+    return "prompt", "no other tenant, form of the activation or normalisation gives this prompt"

@@ -7,6 +7,7 @@ has a name.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from validation.reference import Reference, numpy
 from validation.stepping import Row
 
 Arrays = dict[str, np.ndarray]
+OTHER_INPUT = "the generators read raw hidden states where they should be normalised, or the other way round"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Hypothesis:
     says: str = ""
     """What it would mean, for the report."""
     kind: str = ""
-    """``tenant``, ``position``, ``mask`` or ``activation``."""
+    """``tenant``, ``position``, ``mask``, ``activation``, ``normalisation`` or ``scale``."""
     tenant: str = ""
     """Compute the row as this tenant's."""
     shift: int = 0
@@ -49,6 +51,8 @@ class Hypothesis:
     future_is_read: bool = False
     form: str = ""
     """Evaluate the rational activation in this form."""
+    normalised_otherwise: bool = False
+    """Let the generators read raw hidden states where they should be normalised, or the other way round."""
     scale: float = 1.0
     """Factor on the attention scores, in ``module`` alone."""
     module: str = ""
@@ -82,7 +86,7 @@ def record_row(
     for number in range(step + 1):
         seen: dict[str, Tensor] = {}
         wrong = hypothesis if number == step else HONEST
-        method = with_form(reference.methods[wrong.tenant or row.tenant], wrong.form)
+        method = altered(reference.methods[wrong.tenant or row.tenant], wrong.form, wrong.normalised_otherwise)
         with ExitStack() as stack:
             stack.enter_context(_recorded(model, method, seen, wrong))
             stack.enter_context(_mistaken(model, wrong))
@@ -165,12 +169,14 @@ def _rational_recorded(model: Any, method: IAPT, seen: dict[str, Tensor]) -> Ite
         method.rational = evaluate
 
 
-def with_form(method: Any, form: str) -> Any:
-    """A copy of a method that evaluates its activation in another form, or the method itself."""
+def altered(method: Any, form: str = "", normalised_otherwise: bool = False) -> Any:
+    """A copy of a method that evaluates its activation in another form, or reads its input in the other way."""
     method = copy.copy(method)
     if form and isinstance(method, IAPT):
         evaluate = method.rational
         method.rational = lambda x, top, bottom, _: evaluate(x, top, bottom, form)
+    if normalised_otherwise and isinstance(method, IAPT):
+        method.config = dataclasses.replace(method.config, normalize=not method.config.normalize)
     return method
 
 

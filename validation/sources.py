@@ -1,4 +1,4 @@
-"""Why a tensor is wrong: cache, weight, cast, tenant, position, mask, activation or scale.
+"""Why a tensor is wrong: cache, weight, cast, tenant, position, mask, activation, normalisation or scale.
 
 Each answer is an experiment and not a guess: a mistake is made on purpose in PyTorch, and where it gives the target's
 tensor, it is named; weights are compared number by number. What no experiment explains is called ``operator``.
@@ -19,7 +19,7 @@ from iapt_export.quantise import BLOCK_SIZE, Blocks
 from trainers.insertion import layers_path
 from validation.bisect import Scene, Suspect, hypothetical
 from validation.metrics import worst_vector
-from validation.recording import Hypothesis
+from validation.recording import OTHER_INPUT, Hypothesis
 from validation.reference import numpy
 from validation.stepping import graph_of
 from validation.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
@@ -71,6 +71,7 @@ def _hypotheses(scene: Scene, suspect: Suspect, modules: set[str]) -> Iterator[H
             yield Hypothesis(f"row {row} computes tenant {tenant}'s in place of {own}'s", "tenant", tenant=tenant)
     for form in ("A", "B"):
         yield Hypothesis(f"the rational activation is evaluated in form {form}", "activation", form=form)
+    yield Hypothesis(OTHER_INPUT, "normalisation", normalised_otherwise=True)
     for shift in (1, -1, 2, -2, slots, -slots):
         if shift:
             yield Hypothesis(f"positions are off by {shift:+d}", "position", shift=shift)

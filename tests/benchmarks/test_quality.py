@@ -35,7 +35,7 @@ from benchmarks.quality_records import (
     record_path,
     write_json,
 )
-from benchmarks.quality_report import Cell, average_ranks, comparisons, main_cells, ranks, write_report
+from benchmarks.quality_report import BY_HAND, Cell, average_ranks, comparisons, main_cells, ranks, write_report
 from trainers.method_configs import METHOD_CONFIGS, method_name
 
 SMALL = BUDGETS["small"]
@@ -243,6 +243,37 @@ def test_report_says_where_iapt_loses(tmp_path):
     assert "SST-2" not in text
     for image in re.findall(r"\]\((images/[^)]+)\)", text):
         assert (tmp_path / image).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("own", "first", "average"), [(0.95, "met", "met"), (0.60, "missed on", "missed, ADePT")])
+def test_report_says_whether_the_goals_are_met(own, first, average, tmp_path):
+    levels = {"IAPT": own, "LoRA": 0.90, "ADePT": 0.80, "Prompt tuning, 32 tokens": 0.2}
+    records = fake_records(
+        accuracy=lambda run: levels.get(run.label, 0.3) + 0.01 * run.seed,
+        loss=lambda run: 3.0 - levels.get(run.label, 0.3) + 0.01 * run.seed,
+    )
+    write_report(SMALL, records, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert f"among the methods of its budget on every task**: {first}" in text
+    assert f"Ahead of every prompt-tuning sibling on average**: {average}" in text
+
+
+def test_methods_that_share_the_first_place_are_all_named(tmp_path):
+    levels = {"IAPT": 0.9, "LoRA": 0.9, "ADePT": 0.9}
+    write_report(SMALL, fake_records(accuracy=lambda run: levels.get(run.label, 0.3)), tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "first is IAPT and LoRA and ADePT with 90.0 ± 0.0; IAPT is 2 of 9" in text
+    assert text.count("**90.0 ± 0.0**") == 9  # three methods on three tasks
+
+
+def test_what_is_written_by_hand_stays(tmp_path):
+    page = tmp_path / "results.md"
+    write_report(SMALL, {}, page)
+    page.write_text(page.read_text(encoding="utf-8") + f"\n{BY_HAND}\n\nBecause.\n", encoding="utf-8")
+    for _ in range(2):
+        write_report(SMALL, fake_records(phases=["baseline"]), page)
+        text = page.read_text(encoding="utf-8")
+        assert text.endswith(f"\n\n{BY_HAND}\n\nBecause.\n") and text.count(f"\n{BY_HAND}\n") == 1
 
 
 def test_report_of_an_unfinished_plan(tmp_path):

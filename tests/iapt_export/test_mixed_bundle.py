@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ OWNERS = {
     "taste": "lopa",
     "mood": "prompt_tuning",
 }
+METHODS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 FORMS = ["PROMPT_TUNING", "IAPT", "PREFIX_TUNING", "LOPA", "LAMP"]
 TEXTS = ("the film is a quiet joy", "a dull and noisy story that nobody will remember", "yes")
 
@@ -217,6 +219,16 @@ def test_prompts_that_the_client_computed(build: TinyBuild, session: Session, ba
     long = Request("style", TEXTS[1] + TEXTS[1], max_new_tokens=NEW_TOKENS, ignore_eos=True)
     assert [row for row in tokens_of(session, [made, long, own, other]) if row == wanted] == [wanted] * 2
     assert tokens_of(session, [other])[0] != wanted != tokens_of(session, [lacking])[0]
+
+
+def test_a_client_without_torch_computes_them_as_the_docs_say(build: TinyBuild, session: Session) -> None:
+    (recipe,) = re.findall(r"```python\n(.*?)```", METHODS_PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ids = session.codec.encode(TEXTS[1], "plain")
+    names: dict[str, Any] = {"ids": ids, "Request": Request}
+    exec(recipe.replace('"bundle/', f'"{build.bundle}/').replace("NAME", "taste"), names)
+    sent, made = names["request"], Request("taste", tokens=tuple(ids))
+    assert sent.prompts.shape == (6, 32)
+    assert tokens_of(session, [sent]) == tokens_of(session, [made])
 
 
 def test_the_encoder_does_not_run_where_it_is_not_needed(

@@ -155,6 +155,15 @@ def test_separate_evaluation_file(backbone: str, data: Path, tmp_path: Path) -> 
         run(backbone, data, tmp_path / "b", eval_file=str(held_out))
 
 
+def test_evaluation_runs_where_training_does(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``meta`` stands for a GPU here: nothing can be computed there, which shows that the backbone went there."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        evaluate_adapter(backbone, None, data, RUN, labels=("no", "yes"))
+
+
 def test_adapter_of_another_backbone(backbone: str, data: Path, tmp_path: Path) -> None:
     run(backbone, data, tmp_path / "a")
     other = save_tiny_backbone(tmp_path / "other", tiny_llama(hidden_size=64))

@@ -117,6 +117,24 @@ def sigmoid_alone(graph: onnx.GraphProto) -> None:
     target.input.append(gate)
 
 
+def raw_input(graph: onnx.GraphProto) -> None:
+    """The generators read hidden states as they are."""
+    made = {node.output[0]: node for node in graph.node}
+    for rational in [node for node in graph.node if node.op_type == "Rational"]:
+        value, seen = rational.input[0], set()
+        waiting = [value]
+        while waiting:  # back to the normalisation nearest to the activation
+            node = made.get(waiting.pop(0))
+            if node is None or node.output[0] in seen:
+                continue
+            seen.add(node.output[0])
+            if node.op_type == "RMSNormalization":
+                node.op_type = "Identity"
+                del node.input[1:], node.attribute[:]
+                break
+            waiting += node.input
+
+
 def logits_of_the_token_before(graph: onnx.GraphProto) -> None:
     before(graph, "/Add", 0, ("Sub", [1], {}))
 
@@ -296,6 +314,24 @@ FAULTS = (
         "1.01",
     ),
     Fault("wrong activation form", in_files(sabotage.wrong_activation_form), 0, 0, "activation", "activated", "form A"),
+    Fault(
+        "generators read raw states",
+        edit("prefill.onnx", raw_input),
+        0,
+        0,
+        "normalisation",
+        "pooled",
+        "should be normalised",
+    ),
+    Fault(
+        "generator graph: raw states",
+        edit("generator.onnx", raw_input),
+        0,
+        0,
+        "normalisation",
+        "prompt",
+        "should be normalised",
+    ),
     Fault("attention scale doubled", edit("prefill.onnx", attention_scale), 0, 1, "scale", "o_proj.input", "2"),
     Fault("half precision inside", edit("prefill.onnx", half_precision), 0, 1, "cast", "down_proj.input", "fp16"),
     Fault("epsilon of a norm", edit("prefill.onnx", norm_epsilon), 0, 1, "operator", "post_attention_layernorm.output"),
