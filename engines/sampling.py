@@ -8,6 +8,9 @@ import numpy as np
 
 from iapt_export.errors import IaptError
 
+LEAST = (1e-2, 1e-4, 1e-7)
+"""Weights, the likeliest token's being 1, above which tokens are looked at first, and then with less and less."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,10 +48,26 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    probabilities = np.exp(scaled[order] - scaled[order[0]])
-    probabilities /= probabilities.sum()
-    # keep the tokens before which less than top_p is covered, so that at least one stays
-    kept = probabilities.cumsum() - probabilities < sampling.top_p
-    nucleus = probabilities[kept] / probabilities[kept].sum()
-    return int(order[kept][random.choice(len(nucleus), p=nucleus)])
+    weights = np.exp(scaled - scaled.max())
+    total, drawn = weights.sum(), random.random()
+    whole = sampling.top_p == 1
+    # of the whole distribution only what covers the draw is looked at, of a nucleus what covers top_p
+    order = _likeliest(scaled, weights, total * (drawn if whole else sampling.top_p))
+    covered = weights[order].cumsum()
+    if not whole:
+        # keep the tokens before which less than top_p is covered, so that at least one stays
+        covered = covered[covered - weights[order] < sampling.top_p * total]
+        total = covered[-1]
+    place = np.searchsorted(covered, drawn * total, side="right")
+    return int(order[min(int(place), len(covered) - 1)])
+
+
+def _likeliest(scaled: np.ndarray, weights: np.ndarray, needed: float) -> np.ndarray:
+    """Tokens from the likeliest on that cover more than ``needed``, or all; to sort all would take milliseconds."""
+    for least in LEAST:
+        found = np.flatnonzero(weights > least)
+        if weights[found].sum() > needed:
+            break
+    else:
+        found = np.arange(len(weights))
+    return found[np.argsort(-scaled[found], kind="stable")]

@@ -73,6 +73,27 @@ def test_any_finite_logits_give_a_token(logits: np.ndarray, temperature: float, 
         assert logits[token] == logits.max()
 
 
+def by_definition(logits: np.ndarray, sampling: Sampling, drawn: float) -> int:
+    """The token with everything sorted, the way that papers write it."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    probabilities = np.exp(scaled[order] - scaled[order[0]])
+    probabilities /= probabilities.sum()
+    nucleus = probabilities[probabilities.cumsum() - probabilities < sampling.top_p]
+    return int(order[np.searchsorted(nucleus.cumsum() / nucleus.sum(), drawn, side="right")])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 0.999, 1.0])
+def test_sorting_some_gives_what_sorting_all_gives(spread: float, top_p: float) -> None:
+    """From flat logits, of which all must be sorted, to such with a single likely token."""
+    logits = (np.random.default_rng(0).standard_normal(2000) * spread).astype(np.float32)
+    sampling = Sampling(0.9, top_p)
+    draws = np.random.default_rng(1).random(200)
+    random = np.random.default_rng(1)
+    assert [choose(logits, sampling, random) for _ in draws] == [by_definition(logits, sampling, u) for u in draws]
+
+
 @pytest.mark.parametrize("logit", [-np.inf, -1e30])
 def test_a_forbidden_token_is_never_drawn(logit: float) -> None:
     assert 1 not in draws(Sampling(temperature=2.0), np.array([0.0, logit, 0.0]), 200)

@@ -54,6 +54,31 @@ std::array<uint64_t, 4> seed_words(uint64_t seed) {
   return words;
 }
 
+// Weights, the likeliest token's being 1, above which tokens are looked at first, and then with less and less.
+constexpr double kLeast[] = {1e-2, 1e-4, 1e-7};
+
+// Tokens from the likeliest on that cover more than `needed`, or all; to sort all would take milliseconds.
+std::vector<int64_t> likeliest(const std::vector<double>& scaled, const std::vector<double>& weights, double needed) {
+  std::vector<int64_t> found;
+  double covered = 0.0;
+  for (const double least : kLeast) {
+    found.clear();
+    covered = 0.0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (!(weights[i] > least)) continue;
+      found.push_back(static_cast<int64_t>(i));
+      covered += weights[i];
+    }
+    if (covered > needed) break;
+  }
+  if (!(covered > needed)) {
+    found.resize(weights.size());
+    std::iota(found.begin(), found.end(), 0);
+  }
+  std::stable_sort(found.begin(), found.end(), [&](int64_t a, int64_t b) { return scaled[a] > scaled[b]; });
+  return found;
+}
+
 constexpr uint128 kMultiplier = (static_cast<uint128>(2549297995355413924ULL) << 64) | 4865540595714422341ULL;
 
 }  // namespace
@@ -92,21 +117,23 @@ int64_t choose(const std::vector<float>& logits, const Sampling& sampling, Rando
   }
   std::vector<double> scaled(logits.begin(), logits.end());
   for (double& value : scaled) value /= sampling.temperature;
-  std::vector<int64_t> order(scaled.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scaled[a] > scaled[b]; });
-  std::vector<double> probabilities(scaled.size());
-  double sum = 0.0;
-  for (size_t i = 0; i < order.size(); ++i) sum += probabilities[i] = std::exp(scaled[order[i]] - scaled[order[0]]);
-  // keep the tokens before which less than top_p is covered, so that at least one stays
+  const double largest = *std::max_element(scaled.begin(), scaled.end());
+  std::vector<double> weights(scaled.size());
+  double total = 0.0;
+  for (size_t i = 0; i < scaled.size(); ++i) total += weights[i] = std::exp(scaled[i] - largest);
+  const double drawn = random.uniform();
+  const bool whole = sampling.top_p == 1;
+  // of the whole distribution only what covers the draw is looked at, of a nucleus what covers top_p
+  const auto order = likeliest(scaled, weights, total * (whole ? drawn : sampling.top_p));
   std::vector<double> cumulated;
   double covered = 0.0;
-  for (size_t i = 0; i < order.size() && covered < sampling.top_p; ++i) {
-    covered += probabilities[i] / sum;
-    cumulated.push_back(covered);
+  // keep the tokens before which less than top_p is covered, so that at least one stays
+  for (const int64_t token : order) {
+    if (!whole && !(covered < sampling.top_p * total)) break;
+    cumulated.push_back(covered += weights[token]);
   }
-  const double drawn = random.uniform() * cumulated.back();
-  const auto found = std::upper_bound(cumulated.begin(), cumulated.end(), drawn);
+  const double place = drawn * (whole ? total : cumulated.back());
+  const auto found = std::upper_bound(cumulated.begin(), cumulated.end(), place);
   return order[std::min<size_t>(found - cumulated.begin(), cumulated.size() - 1)];
 }
 
