@@ -49,6 +49,7 @@ BUNDLES = {
     "plain-int4": BundlePlan(PLAIN, 1, "int4", merged=True),
     "iapt-8": BundlePlan(),
     "iapt-64": BundlePlan(tenants=64),
+    "iapt-narrow": BundlePlan(IAPTConfig(bottleneck=64)),
     "lora-qv": BundlePlan(LoRAConfig(rank=8, target_modules=("q_proj", "v_proj"))),
     "lora-all": BundlePlan(LoRAConfig(rank=16, target_modules=SEVEN)),
 }

@@ -10,7 +10,8 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,50 @@ def play(bundle: Path, trace: list[Arrival], *, continuous: bool) -> dict[str, f
     }
 
 
+def play_whole(bundle: Path, trace: list[Arrival]) -> dict[str, float]:
+    """Serve a trace in batches whose rows stay until the last is finished, as ``generate`` of transformers and genai.
+
+    A batch takes what has arrived, up to all rows. Takes and returns what `play` does, and hands an answer out when
+    its own last token is there.
+    """
+    waiting, first, last = deque(enumerate(trace)), [], []
+    with Session.open(bundle, verify=False) as session:
+        stepper = session.stepper
+        start = time.perf_counter()
+        while waiting:
+            time.sleep(max(0.0, start + waiting[0][1].seconds - time.perf_counter()))
+            now = time.perf_counter() - start
+            batch = [waiting.popleft()[1] for _ in range(stepper.max_rows) if waiting and waiting[0][1].seconds <= now]
+            rows = [Instruction(stepper.bank.get(each.request.tenant), each.request.tokens) for each in batch]
+            made = stepper.read(rows).argmax(axis=1).tolist()
+            for number in range(1, 1 + max(each.request.max_new_tokens for each in batch)):
+                passed = time.perf_counter() - start
+                first += [passed - each.seconds for each in batch if number == 1]
+                last += [passed - each.seconds for each in batch if number == each.request.max_new_tokens]
+                made = stepper.step(made).argmax(axis=1).tolist()
+            while stepper.num_rows:
+                stepper.leave(stepper.num_rows - 1)
+        seconds = time.perf_counter() - start
+    tokens = sum(arrival.request.max_new_tokens for arrival in trace)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "first_token_s": statistics.median(first),
+        "answer_s": statistics.median(last),
+    }
+
+
 def compare_batching(bundle: Path, rounds: int, count: int) -> Iterator[dict[str, Any]]:
-    """Play one trace with continuous and with static batches, in alternating order; a record after each round."""
+    """Play one trace in each kind of batch, in alternating order; a record after each round."""
+    kinds: dict[str, Callable[[], dict[str, float]]] = {
+        "continuous": lambda: play(bundle, trace, continuous=True),
+        "static": lambda: play(bundle, trace, continuous=False),
+        "whole": lambda: play_whole(bundle, trace),
+    }
     with Session.open(bundle, verify=False) as session:
         trace = make_trace(session.tenants, session.manifest.backbone.vocab_size, count)
     for number in range(rounds):
-        found: dict[str, Any] = {}
-        for continuous in (True, False) if number % 2 == 0 else (False, True):
-            found["continuous" if continuous else "static"] = play(bundle, trace, continuous=continuous)
-        yield {"requests": count, **found}
+        names = list(kinds) if number % 2 == 0 else list(kinds)[::-1]
+        yield {"requests": count, **{name: kinds[name]() for name in names}}
 
 
 def answer_alone(stepper: Stepper, tenant: str, prompt: tuple[int, ...], length: int) -> tuple[list[int], float]:

@@ -20,6 +20,7 @@ TITLES = {
     "plain-int4": "ours, no tenant, int4",
     "iapt-8": "ours, 8 IAPT tenants",
     "iapt-64": "ours, 64 IAPT tenants",
+    "iapt-narrow": "ours, 8 IAPT tenants (bottleneck 64)",
     "lora-qv": "ours, 8 LoRA tenants (rank 8, q and v)",
     "lora-all": "ours, 8 LoRA tenants (rank 16, seven projections)",
     "genai-fp32": "onnxruntime-genai, fp32",
@@ -66,11 +67,17 @@ GOALS = (
     Goal("against PEFT's mixed batch, q and v", "decode", "iapt-8", "peft-qv", 8, None),
     Goal("IAPT's prefill against no tenant", "prefill", "iapt-8", "plain", 1, 1 / 1.05),
     Goal("IAPT's prefill against no tenant", "prefill", "iapt-8", "plain", 8, 1 / 1.05),
+    Goal("with bottleneck 64", "prefill", "iapt-narrow", "plain", 1, None),
+    Goal("with bottleneck 64", "prefill", "iapt-narrow", "plain", 8, None),
 )
 
 
 MEMORY_GOAL = 1.2
 """Peak memory beyond the runtime's own, over one copy of the weights and the cache in use."""
+BATCHES = {
+    "static": "static ones that rows leave when they are finished",
+    "whole": "static ones whose rows stay until the last is finished, as in `generate` of transformers and genai",
+}
 TRACE_GOAL = 1.7
 """Throughput of continuous over that of static batches."""
 FLAT_MIB = 32.0
@@ -191,10 +198,13 @@ def goal_lines(records: Records) -> Iterator[str]:
         yield row(what, str(rows), f"at most {MEMORY_GOAL}", shown, (made or 0) <= MEMORY_GOAL)
     cost = tenant_cost(figures)
     yield row("memory of one more tenant, over its weights", "8", "1", f"{cost:.2f}" if cost else "", (cost or 9) < 1.1)
-    gains = sorted(each["continuous"]["tokens_per_s"] / each["static"]["tokens_per_s"] for each in records.traces)
-    shown = f"{median(gains):.2f} ({gains[0]:.2f} to {gains[-1]:.2f})" if gains else ""
-    met = bool(gains) and median(gains) >= TRACE_GOAL
-    yield row("throughput: continuous over static batches", "8", f"at least {TRACE_GOAL}", shown, met)
+    for kind, what in BATCHES.items():
+        gains = sorted(
+            each["continuous"]["tokens_per_s"] / each[kind]["tokens_per_s"] for each in records.traces if kind in each
+        )
+        shown = f"{median(gains):.2f} ({gains[0]:.2f} to {gains[-1]:.2f})" if gains else ""
+        met = bool(gains) and median(gains) >= TRACE_GOAL
+        yield row(f"throughput: continuous batches over {what}", "8", f"at least {TRACE_GOAL}", shown, met)
     if records.soaks:
         last = records.soaks[-1]
         shown = f"{len(last['lost'])} lost, {len(last['wrong'])} wrong, {growth(last):+.0f} MiB"
@@ -276,9 +286,11 @@ def load_lines(records: Records) -> Iterator[str]:
         yield ""
         yield "| Batches | Tokens/s | Seconds to the first token | Seconds to the whole answer |"
         yield "| --- | --- | --- | --- |"
-        for kind in ("continuous", "static"):
-            made = {name: median(each[kind][name] for each in records.traces) for name in records.traces[0][kind]}
-            yield f"| {kind} | {made['tokens_per_s']:.0f} | {made['first_token_s']:.1f} | {made['answer_s']:.1f} |"
+        for kind, what in {"continuous": "continuous", **BATCHES}.items():
+            found = [each[kind] for each in records.traces if kind in each]
+            if found:
+                made = {name: median(each[name] for each in found) for name in found[0]}
+                yield f"| {what} | {made['tokens_per_s']:.0f} | {made['first_token_s']:.1f} | {made['answer_s']:.1f} |"
     if records.soaks:
         last = records.soaks[-1]
         yield ""

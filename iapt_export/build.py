@@ -60,7 +60,7 @@ def build_bundle(args: argparse.Namespace) -> None:
     with Steps(quiet=args.quiet) as steps:
         steps(f"loading {args.model}")
         backbone = _load(args, "fp32")
-        adapters = load_tenants(args.adapter, backbone)
+        adapters = load_tenants(args.adapter, backbone, args.peft_prompt_format)
         tenants = plan_tenants(
             adapters, backbone.model, merge_lora=args.merge_lora, fold_embeddings=args.fold_embeddings
         )
@@ -71,7 +71,7 @@ def build_bundle(args: argparse.Namespace) -> None:
             "targets": [dataclasses.asdict(target) for target in targets],
             "ranges": dataclasses.asdict(ranges),
             "flags": [args.compute_capability, args.rational, args.seed, args.new_tokens, args.device],
-            "tenants": [args.merge_lora, args.fold_embeddings],
+            "tenants": [args.merge_lora, args.fold_embeddings, args.peft_prompt_format],
         }
         key = content_key(layout.build_inputs(spec, adapters, settings))
         steps("looking for an up-to-date bundle")

@@ -148,7 +148,7 @@ def tenant(args: argparse.Namespace) -> None:
         revision=args.revision or spec.revision,
         trust_remote_code=args.trust_remote_code,
     )
-    card = write_tenant_file(args.adapter, Path(args.bundle), Path(args.output), backbone)
+    card = write_tenant_file(args.adapter, Path(args.bundle), Path(args.output), backbone, args.peft_prompt_format)
     if args.json:
         _print_json(dataclasses.asdict(card))
     else:

@@ -172,6 +172,7 @@ def _build(command: argparse.ArgumentParser) -> None:
     ranges.add_argument("--past", default="1:256:1024", help="cache entries of a row: prompts, instruction, answer")
     ranges.add_argument("--tenants", default="1:4:64", help="tenants installed side by side")
     methods = command.add_argument_group("methods")
+    _peft_prompt_format(methods)
     methods.add_argument(
         "--merge-lora",
         action="store_true",
@@ -187,6 +188,16 @@ def _build(command: argparse.ArgumentParser) -> None:
         "--cache",
         metavar="DIR",
         help=f"where finished stages are kept (without: ${CACHE_VARIABLE} or the user's cache)",
+    )
+
+
+def _peft_prompt_format(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--peft-prompt-format",
+        choices=("plain", "chat"),
+        default="plain",
+        help="how prompts are fed to adapters that stock PEFT wrote, which do not say: as they are, or in the "
+        "tokenizer's chat template",
     )
 
 
@@ -226,6 +237,7 @@ def _tenant(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", metavar="ADAPTER", help="DIR or NAME=DIR; the folder's name is the tenant's else")
     command.add_argument("--bundle", required=True, help="the bundle that shall serve it, or one of its kind")
     command.add_argument("--output", "-o", required=True, metavar="FILE.safetensors", help="file to write")
+    _peft_prompt_format(command)
     _model(command, required=False, text="where the bundle's backbone is now (without: where it was at build)")
 
 

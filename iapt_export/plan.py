@@ -150,12 +150,13 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
         raise IaptError("; ".join(problems))
 
 
-def load_tenants(arguments: list[str], backbone: Any) -> dict[str, Adapter]:
+def load_tenants(arguments: list[str], backbone: Any, peft_prompt_format: str = "plain") -> dict[str, Adapter]:
     """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
 
     Args:
         arguments: as on the command line; the folder's name is the tenant's unless one is given.
         backbone: a `trainers.backbone.Backbone`.
+        peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain`` or ``chat``.
 
     Raises:
         IaptError: a bad adapter, one for another backbone, or a repeated name.
@@ -169,7 +170,7 @@ def load_tenants(arguments: list[str], backbone: Any) -> dict[str, Adapter]:
             raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
         if name in tenants:
             raise IaptError(f"two adapters are called {name!r}; tell them apart with --adapter NAME=DIR")
-        adapter = load_adapter(path, backbone)
+        adapter = load_adapter(path, backbone, peft_prompt_format=peft_prompt_format)
         check_adapter_fits(adapter.config, backbone, str(path))
         tenants[name] = adapter
     if not tenants:

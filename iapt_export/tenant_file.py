@@ -13,7 +13,9 @@ from iapt_export.tenant_card import TenantCard
 from trainers.backbone import Backbone
 
 
-def write_tenant_file(adapter: str, bundle: Path, output: Path, backbone: Backbone) -> TenantCard:
+def write_tenant_file(
+    adapter: str, bundle: Path, output: Path, backbone: Backbone, peft_prompt_format: str = "plain"
+) -> TenantCard:
     """Write ``output`` whole or not at all.
 
     Args:
@@ -21,6 +23,7 @@ def write_tenant_file(adapter: str, bundle: Path, output: Path, backbone: Backbo
         bundle: the bundle that shall serve it, or any with the same backbone and method.
         output: a safetensors file.
         backbone: the bundle's backbone.
+        peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain`` or ``chat``.
 
     Returns:
         The card that the file carries.
@@ -29,7 +32,7 @@ def write_tenant_file(adapter: str, bundle: Path, output: Path, backbone: Backbo
         IaptError: a bad adapter, another backbone, or a method that the bundle's graphs cannot run.
     """
     manifest = BundleManifest.load(bundle)
-    adapters = load_tenants([adapter], backbone)
+    adapters = load_tenants([adapter], backbone, peft_prompt_format)
     ((name, loaded),) = adapters.items()
     if loaded.config.backbone_fingerprint != manifest.backbone.fingerprint:
         raise IaptError(f"{adapter} was trained on another backbone than {bundle}'s {manifest.backbone.name_or_path}")

@@ -143,12 +143,13 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]
     os.replace(temporary, folder / CONFIG_FILE)
 
 
-def load_adapter(folder: str | Path, backbone: Backbone | None = None) -> Adapter:
+def load_adapter(folder: str | Path, backbone: Backbone | None = None, *, peft_prompt_format: str = "plain") -> Adapter:
     """Read and check an adapter directory, ours or stock PEFT's.
 
     Args:
         folder: the directory.
         backbone: what the adapter is for; needed for a directory that stock PEFT wrote.
+        peft_prompt_format: how prompts are fed to such a one, ``plain`` or ``chat``; ours say it themselves.
 
     Raises:
         IaptError: a file is missing, truncated, not safetensors, of an unknown method or schema, has
@@ -157,7 +158,7 @@ def load_adapter(folder: str | Path, backbone: Backbone | None = None) -> Adapte
     folder = Path(folder)
     path = folder / WEIGHTS_FILE
     if backbone is not None and _is_stock_peft(read_fields(folder)):
-        adapter = adapter_from_peft(folder, backbone)
+        adapter = adapter_from_peft(folder, backbone, peft_prompt_format)
         config, tensors = adapter.config, adapter.tensors
     else:
         config = read_adapter_config(folder)

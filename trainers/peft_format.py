@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainers.backbone import Backbone
 from trainers.config import raise_problems
+from trainers.data import resolve_prompt_format
 from trainers.errors import IaptError
 from trainers.insertion import sizes_of
 from trainers.lora import targets, tensor_name
@@ -56,19 +57,20 @@ MAX_PROBLEMS = 8
 """Tensors named in one error text; a wrong backbone makes all of them wrong."""
 
 
-def adapter_from_peft(folder: str | Path, backbone: Backbone) -> Adapter:
+def adapter_from_peft(folder: str | Path, backbone: Backbone, prompt_format: Any = "plain") -> Adapter:
     """Read an adapter directory that stock PEFT wrote.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         backbone: what it was trained for; PEFT keeps no fingerprint, so only shapes can be checked.
+        prompt_format: ``plain`` or ``chat``, how it was fed; PEFT does not say.
 
     Returns:
-        The adapter with fp32 tensors and prompt format "plain".
+        The adapter with fp32 tensors.
 
     Raises:
         IaptError: a file is missing or broken, the method or one of its options is not supported, or the tensors
-            do not fit the backbone.
+            do not fit the backbone, or ``chat`` where the tokenizer has no chat template.
     """
     from trainers.adapter import Adapter, AdapterConfig, read_fields, read_tensors  # that file imports this one
 
@@ -86,7 +88,7 @@ def adapter_from_peft(folder: str | Path, backbone: Backbone) -> Adapter:
         linears=_changed_linears(method, sizes),
         layers_path=sizes.layers_path,
         revision=fields.get("revision"),
-        prompt_format="plain",
+        prompt_format=resolve_prompt_format(backbone.tokenizer, prompt_format),
         method=method,
     )
     return Adapter(config, from_peft_tensors(method, peft_tensors, sizes, str(folder)), folder)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from engines.session import Request, Session
+from iapt_export.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, NUM_LAYERS, TinyBuild, run
 from tests.tiny import tiny_llama
 from tests.trainers.test_peft_format import stock
@@ -66,7 +67,10 @@ def test_a_stock_lora_joins_a_bundle_of_its_kind(tiny_build: TinyBuild, tmp_path
     outcome = run(*build.arguments(build.bundle), "--past=1:64:160")
     assert outcome.code == 0, outcome.err
     file = tmp_path / "second.safetensors"
-    outcome = run("tenant", tmp_path / "second", f"--bundle={build.bundle}", f"--output={file}")
+    flags = [f"--bundle={build.bundle}", f"--output={file}", "--peft-prompt-format=chat", "--json"]
+    outcome = run("tenant", tmp_path / "second", *flags)
     assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["prompt_format"] == "chat"
+    assert BundleManifest.load(build.bundle).tenants[0].prompt_format == "plain"
     with Session.open(build.bundle, verify=False) as session:
         assert session.add_tenant(file) == "second"

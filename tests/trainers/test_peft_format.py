@@ -132,6 +132,15 @@ def test_what_peft_saved_gives_the_same_logits_and_tokens(
     assert greedy_tokens(model, method, ids, mask)[0] == expected[0, -STEPS:].tolist()
 
 
+def test_a_chat_format_needs_a_chat_template(tmp_path: Path) -> None:
+    stock(tiny_llama, "PromptTuningConfig", PROMPT).save_pretrained(tmp_path)
+    chat = Backbone(tiny_llama(), tiny_tokenizer(chat=True), "tiny")
+    assert load_adapter(tmp_path, chat, peft_prompt_format="chat").config.prompt_format == "chat"
+    plain = Backbone(tiny_llama(), tiny_tokenizer(chat=False), "tiny")
+    with pytest.raises(IaptError, match="prompt_format=chat needs a tokenizer with a chat template"):
+        load_adapter(tmp_path, plain, peft_prompt_format="chat")
+
+
 @pytest.mark.parametrize(("make", "method"), OURS)
 def test_what_we_save_gives_the_same_logits_in_peft(make: Any, method: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft, which is to read our files")
