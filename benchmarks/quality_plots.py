@@ -59,13 +59,13 @@ def plot_ablations(cells: Mapping[str, Mapping[str, Mapping[str, Cell]]], path: 
 
     titles = {task.name: task.title for task in TASKS}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 1.8 * len(ABLATED_ON) + 0.4))
+        figure = Figure(figsize=(3 * len(cells), 2 * len(ABLATED_ON) + 0.4))
         panels = figure.subplots(len(ABLATED_ON), len(cells), squeeze=False, sharex="row")
         for row, task in zip(panels, ABLATED_ON, strict=True):
             for axes, (name, lines) in zip(row, cells.items(), strict=True):
                 _rows(axes, [(label, scores[task]) for label, scores in lines.items()], own=OWN_LINES)
                 axes.invert_yaxis()
-                axes.set_title(f"{name}, {titles[task]}")
+                axes.set_title(f"{name}\n{titles[task]}")
                 axes.set_xlabel("accuracy, %")
         _save(figure, path)
 

@@ -262,16 +262,19 @@ def findings(budget: Budget, records: Records) -> list[str]:
 def goals(budget: Budget, records: Records, mean_ranks: Mapping[str, float]) -> list[str]:
     """Whether IAPT does what was hoped for: first or not told apart from the first, and ahead of its siblings."""
     matched = [variant.label for variant in variants(budget) if variant.is_matched]
-    lost = []
+    own, lost, unknown = main_cells(budget, records)["IAPT"], [], []
     for task in TASKS:
         ahead = {text.rpartition(" (")[0] for text in comparisons(budget, records, task)["ahead"]}
         if ahead & set(matched):
             lost.append(task.title)
+        elif math.isinf(own[task.name].error):
+            unknown.append(task.title)
     siblings = [label for label in mean_ranks if label not in ("IAPT", "LoRA")]
     before = [label for label in siblings if mean_ranks[label] <= mean_ranks["IAPT"]]
     return [
         "- **First, or not told apart from the first, among the methods of its budget on every task**: "
-        + (f"missed on {', '.join(lost)}." if lost else "met."),
+        + (f"missed on {', '.join(lost)}." if lost else "met.")
+        + (f" Not decided, for want of seeds: {', '.join(unknown)}." if unknown else ""),
         "- **Ahead of every prompt-tuning sibling on average**: "
         + (f"missed, {', '.join(before)} rank as high or higher." if before else "met, by average rank."),
     ]
@@ -331,7 +334,8 @@ def facts(budget: Budget, records: Records) -> list[str]:
     dates = sorted(record["finished"][:10] for record in done)
     return [
         f"- Plan `{budget.name}`: {len(done)} of {len(wanted)} runs are done, {budget.steps} steps of "
-        f"{budget.batch_size} examples each, {budget.seeds} seeds, {budget.num_rates} learning rates per method.",
+        f"{budget.batch_size} examples each, {budget.seeds} seed{'s' * (budget.seeds > 1)}, {budget.num_rates} "
+        "learning rates per method.",
         f"- {hours:.1f} hours in all on {', '.join(machines) or 'no machine'}, in fp32"
         + (f", {dates[0]} to {dates[-1]}; {', '.join(versions)}." if dates else "."),
         f"- Backbone: {BACKBONE}, frozen. AdamW, linear decay after {budget.warmup_steps} steps of warm-up.",
@@ -375,8 +379,9 @@ def write_report(budget: Budget, records: Records, output: Path) -> None:
         "\n".join(limits(budget, records)),
     ]
     before = output.read_text(encoding="utf-8") if output.is_file() else ""
-    if BY_HAND in before:
-        parts.append(BY_HAND + before.partition(BY_HAND)[2].rstrip("\n"))
+    _, _, by_hand = before.partition(f"\n{BY_HAND}\n")
+    if by_hand:
+        parts.append(f"{BY_HAND}\n{by_hand}".rstrip("\n"))
     temporary = output.with_suffix(".tmp")
     temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     temporary.replace(output)

@@ -258,6 +258,15 @@ def test_report_says_whether_the_goals_are_met(own, first, average, tmp_path):
     assert f"Ahead of every prompt-tuning sibling on average**: {average}" in text
 
 
+def test_losses_of_one_seed_decide_nothing(tmp_path):
+    one = dataclasses.replace(SMALL, seeds=1)
+    records = fake_records(one, accuracy=lambda run: 0.95 if run.label == "IAPT" else 0.5)
+    write_report(one, records, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "on every task**: met. Not decided, for want of seeds: Alpaca-style answers." in text
+    assert "1 seed, 3 learning rates" in text
+
+
 def test_methods_that_share_the_first_place_are_all_named(tmp_path):
     levels = {"IAPT": 0.9, "LoRA": 0.9, "ADePT": 0.9}
     write_report(SMALL, fake_records(accuracy=lambda run: levels.get(run.label, 0.3)), tmp_path / "results.md")
@@ -273,7 +282,7 @@ def test_what_is_written_by_hand_stays(tmp_path):
     for _ in range(2):
         write_report(SMALL, fake_records(phases=["baseline"]), page)
         text = page.read_text(encoding="utf-8")
-        assert text.endswith(f"\n\n{BY_HAND}\n\nBecause.\n") and text.count(f"\n{BY_HAND}\n") == 1
+        assert text.endswith(f"\n\n{BY_HAND}\n\nBecause.\n") and text.count("# Results") == 1
 
 
 def test_report_of_an_unfinished_plan(tmp_path):
