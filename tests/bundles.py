@@ -92,6 +92,8 @@ def random_method(seed: int, config: Any = METHOD, sizes: Sizes = SIZES) -> Meth
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=source)
             parameter.add_(noise * (0.05 if name in ("numerator", "denominator") else 0.5))
+            if name == "query":
+                parameter.mul_(0.1)  # or pooling would pick one token, and a padding that is read would not show
     return module.eval().requires_grad_(False)
 
 

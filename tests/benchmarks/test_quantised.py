@@ -23,7 +23,10 @@ def test_an_answer_counts_where_it_is_the_label_and_nothing_else(
             answers = session.generate([Request(tenant, text, max_new_tokens=1) for text in prompts])
             # the reference's own first token is right where the end token follows, and wrong with a word more
             texts = [answer.text for answer in answers]
-            lines = [json.dumps({"prompt": p, "completion": t or "x"}) for p, t in zip(prompts, texts, strict=True)]
+            lines = [
+                json.dumps({"prompt": p, "completion": t if t.strip() else "x"})
+                for p, t in zip(prompts, texts, strict=True)
+            ]
             (tmp_path / f"{tenant}.eval.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     record = quantised.measure([tiny_build.bundle], tmp_path, 6)
     (entry,) = record["types"].values()
