@@ -32,7 +32,7 @@ FIXED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SINK_SCALE = {True: 1.0, False: 10.0}
 """Root mean square of the initial up-projection bias, with normalised hidden states and without. The backbone
-normalises prompts, so only its size relative to the generated part (0.03; 0.1 to 0.5) counts: large enough to act as
+normalises prompts, so only its size relative to the generated part (0.02; 0.1 to 0.5) counts: large enough to act as
 sink, small enough to be outweighed soon."""
 EPSILON = 1e-6
 """Added to the mean square of a hidden state."""
