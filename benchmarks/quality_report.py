@@ -228,7 +228,7 @@ def comparisons(budget: Budget, records: Records, task: Task) -> dict[str, list[
         if label == "IAPT" or not other.scores or not own.scores:
             continue
         gain = (own.mean - other.mean) * (1 if task.is_generation else -1)
-        text = f"{label} ({gain:+.3f})" if task.is_generation else f"{label} ({100 * gain:+.1f})"
+        text = f"{label} ({gain:+z.3f})" if task.is_generation else f"{label} ({100 * gain:+z.1f})"
         is_open = abs(gain) < 2 * math.hypot(own.error, other.error)
         groups["open" if is_open else "ahead" if gain > 0 else "behind"].append(text)
     return groups
@@ -244,7 +244,7 @@ def findings(budget: Budget, records: Records) -> list[str]:
             continue
         first = first_of(placed)
         unit = "loss saved per token" if task.is_generation else "points of accuracy"
-        place = f"IAPT is {placed['IAPT']:g} of {len(placed)}"
+        place = f"IAPT's rank is {placed['IAPT']:g} of {len(placed)}"
         text = f"- **{task.title}**: first is {' and '.join(first)} with {cells[first[0]][task.name]}; {place}."
         groups = comparisons(budget, records, task)
         for group, words in OUTCOMES.items():
@@ -276,7 +276,7 @@ def goals(budget: Budget, records: Records, mean_ranks: Mapping[str, float]) -> 
         + (f"missed on {', '.join(lost)}." if lost else "met.")
         + (f" Not decided, for want of seeds: {', '.join(unknown)}." if unknown else ""),
         "- **Ahead of every prompt-tuning sibling on average**: "
-        + (f"missed, {', '.join(before)} rank as high or higher." if before else "met, by average rank."),
+        + (f"missed; as high or higher: {', '.join(before)}." if before else "met, by average rank."),
     ]
 
 

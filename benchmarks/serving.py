@@ -38,6 +38,7 @@ from typing import Any
 from benchmarks.serving_bundles import BUNDLES, SEVEN, make_bundle
 from benchmarks.serving_load import compare_batching, soak
 from benchmarks.serving_peers import Job
+from engines.native import BODY, KERNEL, ops_library
 from iapt_export.stages import content_key
 from trainers.backbone import load_backbone
 
@@ -192,6 +193,7 @@ def _save(folder: Path, kind: str, record: dict[str, Any]) -> None:
         "load": os.getloadavg()[0],
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
+        "rational": KERNEL if ops_library() else BODY,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         **record,
     }

@@ -234,13 +234,15 @@ def lines_of(records: Records) -> Iterator[str]:
     rounds = records.rounds
     last = rounds[-1]
     job = last["measured"][0]["job"]
+    forms = sorted({each["rational"] for each in rounds})
     yield "# Benchmarks"
     yield ""
     yield (
         f"SmolLM2-135M-Instruct on {job['threads']} threads of {last['cores']} cores ({last['processor']}), "
         f"{job['tokens']} instruction tokens, {job['steps']} generated tokens a row; medians of {num_rounds(rounds)} "
         f"alternating rounds, each case in a process of its own. Load of the machine: "
-        f"{min(r['load'] for r in rounds):.1f} to {max(r['load'] for r in rounds):.1f}."
+        f"{min(r['load'] for r in rounds):.1f} to {max(r['load'] for r in rounds):.1f}. "
+        f"Form of `ai.iapt::Rational`: {', '.join(forms)}."
     )
     yield ""
     yield "`python -m benchmarks.serving all` measures it again; `--help` says what it needs."

@@ -61,7 +61,7 @@ class Installed:
         active = index >= 0 if mixed and index is not None else None
         if self.encoder:
             return Part(self.method, {SENT_PROMPTS: inputs[f"{self.name}.{SENT_PROMPTS}"]}, active)
-        return Part(self.method, self.stacked_rows(inputs), active)
+        return Part(self.method, self.method.expanded(self.stacked_rows(inputs)), active)
 
     def stacked_rows(self, inputs: Mapping[str, Tensor]) -> Weights:
         """Each row's own weights ``[B, ...]``, picked from the stacks ``NAME.TENSOR [N, ...]``."""

@@ -101,6 +101,21 @@ class IAPT(Method):
         unscaled = 1 / (0.02 * (self.sizes.hidden_size * self.config.bottleneck) ** 0.5)
         return unscaled * self.config.bottleneck**0.5 if self.config.scale else unscaled
 
+    def expanded(self, weights: Weights) -> Weights:
+        """With self-attention pooling adds ``score [B, D, L, P]``, the queries as the tokens meet them: W_down W_q.
+
+        A group's layers are one product, because one with the P columns of a single layer costs far more than its
+        share.
+        """
+        if self.config.pooling != "attention":
+            return weights
+        made = []
+        for group in range(max(self.groups) + 1):
+            first, size = self.groups.index(group), self.groups.count(group)
+            query = weights["query"][:, first : first + size].transpose(1, 2).flatten(2)  # [B, R, layers P]
+            made.append((weights["down_weight"][:, group] @ query).unflatten(2, (size, self.config.prompt_length)))
+        return {**weights, "score": torch.cat(made, dim=2)}
+
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""
         config, group = self.config, self.groups[layer]
@@ -113,10 +128,10 @@ class IAPT(Method):
         else:
             # Both other kinds are linear in u, so tokens are mixed before they are projected: P products with W_down
             # instead of T. The bias adds the same to every token's score, and shares sum to 1.
-            query = down @ weights["query"][:, layer] if config.pooling == "attention" else None  # [B, D, P]
-            pooled = token_shares(tokens, mask, query, config) @ tokens @ down + bias
+            score = weights["score"][:, :, layer] if config.pooling == "attention" else None  # [B, D, P]
+            pooled = token_shares(tokens, mask, score, config) @ tokens @ down + bias
         if config.activation == "rational":
-            numerator, denominator = weights["numerator"][:, layer, None], weights["denominator"][:, layer, None]
+            numerator, denominator = (weights[name][:, layer : layer + 1] for name in ("numerator", "denominator"))
             active = self.rational(pooled, numerator, denominator, config.rational_form)
         else:
             active = FIXED_ACTIVATIONS[config.activation](pooled)
@@ -157,19 +172,19 @@ def normalised(tokens: Tensor) -> Tensor:
     return F.rms_norm(tokens, (width,), tokens.new_ones(width), EPSILON)  # with ones, because exporters want a weight
 
 
-def token_shares(tokens: Tensor, mask: Tensor, query: Tensor | None, config: IAPTConfig) -> Tensor:
+def token_shares(tokens: Tensor, mask: Tensor, score: Tensor | None, config: IAPTConfig) -> Tensor:
     """Shares ``[B, P, T]`` of the tokens in each prompt, summing to 1 over those that ``mask [B, T]`` keeps.
 
     Args:
         tokens: ``[B, T, D]``.
         mask: 1 at the tokens that count.
-        query: ``[B, D, P]``, scores the tokens for self-attention pooling; None gives those of a bin equal shares.
+        score: ``[B, D, P]``, scores the tokens for self-attention pooling; None gives those of a bin equal shares.
         config: the method's.
     """
-    if query is None:
+    if score is None:
         bins = adaptive_bins(mask, config.prompt_length)  # [B, P, T]
         return bins.to(tokens.dtype) / bins.sum(dim=2, keepdim=True).to(tokens.dtype)
-    scores = (tokens @ query).float()  # [B, T, P]
+    scores = (tokens @ score).float()  # [B, T, P]
     if config.scale:
         scores = scores / config.bottleneck**0.5
     scores = scores.masked_fill(mask[:, :, None] == 0, float("-inf"))

@@ -2,6 +2,7 @@
 
 A method overrides what it changes and inherits "unchanged" for the rest:
 
+    expanded   what all layers read, made of the weights alone                 (IAPT, P-tuning v2)
     prepare    anything it must know of the instruction beforehand             (LoPA)
     embed      the embeddings of the tokens                                    (ADePT, DePT)
     slots      the hidden states of the P prompt slots, right before a layer   (IAPT at every layer; prompt tuning at 0)
@@ -88,8 +89,12 @@ class Method(nn.Module):
         return {}
 
     def weights(self) -> Weights:
-        """The trained tensors, with the row axis that the hooks expect."""
-        return {name: parameter[None] for name, parameter in self.named_parameters()}
+        """The trained tensors and what `expanded` adds, with the row axis that the hooks expect."""
+        return self.expanded({name: parameter[None] for name, parameter in self.named_parameters()})
+
+    def expanded(self, weights: Weights) -> Weights:
+        """``weights``, and with them what several layers read of them and no instruction changes, made once."""
+        return weights
 
     def deployed(self) -> Method:
         """The module that is shipped in its place: equal outputs, what can be computed beforehand computed."""

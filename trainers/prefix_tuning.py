@@ -70,7 +70,7 @@ class PrefixTuning(Method):
             return
         table = to_table(prefix)
         mean = table.mean(dim=0)
-        hidden = _hidden({name: tensor.cpu() for name, tensor in self.weights().items()})[0]
+        hidden = _hidden({name: parameter.cpu()[None] for name, parameter in self.named_parameters()})[0]
         self.get_parameter("output_bias").copy_(mean)
         self.get_parameter("output_weight").copy_((torch.linalg.pinv(hidden) @ (table - mean)).T)
 
@@ -84,12 +84,15 @@ class PrefixTuning(Method):
         if not self.config.projection:
             return self
         method = PrefixTuning(PrefixTuningConfig(prompt_length=self.config.prompt_length), self.sizes)
-        method.get_parameter("prefix").copy_(self._prefix(self.weights())[0])
+        method.get_parameter("prefix").copy_(self.weights()["prefix"][0])
         return method.to(self.get_parameter("embedding").device)
 
-    def prepare(self, weights: Weights, backbone: Any, input_ids: Tensor, mask: Tensor) -> Weights:
-        """With projection, adds ``prefix``, which all layers read."""
-        return {**weights, "prefix": self._prefix(weights)} if self.config.projection else weights
+    def expanded(self, weights: Weights) -> Weights:
+        """With projection adds ``prefix [1 or B, L, 2, H, P, K]``, which the network makes."""
+        if not self.config.projection:
+            return weights
+        table = _hidden(weights) @ weights["output_weight"].transpose(1, 2) + weights["output_bias"][:, None]
+        return {**weights, "prefix": from_table(table, self.sizes)}
 
     def key_value(self, weights: Weights, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's prefix; what the slots' own hidden states gave is dropped."""
@@ -100,11 +103,6 @@ class PrefixTuning(Method):
     def changes_cache(self) -> bool:
         """The prefix enters there."""
         return True
-
-    def _prefix(self, weights: Weights) -> Tensor:
-        """``[1 or B, L, 2, H, P, K]`` that the network makes."""
-        table = _hidden(weights) @ weights["output_weight"].transpose(1, 2) + weights["output_bias"][:, None]
-        return from_table(table, self.sizes)
 
 
 def _hidden(weights: Weights) -> Tensor:

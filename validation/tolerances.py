@@ -61,6 +61,7 @@ _SINK = (
     "where a prompt becomes the attention sink its huge hidden state cancels out in the last layers: 1.1e-4 for a "
     "LAMP adapter, where PyTorch itself is 2e-5 from fp64; five times that"
 )
+_RAW = "a hardly trained IAPT adapter that reads raw hidden states"
 _STAND_IN = "PyTorch in the type against fp32, SmolLM2-135M"
 _BITS = "ONNX Runtime against PyTorch in fp32, SmolLM2-135M with adapters of five methods, three seeds: worst"
 _TAIL = "half again: the tail is long, so this finds gross faults; typical logits finds the others"
@@ -72,16 +73,16 @@ TABLE = (
         "generator",
         "fp32",
         "relative",
-        5e-6,
-        f"{_ORT} 1.9e-7; softmax and matrix products of other processors differ more",
+        2e-5,
+        f"{_ORT} 1.9e-7, but 6.3e-6 for {_RAW}, where PyTorch itself is 4.2e-6 from fp64; three times that",
     ),
     Tolerance("prefill logits", "fp32", "relative", 1e-4, f"{_ORT} 2.5e-6 for IAPT; {_SINK}"),
     Tolerance(
         "prefill logits",
         "fp32",
         "kl",
-        1e-8,
-        f"{_ORT} 7.2e-11 nats; other methods' errors are larger, and this is their square",
+        1e-7,
+        f"{_ORT} 7.2e-11 nats, but 1.8e-8 for {_RAW}; five times that",
     ),
     Tolerance("prefill cache", "fp32", "relative", 5e-4, f"{_ORT} 1.9e-5, but {_SINK}"),
     Tolerance("decode logits", "fp32", "relative", 3e-4, f"{_ORT} 9.1e-5, at 256 random steps; three times that"),

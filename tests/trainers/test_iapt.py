@@ -106,10 +106,10 @@ def test_scores_spread_by_one_at_the_start(fields: dict[str, object]) -> None:
 
 
 def test_scale_divides_the_scores() -> None:
-    tokens, query = torch.randn(1, 5, 8), torch.randn(1, 8, 4)
+    tokens, score = torch.randn(1, 5, 8), torch.randn(1, 8, 4)
     mask = torch.ones(1, 5)
-    scaled = token_shares(tokens, mask, query, IAPTConfig(bottleneck=9, scale=True))
-    assert torch.allclose(scaled, token_shares(tokens, mask, query / 3, IAPTConfig(bottleneck=9)), atol=1e-6)
+    scaled = token_shares(tokens, mask, score, IAPTConfig(bottleneck=9, scale=True))
+    assert torch.allclose(scaled, token_shares(tokens, mask, score / 3, IAPTConfig(bottleneck=9)), atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
@@ -176,7 +176,7 @@ def test_one_tenant_per_row() -> None:
         for name, _ in modules[0].named_parameters()
     }
     hidden, mask = torch.randn(2, 5, HIDDEN), torch.ones(2, 5)
-    mixed = modules[0].slots(stacked, 2, torch.zeros(2, 4, HIDDEN), hidden, mask)
+    mixed = modules[0].slots(modules[0].expanded(stacked), 2, torch.zeros(2, 4, HIDDEN), hidden, mask)
     for row, module in enumerate(modules):
         assert torch.allclose(mixed[row], prompts(module, 2, hidden, mask)[row], atol=1e-6)
 
