@@ -11,8 +11,8 @@ does it all; its parts are
     soak      half an hour in which tenants come and go: right answers, no request lost, flat memory
     report    docs/benchmarks.md from the records
 
-``run`` keeps every case in a process of its own and measures each once a round, so that slow seconds of the machine
-fall on all of them; ratios are medians over rounds. The genai folders come from its own model builder and the same
+``run`` measures every case once a round, in a process of its own, so that slow seconds of the machine fall on all of
+them; ratios are medians over rounds. The genai folders come from its own model builder and the same
 weights: ``python -m onnxruntime_genai.models.builder -i MODEL -o DIR -p fp32 -e cpu`` (and ``-p int4``); optimum's from
 ``optimum-cli export onnx -m MODEL --task text-generation-with-past DIR``.
 """
@@ -85,7 +85,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 class Worker:
-    """A case in a process of its own, which loads once and measures whenever it is asked."""
+    """A case in a process of its own, which loads when it is first asked to measure."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -140,30 +140,27 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure round after round, first with one row, then with eight; each round is a file."""
+    """Measure round after round, each with one row and with eight; each is a file.
+
+    Every measurement has a process of its own, because processes of one case differ, by up to a tenth in a step.
+    """
     chosen = [case for case in cases(arguments) if not arguments.only or case.name in arguments.only]
     if not chosen:
         sys.exit("nothing to measure; run prepare first, or name peers")
-    for rows in ROWS:
-        with contextlib.ExitStack() as stack:
-            workers = []
-            for case in chosen:
-                if case.job.rows == rows:
-                    workers.append(stack.enter_context(contextlib.closing(Worker(case))))
-                    workers[-1].measure()  # loads and warms up, one after the other
-                    print(f"{case.name}, {rows} rows: loaded", flush=True)
-            for number in range(arguments.rounds):
-                found = [_entry(worker) for worker in (workers if number % 2 == 0 else workers[::-1])]
-                _save(arguments.results, "round", {"measured": found})
-                print(f"round {number + 1} of {arguments.rounds}, {rows} rows", flush=True)
+    for number in range(arguments.rounds):
+        for rows in ROWS:
+            ordered = [case for case in chosen if case.job.rows == rows][:: 1 if number % 2 == 0 else -1]
+            _save(arguments.results, "round", {"measured": [_entry(case) for case in ordered]})
+            print(f"round {number + 1} of {arguments.rounds}, {rows} row{'s' * (rows > 1)}", flush=True)
     return 0
 
 
-def _entry(worker: Worker) -> dict[str, Any]:
-    """A measurement as it stands in the record; processes rest in between, so that threads that spin come to a stop."""
-    time.sleep(0.1)
-    job = {**dataclasses.asdict(worker.case.job), "model": Path(worker.case.job.model).name}
-    return {"name": worker.case.name, "job": job, **worker.measure()}
+def _entry(case: Case) -> dict[str, Any]:
+    """A case's second measurement, as it stands in the record; the first loads and warms up."""
+    with contextlib.closing(Worker(case)) as worker:
+        worker.measure()
+        job = {**dataclasses.asdict(case.job), "model": Path(case.job.model).name}
+        return {"name": case.name, "job": job, **worker.measure()}
 
 
 def trace(arguments: argparse.Namespace) -> int:
