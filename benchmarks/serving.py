@@ -35,10 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from benchmarks.serving_bundles import BUNDLES, SEVEN, make_bundle
 from benchmarks.serving_load import compare_batching, soak
 from benchmarks.serving_peers import Job
-from engines.native import BODY, KERNEL, ops_library
+from engines.native import add_kernels
 from iapt_export.stages import content_key
 from trainers.backbone import load_backbone
 
@@ -190,7 +192,7 @@ def _save(folder: Path, kind: str, record: dict[str, Any]) -> None:
         "load": os.getloadavg()[0],
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
-        "rational": KERNEL if ops_library() else BODY,
+        "rational": add_kernels(onnxruntime.SessionOptions()),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         **record,
     }

@@ -104,8 +104,7 @@ class IAPT(Method):
     def expanded(self, weights: Weights) -> Weights:
         """With self-attention pooling adds ``score [B, D, L, P]``, the queries as the tokens meet them: W_down W_q.
 
-        A group's layers are one product, because one with the P columns of a single layer costs far more than its
-        share.
+        A group's layers are one product in place of many with P columns each.
         """
         if self.config.pooling != "attention":
             return weights
