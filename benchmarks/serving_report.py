@@ -219,7 +219,8 @@ def spread(milliseconds: Sequence[float]) -> str:
     """Median, 99th percentile and largest, in words."""
     ordered = sorted(milliseconds)
     late = ordered[math.ceil(0.99 * len(ordered)) - 1]
-    return f"{median(ordered):.0f} ms in the median ({late:.0f} in the 99th percentile, {ordered[-1]:.0f} at most)"
+    middle = float(f"{median(ordered):.2g}")
+    return f"{middle:g} ms in the median ({late:.0f} in the 99th percentile, {ordered[-1]:.0f} at most)"
 
 
 def growth(soak: Mapping[str, Any]) -> float:

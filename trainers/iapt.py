@@ -102,7 +102,7 @@ class IAPT(Method):
         return unscaled * self.config.bottleneck**0.5 if self.config.scale else unscaled
 
     def expanded(self, weights: Weights) -> Weights:
-        """With self-attention pooling adds ``score [B, D, L, P]``, the queries as the tokens meet them: W_down W_q.
+        """With self-attention pooling adds ``score [B, L, D, P]``, the queries as the tokens meet them: W_down W_q.
 
         A group's layers are one product in place of many with P columns each.
         """
@@ -112,8 +112,9 @@ class IAPT(Method):
         for group in range(max(self.groups) + 1):
             first, size = self.groups.index(group), self.groups.count(group)
             query = weights["query"][:, first : first + size].transpose(1, 2).flatten(2)  # [B, R, layers P]
-            made.append((weights["down_weight"][:, group] @ query).unflatten(2, (size, self.config.prompt_length)))
-        return {**weights, "score": torch.cat(made, dim=2)}
+            score = weights["down_weight"][:, group] @ query  # [B, D, layers P]
+            made.append(score.unflatten(2, (size, self.config.prompt_length)).transpose(1, 2))
+        return {**weights, "score": torch.cat(made, dim=1)}
 
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""
@@ -127,7 +128,7 @@ class IAPT(Method):
         else:
             # Both other kinds are linear in u, so tokens are mixed before they are projected: P products with W_down
             # instead of T. The bias adds the same to every token's score, and shares sum to 1.
-            score = weights["score"][:, :, layer] if config.pooling == "attention" else None  # [B, D, P]
+            score = weights["score"][:, layer] if config.pooling == "attention" else None  # [B, D, P]
             pooled = token_shares(tokens, mask, score, config) @ tokens @ down + bias
         if config.activation == "rational":
             numerator, denominator = (weights[name][:, layer : layer + 1] for name in ("numerator", "denominator"))
