@@ -45,6 +45,10 @@ def measure(
     Raises:
         IaptError: a request does not fit into the bundle, or there is no tenant.
     """
+    if rows > session.stepper.max_rows:
+        raise IaptError(
+            f"{rows} rows cannot run at once: the bundle takes {session.stepper.max_rows}; build with a larger --batch"
+        )
     if not session.tenants:
         raise IaptError("the bundle has no tenants to measure")
     random = np.random.default_rng(0)

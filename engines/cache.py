@@ -48,6 +48,10 @@ class Cache(ABC):
         """Let a row's first entries replace another's."""
 
     @abstractmethod
+    def clear(self, row: int) -> None:
+        """Make a row's entries zero."""
+
+    @abstractmethod
     def read(self, row: int, entries: int) -> list[np.ndarray]:
         """Copies ``[H, entries, K]``: layer 0's keys, its values, layer 1's keys, and so on."""
 
@@ -104,6 +108,11 @@ class HostCache(Cache):
         """See `Cache.move`."""
         for buffer in self.buffers.values():
             buffer[target, :, :entries] = buffer[source, :, :entries]
+
+    def clear(self, row: int) -> None:
+        """See `Cache.clear`."""
+        for buffer in self.buffers.values():
+            buffer[row] = 0
 
     def read(self, row: int, entries: int) -> list[np.ndarray]:
         """See `Cache.read`."""

@@ -59,6 +59,13 @@ class CudaCache(Cache):
             self._stream.copy(buffer.rows(source, 1), buffer.rows(target, 1))
         self._stream.synchronize()
 
+    def clear(self, row: int) -> None:
+        """See `Cache.clear`."""
+        assert self._stream is not None
+        for buffer in self.buffers.values():
+            self._stream.clear(buffer.rows(row, 1))
+        self._stream.synchronize()
+
     def read(self, row: int, entries: int) -> list[np.ndarray]:
         """See `Cache.read`."""
         assert self._stream is not None

@@ -93,8 +93,12 @@ class CudaStream:
         """Queue the clearing of the buffer of that name, as an array."""
         size = math.prod(shape) * dtype.itemsize
         made = DeviceArray(self.reserve(name, size), shape, dtype)
-        self._call("cudaMemsetAsync", made.address, 0, size, self._stream)
+        self.clear(made)
         return made
+
+    def clear(self, array: DeviceArray) -> None:
+        """Queue the clearing of an array."""
+        self._call("cudaMemsetAsync", array.address, 0, array.num_bytes, self._stream)
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
         """Queue a copy on the GPU between arrays of one size that do not overlap."""

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from queue import SimpleQueue
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
-from engines.request import Answer, Token
+from engines.request import Answer, Item, Token
 from engines.scheduler import Entry
-
-Item = Token | Exception | None
-"""A token, an error, or None where the request was cancelled."""
 
 
 class Generation:
     """The tokens of one request as they come.
 
-    Leaving its with block, closing its iterator, or cancelling the task that awaits it frees the request's row.
+    Leaving its with block, closing its iterator, or cancelling the task that awaits it frees the request's row. What
+    one reader leaves, the next one finds.
     """
 
     def __init__(self, entry: Entry, wake: Callable[[], None]) -> None:
         self._entry = entry
         self._wake = wake
+        self._items: SimpleQueue[Item] = SimpleQueue()
+        """What came and was not read; behind the last token there is always something that ends a reader."""
         self._lock = threading.Lock()
-        """Guards the sink and what came before there was one."""
-        self._early: list[Item] = []
-        self._sink: Callable[[Item], None] = self._early.append
+        """Guards the listeners, and that each hears of every item."""
+        self._listeners: list[Callable[[], None]] = []
         self._tokens: list[Token] = []
         self._done = False
         self._error: Exception | None = None
@@ -37,19 +37,31 @@ class Generation:
         """Tokens as they come.
 
         Raises:
-            IaptError: the session was closed or has failed.
+            IaptError: the request failed, or the session was closed or has failed.
         """
-        return in_order_of_arrival([self])
+        return in_order_of_arrival([self], 1)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Tokens as they come, for an event loop; raises like `__iter__`."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Item]()
-        self._redirect(lambda item: _call_soon(loop, queue, item))
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # of a closed loop, whose client is gone
+                loop.call_soon_threadsafe(arrived.set)
+
+        self.listen(tell)
         try:
             while not self._done:
-                if token := self._take(await queue.get()):
+                try:
+                    item = self._items.get_nowait()
+                except Empty:
+                    await arrived.wait()
+                    arrived.clear()
+                    continue
+                if token := self._take(item):
                     yield token
         finally:
+            self.forget(tell)
             self.cancel()
 
     def result(self) -> Answer:
@@ -73,7 +85,37 @@ class Generation:
     def give(self, item: Item) -> None:
         """Called by the session with each token, None for a cancelled request that was dropped, or its failure."""
         with self._lock:
-            self._sink(item)
+            self._items.put(item)
+            for tell in self._listeners:
+                tell()
+
+    def listen(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` for each item that waits to be read, and for each that comes; it must not block."""
+        with self._lock:
+            for _ in range(self._items.qsize()):
+                tell()
+            self._listeners.append(tell)
+
+    def forget(self, tell: Callable[[], None]) -> None:
+        """Call it no more."""
+        with self._lock:
+            self._listeners.remove(tell)
+
+    def take(self) -> Token | None:
+        """The next token if one waits to be read.
+
+        Raises:
+            IaptError: the request failed, or the session was closed or has failed.
+        """
+        try:
+            return self._take(self._items.get_nowait())
+        except Empty:
+            return None
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been read."""
+        return self._done
 
     def __enter__(self) -> Generation:
         return self
@@ -83,23 +125,17 @@ class Generation:
     ) -> None:
         self.cancel()
 
-    def _redirect(self, sink: Callable[[Item], None]) -> None:
-        """Send what came so far, and what comes, to another place."""
-        with self._lock:
-            for item in self._early:
-                sink(item)
-            self._early.clear()
-            self._sink = sink
-
     def _take(self, item: Item) -> Token | None:
-        if isinstance(item, Exception):
-            self._done, self._error = True, item
-            raise item
-        if item is None:
+        if isinstance(item, Token):
+            self._tokens.append(item)
+            self._done = item.finish_reason is not None
+        else:
             self._done = True
-            return None
-        self._tokens.append(item)
-        self._done = item.finish_reason is not None
+            self._error = item or self._error
+        if self._done:
+            self._items.put(self._error)  # for the next reader
+        if isinstance(item, Exception):
+            raise item
         return item
 
     def _answer(self) -> Answer:
@@ -110,34 +146,33 @@ class Generation:
         return Answer(self._entry.number, [token.token for token in self._tokens], text, reason or "cancelled")
 
 
-def in_order_of_arrival(generations: Sequence[Generation]) -> Iterator[Token]:
+def in_order_of_arrival(generations: Iterable[Generation], window: int) -> Iterator[Token]:
     """The tokens of several requests as they come, until all are finished; closing the iterator cancels the rest.
 
+    Args:
+        generations: the requests, which may be submitted as they are taken from here.
+        window: how many are taken before one is finished.
+
     Raises:
-        IaptError: the session was closed or has failed.
+        IaptError: a request failed, or the session was closed or has failed.
     """
-    queue: SimpleQueue[tuple[Generation, Item]] = SimpleQueue()
-    left = 0
-    for generation in generations:
-        if not generation._done:
-            left += 1
-            generation._redirect(functools.partial(_put, queue, generation))
+    arrived: SimpleQueue[Generation] = SimpleQueue()
+    source = iter(generations)
+    running: dict[Generation, Callable[[], None]] = {}
     try:
-        while left:
-            generation, item = queue.get()
-            token = generation._take(item)
-            left -= generation._done
+        while True:
+            while len(running) < window and (generation := next(source, None)) is not None:
+                running[generation] = functools.partial(arrived.put, generation)
+                generation.listen(running[generation])
+            if not running:
+                return
+            generation = arrived.get()
+            token = generation.take()
+            if generation.done and generation in running:
+                generation.forget(running.pop(generation))
             if token is not None:
                 yield token
     finally:
-        for generation in generations:
+        for generation, tell in running.items():
+            generation.forget(tell)
             generation.cancel()
-
-
-def _put(queue: SimpleQueue[tuple[Generation, Item]], generation: Generation, item: Item) -> None:
-    queue.put((generation, item))
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Item], item: Item) -> None:
-    if not loop.is_closed():  # a client that is gone has no use for the item
-        loop.call_soon_threadsafe(queue.put_nowait, item)

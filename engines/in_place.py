@@ -37,10 +37,14 @@ class InPlaceStepper(Stepper):
         """Load the graphs and reserve the cache."""
         if self._is_active:
             return
-        for name in ("encoder", *serving_graphs(self.target)):
-            if name in self.runners:
-                self.runners[name].activate()
-        self.cache.reserve(self.max_rows, self.capacity)
+        try:
+            for name in ("encoder", *serving_graphs(self.target)):
+                if name in self.runners:
+                    self.runners[name].activate()
+            self.cache.reserve(self.max_rows, self.capacity)
+        except BaseException:
+            self.deactivate()
+            raise
         self._is_active = True
 
     def deactivate(self) -> None:
@@ -78,6 +82,10 @@ class InPlaceStepper(Stepper):
         self.tenants[row], self.lengths[row] = self.tenants[last], self.lengths[last]
         self.tenants.pop()
         self.lengths.pop()
+
+    def clear(self, row: int) -> None:
+        """See `Stepper.clear`: attention of standard operators multiplies masked entries by 0, and NaN stays NaN."""
+        self.cache.clear(row)
 
     def row_cache(self, row: int) -> RowCache:
         """See `Stepper.row_cache`."""

@@ -42,6 +42,10 @@ class Token:
     """``eos``, ``length`` or ``stop`` on the last token, else None."""
 
 
+Item = Token | Exception | None
+"""What a request gets: a token, its failure, or None where it was cancelled and dropped."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """All that was generated for one request."""

@@ -44,11 +44,20 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
         logits: ``[V]``, any float type.
         sampling: how to choose.
         random: the row's own generator.
+
+    Raises:
+        IaptError: the largest logit is NaN or infinite; minus infinity elsewhere rules a token out.
     """
+    best = int(logits.argmax())  # NaN counts as the largest
+    if not np.isfinite(logits[best]):
+        raise IaptError(
+            "its logits hold NaN or infinity; its weights, or sent prompts, may be too large for the target's type"
+        )
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+        return best
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest tokens alone
+        scaled = (logits.astype(np.float64) - np.float64(logits[best])) / sampling.temperature
+    weights = np.exp(scaled)
     total, drawn = weights.sum(), random.random()
     whole = sampling.top_p == 1
     # of the whole distribution only what covers the draw is looked at, of a nucleus what covers top_p

@@ -5,8 +5,9 @@
         for entry, token in scheduler.step():
             ...
 
-A step lets waiting requests join while rows are free and reads their instructions, then gives every row one token. Rows
-that end leave at once, so their places are free in the next step. One thread; `engines.session` runs it.
+A step gives every running row one token, then lets waiting requests join while rows are free and reads their
+instructions. Rows that end leave at once, so others take their places in the same step. What goes wrong with one
+request's logits or text ends that request alone. One thread; `engines.session` runs it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.request import Request, Token
+from engines.request import Item, Request, Token
 from engines.sampling import choose
 from engines.stepper import Instruction, Stepper
 from engines.tenants import Tenant
 from engines.text import TextCodec
+from iapt_export.errors import IaptError
 
 READ_TOKENS = 1024
 """Instruction tokens, padding included, that are read at once at most: how long the running rows wait for new ones."""
@@ -36,9 +38,12 @@ class Entry:
     """Of the request among those that were given together."""
     tenant: Tenant
     instruction: list[int]
-    codec: TextCodec
+    codec: TextCodec | None
+    """None where the bundle has no tokenizer: its answers are token ids without text."""
     eos_token_ids: frozenset[int]
     random: np.random.Generator
+    prompts: np.ndarray | None = None
+    """What the client sent, as it was when it was checked."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     """What was handed out."""
@@ -50,15 +55,19 @@ class Entry:
         return self.tenant.prompt_length + len(self.instruction)
 
     def take(self, logits: np.ndarray) -> Token:
-        """Choose the next token from ``logits [V]``."""
+        """Choose the next token from ``logits [V]``.
+
+        Raises:
+            IaptError: the logits hold NaN.
+        """
         token = choose(logits, self.request.sampling, self.random)
         self.tokens.append(token)
         reason = None
         if token in self.eos_token_ids and not self.request.ignore_eos:
             reason = "eos"
-        elif len(self.tokens) == self.request.max_new_tokens:
+        elif len(self.tokens) >= self.request.max_new_tokens:
             reason = "length"
-        whole = self.codec.decode(self.tokens)
+        whole = self.codec.decode(self.tokens) if self.codec else ""
         cut = min((place for stop in self.request.stop if (place := whole.find(stop)) >= 0), default=None)
         if cut is not None:
             whole, reason = whole[:cut], "stop"
@@ -92,11 +101,11 @@ class Scheduler:
         """Let a request wait for its turn."""
         self.waiting.append(entry)
 
-    def step(self) -> Iterator[tuple[Entry, Token | None]]:
+    def step(self) -> Iterator[tuple[Entry, Item]]:
         """Advance everything by a token.
 
         Yields:
-            Each request that got a token; with None where a cancelled one was dropped.
+            Each request with its token, with None where it was cancelled and dropped, or with its failure.
         """
         for entry in [entry for entry in self.waiting if entry.cancelled]:
             self.waiting.remove(entry)
@@ -109,7 +118,7 @@ class Scheduler:
             logits = self.stepper.step([entry.tokens[-1] for entry in self.running])
             yield from self._advance(logits, 0)
         if joining := self._joining(before):
-            instructions = [Instruction(entry.tenant, entry.instruction, entry.request.prompts) for entry in joining]
+            instructions = [Instruction(entry.tenant, entry.instruction, entry.prompts) for entry in joining]
             first = len(self.running)
             self.running += joining
             yield from self._advance(self.stepper.read(instructions), first)
@@ -128,11 +137,16 @@ class Scheduler:
             found.append(self.waiting.popleft())
         return found
 
-    def _advance(self, logits: np.ndarray, first: int) -> Iterator[tuple[Entry, Token | None]]:
+    def _advance(self, logits: np.ndarray, first: int) -> Iterator[tuple[Entry, Item]]:
         """Give the rows from ``first`` on their tokens, and let those leave that end."""
-        pairs = [(entry, entry.take(row)) for entry, row in zip(self.running[first:], logits, strict=True)]
+        pairs = [
+            (entry, _token_or_failure(entry, row)) for entry, row in zip(self.running[first:], logits, strict=True)
+        ]
         for row in reversed(range(first, len(self.running))):  # from the last, because it replaces who leaves
-            if pairs[row - first][1].finish_reason:
+            item = pairs[row - first][1]
+            if not isinstance(item, Token):
+                self.stepper.clear(row)
+            if not isinstance(item, Token) or item.finish_reason:
                 self._leave(row)
         yield from pairs
 
@@ -142,6 +156,15 @@ class Scheduler:
         self.running.pop()
         self.stepper.leave(row)
         return entry
+
+
+def _token_or_failure(entry: Entry, logits: np.ndarray) -> Item:
+    try:
+        return entry.take(logits)
+    except Exception as error:
+        failure = IaptError(f"request {entry.number} of tenant {entry.tenant.name} failed: {error}")
+        failure.__cause__ = error
+        return failure
 
 
 def _settled(text: str, stops: tuple[str, ...]) -> int:

@@ -11,26 +11,30 @@ from any thread, and a `Generation` may be awaited.
 
 from __future__ import annotations
 
+import asyncio
+import operator
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from engines.generation import Generation, in_order_of_arrival
 from engines.loading import open_stepper
-from engines.request import Answer, Request, Token
+from engines.request import Answer, Item, Request, Token
 from engines.runner import Activated
 from engines.sampling import Sampling
 from engines.scheduler import Entry, Scheduler
 from engines.stepper import Stepper
 from engines.tenants import Tenant, cast
-from engines.text import TextCodec
-from iapt_export.errors import IaptError
+from engines.text import TOKENIZER_FILE, TextCodec
+from iapt_export.errors import IaptError, QueueFullError
 from iapt_export.manifest import BundleManifest, TargetSpec, verify_files
 
 MAX_WAITING = 256
+POLL_SECONDS = 0.005
+"""How often an event loop looks whether a full queue has room."""
 
 
 class Session(Activated):
@@ -47,6 +51,10 @@ class Session(Activated):
         max_waiting: int = MAX_WAITING,
     ) -> None:
         """Bind the parts together; `open` makes them from a bundle."""
+        if max_waiting < 1:
+            raise IaptError(
+                f"max_waiting is {max_waiting}, expected at least 1; to wait for nothing, submit with timeout=0"
+            )
         self.bundle = bundle
         self.manifest = manifest
         self.target = target
@@ -54,6 +62,8 @@ class Session(Activated):
         self.max_waiting = max_waiting
         self._codec: TextCodec | None = None
         self._scheduler = Scheduler(stepper, continuous=continuous)
+        self._opening = threading.Lock()
+        """Held while the session opens or closes."""
         self._lock = threading.Condition()
         """Guards everything below, and the bank; the scheduler belongs to the thread alone."""
         self._arrived: list[Entry] = []
@@ -98,7 +108,7 @@ class Session(Activated):
 
     def activate(self) -> None:
         """Load the graphs and start serving."""
-        with self._lock:
+        with self._opening, self._lock:
             if self._thread is not None:
                 return
             self.stepper.activate()
@@ -108,12 +118,13 @@ class Session(Activated):
 
     def deactivate(self) -> None:
         """Stop serving and give the memory back; requests under way end with an error."""
-        with self._lock:
-            thread, self._thread, self._closing = self._thread, None, True
-            self._lock.notify_all()
-        if thread is not None:
-            thread.join()
-            self.stepper.deactivate()
+        with self._opening:
+            with self._lock:
+                thread, self._thread, self._closing = self._thread, None, True
+                self._lock.notify_all()
+            if thread is not None:
+                thread.join()
+                self.stepper.deactivate()
 
     @property
     def codec(self) -> TextCodec:
@@ -129,24 +140,32 @@ class Session(Activated):
             return list(self.stepper.bank.tenants)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answer requests, each as soon as it and those before it are finished.
+        """Answer requests in their order; they are taken as there is room for them, so there may be any number.
 
         Raises:
             IaptError: a request that cannot be answered, see `submit`; the others are cancelled.
         """
-        with ExitStack() as stack:
-            started = [stack.enter_context(self.submit(r, n)) for n, r in enumerate(requests)]
-            for generation in started:
-                yield generation.result()
+        running: deque[Generation] = deque()
+        try:
+            for number, request in enumerate(requests):
+                if len(running) == self._window:
+                    yield running[0].result()
+                    running.popleft()
+                running.append(self.submit(request, number))
+            while running:
+                yield running[0].result()
+                running.popleft()
+        finally:
+            for generation in running:
+                generation.cancel()
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
-        """Tokens of all requests as they come; ``Token.row`` is a request's number.
+        """Tokens of all requests as they come; ``Token.row`` is a request's number. Takes requests as `generate` does.
 
         Raises:
             IaptError: a request that cannot be answered, see `submit`; the others are cancelled.
         """
-        with ExitStack() as stack:
-            yield from in_order_of_arrival([stack.enter_context(self.submit(r, n)) for n, r in enumerate(requests)])
+        return in_order_of_arrival((self.submit(r, n) for n, r in enumerate(requests)), self._window)
 
     def submit(self, request: Request, number: int = 0, *, timeout: float | None = None) -> Generation:
         """Let a request join.
@@ -158,11 +177,12 @@ class Session(Activated):
 
         Returns:
             Its tokens as they come: iterate it, also with ``async for``, or take its `Generation.result`. In an event
-            loop, where waiting for the queue would block, ``await asyncio.to_thread(session.submit, request)``.
+            loop use `submit_async`, because waiting for the queue would block the loop.
 
         Raises:
+            QueueFullError: the queue is full, and stayed so for as long as ``timeout`` says.
             IaptError: an unknown tenant, an empty or too long prompt, a token id out of range, a request that can
-                never fit into the cache, a full queue, or a session that is not open.
+                never fit into the cache, or a session that is not open.
         """
         with self._lock:
             self._check_open()
@@ -174,7 +194,7 @@ class Session(Activated):
                 free = self._lock.wait_for(self._has_room, timeout)
                 self._check_open()
                 if not free:
-                    raise IaptError(
+                    raise QueueFullError(
                         f"{self.max_waiting} requests are waiting already; try again later, or open the session with "
                         "a larger max_waiting"
                     )
@@ -187,8 +207,22 @@ class Session(Activated):
             raise
         return generation
 
+    async def submit_async(self, request: Request, number: int = 0) -> Generation:
+        """`submit` for an event loop: waits for the queue without blocking, and not any more once it is cancelled.
+
+        Raises:
+            IaptError: as `submit`.
+        """
+        while True:
+            if self._has_room():
+                try:
+                    return self.submit(request, number, timeout=0)
+                except QueueFullError:
+                    pass  # another client was faster
+            await asyncio.sleep(POLL_SECONDS)
+
     def add_tenant(self, path: str | Path, name: str | None = None, *, replace: bool = False) -> str:
-        """Install a tenant while serving; no step waits for it, nor it for a step.
+        """Install a tenant while serving; it waits for no step, and a step waits at most for its weights to be copied.
 
         Args:
             path: a safetensors file with a tenant card, as ``iapt-export tenant`` writes it.
@@ -229,6 +263,11 @@ class Session(Activated):
         waiting = len(self._arrived) + len(self._scheduler.waiting)
         return self._thread is None or self._failure is not None or waiting < self.max_waiting
 
+    @property
+    def _window(self) -> int:
+        """Requests of one call that are under way at once."""
+        return self.stepper.max_rows + self.max_waiting
+
     def _wake(self) -> None:
         with self._lock:
             self._lock.notify_all()
@@ -238,8 +277,8 @@ class Session(Activated):
         failure: Exception = IaptError("the session was closed before the answer was finished")
         try:
             while self._wait_for_work():
-                for entry, token in self._scheduler.step():
-                    self._hand_out(entry, token)
+                for entry, item in self._scheduler.step():
+                    self._hand_out(entry, item)
         except Exception as error:
             failure = self._failure = error
         with self._lock:
@@ -253,40 +292,43 @@ class Session(Activated):
 
     def _wait_for_work(self) -> bool:
         with self._lock:
+            if self._has_room():  # the last step may have taken in some of those that waited
+                self._lock.notify_all()
             self._lock.wait_for(lambda: self._closing or self._arrived or self._scheduler.has_work)
             for entry in self._arrived:
                 self._scheduler.add(entry)
             self._arrived.clear()
             return not self._closing
 
-    def _hand_out(self, entry: Entry, token: Token | None) -> None:
+    def _hand_out(self, entry: Entry, item: Item) -> None:
         generation = self._generations[entry]
-        if token is None or token.finish_reason:
+        if not isinstance(item, Token) or item.finish_reason:
             with self._lock:
                 del self._generations[entry]
                 self.stepper.bank.release(entry.tenant)
                 self._lock.notify_all()
-        generation.give(token)
+        generation.give(item)
 
     def _entry(self, request: Request, number: int, tenant: Tenant) -> Entry:
         where = f"request {number}"
-        prompt = list(request.tokens) or self.codec.encode(request.prompt, tenant.prompt_format)
         backbone, ranges = self.manifest.backbone, self.manifest.ranges
+        check_fields(where, request)
+        prompt = [operator.index(token) for token in request.tokens]
+        prompt = prompt or self.codec.encode(request.prompt, tenant.prompt_format)
         wrong = [token for token in prompt if not 0 <= token < backbone.vocab_size]
         if wrong:
             raise IaptError(
                 f"{where}: token id {wrong[0]} is out of range; the vocabulary has {backbone.vocab_size} entries"
             )
-        if request.max_new_tokens < 1:
-            raise IaptError(f"{where}: max_new_tokens is {request.max_new_tokens}, expected at least 1")
-        if "" in request.stop:
-            raise IaptError(f"{where}: a stop text is empty; leave it out")
-        if request.prompts is not None:
-            self._check_sent(where, tenant, request.prompts)
         if len(prompt) > ranges.sequence.max:
             raise IaptError(
                 f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at most {ranges.sequence.max} "
                 "(shorten it, or build with a larger --sequence)"
+            )
+        if len(prompt) < ranges.sequence.min:
+            raise IaptError(
+                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at least {ranges.sequence.min} "
+                "(build with a smaller --sequence)"
             )
         needed = tenant.prompt_length + len(prompt) + request.max_new_tokens - 1
         if needed > self.stepper.capacity:
@@ -295,22 +337,49 @@ class Session(Activated):
                 f"rest new tokens); this bundle has {self.stepper.capacity} (lower --max-new-tokens, or build with a "
                 "larger --past)"
             )
-        random = np.random.default_rng(request.sampling.seed)
-        return Entry(request, number, tenant, prompt, self.codec, frozenset(backbone.eos_token_ids), random)
+        has_text = request.stop or (self.bundle / TOKENIZER_FILE).is_file()
+        return Entry(
+            request,
+            number,
+            tenant,
+            prompt,
+            self.codec if has_text else None,
+            frozenset(backbone.eos_token_ids),
+            np.random.default_rng(request.sampling.seed),
+            None if request.prompts is None else self._checked(where, tenant, request.prompts),
+        )
 
-    def _check_sent(self, where: str, tenant: Tenant, prompts: np.ndarray) -> None:
+    def _checked(self, where: str, tenant: Tenant, prompts: np.ndarray) -> np.ndarray:
+        """A copy of the prompts that a client sent; its own array may change while the request waits."""
         spec = self.stepper.sent_prompts
         if spec is None or spec.name.split(".")[0] != tenant.method:
             raise IaptError(
                 f"{where}: tenant {tenant.name} was trained with {tenant.trained_form}, which makes its own prompts; "
                 "send none (only LoPA's may be computed by the client)"
             )
-        finite = np.isfinite(cast(prompts, spec.dtype).astype(np.float32)).all()
-        if list(prompts.shape) != spec.shape[1:] or not finite:
-            raise IaptError(
-                f"{where}: the sent prompts have shape {list(prompts.shape)}, expected finite numbers of shape "
-                f"{spec.shape[1:]} in {spec.dtype}"
-            )
+        copied = cast(np.array(prompts), spec.dtype)
+        if list(copied.shape) != spec.shape[1:]:
+            raise IaptError(f"{where}: the sent prompts have shape {list(copied.shape)}, expected {spec.shape[1:]}")
+        if not np.isfinite(copied.astype(np.float32)).all():
+            raise IaptError(f"{where}: the sent prompts hold NaN or infinity, or numbers too large for {spec.dtype}")
+        return copied
+
+
+def check_fields(where: str, request: Request) -> None:
+    """Refuse a request whose fields no session could serve.
+
+    Raises:
+        IaptError: what was expected, and what came.
+    """
+    if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
+        raise IaptError(f"{where}: stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
+    if "" in request.stop:
+        raise IaptError(f"{where}: a stop text is empty; leave it out")
+    if not hasattr(request.max_new_tokens, "__index__") or request.max_new_tokens < 1:
+        raise IaptError(f"{where}: max_new_tokens is {request.max_new_tokens}, expected at least 1, a whole number")
+    strange = [token for token in request.tokens if not hasattr(token, "__index__")]
+    if strange:
+        raise IaptError(f"{where}: {strange[0]!r} is no token id; expected whole numbers")
 
 
 __all__ = ["Answer", "Generation", "Request", "Sampling", "Session", "Token"]

@@ -83,6 +83,9 @@ class Stepper(Activated):
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
 
+    def clear(self, row: int) -> None:
+        """Make sure that nothing of a row which is about to leave, such as NaN, reaches the next in its place."""
+
     @abstractmethod
     def row_cache(self, row: int) -> RowCache:
         """A copy of what a row has in the cache."""
@@ -134,6 +137,11 @@ class ConcatenatedStepper(Stepper):
         for name in ("encoder", "prefill", "decode"):
             if name in self.runners:
                 self.runners[name].activate()
+
+    def deactivate(self) -> None:
+        """Give the memory back."""
+        super().deactivate()
+        self.mask, self.cache = np.empty((0, 0), np.int64), {}
 
     def read(self, rows: Sequence[Instruction]) -> np.ndarray:
         """See `Stepper.read`."""

@@ -7,7 +7,7 @@ writing its entry: nothing is rebuilt, and rows under way keep theirs.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,6 @@ class Tenant:
     """Cache entries that its rows have before their instruction."""
     prompt_format: str
     trained_form: str
-    labels: list[str] = field(default_factory=list)
     users: int = 0
     """Requests that were accepted for it and are not finished."""
     removed: bool = False
@@ -130,16 +129,18 @@ class TenantBank:
         """
         if new.name in self.tenants and not replace:
             raise IaptError(f"tenant {new.name!r} is installed already; remove it first, or replace it")
-        index = self._free_entry(new.method.name)
+        old = self.tenants.get(new.name)
+        if old is not None and old.method == new.method.name and old.users == 0:
+            index = old.index  # nobody reads it, so a full stack may replace too
+        else:
+            index = self._free_entry(new.method.name)
         for stack, array in new.entries.items():
             self.stacks[stack][index] = array
         self.version += 1  # after the writing, so that who sees it sees all of it
         if new.name in self.tenants:
             self.remove(new.name)
         card, method = new.card, new.method
-        tenant = Tenant(
-            new.name, method.name, index, method.prompt_length, card.prompt_format, card.trained_form, list(card.labels)
-        )
+        tenant = Tenant(new.name, method.name, index, method.prompt_length, card.prompt_format, card.trained_form)
         self.tenants[new.name] = self._entries[method.name][index] = tenant
         return tenant
 
@@ -183,7 +184,7 @@ class TenantBank:
 
     def _enter(self, spec: TenantSpec, index: int) -> Tenant:
         length = self.manifest.prompt_length(spec.name)
-        tenant = Tenant(spec.name, spec.method, index, length, spec.prompt_format, spec.trained_form, list(spec.labels))
+        tenant = Tenant(spec.name, spec.method, index, length, spec.prompt_format, spec.trained_form)
         self.tenants[spec.name] = tenant
         return tenant
 
@@ -203,8 +204,10 @@ class TenantBank:
             if tenant is None:
                 return index
         if len(entries) >= limit:
+            leaving = sum(tenant is not None and tenant.removed for tenant in entries)
+            remedy = f"wait for the requests of {leaving} removed ones" if leaving else "remove one"
             raise IaptError(
-                f"method {method} is full: this bundle takes {limit} tenants of it; remove one, or build with a "
+                f"method {method} is full: this bundle takes {limit} tenants of it; {remedy}, or build with a "
                 "larger --tenants"
             )
         grown = min(2 * len(entries), limit)

@@ -87,6 +87,7 @@ def validate(args: argparse.Namespace) -> None:
     from validation.summary import failure
     from validation.validate import validate_bundle
 
+    _check_folders(args.junit)
     bundle = Path(args.bundle)
     manifest = BundleManifest.load(bundle)
     with Steps(quiet=args.quiet) as steps:
@@ -110,7 +111,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Answer prompts with one tenant; one prompt streams, several are printed as they end."""
+    """Answer prompts with one tenant; one prompt streams, several are printed when all have ended."""
     from engines.sampling import Sampling
     from engines.session import Request, Session
 
@@ -161,16 +162,17 @@ def bench(args: argparse.Namespace) -> None:
     from engines.session import Session
     from iapt_export.progress import Steps
 
+    _check_folders(args.output, args.plot)
     with Session.open(args.bundle, args.target, device=args.device) as session, Steps(quiet=args.quiet) as steps:
         figures = [
             measure(session, rows, args.prompt_tokens, args.new_tokens, args.repeat, steps) for rows in args.rows
         ]
         found = report(session, figures)
+    _show(args, found, table(found))  # first, so that it is not lost where writing fails
     if args.output:
         Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot(found, Path(args.plot))
-    _show(args, found, table(found))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -199,6 +201,13 @@ COMMANDS = {
     "inspect": inspect,
     "doctor": doctor,
 }
+
+
+def _check_folders(*paths: str | None) -> None:
+    """Refuse files that cannot be written before the work whose result they are to hold."""
+    for path in paths:
+        if path and not Path(path).parent.is_dir():
+            raise IaptError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first")
 
 
 def _finish(args: argparse.Namespace, output: Path) -> None:

@@ -9,6 +9,10 @@ class BundleError(IaptError):
     """A bundle's file is missing, altered, of a newer schema, or contradicts another."""
 
 
+class QueueFullError(IaptError):
+    """As many requests wait as a session takes; try again later."""
+
+
 class ParityError(IaptError):
     """An export does not compute what PyTorch computes."""
 
@@ -37,4 +41,4 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-__all__ = ["BundleError", "IaptError", "NotRunnableError", "ParityError", "explain"]
+__all__ = ["BundleError", "IaptError", "NotRunnableError", "ParityError", "QueueFullError", "explain"]

@@ -131,6 +131,8 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
         IaptError: with every problem listed.
     """
     problems = []
+    if ranges.batch.min > 1:
+        problems.append(f"--batch starts at {ranges.batch.min}, but a session also serves a single row; start at 1")
     if ranges.past.max < ranges.sequence.max + prompt_length:
         problems.append(
             f"--past {ranges.past.max} cannot hold {prompt_length} prompt rows and --sequence {ranges.sequence.max}"

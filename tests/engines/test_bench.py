@@ -51,6 +51,9 @@ def test_one_token_has_no_next(tiny_build: TinyBuild) -> None:
     [
         (("--prompt-tokens=500",), "the prompt has 500 tokens; this bundle takes at most 96"),
         (("--rows", "0"), "'0' is no whole number from 1 on"),
+        (("--rows", "99"), "99 rows cannot run at once: the bundle takes"),
+        (("--output", "nowhere/bench.json"), "there is no folder nowhere; make it first"),
+        (("--plot", "nowhere/bench.png"), "there is no folder nowhere; make it first"),
     ],
 )
 def test_bad_flags(tiny_build: TinyBuild, flags: tuple[str, ...], text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from engines.onnxruntime_runner import OnnxRuntimeRunner
 from engines.session import Request, Session
 from engines.tenants import read_tenant_file
-from iapt_export.errors import BundleError, IaptError
+from iapt_export.errors import BundleError, IaptError, QueueFullError
 from iapt_export.tenant_card import TenantCard
 from tests.bundles import TENANTS, TinyBuild
 
@@ -67,7 +68,7 @@ def test_an_event_loop_awaits_many_requests(session: Session) -> None:
     wanted = [answer.tokens for answer in session.generate(requests)]
 
     async def one(which: Request) -> list[int]:
-        generation = await asyncio.to_thread(session.submit, which)
+        generation = await session.submit_async(which)
         return [token.token async for token in generation]
 
     async def everyone() -> list[list[int]]:
@@ -109,9 +110,9 @@ def test_a_cancelled_task_frees_its_row(session: Session) -> None:
 
 def test_a_full_queue_refuses_or_waits(tiny_build: TinyBuild) -> None:
     with Session.open(tiny_build.bundle, verify=False, max_waiting=1) as session:
-        running = [session.submit(request(number, LONG)) for number in range(9)]
+        running = [session.submit(request(number, LONG)) for number in range(1 + session.stepper.max_rows)]
         with pytest.raises(
-            IaptError, match="1 requests are waiting already; try again later, or open the session with"
+            QueueFullError, match="1 requests are waiting already; try again later, or open the session with"
         ):
             session.submit(request(9), timeout=0)
         late = session.submit(request(9))
@@ -293,10 +294,13 @@ def test_a_tenant_that_does_not_fit(
     session: Session, tiny_build: TinyBuild, tmp_path: Path, fields: dict[str, Any], text: str
 ) -> None:
     path = tenant_file(tiny_build, tmp_path / "bad.safetensors", "bad", **fields)
+    wanted = ask(session, "beta", LONG)
+    running = session.submit(Request("beta", tokens=(5, 6, 7), max_new_tokens=LONG, ignore_eos=True))
     with pytest.raises(IaptError) as caught:
         session.add_tenant(path)
     assert text in str(caught.value)
     assert session.tenants == list(TENANTS)
+    assert running.result().tokens == wanted
 
 
 def test_damaged_tenant_files(session: Session, tiny_build: TinyBuild, tmp_path: Path) -> None:
@@ -329,26 +333,62 @@ def test_a_full_bank(session: Session, tiny_build: TinyBuild, tmp_path: Path) ->
     assert ask(session, "fifth") == ask(session, "alpha")
 
 
+def test_a_full_bank_replaces_who_is_idle(session: Session, tiny_build: TinyBuild, tmp_path: Path) -> None:
+    session.add_tenant(tenant_file(tiny_build, tmp_path / "more.safetensors", "more"))
+    old = ask(session, "alpha", LONG)
+    new = tenant_file(tiny_build, tmp_path / "new.safetensors", "alpha", change=0.5)
+    running = session.submit(Request("alpha", tokens=(5, 6, 7), max_new_tokens=LONG, ignore_eos=True))
+    with pytest.raises(IaptError, match="takes 4 tenants of it; remove one, or build"):
+        session.add_tenant(new, replace=True)
+    assert running.result().tokens == old == ask(session, "alpha", LONG)
+    wait_until_idle(session)
+    session.add_tenant(new, replace=True)
+    assert ask(session, "alpha", LONG) != old and session.tenants == ["beta", "gamma", "more", "alpha"]
+
+
+def test_a_full_bank_says_whom_it_waits_for(session: Session, tiny_build: TinyBuild, tmp_path: Path) -> None:
+    path = tenant_file(tiny_build, tmp_path / "more.safetensors", "more")
+    session.add_tenant(path)
+    running = session.submit(Request("beta", tokens=(5, 6, 7), max_new_tokens=LONG, ignore_eos=True))
+    session.remove_tenant("beta")
+    with pytest.raises(IaptError, match="takes 4 tenants of it; wait for the requests of 1 removed ones, or build"):
+        session.add_tenant(path, "fifth")
+    running.result()
+    wait_until_idle(session)
+    assert session.add_tenant(path, "fifth") == "fifth"
+
+
 def test_tenants_come_and_go_under_load(session: Session, tiny_build: TinyBuild, tmp_path: Path) -> None:
     """A short soak: no request is lost and every answer is right while another thread changes tenants."""
     path = tenant_file(tiny_build, tmp_path / "guest.safetensors", "guest", change=0.5)
     requests = [request(number, length=4 + number % 7) for number in range(60)]
     wanted = [answer.tokens for answer in session.generate(requests)]
+    session.add_tenant(path)
+    as_guest = ask(session, "guest")
+    session.remove_tenant("guest")
     stop = threading.Event()
 
-    def change() -> None:
+    def change() -> list[list[int]]:
+        """Each guest is asked, replaced while its request runs, and leaves before that is finished."""
+        answers = []
         while not stop.is_set():
             session.add_tenant(path)
+            running = session.submit(Request("guest", tokens=(5, 6, 7), max_new_tokens=12, ignore_eos=True))
+            with contextlib.suppress(IaptError):  # full: the last guest's request is under way
+                session.add_tenant(path, replace=True)
             session.remove_tenant("guest")
+            answers.append(running.result().tokens)
+        return answers
 
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        made = [answer.tokens for answer in session.generate(requests)]
-    finally:
-        stop.set()
-        thread.join()
-    assert made == wanted
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(change)
+        try:
+            made = [answer.tokens for _ in range(3) for answer in session.generate(requests)]
+        finally:
+            stop.set()
+        guests = changing.result()
+    assert made == wanted * 3
+    assert guests and all(answer == as_guest for answer in guests)
     assert session.tenants == list(TENANTS)
 
 

@@ -1,0 +1,153 @@
+"""What the readers of one request get: one after another, several at once, threads and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from engines.generation import Generation, in_order_of_arrival
+from engines.request import Item, Request, Token
+from engines.scheduler import Entry
+from engines.session import Session
+from engines.tenants import Tenant
+from iapt_export.errors import IaptError
+from tests.bundles import TinyBuild
+
+NOBODY = Tenant("nobody", None, -1, 4, "plain", "IAPT")
+LONG = 100
+SECONDS = 20
+"""After which a reader that should have ended is taken to hang."""
+
+
+def generation(number: int = 0) -> Generation:
+    entry = Entry(Request("nobody", "yes"), number, NOBODY, [2], None, frozenset({1}), np.random.default_rng(0))
+    return Generation(entry, lambda: None)
+
+
+def tokens(count: int) -> list[Item]:
+    return [Token(0, step, 5 + step, "x", "length" if step == count - 1 else None) for step in range(count)]
+
+
+@pytest.fixture
+def session(tiny_build: TinyBuild) -> Iterator[Session]:
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        yield session
+
+
+def within(seconds: float, work: object) -> object:
+    """What a call returns, or a failure if it hangs."""
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)  # type: ignore[operator]
+    thread.start()
+    thread.join(seconds)
+    assert found, "the reader hangs, or failed"
+    return found[0]
+
+
+def test_a_result_after_an_iteration_that_was_broken_off() -> None:
+    made = generation()
+    for item in tokens(5):
+        made.give(item)
+    assert [token.token for token in itertools.islice(made, 2)] == [5, 6]
+    answer = within(SECONDS, made.result)
+    assert answer.tokens == [5, 6, 7, 8, 9] and answer.finish_reason == "length"  # type: ignore[attr-defined]
+    assert list(made) == [] and within(SECONDS, made.result) == answer
+
+
+def test_leaving_an_iteration_ends_a_running_request(session: Session) -> None:
+    made = session.submit(Request("alpha", tokens=(5,), max_new_tokens=LONG, ignore_eos=True))
+    next(iter(made))
+    answer = within(SECONDS, made.result)
+    assert answer.finish_reason == "cancelled" and 0 < len(answer.tokens) < LONG  # type: ignore[attr-defined]
+
+
+def test_an_event_loop_gives_up_and_a_thread_reads_on() -> None:
+    made = generation()
+    made.give(tokens(3)[0])
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(made.wait(), 0.05)
+
+    asyncio.run(give_up())
+    for item in tokens(3)[1:]:
+        made.give(item)
+    assert within(SECONDS, made.result).tokens == [5, 6, 7]  # type: ignore[attr-defined]
+
+
+def test_readers_side_by_side_share_the_tokens_and_both_end() -> None:
+    made = generation()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(lambda: [token.token for token in made]) for _ in range(2)]
+        for item in tokens(40):
+            made.give(item)
+        first, second = (each.result(SECONDS) for each in both)
+    assert sorted(first + second) == [5 + step for step in range(40)]
+
+
+def test_every_reader_is_told_of_a_failure() -> None:
+    made = generation()
+    made.give(IaptError("the device is gone"))
+    for _ in range(2):
+        with pytest.raises(IaptError, match="the device is gone"):
+            made.result()
+    with pytest.raises(IaptError, match="the device is gone"):
+        asyncio.run(made.wait())
+
+
+def test_a_loop_that_closes_meanwhile_troubles_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generation()
+
+    async def read() -> None:
+        loop = asyncio.get_running_loop()
+        reading = asyncio.create_task(made.wait())
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", closed)
+            made.give(tokens(2)[0])
+        made.give(tokens(2)[1])
+        assert (await reading).tokens == [5, 6]
+
+    def closed(*_: object) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    asyncio.run(read())
+
+
+def test_a_window_takes_requests_as_others_finish() -> None:
+    taken: list[int] = []
+
+    def source() -> Iterator[Generation]:
+        for number in range(5):
+            taken.append(number)
+            made = generation(number)
+            for item in tokens(2):
+                made.give(item)
+            yield made
+
+    stream = in_order_of_arrival(source(), 2)
+    next(stream)
+    assert taken == [0, 1]
+    assert len(list(stream)) == 9 and taken == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_an_endless_source_is_answered(tiny_build: TinyBuild, call: str) -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[Request]:
+        for number in itertools.count():
+            taken.append(number)
+            yield Request("alpha", tokens=(5 + number % 7,), max_new_tokens=2, ignore_eos=True)
+
+    with Session.open(tiny_build.bundle, verify=False, max_waiting=2) as session:
+        answers = getattr(session, call)(endless())
+        rows = {each.row for each in itertools.islice(answers, 40)}
+        answers.close()
+    assert len(rows) >= 20 and len(taken) <= max(rows) + 1 + session.stepper.max_rows + 2
