@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.session import Request, Session
+from engines.session import Generation, Request, Session
 from engines.stepper import RowCache
 from iapt_export.errors import IaptError
 from validation.cases import Case
@@ -165,6 +165,7 @@ def compare_tokens(
 ) -> list[TokenRow]:
     """Generate freely in mixed batches and compare the tokens."""
     rows: list[TokenRow] = []
+    failures: list[str] = []
     size = session.manifest.ranges.batch.max
     for start in range(0, len(truths), size):
         on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(truths))}")
@@ -172,9 +173,8 @@ def compare_tokens(
         requests = [
             Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=new_tokens, ignore_eos=True) for t in batch
         ]
-        rows += [
-            token_row(session, t, answer.tokens) for t, answer in zip(batch, session.generate(requests), strict=True)
-        ]
+        running = [session.submit(request, start + number) for number, request in enumerate(requests)]
+        rows += [token_row(session, t, _tokens(one, failures)) for t, one in zip(batch, running, strict=True)]
     identical = sum(row.first_divergence is None for row in rows)
     excused = sum(row.excused for row in rows)
     measured = {
@@ -183,9 +183,19 @@ def compare_tokens(
         "excused": float(excused),
         "tokens": float(sum(len(row.reference) for row in rows)),
     }
-    detail = f"{identical} of {len(rows)} rows identical, {excused} excused as ties"
+    detail = "; ".join([f"{identical} of {len(rows)} rows identical, {excused} excused as ties", *failures[:1]])
     errors.judge("greedy tokens", f"{len(rows)} prompts, mixed batches", session.target.dtype, measured, detail)
     return rows
+
+
+def _tokens(generation: Generation, failures: list[str]) -> list[int]:
+    """A request's tokens, up to its failure where there is one: a difference to report, which ends no comparison."""
+    made: list[int] = []
+    try:
+        made.extend(token.token for token in generation)  # keeps those before a failure
+    except IaptError as error:
+        failures.append(str(error))
+    return made
 
 
 def _answer(session: Session, tokens: list[int]) -> str:

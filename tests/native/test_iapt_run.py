@@ -9,9 +9,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from engines.cuda_driver import find_driver
+from engines.tenants import read_tenant_file
 from tests.bundles import PROMPTS, TENANTS, TinyBuild, change_manifest, rehash, run
 from tests.graphs import with_engine_graphs
 from tests.native.built import FUZZER, RUNNER, TENSORRT_RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
@@ -38,7 +41,15 @@ def wanted(*argv: str | Path) -> str:
 
 @needs_runner
 @needs_tokenizer
-@pytest.mark.parametrize("sampling", [[], ["--temperature=0.8", "--top-p=0.9", "--seed=7"], ["--temperature=2"]])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        [],
+        ["--temperature=0.8", "--top-p=0.9", "--seed=7"],
+        ["--temperature=2"],
+        ["--temperature=1e-310", "--top-p=0.9"],
+    ],
+)
 @pytest.mark.parametrize("tenant", TENANTS)
 def test_the_same_answers_as_python(tiny_build: TinyBuild, tenant: str, sampling: list[str]) -> None:
     """``alpha`` and ``gamma`` take plain prompts, ``beta`` chat prompts; the rows' lengths differ."""
@@ -193,6 +204,19 @@ def test_tenant_files_are_checked(tiny_bundle: Path) -> None:
     rehash(tiny_bundle)
     outcome = iapt_run(tiny_bundle, "--tenant=beta", "--tokens=5")
     assert outcome.returncode == 1 and "alpha.safetensors is not a whole safetensors file" in outcome.stderr
+
+
+@needs_runner
+@pytest.mark.parametrize("sampling", [[], ["--temperature=1"]])
+def test_a_tenant_that_computes_nan_gives_no_tokens(tiny_bundle: Path, sampling: list[str]) -> None:
+    path = tiny_bundle / "tenants" / "alpha.safetensors"
+    card, tensors = read_tenant_file(path)
+    tensors["up_weight"] = np.full_like(tensors["up_weight"], 3e38)
+    save_file(tensors, path, card.to_metadata())
+    rehash(tiny_bundle)
+    outcome = iapt_run(tiny_bundle, "--tenant=alpha", "--tokens=5", *sampling)
+    assert outcome.returncode == 1 and "its logits hold NaN or infinity" in outcome.stderr
+    assert iapt_run(tiny_bundle, "--tenant=gamma", "--tokens=5", *sampling).returncode == 0
 
 
 @needs_runner

@@ -108,7 +108,7 @@ def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatc
         return logits
 
     monkeypatch.setattr(InPlaceStepper, "step", step)
-    assert "decode logits" in compared(tiny_build.bundle, backbone)
+    assert {"decode logits", "greedy tokens"} <= compared(tiny_build.bundle, backbone)
 
 
 def test_the_manifest_keeps_every_limit(tiny_build: TinyBuild) -> None:

@@ -112,15 +112,17 @@ uint64_t Random::next() {
 double Random::uniform() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
 
 int64_t choose(const std::vector<float>& logits, const Sampling& sampling, Random& random) {
-  if (sampling.temperature == 0) {
-    return std::max_element(logits.begin(), logits.end()) - logits.begin();
+  const bool has_nan = std::any_of(logits.begin(), logits.end(), [](float logit) { return std::isnan(logit); });
+  const auto best = std::max_element(logits.begin(), logits.end());
+  if (has_nan || !std::isfinite(*best)) {
+    throw Error("its logits hold NaN or infinity; its weights may be too large for the target's type");
   }
+  if (sampling.temperature == 0) return best - logits.begin();
   std::vector<double> scaled(logits.begin(), logits.end());
-  for (double& value : scaled) value /= sampling.temperature;
-  const double largest = *std::max_element(scaled.begin(), scaled.end());
+  for (double& value : scaled) value = (value - *best) / sampling.temperature;  // a tiny one leaves the likeliest alone
   std::vector<double> weights(scaled.size());
   double total = 0.0;
-  for (size_t i = 0; i < scaled.size(); ++i) total += weights[i] = std::exp(scaled[i] - largest);
+  for (size_t i = 0; i < scaled.size(); ++i) total += weights[i] = std::exp(scaled[i]);
   const double drawn = random.uniform();
   const bool whole = sampling.top_p == 1;
   // of the whole distribution only what covers the draw is looked at, of a nucleus what covers top_p

@@ -28,7 +28,7 @@ class Random {
   unsigned __int128 state_, increment_;
 };
 
-// The next token of one row.
+// The next token of one row. Throws Error: the logits hold NaN, or no finite largest.
 int64_t choose(const std::vector<float>& logits, const Sampling& sampling, Random& random);
 
 }  // namespace iapt
