@@ -61,6 +61,7 @@ class Session(Activated):
         self.stepper = stepper
         self.max_waiting = max_waiting
         self._codec: TextCodec | None = None
+        self._reading = threading.Lock()
         self._scheduler = Scheduler(stepper, continuous=continuous)
         self._opening = threading.Lock()
         """Held while the session opens or closes."""
@@ -128,10 +129,11 @@ class Session(Activated):
 
     @property
     def codec(self) -> TextCodec:
-        """The bundle's tokenizer, read when first needed."""
-        if self._codec is None:
-            self._codec = TextCodec(self.bundle)
-        return self._codec
+        """The bundle's tokenizer, read when first needed, by one thread alone: it takes tens of megabytes."""
+        with self._reading:
+            if self._codec is None:
+                self._codec = TextCodec(self.bundle)
+            return self._codec
 
     @property
     def tenants(self) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import engines.scheduler
+import engines.session
 from engines.cache import HostCache
 from engines.in_place import InPlaceStepper
 from engines.sampling import Sampling, choose
 from engines.session import Request, Session
 from engines.tenants import read_tenant_file
+from engines.text import TextCodec
 from iapt_export.errors import IaptError, QueueFullError
 from tests.bundles import TinyBuild
 
@@ -224,6 +227,22 @@ def test_a_bundle_without_a_tokenizer_serves_token_ids(tiny_build: TinyBuild, tm
         for bad in (Request("alpha", "yes"), request(stop=("END",))):
             with pytest.raises(IaptError, match=r"holds no tokenizer.json: .* so feed token ids"):
                 session.submit(bad)
+
+
+def test_clients_that_come_together_read_one_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    class Slow(TextCodec):
+        def __init__(self, bundle: Path) -> None:
+            read.append(bundle)
+            time.sleep(0.1)
+            super().__init__(bundle)
+
+    monkeypatch.setattr(engines.session, "TextCodec", Slow)
+    with Session.open(tiny_build.bundle, verify=False) as session, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(lambda: session.submit(request()).result().tokens) for _ in range(8)]
+        assert len({tuple(answer.result()) for answer in answers}) == 1
+    assert len(read) == 1
 
 
 def test_loading_that_fails_half_way_gives_back_what_it_took(
