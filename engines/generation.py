@@ -30,7 +30,8 @@ class Generation:
         """Guards the listeners, and that each hears of every item."""
         self._listeners: list[Callable[[], None]] = []
         self._tokens: list[Token] = []
-        self._done = False
+        self.done = False
+        """Whether everything has been read."""
         self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[Token]:
@@ -51,15 +52,12 @@ class Generation:
 
         self.listen(tell)
         try:
-            while not self._done:
-                try:
-                    item = self._items.get_nowait()
-                except Empty:
+            while not self.done:
+                if token := self.take():
+                    yield token
+                elif not self.done:
                     await arrived.wait()
                     arrived.clear()
-                    continue
-                if token := self._take(item):
-                    yield token
         finally:
             self.forget(tell)
             self.cancel()
@@ -78,7 +76,7 @@ class Generation:
 
     def cancel(self) -> None:
         """Free the request's row; nothing happens to a finished one."""
-        if not self._done:
+        if not self.done:
             self._entry.cancelled = True
             self._wake()
 
@@ -108,14 +106,20 @@ class Generation:
             IaptError: the request failed, or the session was closed or has failed.
         """
         try:
-            return self._take(self._items.get_nowait())
+            item = self._items.get_nowait()
         except Empty:
             return None
-
-    @property
-    def done(self) -> bool:
-        """Whether everything has been read."""
-        return self._done
+        if isinstance(item, Token):
+            self._tokens.append(item)
+            self.done = item.finish_reason is not None
+        else:
+            self.done = True
+            self._error = item or self._error
+        if self.done:
+            self._items.put(self._error)  # for the next reader
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def __enter__(self) -> Generation:
         return self
@@ -124,19 +128,6 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
-
-    def _take(self, item: Item) -> Token | None:
-        if isinstance(item, Token):
-            self._tokens.append(item)
-            self._done = item.finish_reason is not None
-        else:
-            self._done = True
-            self._error = item or self._error
-        if self._done:
-            self._items.put(self._error)  # for the next reader
-        if isinstance(item, Exception):
-            raise item
-        return item
 
     def _answer(self) -> Answer:
         if self._error is not None:
