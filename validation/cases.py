@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ QUICK_PROMPTS = 3
 """The same for a quick one."""
 QUICK_TOKENS = 8
 """Tokens for each prompt of a quick comparison."""
-FEW_STEPS = 4
-"""Steps of the cases that look at what is read, prefill included."""
+SHORT_STEPS = 16
+"""Steps of the cases that look at what is read, prefill included: so many that coarse weights' error by chance, of one
+row at one step, can be told from a fault."""
 LONG_STEPS = 256
 """Steps of the case that looks for errors that grow."""
 
@@ -87,7 +89,7 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
     rows, longest = ranges.batch.max, min(ranges.sequence.max, room)
 
     def batch(
-        name: str, tenants: list[str], lengths: list[int], new_tokens: int = FEW_STEPS, *, is_quick: bool = True
+        name: str, tenants: list[str], lengths: list[int], new_tokens: int = SHORT_STEPS, *, is_quick: bool = True
     ) -> Case:
         made, fed = [], []
         for place, (tenant, wanted) in enumerate(zip(tenants, lengths, strict=True)):
@@ -95,13 +97,8 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
             cut = [text[(start + offset) % len(text)] for offset in range(length + new_tokens)]
             made.append(Prompt(tenant, f"{length} tokens of text", tuple(cut[:length])))
             fed.append(tuple(cut[length:]))
-        steps = steps_of(made, new_tokens)
-        given = tuple(tokens[: steps - 1] for tokens in fed) if new_tokens > FEW_STEPS else ()
-        return Case(name, tuple(made), steps, is_quick=is_quick, fed=given)
-
-    def steps_of(made: list[Prompt], wanted: int) -> int:
-        """As many as wanted, or as fit into the cache."""
-        return min(wanted, room - max(len(row.tokens) for row in made) + 1)
+        steps = min(new_tokens, room - max(len(row.tokens) for row in made) + 1)  # as many as fit into the cache
+        return Case(name, tuple(made), steps, is_quick=is_quick, fed=tuple(tokens[: steps - 1] for tokens in fed))
 
     mixed = [names[place % len(names)] for place in range(rows)]
     middle = [min(longest, 5 + 6 * place) for place in range(rows)]
@@ -115,7 +112,9 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
         batch("most-padding", mixed, uneven),
         batch("one-tenant", [last] * rows, middle, is_quick=False),
         batch("tenant-0", names[:1] * min(2, rows), [3, 17][: min(2, rows)]),
-        Case("unusual-tokens", (Prompt(last, "special token ids", unusual),), min(FEW_STEPS, room - len(unusual) + 1)),
+        dataclasses.replace(
+            batch("unusual-tokens", [last], [len(unusual)]), rows=(Prompt(last, "special token ids", unusual),)
+        ),
         batch("longest-instruction", names[:1], [longest], is_quick=False),
     ]
     if room > LONG_STEPS // 4:

@@ -28,15 +28,20 @@ def entry_errors(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(errors), errors, np.inf)
 
 
+ENOUGH = 8
+"""Errors of which one at least may be left out."""
+
+
 def worst_but(errors: Sequence[float] | np.ndarray, share: float) -> float:
-    """The largest error, once the worst ``share`` of them is left out: none of fewer than ``1 / share``.
+    """The largest error, once the worst ``share`` is left out: one at least of `ENOUGH` or more, none of fewer.
 
     Infinite when any is: NaN is a fault wherever it stands, and no rounding.
     """
     ordered = np.sort(np.asarray(errors, np.float64))
     if not np.isfinite(ordered).all():
         return float("inf")
-    return float(ordered[-1 - int(ordered.size * share)]) if ordered.size else 0.0
+    left_out = max(int(ordered.size * share), 1) if share and ordered.size >= ENOUGH else 0
+    return float(ordered[-1 - left_out]) if ordered.size else 0.0
 
 
 def max_abs(target: np.ndarray, reference: np.ndarray) -> float:

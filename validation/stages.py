@@ -58,59 +58,63 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
     """Feed the reference's own tokens, so that each step is compared on equal ground."""
     dtype, num_steps = session.target.dtype, min(len(truth.tokens) for truth in truths)
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in truths]
-    agreed, first_disagreement = 0.0, None
-    decoded: list[dict[str, float]] = []
-    every: list[float] = []
+    every: list[dict[str, float]] = []  # all rows of the first step, then of the next
     for step in run_steps(session, rows, num_steps):
-        measured, of_rows = _compare_logits(step.logits, truths, step.number, errors)
-        every += of_rows
-        agreed += measured["agreed"]
-        if measured["agreed"] < 1 and first_disagreement is None:
-            first_disagreement = step.number
+        every += _compare_logits(step.logits, truths, step.number, errors)
         if step.number == 0:
-            errors.judge("prefill logits", case, dtype, measured)
+            errors.judge("prefill logits", case, dtype, judged(every, dtype))
             _compare_cache(step, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
-            continue
-        decoded.append(measured)
-        if step.number == num_steps - 1:
-            worst = {name: over_steps(name, [each[name] for each in decoded], dtype) for name in measured}
-            worst["step"] = 1.0 + int(np.argmax([each["relative"] for each in decoded]))
-            errors.judge("decode logits", case, dtype, worst, f"worst at step {worst['step']:.0f}")
+        elif step.number == num_steps - 1:
+            decoded = every[len(rows) :]
+            worst = 1 + int(np.argmax([each["relative"] for each in decoded])) // len(rows)
+            figures = judged(decoded, dtype) | {"step": float(worst)}
+            errors.judge("decode logits", case, dtype, figures, f"worst at step {worst}")
             _compare_cache(step, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
-    compared = {"agreement": agreed / num_steps, "compared": float(num_steps * len(truths))}
-    detail = "" if first_disagreement is None else f"first other token at step {first_disagreement}"
-    if dtype not in OUTLIERS or compared["compared"] >= COMPARED_FOR_A_SHARE:
-        errors.judge("top-1 agreement", case, dtype, compared, detail)
-    if tolerances("typical logits", dtype) and compared["compared"] >= COMPARED_FOR_A_SHARE:
-        typical = {"relative": float(np.median(every)), "compared": compared["compared"]}
-        errors.judge("typical logits", case, dtype, typical, "median over rows and steps")
+    compared = float(len(every))
+    if dtype in OUTLIERS and compared < COMPARED_FOR_A_SHARE:
+        return
+    other = next((place // len(rows) for place, each in enumerate(every) if not each["agreed"]), None)
+    agreement = {"agreement": float(np.mean([each["agreed"] for each in every])), "compared": compared}
+    detail = "" if other is None else f"first other token at step {other}"
+    errors.judge("top-1 agreement", case, dtype, agreement, detail)
+    if tolerances("typical logits", dtype):
+        typical = {name: float(np.median([each[name] for each in every])) for name in ("relative", "kl")}
+        errors.judge("typical logits", case, dtype, typical | {"compared": compared}, "median over rows and steps")
 
 
-def over_steps(metric: str, steps: list[float], dtype: str) -> float:
-    """The figure that is held against a metric's limit, of those at all decode steps: the worst that is judged."""
-    return min(steps) if metric in ("cosine", "agreed") else worst_but(steps, OUTLIERS.get(dtype, 0.0))
+def judged(figures: list[dict[str, float]], dtype: str) -> dict[str, float]:
+    """What is held against the limits, of the figures of rows and steps: the worst that counts in the type."""
+    found: dict[str, float] = {}
+    for name in figures[0]:
+        values = [each[name] for each in figures]
+        if name == "agreed":
+            found[name] = float(np.mean(values))
+        elif name == "cosine":
+            found[name] = min(values)
+        else:
+            found[name] = worst_but(values, OUTLIERS.get(dtype, 0.0))
+    return found
 
 
-def _compare_logits(
-    logits: np.ndarray, truths: list[Truth], step: int, errors: Errors
-) -> tuple[dict[str, float], list[float]]:
-    """The worst figures over the rows, and each row's relative error."""
-    rows = [(logits[i].astype(np.float32), truth.logits[step], truth) for i, truth in enumerate(truths)]
-    of_rows = [relative(made, wanted) for made, wanted, _ in rows]
-    worst = {
-        "relative": max(of_rows),
-        "max_abs": max(max_abs(made, wanted) for made, wanted, _ in rows),
-        "kl": max(kl(made, wanted) for made, wanted, _ in rows),
-        "cosine": min(cosine(made, wanted) for made, wanted, _ in rows),
-        "agreed": sum(agrees(made, truth, step) for made, _, truth in rows) / len(rows),
-    }
-    spread = [quantiles(made, wanted) for made, wanted, _ in rows]
-    worst |= {name: max(row[name] for row in spread) for name in spread[0]}
-    for made, wanted, _ in rows:
+def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: Errors) -> list[dict[str, float]]:
+    """The figures of each row at one step."""
+    figures = []
+    for row, truth in enumerate(truths):
+        made, wanted = logits[row].astype(np.float32), truth.logits[step]
+        figures.append(
+            {
+                "relative": relative(made, wanted),
+                "max_abs": max_abs(made, wanted),
+                "kl": kl(made, wanted),
+                "cosine": cosine(made, wanted),
+                "agreed": float(agrees(made, truth, step)),
+                **quantiles(made, wanted),
+            }
+        )
         errors.counts += error_counts(np.nan_to_num(made), wanted)
     errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
-    errors.by_step[step] = max(errors.by_step[step], worst["relative"])
-    return worst, of_rows
+    errors.by_step[step] = max(errors.by_step[step], *(each["relative"] for each in figures))
+    return figures
 
 
 def agrees(made: np.ndarray, truth: Truth, step: int) -> bool:

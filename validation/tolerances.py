@@ -34,10 +34,12 @@ CEILINGS = ("relative", "kl")
 """Metrics that must not be larger than their limit."""
 
 OUTLIERS = {"int8": 0.01, "int4": 0.01}
-"""Share of a case's decode steps, and of a cache's entries, that coarse weights may get wrong by any finite amount:
-tokens at which a rounding decides where attention goes. One step of 508 was off by 1.8, the 99th percentile by 0.14."""
-COMPARED_FOR_A_SHARE = 32
-"""Tokens that a case compares at least before coarse weights' top-1 agreement is judged; of four it is chance."""
+"""Share of a case's rows and steps, and of a row's cache entries, that coarse weights may get wrong by any finite
+amount, one at least of eight or more: places at which a rounding decides where attention goes, or which of two classes
+an adapter names."""
+COMPARED_FOR_A_SHARE = 64
+"""Rows and steps that a case compares at least before coarse weights' median errors and top-1 agreement are judged; of
+two short rows one may be an outlier throughout."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ _SINK = (
 )
 _RAW = "a hardly trained IAPT adapter that reads raw hidden states"
 _STAND_IN = "PyTorch in the type against fp32, SmolLM2-135M"
-_BITS = "ONNX Runtime against PyTorch in fp32, SmolLM2-135M with adapters of five methods, three seeds: worst"
-_TAIL = "half again: the tail is long, so this finds gross faults; typical logits finds the others"
+_BITS = "ONNX Runtime against PyTorch in fp32, SmolLM2-135M with adapters of every method, three seeds: worst"
+_TAIL = "half again or more: the tail is long, so this finds gross faults; typical logits finds the others"
 _TIES = "near ties change sides under rounding"
 
 TABLE = (
@@ -116,22 +118,22 @@ TABLE = (
     Tolerance("top-1 agreement", "bf16", "agreement", 0.9, f"{_STAND_IN}: 0.99 agree; {_TIES}"),
     Tolerance("hidden states", "bf16", "relative", 4.5e-1, f"{_STAND_IN}: worst 0.28; half again too large must fail"),
     Tolerance("module", "bf16", "relative", 3e-2, f"{_STAND_IN}: worst 8.5e-3 on its own input; over three times that"),
-    Tolerance("prefill logits", "int8", "relative", 0.5, f"{_BITS} 0.32, median 0.042; {_TAIL}"),
-    Tolerance("prefill logits", "int8", "kl", 3.0, f"{_BITS} 1.9 nats, median 0.012; {_TAIL}"),
-    Tolerance("prefill cache", "int8", "relative", 0.7, f"{_BITS} 0.46, median 0.068; {_TAIL}"),
-    Tolerance("decode logits", "int8", "relative", 0.8, f"{_BITS} 0.51, median 0.069; {_TAIL}"),
-    Tolerance("decode logits", "int8", "kl", 3.5, f"{_BITS} 2.2 nats, median 0.025; {_TAIL}"),
-    Tolerance("decode cache", "int8", "relative", 0.7, f"{_BITS} 0.46, median 0.063; {_TAIL}"),
-    Tolerance("typical logits", "int8", "relative", 0.1, f"{_BITS} 0.061; over half again"),
-    Tolerance("top-1 agreement", "int8", "agreement", 0.75, f"{_BITS} 27 of 32; {_TIES}"),
-    Tolerance("prefill logits", "int4", "relative", 1.0, f"{_BITS} 0.65, median 0.26; {_TAIL}"),
-    Tolerance("prefill logits", "int4", "kl", 4.5, f"{_BITS} 3.0 nats, median 0.29; {_TAIL}"),
-    Tolerance("prefill cache", "int4", "relative", 1.9, f"{_BITS} 1.2, median 0.31; {_TAIL}"),
-    Tolerance("decode logits", "int4", "relative", 1.6, f"{_BITS} 1.0, median 0.39; {_TAIL}"),
-    Tolerance("decode logits", "int4", "kl", 6.0, f"{_BITS} 3.9 nats, median 0.72; {_TAIL}"),
-    Tolerance("decode cache", "int4", "relative", 1.9, f"{_BITS} 1.2, median 0.33; {_TAIL}"),
-    Tolerance("typical logits", "int4", "relative", 0.45, f"{_BITS} 0.30, median 0.17; half again"),
-    Tolerance("top-1 agreement", "int4", "agreement", 0.45, f"{_BITS} 18 of 32; {_TIES}"),
+    Tolerance("prefill logits", "int8", "relative", 0.5, f"{_BITS} 0.18, median 0.035; {_TAIL}"),
+    Tolerance("prefill cache", "int8", "relative", 0.7, f"{_BITS} 0.30, median 0.055; {_TAIL}"),
+    Tolerance("decode logits", "int8", "relative", 0.8, f"{_BITS} 0.36, median 0.063; {_TAIL}"),
+    Tolerance("decode cache", "int8", "relative", 0.7, f"{_BITS} 0.30, median 0.056; {_TAIL}"),
+    Tolerance("typical logits", "int8", "relative", 0.07, f"{_BITS} 0.041; over half again"),
+    Tolerance("typical logits", "int8", "kl", 0.02, f"{_BITS} 0.010 nats; twice that"),
+    Tolerance("top-1 agreement", "int8", "agreement", 0.8, f"{_BITS} 58 of 64; {_TIES}"),
+    Tolerance(
+        "prefill logits", "int4", "relative", 1.5, f"{_BITS} 0.70 (0.94 in a bundle tried before), median 0.17; {_TAIL}"
+    ),
+    Tolerance("prefill cache", "int4", "relative", 1.6, f"{_BITS} 1.0, median 0.27; {_TAIL}"),
+    Tolerance("decode logits", "int4", "relative", 1.7, f"{_BITS} 1.1, median 0.34; {_TAIL}"),
+    Tolerance("decode cache", "int4", "relative", 1.6, f"{_BITS} 1.0, median 0.27; {_TAIL}"),
+    Tolerance("typical logits", "int4", "relative", 0.4, f"{_BITS} 0.24; over half again"),
+    Tolerance("typical logits", "int4", "kl", 0.4, f"{_BITS} 0.24 nats; over half again"),
+    Tolerance("top-1 agreement", "int4", "agreement", 0.5, f"{_BITS} 79 of 128; {_TIES}"),
 )
 
 

@@ -198,6 +198,21 @@ def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Ste
     assert not cuda.live and not cuda.streams
 
 
+def test_a_failed_row_is_cleared_on_the_gpu_and_no_other(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:
+    with on_gpu[0] as stepper:
+        assert isinstance(stepper, InPlaceStepper)
+        stepper.read([instruction(stepper, number) for number in range(2)])
+        cache = stepper.cache
+        before = [cache.read(row, 4) for row in range(2)]
+        assert all(part.any() for row in before for part in row)
+        cache.clear(0)
+        assert not any(part.any() for part in cache.read(0, 4))
+        for part, wanted in zip(cache.read(1, 4), before[1], strict=True):
+            np.testing.assert_array_equal(part, wanted)
+        while stepper.num_rows:
+            stepper.leave(0)
+
+
 def test_a_new_tenant_reaches_the_gpu(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:
     stepper, _ = on_gpu
     tenant = next(tenant for tenant in stepper.bank.tenants.values() if tenant.method == "iapt")

@@ -145,10 +145,11 @@ def test_all_contradictions_are_listed() -> None:
 
 
 def test_ranges_that_start_too_late_are_refused() -> None:
-    late = dataclasses.replace(RANGES, past=Range(9, 64, 1024), tenants=Range(2, 4, 64))
+    late = dataclasses.replace(RANGES, batch=Range(2, 4, 8), past=Range(9, 64, 1024), tenants=Range(2, 4, 64))
     with pytest.raises(IaptError) as caught:
         check_ranges(late, 4, 8192, 3, fewest=1)
     assert str(caught.value) == (
+        "--batch starts at 2, but a session also serves a single row; start at 1; "
         "--past from 9 leaves out an instruction of 1 tokens after 4 prompt rows; "
         "a method has 1 tenants, --tenants starts at 2"
     )

@@ -23,7 +23,7 @@ from validation import stages
 from validation.cases import Prompt
 from validation.compare import Settings, compare_target, measure_truth
 from validation.reference import Reference
-from validation.stages import over_steps, tie_margin
+from validation.stages import judged, tie_margin
 from validation.tolerances import tolerances
 from validation.truth import Truth
 from validation.validate import validate_bundle
@@ -246,11 +246,11 @@ def test_a_prompt_list_that_does_not_fit(tiny_build: TinyBuild) -> None:
     assert Request("alpha").max_new_tokens == 64
 
 
-def test_coarse_weights_may_be_wrong_at_a_step_of_a_hundred_and_others_at_none() -> None:
-    steps = [0.1] * 120 + [1.8]
-    assert [over_steps("relative", steps, dtype) for dtype in ("fp32", "fp16", "int8", "int4")] == [1.8, 1.8, 0.1, 0.1]
-    assert over_steps("relative", steps[-10:], "int8") == 1.8
-    assert over_steps("agreed", [1.0, 0.5, 1.0], "int8") == 0.5
+def test_coarse_weights_may_be_wrong_at_one_step_and_others_at_none() -> None:
+    figures = [{"relative": 0.1, "cosine": 0.9, "agreed": 1.0}] * 7 + [{"relative": 1.8, "cosine": 0.1, "agreed": 0.0}]
+    assert [judged(figures, dtype)["relative"] for dtype in ("fp32", "fp16", "int8", "int4")] == [1.8, 1.8, 0.1, 0.1]
+    assert judged(figures[1:], "int8")["relative"] == 1.8, "of seven, none"
+    assert judged(figures, "int8") == {"relative": 0.1, "cosine": 0.1, "agreed": 7 / 8}
 
 
 @pytest.mark.parametrize(("scale", "failed"), [(1.0, set()), (1.3, {"typical logits"})])
@@ -268,6 +268,6 @@ def test_coarse_weights_are_judged_by_the_median_as_well(
         session.target = dataclasses.replace(session.target, dtype="int8")
         result = compare_target(session, reference, truths, settings, lambda _: None)
     assert {check.stage for check in result.checks if not check.passed} - {"prefill logits", "decode logits"} == failed
-    judged = {check.case: check.measured for check in result.checks if check.stage == "typical logits"}
-    assert judged and all(figures["compared"] >= 32 for figures in judged.values())
-    assert "one-token" not in judged
+    medians = {check.case: check.measured for check in result.checks if check.stage == "typical logits"}
+    assert medians and all(figures["compared"] >= 32 for figures in medians.values())
+    assert "one-token" not in medians

@@ -60,3 +60,10 @@ def test_the_command_writes_it_also_when_it_fails(tiny_bundle: Path, tiny_build:
         assert int(suite.get("failures", 0)) > 3
         note = suite.findtext("system-out")
         assert note is not None and "1 of 1536 numbers differ" in note
+
+
+def test_a_folder_that_is_missing_is_told_before_any_work(tiny_bundle: Path, tmp_path: Path) -> None:
+    outcome = run("validate", tiny_bundle, f"--junit={tmp_path}/none/junit.xml")
+    assert outcome.code == 1
+    assert f"there is no folder {tmp_path}/none; make it first" in outcome.err
+    assert "hashes" not in outcome.err and not (tmp_path / "none").exists()

@@ -84,7 +84,9 @@ def test_a_share_of_the_worst_is_left_out_where_there_are_enough() -> None:
     assert worst_but(errors, 0.0) == 9.0
     assert worst_but(errors, 0.01) == 7.0
     assert worst_but(errors, 0.02) == 0.1
-    assert worst_but([0.1, 5.0, 0.2], 0.01) == 5.0, "of fewer than a hundred, none"
+    assert worst_but([0.1] * 7 + [5.0], 0.01) == 0.1, "of eight, one"
+    assert worst_but([0.1] * 7 + [5.0], 0.0) == 5.0
+    assert worst_but([0.1] * 6 + [5.0], 0.01) == 5.0, "of fewer, none"
     assert worst_but([], 0.01) == 0.0
     for value in (float("inf"), float("nan")):
         assert worst_but([0.1, value], 0.0) == float("inf")

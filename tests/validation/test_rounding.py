@@ -92,7 +92,7 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
     worst = {
         target.name: max(check.measured.get("relative", 0.0) for check in target.checks) for target in report.targets
     }
-    assert worst[exact.name] < 2e-5 < 1e-2 < worst[rounded.name], "weights, and activations, were rounded"
+    assert worst[exact.name] < 1e-4 < 1e-2 < worst[rounded.name], "weights, and activations, were rounded"
     (tokens,) = [check for check in exact.checks if check.stage == "greedy tokens"]
     assert tokens.measured["identical"] == 1.0 and tokens.limits == {"identical": 1.0}
 

@@ -1,0 +1,91 @@
+"""Make the bundles that `benchmarks/tolerances.py` measures: ``python -m benchmarks.tolerance_bundles OUTPUT``.
+
+``shipped/DTYPE`` has the example adapters, ``mixed/DTYPE`` one shortly trained adapter of every method. They are not
+validated, because limits that refuse them are what is to be found out. Needs the data of ``examples/prepare_data.py``;
+takes a quarter of an hour on 2 cores. What is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from iapt_export import build
+from iapt_export import bundle as layout
+from iapt_export.flags import parser
+from iapt_export.manifest import BundleManifest
+from trainers.config import TrainConfig
+from trainers.method_configs import (
+    ADePTConfig,
+    DePTConfig,
+    IAPTConfig,
+    LAMPConfig,
+    LoPAConfig,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
+from trainers.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = TrainConfig(
+    max_steps=60,
+    batch_size=8,
+    warmup_steps=6,
+    max_instruction_tokens=96,
+    max_eval_examples=20,
+    learning_rate=3e-3,
+)
+MIXED: dict[str, tuple[Any, str, float]] = {
+    "lamp": (LAMPConfig(), "movie-sentiment", 3e-3),
+    "adept": (ADePTConfig(), "movie-sentiment", 3e-3),
+    "lopa": (LoPAConfig(), "movie-sentiment", 3e-3),
+    "prefix-tuning": (PrefixTuningConfig(), "alpaca-demo", 3e-3),
+    "lora": (LoRAConfig(), "alpaca-demo", 5e-4),
+    "dept": (DePTConfig(), "sarcasm", 3e-3),
+    "prompt-tuning": (PromptTuningConfig(), "sarcasm", 3e-2),
+    "iapt": (IAPTConfig(), "reuters-r8", 3e-3),
+}
+"""Adapter name to method, data and learning rate."""
+
+
+def main() -> None:
+    """Train what is missing, then build what is missing."""
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("output", type=Path)
+    own.add_argument("--model", default=".cache/smollm2-135m-instruct")
+    own.add_argument("--data", type=Path, default=Path(".cache/data"))
+    own.add_argument("--dtype", nargs="+", default=["int8", "int4"])
+    args = own.parse_args()
+    adapters = args.output / "adapters"
+    for name, (method, data, rate) in MIXED.items():
+        if not (adapters / name).exists():
+            config = dataclasses.replace(RUN, learning_rate=rate)
+            train(args.model, args.data / f"{data}.train.jsonl", adapters / name, method, config)
+    folders = {
+        "shipped": sorted((ROOT / "examples" / "adapters").iterdir()),
+        "mixed": [adapters / name for name in MIXED],
+    }
+    for bundle, tenants in folders.items():
+        for dtype in args.dtype:
+            if not (args.output / bundle / dtype).exists():
+                build_unproved(args.model, tenants, dtype, args.output / bundle / dtype)
+
+
+def build_unproved(model: str, adapters: list[Path], dtype: str, output: Path) -> None:
+    """`iapt-export build` without its comparison."""
+
+    def unproved(args: Any, bundle: Path, manifest: BundleManifest, *rest: Any) -> BundleManifest:
+        return layout.with_files(manifest, bundle)
+
+    flags = ["build", "--model", model, "--target", f"onnxruntime:{dtype}", "--output", str(output)]
+    flags += [flag for adapter in adapters for flag in ("--adapter", str(adapter))]
+    with patch.object(build, "_prove", unproved):
+        build.build_bundle(parser(flags).parse_args(flags))
+
+
+if __name__ == "__main__":
+    main()
