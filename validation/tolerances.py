@@ -78,7 +78,13 @@ TABLE = (
         2e-5,
         f"{_ORT} 1.9e-7, but 6.3e-6 for {_RAW}, where PyTorch itself is 4.2e-6 from fp64; three times that",
     ),
-    Tolerance("prefill logits", "fp32", "relative", 1e-4, f"{_ORT} 2.5e-6 for IAPT; {_SINK}"),
+    Tolerance(
+        "prefill logits",
+        "fp32",
+        "relative",
+        1.6e-4,
+        f"{_ORT} 2.5e-6, but 1.0e-4 for one token read with int4's weights; half again: half precision must fail",
+    ),
     Tolerance(
         "prefill logits",
         "fp32",
