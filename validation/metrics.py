@@ -8,6 +8,8 @@ import numpy as np
 
 HISTOGRAM_EDGES = np.arange(-9.0, 3.0, 0.5)
 """Bins of log10 of the absolute error."""
+ENOUGH = 8
+"""Errors of which one at least may be left out."""
 
 
 def relative(target: np.ndarray, reference: np.ndarray) -> float:
@@ -26,10 +28,6 @@ def entry_errors(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
     scale = float(np.abs(reference).max(initial=0.0)) or 1.0
     errors = np.abs(target.astype(np.float64) - reference).max(axis=(0, 2), initial=0.0) / scale
     return np.where(np.isfinite(errors), errors, np.inf)
-
-
-ENOUGH = 8
-"""Errors of which one at least may be left out."""
 
 
 def worst_but(errors: Sequence[float] | np.ndarray, share: float) -> float:
