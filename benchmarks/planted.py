@@ -16,14 +16,14 @@ from unittest.mock import patch
 
 import numpy as np
 
-from engines.cache import HostCache
-from engines.in_place import InPlaceStepper
-from engines.tenants import TenantBank
-from iapt_export.manifest import BundleManifest
-from trainers.backbone import load_backbone
-from validation.compare import Settings
-from validation.result import TargetResult
-from validation.summary import summary
+from engines.serving.cache import HostCache
+from engines.serving.in_place_stepper import InPlaceStepper
+from engines.serving.tenants import TenantBank
+from iapt_export.contract.manifest import BundleManifest
+from trainers.decoder.backbone import load_backbone
+from validation.judging.compare import Settings
+from validation.judging.result import TargetResult
+from validation.reporting.summary import summary
 from validation.validate import validate_bundle
 
 

@@ -54,9 +54,9 @@ def execute(run: Run, model: str, splits: Mapping[str, Path], say: Say) -> dict[
 
     A training that breaks down, as a too large learning rate makes it, is an outcome too.
     """
-    from trainers.data import find_labels, read_examples
-    from trainers.errors import IaptError
-    from trainers.train import evaluate_adapter, train
+    from iapt_export.contract.errors import IaptError
+    from trainers.training.data import find_labels, read_examples
+    from trainers.training.train import evaluate_adapter, train
 
     start = time.monotonic()
     config = run.train_config

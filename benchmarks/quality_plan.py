@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.config import TrainConfig
-from trainers.method import Sizes
-from trainers.method_configs import (
+from trainers.decoder.method import Sizes
+from trainers.methods.configs import (
     ADePTConfig,
     DePTConfig,
     IAPTConfig,
@@ -28,7 +27,8 @@ from trainers.method_configs import (
     PromptTuningConfig,
     method_name,
 )
-from trainers.methods import METHODS
+from trainers.methods.forms import METHODS
+from trainers.training.config import TrainConfig
 
 BACKBONE = "SmolLM2-135M-Instruct"
 SIZES = Sizes(
@@ -168,7 +168,7 @@ class Run:
 
     @property
     def train_config(self) -> TrainConfig:
-        """The run's settings for `trainers.train.train`, without paths."""
+        """The run's settings for `trainers.training.train.train`, without paths."""
         return TrainConfig(
             learning_rate=self.learning_rate,
             max_steps=self.budget.steps,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.quality_plan import ABLATED_ON, ABLATIONS, IAPT, TASKS
-from benchmarks.quality_records import Record, score
-
-if TYPE_CHECKING:
-    from benchmarks.quality_report import Cell
+from benchmarks.quality_records import Cell, Record, score
 
 INK, MUTED, OWN, OTHER = "#1f2328", "#6e7781", "#c2410c", "#0b6e99"
 """IAPT stands out; on white, also for readers who do not tell colours apart (IAPT's dots are square as well)."""

@@ -6,10 +6,13 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
+import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +148,42 @@ def as_messages(line: str) -> str:
         text = text[:MAX_CHARACTERS].rpartition(" ")[0] or text[:MAX_CHARACTERS]
     contents = {"system": SYSTEM_MESSAGE, "user": f"{question}\n\n{text}".strip(), "assistant": row["output"]}
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The scores of one line of a table on one task, a seed each; accuracy, or loss per token."""
+
+    scores: tuple[float, ...]
+    is_loss: bool
+    num_examples: int = 0
+    """Test examples behind each score."""
+    num_failed: int = 0
+    """Seeds whose training diverged."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds; NaN if there are none."""
+        return statistics.fmean(self.scores) if self.scores else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation over seeds; 0 with fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean: the test sample's, for accuracy, and the seeds'; infinite where unknown."""
+        if not self.scores or (self.is_loss and len(self.scores) < 2):
+            return math.inf
+        sampling = 0.0 if self.is_loss or not self.num_examples else self.mean * (1 - self.mean) / self.num_examples
+        return math.sqrt(sampling + self.spread**2 / len(self.scores))
+
+    def __str__(self) -> str:
+        """Percent for accuracy, nats for loss, with the spread where there is one."""
+        failed = f" ({self.num_failed} diverged)" if self.num_failed else ""
+        if not self.scores:
+            return failed.strip(" ()") or "–"
+        scale, digits = (1.0, 3) if self.is_loss else (100.0, 1)
+        spread = f" ± {self.spread * scale:.{digits}f}" if len(self.scores) > 1 else ""
+        return f"{self.mean * scale:.{digits}f}{spread}{failed}"

@@ -6,7 +6,6 @@ import collections
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality_plan import (
@@ -29,53 +28,15 @@ from benchmarks.quality_plan import (
     runs_of,
     variants,
 )
-from benchmarks.quality_records import Record, chosen_rates, rate_scores, score
-from trainers.method_configs import IAPTConfig
+from benchmarks.quality_plots import plot_ablations, plot_main, plot_rates
+from benchmarks.quality_records import Cell, Record, chosen_rates, rate_scores, score
+from trainers.methods.configs import IAPTConfig
 
 BY_HAND = "## Why"
 """This heading and all after it are kept when the page is written again."""
 PLOTS = ("results-main", "results-ablations", "results-rates")
 OUTCOMES = {"ahead": "IAPT loses to", "behind": "IAPT beats", "open": "Not told apart from IAPT"}
 Records = Mapping[str, Record]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The scores of one line of a table on one task, a seed each; accuracy, or loss per token."""
-
-    scores: tuple[float, ...]
-    is_loss: bool
-    num_examples: int = 0
-    """Test examples behind each score."""
-    num_failed: int = 0
-    """Seeds whose training diverged."""
-
-    @property
-    def mean(self) -> float:
-        """Over seeds; NaN if there are none."""
-        return statistics.fmean(self.scores) if self.scores else math.nan
-
-    @property
-    def spread(self) -> float:
-        """Sample standard deviation over seeds; 0 with fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean: the test sample's, for accuracy, and the seeds'; infinite where unknown."""
-        if not self.scores or (self.is_loss and len(self.scores) < 2):
-            return math.inf
-        sampling = 0.0 if self.is_loss or not self.num_examples else self.mean * (1 - self.mean) / self.num_examples
-        return math.sqrt(sampling + self.spread**2 / len(self.scores))
-
-    def __str__(self) -> str:
-        """Percent for accuracy, nats for loss, with the spread where there is one."""
-        failed = f" ({self.num_failed} diverged)" if self.num_failed else ""
-        if not self.scores:
-            return failed.strip(" ()") or "–"
-        scale, digits = (1.0, 3) if self.is_loss else (100.0, 1)
-        spread = f" ± {self.spread * scale:.{digits}f}" if len(self.scores) > 1 else ""
-        return f"{self.mean * scale:.{digits}f}{spread}{failed}"
 
 
 def cell(records: Records, keys: Sequence[str], is_loss: bool) -> Cell:
@@ -344,8 +305,6 @@ def facts(budget: Budget, records: Records) -> list[str]:
 
 def write_report(budget: Budget, records: Records, output: Path) -> None:
     """Write the page and its plots beside it."""
-    from benchmarks.quality_plots import plot_ablations, plot_main, plot_rates
-
     images = output.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     plot_main(main_cells(budget, records), baselines(budget, records), images / f"{PLOTS[0]}.png")

@@ -25,11 +25,11 @@ import numpy as np
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from engines.loading import open_stepper
-from engines.stepper import Instruction, Stepper
-from iapt_export.manifest import BundleManifest
-from iapt_export.save import WEIGHTS_FILE
-from trainers.data import encode_examples, read_examples
+from engines.serving.loading import open_stepper
+from engines.serving.stepper import Instruction, Stepper
+from iapt_export.contract.manifest import BundleManifest
+from iapt_export.graphs.save import WEIGHTS_FILE
+from trainers.training.data import encode_examples, read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quantised.json"

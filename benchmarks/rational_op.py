@@ -24,12 +24,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from engines.native import KERNEL, add_kernels
-from engines.tenants import TenantBank
-from iapt_export.errors import IaptError
-from iapt_export.manifest import BundleManifest, TensorSpec
-from iapt_export.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
-from iapt_export.ops.rational import rational_function
-from trainers.rational import initial_coefficients
+from engines.serving.tenants import TenantBank
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest, TensorSpec
+from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
+from iapt_export.graphs.ops.rational_op import rational_function
+from trainers.methods.rational import initial_coefficients
 
 FORMS = ("kernel", "body", "body unfused")
 ELEMENTS = (1024, 65536, 4194304)

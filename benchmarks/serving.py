@@ -41,8 +41,8 @@ from benchmarks.serving_bundles import BUNDLES, SEVEN, make_bundle
 from benchmarks.serving_load import compare_batching, soak
 from benchmarks.serving_peers import Job
 from engines.native import add_kernels
-from iapt_export.stages import content_key
-from trainers.backbone import load_backbone
+from iapt_export.building.stage_cache import content_key
+from trainers.decoder.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".cache" / "smollm2-135m-instruct"

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from iapt_export import bundle as layout
-from iapt_export.export import Serving, export_graphs
-from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import Range, Ranges, TargetSpec
-from iapt_export.plan import DEFAULT_OPSET, TargetPlan, plan_tenants
-from iapt_export.stages import publish, temporary_folder
-from trainers.adapter import Adapter, AdapterConfig
-from trainers.backbone import Backbone
-from trainers.insertion import sizes_of
-from trainers.lora import merged
-from trainers.method_configs import IAPTConfig, LoRAConfig
-from trainers.methods import new_method
+from iapt_export.building import layout as layout
+from iapt_export.building.plan import DEFAULT_OPSET, TargetPlan, plan_tenants
+from iapt_export.building.stage_cache import publish, temporary_folder
+from iapt_export.contract.manifest import Range, Ranges, TargetSpec
+from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.graphs.interface import ModelShape, graph_specs
+from trainers.adapters.adapter import Adapter, AdapterConfig
+from trainers.decoder.backbone import Backbone
+from trainers.decoder.insertion import sizes_of
+from trainers.methods.configs import IAPTConfig, LoRAConfig
+from trainers.methods.forms import new_method
+from trainers.methods.lora import merged
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAST = 512

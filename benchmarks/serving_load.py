@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines.session import Request, Session
-from engines.stepper import Instruction, Stepper
-from iapt_export.errors import IaptError
+from engines.serving.session import Request, Session
+from engines.serving.stepper import Instruction, Stepper
+from iapt_export.contract.errors import IaptError
 
 IDLE_ADDS = 5
 """Times that each tenant is added before there are requests."""

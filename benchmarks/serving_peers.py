@@ -50,8 +50,8 @@ class Job:
 
 def session(job: Job) -> tuple[Step, Step]:
     """This project's, over the cache that is written in place; its stepper, as its scheduler drives it."""
-    from engines.session import Session
-    from engines.stepper import Instruction
+    from engines.serving.session import Session
+    from engines.serving.stepper import Instruction
 
     opened = Session.open(job.model, verify=False)
     stepper = opened.stepper
@@ -77,7 +77,7 @@ def base(job: Job) -> tuple[Step, Step]:
     """The runtime alone: what a process holds before a model is loaded."""
     import onnxruntime
 
-    import engines.session  # noqa: F401
+    import engines.serving.session  # noqa: F401
 
     onnxruntime.SessionOptions()
     return (lambda: None), (lambda: None)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from iapt_export import build
-from iapt_export import bundle as layout
+from iapt_export.building import build
+from iapt_export.building import layout as layout
+from iapt_export.contract.manifest import BundleManifest
 from iapt_export.flags import parser
-from iapt_export.manifest import BundleManifest
-from trainers.config import TrainConfig
-from trainers.method_configs import config_of
-from trainers.train import train
+from trainers.methods.configs import config_of
+from trainers.training.config import TrainConfig
+from trainers.training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = TrainConfig(

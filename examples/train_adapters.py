@@ -20,11 +20,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from prepare_data import prepare  # noqa: E402
 
-from trainers.adapter import EXAMPLES_FILE  # noqa: E402
-from trainers.config import TrainConfig  # noqa: E402
-from trainers.errors import IaptError  # noqa: E402
-from trainers.method_configs import IAPTConfig  # noqa: E402
-from trainers.train import evaluate_adapter, train  # noqa: E402
+from iapt_export.contract.errors import IaptError  # noqa: E402
+from trainers.adapters.adapter import EXAMPLES_FILE  # noqa: E402
+from trainers.methods.configs import IAPTConfig  # noqa: E402
+from trainers.training.config import TrainConfig  # noqa: E402
+from trainers.training.train import evaluate_adapter, train  # noqa: E402
 
 BACKBONE = ".cache/smollm2-135m-instruct"
 COMMON = TrainConfig(

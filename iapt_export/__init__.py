@@ -1,4 +1,4 @@
-"""Adapter and backbone in, bundle out: export twins, tracing, graph passes, manifest, command line.
+"""Adapter and backbone in, bundle out: graphs, the build, the contract of a bundle, the command line.
 
 This module imports nothing heavy; import the submodule you need.
 """

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from iapt_export.errors import IaptError, ParityError, explain
+from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.flags import DEFAULT_METHOD, parser
 
 PARITY_FAILED = 3
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train an adapter."""
-    from trainers.config import TrainConfig, configs_from_fields, read_train_file
-    from trainers.method_configs import config_of
-    from trainers.train import train as run
+    from trainers.methods.configs import config_of
+    from trainers.training.config import TrainConfig, configs_from_fields, read_train_file
+    from trainers.training.train import train as run
 
     settings = read_train_file(args.config) if args.config else {}
     named = settings.pop("method", DEFAULT_METHOD)
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Make a bundle, or find it up to date, and show its report."""
-    from iapt_export.build import build_bundle
+    from iapt_export.building.build import build_bundle
 
     build_bundle(args)
     _finish(args, Path(args.output))
@@ -78,13 +78,13 @@ def build(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     """Compare a bundle with PyTorch and say where they differ."""
-    from iapt_export.manifest import BundleManifest, verify_files
+    from iapt_export.contract.manifest import BundleManifest, verify_files
     from iapt_export.progress import Steps
-    from trainers.backbone import load_backbone
-    from validation.compare import Settings
-    from validation.junit import write_junit
-    from validation.report import write_report
-    from validation.summary import failure
+    from trainers.decoder.backbone import load_backbone
+    from validation.judging.compare import Settings
+    from validation.reporting.junit import write_junit
+    from validation.reporting.report import write_report
+    from validation.reporting.summary import failure
     from validation.validate import validate_bundle
 
     _check_folders(args.junit)
@@ -112,8 +112,8 @@ def validate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Answer prompts with one tenant; one prompt streams, several are printed when all have ended."""
-    from engines.sampling import Sampling
-    from engines.session import Request, Session
+    from engines.serving.sampling import Sampling
+    from engines.serving.session import Request, Session
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     requests = [
@@ -139,9 +139,9 @@ def generate(args: argparse.Namespace) -> None:
 
 def tenant(args: argparse.Namespace) -> None:
     """Write an adapter as a file that a running session takes in."""
-    from iapt_export.manifest import BundleManifest
-    from iapt_export.tenant_file import write_tenant_file
-    from trainers.backbone import load_backbone
+    from iapt_export.building.tenant_file import write_tenant_file
+    from iapt_export.contract.manifest import BundleManifest
+    from trainers.decoder.backbone import load_backbone
 
     spec = BundleManifest.load(Path(args.bundle)).backbone
     backbone = load_backbone(
@@ -159,7 +159,7 @@ def tenant(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     """Measure how fast a bundle answers."""
     from engines.bench import measure, plot, report, table
-    from engines.session import Session
+    from engines.serving.session import Session
     from iapt_export.progress import Steps
 
     _check_folders(args.output, args.plot)
@@ -212,7 +212,7 @@ def _check_folders(*paths: str | None) -> None:
 
 def _finish(args: argparse.Namespace, output: Path) -> None:
     """Say what stands at the output now."""
-    from validation.report import read_report
+    from validation.reporting.report import read_report
 
     report = read_report(output / "report.json")
     _show_report(args, report)
@@ -220,7 +220,7 @@ def _finish(args: argparse.Namespace, output: Path) -> None:
 
 
 def _show_report(args: argparse.Namespace, report: Any) -> None:
-    from validation.summary import summary
+    from validation.reporting.summary import summary
 
     if args.json:
         _print_json(report.to_dict())

@@ -11,10 +11,11 @@ import textwrap
 from typing import Any
 
 from iapt_export import __version__
-from iapt_export.errors import IaptError
-from iapt_export.stages import CACHE_VARIABLE
-from trainers.config import TrainConfig, field_help, read_train_file, summary_of
-from trainers.method_configs import METHOD_CONFIGS, config_of, flag_name
+from iapt_export.building.stage_cache import CACHE_VARIABLE
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import field_help, summary_of
+from trainers.methods.configs import METHOD_CONFIGS, config_of, flag_name
+from trainers.training.config import TrainConfig, read_train_file
 
 DEFAULT_METHOD = "iapt"
 

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from iapt_export.errors import IaptError
-from iapt_export.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _target_line(target: Any) -> str:
 
 
 def _describe_adapter(path: Path) -> dict[str, Any]:
-    from trainers.adapter import load_adapter
+    from trainers.adapters.directory import load_adapter
 
     adapter = load_adapter(path)
     config = dataclasses.asdict(adapter.config)

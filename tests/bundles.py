@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from engines.loading import stepper_over
-from engines.session import Request, Session
-from iapt_export.bundle import with_files
+from engines.serving.loading import stepper_over
+from engines.serving.session import Request, Session
+from iapt_export.building.layout import with_files
 from iapt_export.cli import main
-from iapt_export.manifest import BundleManifest
+from iapt_export.contract.manifest import BundleManifest
 from tests.tiny import COMMON, save_tiny_backbone, tiny_llama
-from trainers.adapter import Adapter, AdapterConfig, save_adapter
-from trainers.insertion import sizes_of
-from trainers.method import Method, Sizes
-from trainers.method_configs import IAPTConfig
-from trainers.methods import new_method
+from trainers.adapters.adapter import Adapter, AdapterConfig
+from trainers.adapters.directory import save_adapter
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import Method, Sizes
+from trainers.methods.configs import IAPTConfig
+from trainers.methods.forms import new_method
 
 METHOD = IAPTConfig(bottleneck=8)
 NUM_LAYERS = 2
@@ -122,7 +123,7 @@ def save_tiny_adapter(folder: Path, seed: int, fingerprint: str, method: Any = M
 
 def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
     """Write the backbone and the adapters of `TENANTS`."""
-    from trainers.backbone import config_fingerprint
+    from trainers.decoder.backbone import config_fingerprint
 
     model = tiny_llama(num_hidden_layers=NUM_LAYERS)
     folder = save_tiny_backbone(root / "model", model)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from iapt_export.bundle import with_files
-from iapt_export.export import Serving, export_graphs
-from iapt_export.installed import Installed, installed_from_manifest
-from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.manifest import ENGINE_SERVING, BundleManifest, GraphSpec
+from iapt_export.building.layout import with_files
+from iapt_export.contract.manifest import ENGINE_SERVING, BundleManifest, GraphSpec
+from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.graphs.installed import Installed, installed_from_manifest
+from iapt_export.graphs.interface import ModelShape, graph_specs
 from tests.bundles import METHOD, SIZES, random_method
-from trainers.generate import prefill
-from trainers.method import Method, Sizes, rows_of
-from trainers.method_configs import method_name
+from trainers.decoder.generate import prefill
+from trainers.decoder.method import Method, Sizes, rows_of
+from trainers.methods.configs import method_name
 
 Arrays = dict[str, np.ndarray]
 

@@ -45,7 +45,7 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel, source):
 def test_wheel_holds_the_report_template_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "validation/templates/report.html.jinja" in names
+    assert "validation/reporting/templates/report.html.jinja" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from iapt_export.flags import parser
-from trainers.method import Sizes
-from trainers.method_configs import config_of
-from trainers.methods import METHODS
+from trainers.decoder.method import Sizes
+from trainers.methods.configs import config_of
+from trainers.methods.forms import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.session import Request, Session
+from engines.serving.session import Request, Session
 from tests.bundles import run
-from trainers.method_configs import METHOD_CONFIGS, flag_name
+from trainers.methods.configs import METHOD_CONFIGS, flag_name
 
 pytestmark = pytest.mark.slow
 METHODS = tuple(flag_name(name) for name in METHOD_CONFIGS)

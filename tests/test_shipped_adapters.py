@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.session import Request, Session
+from engines.serving.session import Request, Session
 from tests.bundles import run
-from trainers.adapter import EXAMPLES_FILE, WEIGHTS_FILE, check_adapter_fits, load_adapter
-from trainers.backbone import Backbone, load_backbone
-from trainers.data import format_instruction
-from trainers.generate import greedy
-from trainers.method import rows_of
-from validation.cases import MIN_PROMPTS, read_examples
+from trainers.adapters.adapter import EXAMPLES_FILE, WEIGHTS_FILE
+from trainers.adapters.directory import check_adapter_fits, load_adapter
+from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.generate import greedy
+from trainers.decoder.instruction import format_instruction
+from trainers.decoder.method import rows_of
+from validation.sides.cases import MIN_PROMPTS, read_examples
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 ANSWERS = {
@@ -66,7 +67,7 @@ def test_the_card_beats_zero_shot_and_majority(name: str) -> None:
 def test_export_memory_is_at_most_three_times_the_checkpoint(smollm2: Path, tmp_path: Path) -> None:
     """Two element types, through the command line, up to the end of the exports: what follows is not export."""
     code = (
-        "import resource, iapt_export.build as build\n"
+        "import resource, iapt_export.building.build as build\n"
         "from iapt_export.cli import main\n"
         "class Exported(Exception): pass\n"
         "def stop(*_):\n"

@@ -12,15 +12,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainers", "iapt_export", "engines", "validation")
+CONTRACT = "iapt_export.contract"
 ALLOWED = {
-    "trainers": ("trainers",),
+    "trainers": (CONTRACT, "trainers"),
     "iapt_export": ("trainers", "iapt_export"),
-    "engines": ("iapt_export.manifest", "iapt_export.tenant_card", "iapt_export.errors", "engines"),
+    "engines": (CONTRACT, "engines"),
     "validation": PACKAGES,
 }
-"""Package to the modules of this project that it may import: itself and what stands to its left."""
-ROOF = {"iapt_export.cli": "iapt_export.__main__", "iapt_export.build": "iapt_export.cli"}
+"""Package to the modules of this project that it may import: the contract, itself and what stands to its left."""
+ROOF = {"iapt_export.cli": "iapt_export.__main__", "iapt_export.building.build": "iapt_export.cli"}
 """The modules that may look right, each with the only one that may import it."""
+ROOMS = {
+    "trainers": ("decoder", "methods", "adapters", "training"),
+    "iapt_export": ("contract", "graphs", "building"),
+    "engines": ("onnxruntime", "tensorrt", "cuda", "serving"),
+    "validation": ("sides", "judging", "locating", "reporting"),
+}
+"""The folders of each package; docs/architecture.md says what is in which."""
+MAX_ROOM_ARROWS = {"trainers": 6, "iapt_export": 15, "engines": 15, "validation": 15}
+"""Pairs of rooms (or of files beside the rooms) in a package of which one imports the other, at most."""
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
@@ -92,42 +102,126 @@ def test_imports_point_left():
 @pytest.mark.parametrize(
     ("importer", "line", "is_wrong"),
     [
-        ("trainers/fake.py", "import iapt_export.manifest", True),
-        ("trainers/fake.py", "from trainers import config", False),
+        ("trainers/fake.py", "import iapt_export.graphs.twins", True),
+        ("trainers/fake.py", "import iapt_export.contract.errors", False),
+        ("trainers/fake.py", "from trainers.training import config", False),
         ("iapt_export/fake.py", "from engines.runner import Runner", True),
         ("iapt_export/fake.py", "def f():\n    import validation.compare", True),
         ("iapt_export/fake.py", "from iapt_export import cli", True),
         ("iapt_export/fake.py", "from . import cli", True),
-        ("iapt_export/fake.py", "from trainers.iapt import IAPT", False),
+        ("iapt_export/fake.py", "from trainers.methods.iapt import IAPT", False),
         ("iapt_export/__main__.py", "from iapt_export.cli import main", False),
-        ("iapt_export/cli.py", "from iapt_export.build import build_bundle", False),
-        ("iapt_export/fake.py", "from iapt_export.build import build_bundle", True),
-        ("engines/fake.py", "from iapt_export import twins", True),
-        ("engines/fake.py", "from iapt_export.manifest import GraphSpec", False),
-        ("engines/fake.py", "import trainers.config", True),
-        ("validation/fake.py", "import engines.session, trainers.generate", False),
+        ("iapt_export/cli.py", "from iapt_export.building.build import build_bundle", False),
+        ("iapt_export/fake.py", "from iapt_export.building.build import build_bundle", True),
+        ("engines/fake.py", "from iapt_export.graphs import twins", True),
+        ("engines/fake.py", "from iapt_export.contract.manifest import GraphSpec", False),
+        ("engines/fake.py", "import trainers.training.config", True),
+        ("validation/fake.py", "import engines.serving.session, trainers.decoder.generate", False),
     ],
 )
 def test_the_arrow_test_sees_what_it_should(importer, line, is_wrong, tmp_path, monkeypatch):
     for module in (
         "iapt_export/cli.py",
-        "iapt_export/build.py",
-        "iapt_export/twins.py",
-        "iapt_export/manifest.py",
-        "trainers/config.py",
+        "iapt_export/building/build.py",
+        "iapt_export/graphs/twins.py",
+        "iapt_export/contract/manifest.py",
+        "trainers/training/config.py",
     ):
-        (tmp_path / module).parent.mkdir(exist_ok=True)
+        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / module).touch()
     path = tmp_path / importer
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(line, encoding="utf-8")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert bool(arrow_violations(path)) == is_wrong
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Every module of the packages and of the benchmarks to those of them that it imports."""
+    paths = [*SOURCES, *(ROOT / "benchmarks").rglob("*.py")]
+    names = {module_name(path): path for path in paths}
+    return {name: {found for _, found in imported_modules(path)} & names.keys() for name, path in names.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """One list for each circle that a depth-first walk runs into."""
+    found: list[list[str]] = []
+    finished: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> None:
+        if name in trail:
+            found.append([*trail[trail.index(name) :], name])
+        elif name not in finished:
+            for other in sorted(graph.get(name, ())):
+                walk(other, [*trail, name])
+            finished.add(name)
+
+    for name in sorted(graph):
+        walk(name, [])
+    return found
+
+
+def room(name: str) -> str:
+    """The room of a module, or its own name where it stands beside the rooms."""
+    package, *rest = name.split(".")
+    return f"{package}.{rest[0]}" if rest else package
+
+
+def room_graph(package: str) -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for name, others in import_graph().items():
+        if name.split(".")[0] == package:
+            own = {room(other) for other in others if other.split(".")[0] == package}
+            graph.setdefault(room(name), set()).update(own - {room(name), package})
+    return graph
+
+
+def test_no_circle_between_files():
+    found = circles(import_graph())
+    assert not found, "; ".join(" -> ".join(circle) for circle in found)
+
+
+def test_the_circle_test_sees_one():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"]]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_form_no_circle_and_few_arrows(package):
+    graph = room_graph(package)
+    assert not circles(graph)
+    arrows = [f"{name} -> {other}" for name, others in sorted(graph.items()) for other in sorted(others)]
+    assert len(arrows) <= MAX_ROOM_ARROWS[package], f"{len(arrows)} arrows: {', '.join(arrows)}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_are_those_that_are_described(package):
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(ROOMS[package])
+    undescribed = [name for name in ROOMS[package] if f"`{package}/{name}/`" not in page and f"`{name}/`" not in page]
+    assert not undescribed
+
+
+def test_a_file_name_means_one_thing():
+    homes: dict[str, set[str]] = {}
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            homes.setdefault(path.name, set()).add(path.relative_to(ROOT).parts[0])
+    shared = {name: sorted(packages) for name, packages in homes.items() if len(packages) > 1}
+    assert not shared, f"the same file name in several packages: {shared}"
+
+
 @pytest.mark.parametrize(
     "module",
-    ["iapt_export", "iapt_export.manifest", "trainers", "engines", "engines.runner", "validation", "validation.result"],
+    [
+        "iapt_export",
+        "iapt_export.contract.manifest",
+        "trainers",
+        "engines",
+        "engines.runner",
+        "validation",
+        "validation.judging.result",
+    ],
 )
 def test_import_is_light(module):
     heavy = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "matplotlib")
@@ -137,7 +231,7 @@ def test_import_is_light(module):
 
 
 def test_manifest_and_errors_need_the_standard_library_alone():
-    code = "import sys, iapt_export.manifest; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys, iapt_export.contract.manifest; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     result = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env={}
     )

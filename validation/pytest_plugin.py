@@ -91,10 +91,10 @@ class ParityFailure(Exception):  # noqa: N818
 
 
 def _compare(bundle: Path, config: pytest.Config) -> Any:
-    from iapt_export.errors import IaptError
-    from iapt_export.manifest import BundleManifest, verify_files
-    from trainers.backbone import load_backbone
-    from validation.compare import Settings
+    from iapt_export.contract.errors import IaptError
+    from iapt_export.contract.manifest import BundleManifest, verify_files
+    from trainers.decoder.backbone import load_backbone
+    from validation.judging.compare import Settings
     from validation.validate import validate_bundle
 
     depth = "quick" if config.getoption("--iapt-quick") else "full"
@@ -109,6 +109,6 @@ def _compare(bundle: Path, config: pytest.Config) -> Any:
 
 
 def _where(target: Any) -> str:
-    from validation.summary import whereabouts
+    from validation.reporting.summary import whereabouts
 
     return "" if target.bisection is None else "\n".join(whereabouts(target.bisection))

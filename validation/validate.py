@@ -7,19 +7,19 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from engines.loading import cache_kinds
 from engines.native import add_kernels
-from engines.session import Session
-from iapt_export.errors import NotRunnableError
-from iapt_export.manifest import BundleManifest, Parity, TargetSpec
-from iapt_export.quantise import QUANTISED
-from validation.compare import OnStep, Settings, Truths, compare_target, measure_truth
-from validation.interface import check_built_engines
-from validation.locate import look_inside
-from validation.reference import Reference
-from validation.result import Report, TargetResult
-from validation.rounding import unrounded_session, with_rounded_weights
-from validation.tolerances import rows_for
+from engines.serving.loading import cache_kinds
+from engines.serving.session import Session
+from iapt_export.contract.errors import NotRunnableError
+from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
+from iapt_export.graphs.quantise import QUANTISED
+from validation.judging.compare import OnStep, Settings, Truths, compare_target, measure_truth
+from validation.judging.engine_interface import check_built_engines
+from validation.judging.result import Report, TargetResult
+from validation.judging.tolerances import rows_for
+from validation.locating.locate import look_inside
+from validation.sides.reference import Reference
+from validation.sides.rounding import unrounded_session, with_rounded_weights
 
 
 def validate_bundle(
@@ -35,7 +35,7 @@ def validate_bundle(
     Args:
         bundle: its folder.
         manifest: its manifest, already checked against the files.
-        backbone: the `trainers.backbone.Backbone` that the bundle was built from, in fp32.
+        backbone: the `trainers.decoder.backbone.Backbone` that the bundle was built from, in fp32.
         settings: how much is compared.
         on_step: called with a word on each step, for progress.
         name: what the report calls the bundle; its folder's name unless it stands under a temporary one.

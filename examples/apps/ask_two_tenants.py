@@ -2,7 +2,7 @@
 
 import sys
 
-from engines.session import Request, Session
+from engines.serving.session import Request, Session
 
 if len(sys.argv) != 6:
     sys.exit("usage: ask_two_tenants.py BUNDLE TENANT PROMPT TENANT PROMPT")

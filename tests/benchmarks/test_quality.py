@@ -27,6 +27,7 @@ from benchmarks.quality_plan import (
 )
 from benchmarks.quality_records import (
     SYSTEM_MESSAGE,
+    Cell,
     as_messages,
     chosen_rates,
     make_record,
@@ -35,8 +36,8 @@ from benchmarks.quality_records import (
     record_path,
     write_json,
 )
-from benchmarks.quality_report import BY_HAND, Cell, average_ranks, comparisons, main_cells, ranks, write_report
-from trainers.method_configs import METHOD_CONFIGS, method_name
+from benchmarks.quality_report import BY_HAND, average_ranks, comparisons, main_cells, ranks, write_report
+from trainers.methods.configs import METHOD_CONFIGS, method_name
 
 SMALL = BUDGETS["small"]
 LABELS = [variant.label for variant in METHOD_VARIANTS]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import quantised
-from engines.session import Request, Session
+from engines.serving.session import Request, Session
 from tests.bundles import TinyBuild
 
 

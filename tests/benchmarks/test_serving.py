@@ -33,8 +33,8 @@ from benchmarks.serving_report import (
     write_report,
 )
 from tests.tiny import save_tiny_backbone, tiny_llama
-from trainers.backbone import load_backbone
-from trainers.method_configs import IAPTConfig
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import IAPTConfig
 
 JOB: dict[str, Any] = {"peer": "session", "model": "m", "rows": 8, "tokens": 128, "steps": 4, "threads": 2}
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 from engines.runner import NUMPY_TYPES
-from iapt_export.manifest import GraphSpec, TensorSpec
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
 
 class Status(enum.IntEnum):

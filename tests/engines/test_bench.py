@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.bench import measure
-from engines.session import Session
+from engines.serving.session import Session
 from tests.bundles import TinyBuild, run
 
 SMALL = ("--prompt-tokens=6", "--new-tokens=5", "--repeat=2", "--quiet")

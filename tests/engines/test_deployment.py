@@ -8,11 +8,20 @@ import sys
 from pathlib import Path
 
 import engines
-from engines.session import Request, Session
+from engines.serving.session import Request, Session
 from tests.bundles import TinyBuild, tokens_of
 
 ROOT = Path(engines.__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "trainers.iapt", "iapt_export.cli", "validation")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "trainers.methods.iapt",
+    "iapt_export.cli",
+    "validation",
+)
 BLOCK = f"""
 import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):
@@ -31,14 +40,14 @@ def python(code: str) -> str:
 
 def test_importing_a_session_loads_nothing_heavy() -> None:
     names = (*HEAVY, "onnxruntime", "tensorrt", "tensorrt_rtx")
-    found = python(f"import sys, engines.session; print([name for name in {names!r} if name in sys.modules])")
+    found = python(f"import sys, engines.serving.session; print([name for name in {names!r} if name in sys.modules])")
     assert found.strip() == "[]"
 
 
 def test_a_session_runs_without_pytorch(tiny_build: TinyBuild) -> None:
     code = BLOCK + (
         "import json\n"
-        "from engines.session import Request, Session\n"
+        "from engines.serving.session import Request, Session\n"
         f"with Session.open({str(tiny_build.bundle)!r}) as session:\n"
         "    requests = [Request(name, 'the film', max_new_tokens=5) for name in ('alpha', 'beta', 'gamma')]\n"
         "    print(json.dumps([answer.tokens for answer in session.generate(requests)]))\n"
@@ -56,7 +65,7 @@ def test_a_session_runs_without_pytorch(tiny_build: TinyBuild) -> None:
 
 def test_the_generate_command_runs_without_pytorch(tiny_build: TinyBuild) -> None:
     argv = ["generate", str(tiny_build.bundle), "--tenant=beta", "--prompt=the film", "--max-new-tokens=5", "--json"]
-    allowed = BLOCK.replace("'iapt_export.cli', ", "").replace("'trainers.iapt', ", "")
+    allowed = BLOCK.replace("'iapt_export.cli', ", "").replace("'trainers.methods.iapt', ", "")
     out = python(f"{allowed}\nfrom iapt_export.cli import main\nmain({argv!r})")
     (row,) = json.loads(out)
     assert row["finish_reason"] in ("length", "eos") and row["tokens"]

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from engines import doctor
-from engines.cuda_driver import Driver, Gpu
+from engines.cuda.driver import Driver, Gpu
 from engines.doctor import EXTRAS, LIMITED, MISSING, OK, TOOLS, Finding, abilities, diagnose, table
 
 NO_DRIVER = Driver(problem="no NVIDIA driver found: libcuda.so.1 is missing")

@@ -10,23 +10,24 @@ import numpy as np
 import onnx
 import pytest
 
-from engines import cuda_memory, tensorrt_runner
-from engines.cache import PAST, HostCache
-from engines.cuda_cache import CudaCache
-from engines.cuda_driver import Driver, Gpu
-from engines.cuda_memory import CudaStream
-from engines.engine_info import EngineInfo, profile_from_spec
-from engines.in_place import InPlaceStepper
-from engines.loading import cache_kinds, open_runners, open_stepper, stepper_over
-from engines.stepper import Instruction, Stepper
-from iapt_export.errors import IaptError
-from iapt_export.manifest import ENGINE_SERVING, BundleManifest, Range
+from engines.cuda import memory as cuda_memory
+from engines.cuda.driver import Driver, Gpu
+from engines.cuda.memory import CudaStream
+from engines.serving.cache import PAST, HostCache
+from engines.serving.cuda_cache import CudaCache
+from engines.serving.in_place_stepper import InPlaceStepper
+from engines.serving.loading import cache_kinds, open_runners, open_stepper, stepper_over
+from engines.serving.stepper import Instruction, Stepper
+from engines.tensorrt import runner as tensorrt_runner
+from engines.tensorrt.engine_info import EngineInfo, profile_from_spec
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import ENGINE_SERVING, BundleManifest, Range
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter
 from tests.engines.fake_gpu import FakeCuda, OnnxContext, fake_tensorrt
 from tests.graphs import with_engine_graphs
 from tests.tiny import tiny_mistral
-from trainers.backbone import load_backbone
-from trainers.method_configs import ADePTConfig, LoPAConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import ADePTConfig, LoPAConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 
 CONFIGS: dict[str, Any] = {
     "topics": PromptTuningConfig(prompt_length=4),
@@ -123,8 +124,8 @@ def test_a_window_is_kept(tmp_path: Path) -> None:
     """Mistral's layers see their last entries only."""
     from torch import ones, zeros
 
-    from iapt_export.in_place import Step, in_place_attention, serve
-    from trainers.method import Rows
+    from iapt_export.graphs.in_place import Step, in_place_attention, serve
+    from trainers.decoder.method import Rows
 
     model = tiny_mistral(sliding_window=4)
     sizes = (1, model.config.num_key_value_heads, 16, model.config.hidden_size // model.config.num_attention_heads)

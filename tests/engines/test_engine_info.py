@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from engines.engine_info import EngineInfo, check_engine, info_path, profile_from_spec, read_header
-from engines.tensorrt_builder import engine_from_onnx
-from iapt_export.errors import BundleError
-from iapt_export.manifest import GraphSpec, Range, TensorSpec
+from engines.tensorrt.builder import engine_from_onnx
+from engines.tensorrt.engine_info import EngineInfo, check_engine, info_path, profile_from_spec, read_header
+from iapt_export.contract.errors import BundleError
+from iapt_export.contract.manifest import GraphSpec, Range, TensorSpec
 from tests.engines.tiny_onnx import RANGES, tiny_decode, tiny_prefill
 
 

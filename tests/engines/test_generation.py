@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from engines.generation import Generation, in_order_of_arrival
-from engines.request import Item, Request, Token
-from engines.scheduler import Entry
-from engines.session import Session
-from engines.tenants import Tenant
-from iapt_export.errors import IaptError
+from engines.serving.generation import Generation, in_order_of_arrival
+from engines.serving.request import Item, Request, Token
+from engines.serving.scheduler import Entry
+from engines.serving.session import Session
+from engines.serving.tenants import Tenant
+from iapt_export.contract.errors import IaptError
 from tests.bundles import TinyBuild
 
 NOBODY = Tenant("nobody", None, -1, 4, "plain", "IAPT")

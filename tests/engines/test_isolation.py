@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import engines.scheduler
-import engines.session
-from engines.cache import HostCache
-from engines.in_place import InPlaceStepper
-from engines.sampling import Sampling, choose
-from engines.session import Request, Session
-from engines.tenants import read_tenant_file
-from engines.text import TextCodec
-from iapt_export.errors import IaptError, QueueFullError
+import engines.serving.scheduler
+import engines.serving.session
+from engines.serving.cache import HostCache
+from engines.serving.in_place_stepper import InPlaceStepper
+from engines.serving.sampling import Sampling, choose
+from engines.serving.session import Request, Session
+from engines.serving.tenants import read_tenant_file
+from engines.serving.text import TextCodec
+from iapt_export.contract.errors import IaptError, QueueFullError
 from tests.bundles import TinyBuild
 
 LONG = 100
@@ -84,14 +84,14 @@ def test_a_tenant_that_computes_nan_fails_alone(session: Session, tiny_build: Ti
 
 def test_a_defect_in_one_answer_ends_that_answer_alone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = session.submit(request("beta", LONG)).result().tokens
-    honest = engines.scheduler.Entry.take
+    honest = engines.serving.scheduler.Entry.take
 
-    def take(self: engines.scheduler.Entry, logits: np.ndarray) -> Any:
+    def take(self: engines.serving.scheduler.Entry, logits: np.ndarray) -> Any:
         if self.number == 7 and len(self.tokens) == 3:
             raise ZeroDivisionError("division by zero")
         return honest(self, logits)
 
-    monkeypatch.setattr(engines.scheduler.Entry, "take", take)
+    monkeypatch.setattr(engines.serving.scheduler.Entry, "take", take)
     running = session.submit(request("beta", LONG))
     with pytest.raises(IaptError, match="request 7 of tenant alpha failed: division by zero"):
         session.submit(request(length=LONG), 7).result()
@@ -238,7 +238,7 @@ def test_clients_that_come_together_read_one_tokenizer(tiny_build: TinyBuild, mo
             time.sleep(0.1)
             super().__init__(bundle)
 
-    monkeypatch.setattr(engines.session, "TextCodec", Slow)
+    monkeypatch.setattr(engines.serving.session, "TextCodec", Slow)
     with Session.open(tiny_build.bundle, verify=False) as session, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(lambda: session.submit(request()).result().tokens) for _ in range(8)]
         assert len({tuple(answer.result()) for answer in answers}) == 1

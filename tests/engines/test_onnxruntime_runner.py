@@ -11,10 +11,10 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from engines.onnxruntime_runner import OnnxRuntimeRunner
+from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.runner import check_feeds
-from iapt_export.errors import IaptError, NotRunnableError
-from iapt_export.manifest import GraphSpec, TensorSpec
+from iapt_export.contract.errors import IaptError, NotRunnableError
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
 KINDS = {"fp32": ("float", np.float32), "fp16": ("float16", np.float16), "bf16": ("bfloat16", ml_dtypes.bfloat16)}
 

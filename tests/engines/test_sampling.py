@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from engines.sampling import Sampling, choose
-from iapt_export.errors import IaptError
+from engines.serving.sampling import Sampling, choose
+from iapt_export.contract.errors import IaptError
 
 LOGITS = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
 DRAWS = 4000

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from engines.request import Request, Token
-from engines.scheduler import READ_TOKENS, Entry, Scheduler
-from engines.stepper import Instruction
-from engines.tenants import Tenant
-from engines.text import TextCodec
+from engines.serving.request import Request, Token
+from engines.serving.scheduler import READ_TOKENS, Entry, Scheduler
+from engines.serving.stepper import Instruction
+from engines.serving.tenants import Tenant
+from engines.serving.text import TextCodec
 from tests.bundles import TinyBuild
 
 NOBODY = Tenant("nobody", None, -1, 4, "plain", "IAPT")

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engines.onnxruntime_runner import OnnxRuntimeRunner
-from engines.session import Request, Session
-from engines.tenants import read_tenant_file
-from iapt_export.errors import BundleError, IaptError, QueueFullError
-from iapt_export.tenant_card import TenantCard
+from engines.onnxruntime.runner import OnnxRuntimeRunner
+from engines.serving.session import Request, Session
+from engines.serving.tenants import read_tenant_file
+from iapt_export.contract.errors import BundleError, IaptError, QueueFullError
+from iapt_export.contract.tenant_card import TenantCard
 from tests.bundles import TENANTS, TinyBuild
 
 LONG = 100
@@ -212,7 +212,7 @@ def test_a_slow_disk_holds_up_nobody(
         assert arrived.wait(60)
         return read_tenant_file(path)
 
-    monkeypatch.setattr("engines.tenants.read_tenant_file", slowly)
+    monkeypatch.setattr("engines.serving.tenants.read_tenant_file", slowly)
     with ThreadPoolExecutor(1) as pool:
         adding = pool.submit(session.add_tenant, path)
         try:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from engines.loading import open_stepper
-from engines.sampling import Sampling
-from engines.session import Request, Session
-from engines.tenants import TenantBank
-from iapt_export.errors import BundleError, IaptError
-from iapt_export.manifest import BundleManifest
+from engines.serving.loading import open_stepper
+from engines.serving.sampling import Sampling
+from engines.serving.session import Request, Session
+from engines.serving.tenants import TenantBank
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import TENANTS, TinyBuild, tokens_of
 
 TEXTS = ("the film is a quiet joy", "a dull and noisy story that nobody will remember", "yes", "grain oil trade money")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engines.loading import open_stepper
 from engines.runner import Arrays
-from engines.stepper import Instruction, Stepper, past_from_present
-from iapt_export.errors import IaptError
-from iapt_export.manifest import BundleManifest
+from engines.serving.loading import open_stepper
+from engines.serving.stepper import Instruction, Stepper, past_from_present
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import TinyBuild
 
 PROMPTS = [("alpha", [5, 6, 7]), ("beta", [9, 8, 7, 6, 5, 4, 3]), ("gamma", [11]), ("alpha", [3, 5])]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from engines import tensorrt_builder
-from engines.cuda_driver import Driver, Gpu
-from engines.engine_info import EngineInfo, check_engine, info_path, profile_from_spec, read_header
-from engines.tensorrt_builder import BuildOptions, check_options, engine_from_onnx
-from engines.tensorrt_callbacks import BuildProgress, readable_lines
-from engines.tensorrt_flavour import runtime_version
-from iapt_export.errors import BundleError, IaptError, NotRunnableError
-from iapt_export.manifest import GraphSpec, TensorSpec
+from engines.cuda.driver import Driver, Gpu
+from engines.tensorrt import builder as tensorrt_builder
+from engines.tensorrt.builder import BuildOptions, check_options, engine_from_onnx
+from engines.tensorrt.callbacks import BuildProgress, readable_lines
+from engines.tensorrt.engine_info import EngineInfo, check_engine, info_path, profile_from_spec, read_header
+from engines.tensorrt.flavour import runtime_version
+from iapt_export.contract.errors import BundleError, IaptError, NotRunnableError
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from tests.engines.tiny_onnx import RANGES, save_nodes, tiny_attention, tiny_decode, tiny_prefill
 
 try:

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from engines import tensorrt_flavour
-from engines.tensorrt_flavour import check_target, flavour, load_tensorrt
-from iapt_export.errors import IaptError, NotRunnableError
+from engines.tensorrt import flavour as tensorrt_flavour
+from engines.tensorrt.flavour import check_target, flavour, load_tensorrt
+from iapt_export.contract.errors import IaptError, NotRunnableError
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from engines.engine_info import ProfileShape, check_engine, profile_from_spec
-from engines.tensorrt_builder import engine_from_onnx
-from iapt_export.export import Serving, export_graphs
-from iapt_export.manifest import Range, Ranges
-from iapt_export.plan import TenantPlan, plan_tenants
+from engines.tensorrt.builder import engine_from_onnx
+from engines.tensorrt.engine_info import ProfileShape, check_engine, profile_from_spec
+from iapt_export.building.plan import TenantPlan, plan_tenants
+from iapt_export.contract.manifest import Range, Ranges
+from iapt_export.graphs.export import Serving, export_graphs
 from tests.bundles import METHOD, tiny_adapter
 from tests.graphs import specs_for
 from tests.tiny import tiny_llama
-from trainers.method_configs import LoPAConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
+from trainers.methods.configs import LoPAConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 
 RANGES = Ranges(batch=Range(1, 2, 4), sequence=Range(1, 8, 16), past=Range(5, 16, 32), tenants=Range(1, 2, 8))
 CONFIGS = [

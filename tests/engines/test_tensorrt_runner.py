@@ -8,15 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engines import cuda_driver, cuda_memory, tensorrt_runner
-from engines.cuda_driver import Driver, Gpu, find_driver
-from engines.cuda_memory import CudaStream, load_cuda
-from engines.engine_info import EngineInfo, EngineTensor, profile_from_spec
+from engines.cuda import driver as cuda_driver
+from engines.cuda import memory as cuda_memory
+from engines.cuda.driver import Driver, Gpu, find_driver
+from engines.cuda.memory import CudaStream, load_cuda
 from engines.runner import Arrays
-from engines.tensorrt_builder import engine_from_onnx
-from engines.tensorrt_runner import TensorRTRunner, check_gpu, check_version, load_info
-from iapt_export.errors import BundleError, IaptError, NotRunnableError
-from iapt_export.manifest import GraphSpec, TensorSpec
+from engines.tensorrt import runner as tensorrt_runner
+from engines.tensorrt.builder import engine_from_onnx
+from engines.tensorrt.engine_info import EngineInfo, EngineTensor, profile_from_spec
+from engines.tensorrt.runner import TensorRTRunner, check_gpu, check_version, load_info
+from iapt_export.contract.errors import BundleError, IaptError, NotRunnableError
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from tests.engines.fake_gpu import FakeContext, FakeCuda, Status, fake_tensorrt
 from tests.engines.tiny_onnx import RANGES, tiny_prefill
 
@@ -285,7 +287,7 @@ def test_a_real_engine_is_refused_in_words_without_a_driver(tmp_path: Path) -> N
 def test_a_real_engine_agrees_with_onnx_runtime(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
-    from engines.onnxruntime_runner import OnnxRuntimeRunner
+    from engines.onnxruntime.runner import OnnxRuntimeRunner
 
     onnx_path, spec = tiny_prefill(tmp_path, "fp32")
     info = engine_from_onnx(onnx_path, tmp_path / "prefill.engine", spec, RANGES)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from engines.text import TextCodec
-from iapt_export.errors import BundleError, IaptError
+from engines.serving.text import TextCodec
+from iapt_export.contract.errors import BundleError, IaptError
 from tests.tiny import tiny_tokenizer
-from trainers.data import format_instruction
+from trainers.decoder.instruction import format_instruction
 
 TEXTS = (
     "the film is a quiet joy",

@@ -9,8 +9,8 @@ import onnx
 import onnx.numpy_helper
 import onnx.parser
 
-from iapt_export.manifest import GraphSpec, Range, Ranges, TensorSpec
-from iapt_export.ops.rational import rational_function
+from iapt_export.contract.manifest import GraphSpec, Range, Ranges, TensorSpec
+from iapt_export.graphs.ops.rational_op import rational_function
 
 ONNX_TYPES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 RANGES = Ranges(batch=Range(1, 2, 4), sequence=Range(1, 8, 16), past=Range(5, 16, 32), tenants=Range(1, 2, 8))

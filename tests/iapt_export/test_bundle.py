@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from iapt_export import bundle as layout
-from iapt_export.errors import IaptError
-from iapt_export.interface import ModelShape, graph_specs, weight_specs
-from iapt_export.manifest import BundleManifest, Parity
-from iapt_export.stages import content_key
+from iapt_export.building import layout as layout
+from iapt_export.building.stage_cache import content_key
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest, Parity
+from iapt_export.graphs.interface import ModelShape, graph_specs, weight_specs
 from tests.bundles import METHOD, TENANTS, TinyBuild
 from tests.graphs import installed
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
-from trainers.adapter import load_adapter
-from trainers.backbone import Backbone, load_backbone
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import Backbone, load_backbone
 
 SHAPE = ModelShape(32, 2, 2, 8, 320, 256)
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import iapt_export
-from iapt_export.errors import IaptError
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import field_help, summary_of
 from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
-from trainers.config import TrainConfig, field_help, summary_of
-from trainers.method_configs import METHOD_CONFIGS, LoRAConfig, flag_name
+from trainers.methods.configs import METHOD_CONFIGS, LoRAConfig, flag_name
+from trainers.training.config import TrainConfig
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
 COMMANDS = {
@@ -244,7 +245,7 @@ def test_the_method_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.Monke
         asked.append(arguments[3])
         raise IaptError("enough seen")
 
-    monkeypatch.setattr("trainers.train.train", train)
+    monkeypatch.setattr("trainers.training.train.train", train)
     config = tmp_path / "train.yaml"
     config.write_text("model: m\ndata: d\noutput: o\nmethod: lopa\n")
     for flags, method in (
@@ -282,7 +283,7 @@ def test_a_disk_that_refuses(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> None:
         raise OSError(number, "reason", "/some/file")
 
-    monkeypatch.setattr("iapt_export.manifest.BundleManifest.load", fail)
+    monkeypatch.setattr("iapt_export.contract.manifest.BundleManifest.load", fail)
     outcome = run("validate", tiny_build.bundle)
     assert outcome.code == 1
     assert "reason: /some/file; nothing was left half-written. Free space" in outcome.err
@@ -292,7 +293,7 @@ def test_a_defect_keeps_its_trace(tiny_build: TinyBuild, monkeypatch: pytest.Mon
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOENT, "a defect")
 
-    monkeypatch.setattr("iapt_export.manifest.BundleManifest.load", fail)
+    monkeypatch.setattr("iapt_export.contract.manifest.BundleManifest.load", fail)
     with pytest.raises(OSError, match="a defect"):
         run("validate", tiny_build.bundle)
 
@@ -304,7 +305,7 @@ def test_the_backbones_revision_and_code_reach_the_loader(monkeypatch: pytest.Mo
         asked.update(arguments, name=name)
         raise IaptError("stop here")
 
-    monkeypatch.setattr("trainers.train.load_backbone", load)
+    monkeypatch.setattr("trainers.training.train.load_backbone", load)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f'{{"prompt": "{i}", "completion": "yes"}}\n' for i in range(20)), encoding="utf-8")
     places = [f"--data={data}", f"--output={tmp_path / 'a'}"]

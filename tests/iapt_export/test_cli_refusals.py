@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.tenants import TenantBank
+from engines.serving.tenants import TenantBank
 from tests.bundles import METHOD, Outcome, TinyBuild, change_manifest, run, save_tiny_adapter
-from trainers.backbone import load_backbone
+from trainers.decoder.backbone import load_backbone
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -154,12 +154,12 @@ def test_an_output_that_is_not_ours_is_left_alone(tiny_build: TinyBuild, tmp_pat
 
 
 PLACES = [
-    "iapt_export.bundle.place_files",
-    "iapt_export.bundle.place_tenants",
-    "iapt_export.manifest.BundleManifest.save",
-    "iapt_export.build.validate_bundle",
-    "iapt_export.build.write_report",
-    "iapt_export.build.publish",
+    "iapt_export.building.layout.place_files",
+    "iapt_export.building.layout.place_tenants",
+    "iapt_export.contract.manifest.BundleManifest.save",
+    "iapt_export.building.build.validate_bundle",
+    "iapt_export.building.build.write_report",
+    "iapt_export.building.build.publish",
 ]
 
 
@@ -220,7 +220,7 @@ def test_the_next_run_goes_on_from_finished_stages(
 def test_an_export_that_stops_leaves_no_stage(
     tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_at(monkeypatch, "iapt_export.export.trace_graph", KeyboardInterrupt())
+    stop_at(monkeypatch, "iapt_export.graphs.export.trace_graph", KeyboardInterrupt())
     outcome = run(*tiny_build.arguments(tmp_path / "bundle", cache=tmp_path / "cache"))
     assert outcome.code == 130 and "tracing prefill.onnx" in outcome.err
     assert [path.name for path in tmp_path.rglob("*")] == ["cache"]

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from iapt_export.errors import BundleError, explain
+from iapt_export.contract.errors import BundleError, explain
 
 
 def test_our_errors_explain_themselves() -> None:

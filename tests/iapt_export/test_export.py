@@ -19,13 +19,13 @@ import pytest
 import torch
 
 import iapt_export
-from iapt_export.errors import IaptError
-from iapt_export.export import export_graphs
-from iapt_export.installed import rational_forms
-from iapt_export.manifest import BundleManifest
-from iapt_export.passes import ship_pipeline
-from iapt_export.save import save_graphs
-from iapt_export.trace import trace_graph
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest
+from iapt_export.graphs.export import export_graphs
+from iapt_export.graphs.installed import rational_forms
+from iapt_export.graphs.passes import ship_pipeline
+from iapt_export.graphs.save import save_graphs
+from iapt_export.graphs.trace import trace_graph
 from tests.bundles import METHOD, NUM_LAYERS, TENANTS, TinyBuild, random_method, run
 from tests.graphs import (
     flat,
@@ -40,10 +40,10 @@ from tests.graphs import (
     worst,
 )
 from tests.tiny import padded
-from trainers.adapter import load_adapter
-from trainers.backbone import load_backbone
-from trainers.generate import decode, prefill
-from trainers.method import Method, Rows, rows_of
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import load_backbone
+from trainers.decoder.generate import decode, prefill
+from trainers.decoder.method import Method, Rows, rows_of
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
 GRAPHS = ("prefill", "decode", "generator")

@@ -12,13 +12,13 @@ import onnx
 import pytest
 import torch
 
-from iapt_export.export import export_graphs
-from iapt_export.twins import GeneratorTwin
+from iapt_export.graphs.export import export_graphs
+from iapt_export.graphs.twins import GeneratorTwin
 from tests.bundles import METHOD, SIZES, random_method
 from tests.graphs import iapt_feeds, installed, operators, rest, run_onnx, specs_for, trained_prompt, worst
 from tests.tiny import padded, tiny_llama
-from trainers.method import Method
-from trainers.method_configs import IAPTConfig
+from trainers.decoder.method import Method
+from trainers.methods.configs import IAPTConfig
 
 INDEX = [1, 0, 1]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from iapt_export.bundle import method_spec
-from iapt_export.errors import IaptError
-from iapt_export.installed import (
+from iapt_export.building.layout import method_spec
+from iapt_export.contract.errors import IaptError
+from iapt_export.graphs.installed import (
     Installed,
     deploy,
     in_decode,
@@ -23,9 +23,7 @@ from iapt_export.installed import (
 from tests.bundles import METHOD, NUM_LAYERS, random_method, tiny_adapter
 from tests.graphs import stacked_feeds
 from tests.tiny import tiny_llama
-from trainers.iapt import IAPT
-from trainers.lopa import LoPA, SentPrompt
-from trainers.method_configs import (
+from trainers.methods.configs import (
     ADePTConfig,
     DePTConfig,
     LAMPConfig,
@@ -34,7 +32,9 @@ from trainers.method_configs import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
-from trainers.rational import rational
+from trainers.methods.iapt import IAPT
+from trainers.methods.lopa import LoPA, SentPrompt
+from trainers.methods.rational import rational
 
 PROMPT = PromptTuningConfig(prompt_length=4)
 LAMP = LAMPConfig(init_length=20, rank=3, window=5)

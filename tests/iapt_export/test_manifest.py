@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from iapt_export import manifest as module
-from iapt_export.errors import BundleError, IaptError
-from iapt_export.manifest import (
+from iapt_export.contract import manifest as module
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.manifest import (
     BackboneSpec,
     BundleManifest,
     FileSpec,
@@ -318,11 +318,11 @@ def test_writing_is_whole_or_not_at_all(bundle: Path, monkeypatch: pytest.Monkey
 
 def test_reading_needs_no_package(tiny_bundle: Path) -> None:
     """Isolated and without site-packages, as far from torch as it goes."""
-    root = Path(module.__file__).parent.parent
+    root = Path(module.__file__).parents[2]
     code = (
         f"import sys; sys.path.insert(0, {str(root)!r})\n"
         "from pathlib import Path\n"
-        "from iapt_export.manifest import BundleManifest, verify_files\n"
+        "from iapt_export.contract.manifest import BundleManifest, verify_files\n"
         f"bundle = Path({str(tiny_bundle)!r})\n"
         "verify_files(bundle, BundleManifest.load(bundle))\n"
         "print(len(BundleManifest.load(bundle).tenants))"

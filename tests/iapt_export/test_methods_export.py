@@ -13,15 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt_export.export import export_graphs
-from iapt_export.plan import TenantPlan, plan_tenants
+from iapt_export.building.plan import TenantPlan, plan_tenants
+from iapt_export.graphs.export import export_graphs
 from tests.bundles import METHOD, NUM_LAYERS, TinyBuild, tiny_adapter
 from tests.graphs import Arrays, flat, run_onnx, specs_for, worst
 from tests.tiny import padded, tiny_llama
-from trainers.generate import decode, prefill
-from trainers.lora import merged
-from trainers.method import rows_of
-from trainers.method_configs import (
+from trainers.decoder.generate import decode, prefill
+from trainers.decoder.method import rows_of
+from trainers.methods.configs import (
     ADePTConfig,
     DePTConfig,
     LAMPConfig,
@@ -30,6 +29,7 @@ from trainers.method_configs import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
+from trainers.methods.lora import merged
 
 ADEPT = ADePTConfig(prompt_length=5, bottleneck=4)
 ADEPT_ON = dataclasses.replace(ADEPT, decode_offset=True)

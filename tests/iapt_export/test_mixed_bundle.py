@@ -14,10 +14,10 @@ import onnx
 import pytest
 import torch
 
-from engines.loading import open_runners
-from engines.session import Request, Session
-from iapt_export.errors import BundleError, IaptError
-from iapt_export.manifest import BundleManifest
+from engines.serving.loading import open_runners
+from engines.serving.session import Request, Session
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import (
     METHOD,
     NEW_TOKENS,
@@ -31,13 +31,13 @@ from tests.bundles import (
     tokens_of,
 )
 from tests.validation.sabotage import between
-from trainers.adapter import load_adapter
-from trainers.backbone import Backbone, load_backbone
-from trainers.generate import greedy
-from trainers.lopa import LoPA
-from trainers.method import rows_of
-from trainers.method_configs import LAMPConfig, LoPAConfig, PrefixTuningConfig, PromptTuningConfig
-from validation.reference import Reference, TorchRunner
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.generate import greedy
+from trainers.decoder.method import rows_of
+from trainers.methods.configs import LAMPConfig, LoPAConfig, PrefixTuningConfig, PromptTuningConfig
+from trainers.methods.lopa import LoPA
+from validation.sides.reference import Reference, TorchRunner
 
 CONFIGS: dict[str, Any] = {
     "topics": PromptTuningConfig(prompt_length=4),

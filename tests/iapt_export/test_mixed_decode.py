@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 import pytest
 
-from engines.session import Request, Session
-from iapt_export.manifest import BundleManifest
+from engines.serving.session import Request, Session
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import (
     METHOD,
     NEW_TOKENS,
@@ -25,8 +25,8 @@ from tests.bundles import (
     tokens_of,
 )
 from tests.validation.sabotage import between
-from trainers.backbone import load_backbone
-from trainers.method_configs import (
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import (
     ADePTConfig,
     DePTConfig,
     LAMPConfig,

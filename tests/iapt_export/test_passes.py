@@ -10,15 +10,15 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from iapt_export.errors import IaptError
-from iapt_export.manifest import GraphSpec, TensorSpec
-from iapt_export.passes import ship_pipeline
-from iapt_export.passes.add_rational_body import AddRationalBodyPass
-from iapt_export.passes.check import CheckPass
-from iapt_export.passes.fold_constants import MAX_ELEMENTS, FoldConstantsPass
-from iapt_export.passes.fold_transposes import FoldTransposesPass
-from iapt_export.passes.fuse_opset23 import FuseOpset23Pass
-from iapt_export.passes.name_interface import NameInterfacePass
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
+from iapt_export.graphs.passes import ship_pipeline
+from iapt_export.graphs.passes.add_rational_body import AddRationalBodyPass
+from iapt_export.graphs.passes.check import CheckPass
+from iapt_export.graphs.passes.fold_constants import MAX_ELEMENTS, FoldConstantsPass
+from iapt_export.graphs.passes.fold_transposes import FoldTransposesPass
+from iapt_export.graphs.passes.fuse_opset23 import FuseOpset23Pass
+from iapt_export.graphs.passes.name_interface import NameInterfacePass
 from tests.graphs import run_onnx
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from iapt_export.errors import IaptError
-from iapt_export.manifest import Range, Ranges
-from iapt_export.plan import (
+from iapt_export.building.plan import (
     TargetPlan,
     check_device,
     check_ranges,
@@ -21,9 +19,11 @@ from iapt_export.plan import (
     plan_targets,
     plan_tenants,
 )
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import Range, Ranges
 from tests.bundles import METHOD, NUM_LAYERS, TinyBuild, save_tiny_adapter
-from trainers.backbone import Backbone, load_backbone
-from trainers.method_configs import LoRAConfig
+from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.methods.configs import LoRAConfig
 
 RANGES = Ranges(Range(1, 4, 8), Range(1, 64, 512), Range(5, 256, 1024), Range(1, 4, 64))
 

@@ -11,13 +11,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from iapt_export.bundle import served_graphs
-from iapt_export.errors import IaptError
-from iapt_export.export import Serving, export_graphs
-from iapt_export.passes.quantise_weights import QuantiseWeightsPass
-from iapt_export.plan import TargetPlan, onnx_variant, plan_targets
-from iapt_export.quantise import BLOCK_SIZE, quantise
-from iapt_export.save import save_graphs
+from iapt_export.building.layout import served_graphs
+from iapt_export.building.plan import TargetPlan, onnx_variant, plan_targets
+from iapt_export.contract.errors import IaptError
+from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
+from iapt_export.graphs.quantise import BLOCK_SIZE, quantise
+from iapt_export.graphs.save import save_graphs
 from tests.graphs import run_onnx, specs_for, worst
 from tests.iapt_export.test_passes import operators, parse
 from tests.iapt_export.test_serve_passes import two_steps

@@ -18,10 +18,10 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-import iapt_export.ops.rational as op
-from engines.onnxruntime_runner import _array_from_value
-from iapt_export.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
-from trainers.rational import initial_coefficients, rational
+import iapt_export.graphs.ops.rational_op as op
+from engines.onnxruntime.runner import _array_from_value
+from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
+from trainers.methods.rational import initial_coefficients, rational
 
 DEGREES = [(1, 1), (1, 8), (2, 3), (5, 4), (6, 5), (8, 1), (8, 8)]
 FORMS = ("A", "B")

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from iapt_export.errors import IaptError
-from iapt_export.save import ALIGNMENT, INLINE_BYTES, save_graphs
+from iapt_export.contract.errors import IaptError
+from iapt_export.graphs.save import ALIGNMENT, INLINE_BYTES, save_graphs
 from tests.graphs import run_onnx
 
 LARGE = np.arange(INLINE_BYTES // 4 + 1, dtype=np.float32)

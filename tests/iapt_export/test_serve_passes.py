@@ -11,17 +11,17 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from iapt_export.export import Serving, export_graphs
-from iapt_export.installed import Installed
-from iapt_export.interface import ModelShape, graph_specs
-from iapt_export.ops.serving import register_schemas
-from iapt_export.passes.flatten_heads import FlattenHeadsPass
-from iapt_export.passes.rotary_in_attention import RotaryInAttentionPass
+from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.graphs.installed import Installed
+from iapt_export.graphs.interface import ModelShape, graph_specs
+from iapt_export.graphs.ops.serving_ops import register_schemas
+from iapt_export.graphs.passes.flatten_heads import FlattenHeadsPass
+from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
 from tests.bundles import SIZES, random_method
 from tests.graphs import Arrays, run_onnx, worst
 from tests.iapt_export.test_passes import operators, parse
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_qwen3
-from trainers.method_configs import PrefixTuningConfig
+from trainers.methods.configs import PrefixTuningConfig
 
 POSITIONS = 24
 LENGTHS = [5, 3]

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from iapt_export import stages
-from iapt_export.errors import IaptError
-from iapt_export.stages import (
+from iapt_export.building import stage_cache as stages
+from iapt_export.building.stage_cache import (
     STAGE_FILE,
     check_output,
     content_key,
@@ -24,6 +23,7 @@ from iapt_export.stages import (
     run_stage,
     temporary_folder,
 )
+from iapt_export.contract.errors import IaptError
 
 INPUTS = {"model": "abc", "opset": 23}
 FULL = OSError(errno.ENOSPC, "No space left on device")

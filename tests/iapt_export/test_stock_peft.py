@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from engines.session import Request, Session
-from iapt_export.manifest import BundleManifest
+from engines.serving.session import Request, Session
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, NUM_LAYERS, TinyBuild, run
 from tests.tiny import tiny_llama
 from tests.trainers.test_peft_format import stock

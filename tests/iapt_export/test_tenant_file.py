@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from engines.session import Session
-from engines.tenants import read_tenant_file
-from iapt_export.tenant_card import OLDER, TenantCard
+from engines.serving.session import Session
+from engines.serving.tenants import read_tenant_file
+from iapt_export.contract.tenant_card import OLDER, TenantCard
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
 from tests.engines.test_serving import request
-from trainers.backbone import config_fingerprint, load_backbone
-from trainers.method_configs import METHOD_CONFIGS, IAPTConfig, PromptTuningConfig
+from trainers.decoder.backbone import config_fingerprint, load_backbone
+from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, PromptTuningConfig
 
 
 @pytest.fixture(scope="module")

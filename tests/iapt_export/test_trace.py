@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from iapt_export.errors import IaptError
-from iapt_export.trace import EXAMPLE_SIZES, trace_graph
+from iapt_export.contract.errors import IaptError
+from iapt_export.graphs.trace import EXAMPLE_SIZES, trace_graph
 from tests.graphs import installed, specs_for
 from tests.tiny import tiny_llama
 

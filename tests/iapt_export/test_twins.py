@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt_export.export import export_graphs
-from iapt_export.trace import exportable
-from iapt_export.twins import DecodeTwin, GeneratorTwin, PrefillTwin
+from iapt_export.graphs.export import export_graphs
+from iapt_export.graphs.trace import exportable
+from iapt_export.graphs.twins import DecodeTwin, GeneratorTwin, PrefillTwin
 from tests.bundles import METHOD, random_method
 from tests.graphs import (
     flat,
@@ -27,9 +27,9 @@ from tests.graphs import (
     worst,
 )
 from tests.tiny import ARCHITECTURES, padded
-from trainers.generate import decode, prefill
-from trainers.insertion import sizes_of
-from trainers.method import Method, Rows, rows_of
+from trainers.decoder.generate import decode, prefill
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import Method, Rows, rows_of
 
 WIDTH = 32
 INDEX = [2, 0, 1, 2]

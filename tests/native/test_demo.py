@@ -11,8 +11,8 @@ import pytest
 from tests.bundles import run
 from tests.native.built import RUNNER, needs_runner, needs_tokenizer
 from tests.test_shipped_adapters import ADAPTERS, ANSWERS
-from trainers.adapter import EXAMPLES_FILE
-from validation.cases import read_examples
+from trainers.adapters.adapter import EXAMPLES_FILE
+from validation.sides.cases import read_examples
 
 
 @pytest.fixture(scope="module")

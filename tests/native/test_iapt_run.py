@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engines.cuda_driver import find_driver
-from engines.tenants import read_tenant_file
+from engines.cuda.driver import find_driver
+from engines.serving.tenants import read_tenant_file
 from tests.bundles import PROMPTS, TENANTS, TinyBuild, change_manifest, rehash, run
 from tests.graphs import with_engine_graphs
 from tests.native.built import FUZZER, RUNNER, TENSORRT_RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
-from trainers.backbone import load_backbone
+from trainers.decoder.backbone import load_backbone
 
 MULTIBYTE = "quiet joy — é 日本語 🎉"
 
@@ -83,7 +83,7 @@ def test_one_prompt_streams_text(tiny_build: TinyBuild) -> None:
 
 @needs_runner
 def test_token_ids_need_no_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from engines.session import Request, Session
+    from engines.serving.session import Request, Session
 
     with Session.open(tiny_build.bundle) as session:
         requests = [Request("beta", tokens=tokens, max_new_tokens=9) for tokens in ((5, 6, 7), (9,))]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from engines.native import PLUGIN_NAME, PLUGIN_VARIABLE, PLUGIN_VERSION, load_plugin, plugin_library
-from engines.tensorrt_builder import BuildOptions, check_options
-from engines.tensorrt_callbacks import make_logger
-from iapt_export.errors import IaptError, NotRunnableError
+from engines.tensorrt.builder import BuildOptions, check_options
+from engines.tensorrt.callbacks import make_logger
+from iapt_export.contract.errors import IaptError, NotRunnableError
 from tests.native.built import PLUGIN, needs_plugin
 
 try:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from trainers.adapter import WEIGHTS_FILE
-from trainers.config import TrainConfig
-from trainers.loop import AdapterTrainer
-from trainers.method_configs import IAPTConfig
-from trainers.train import TrainResult, train
+from trainers.adapters.adapter import WEIGHTS_FILE
+from trainers.methods.configs import IAPTConfig
+from trainers.training.config import TrainConfig
+from trainers.training.loop import AdapterTrainer
+from trainers.training.train import TrainResult, train
 
 METHOD = IAPTConfig(bottleneck=8)
 RUN = TrainConfig(

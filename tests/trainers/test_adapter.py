@@ -12,23 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import save_tiny_backbone, tiny_llama
-from trainers.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterConfig,
-    check_adapter_fits,
-    load_adapter,
-    read_adapter_config,
-    save_adapter,
-)
-from trainers.backbone import Backbone, config_fingerprint, load_backbone, save_backbone
-from trainers.errors import IaptError
-from trainers.iapt import IAPT
-from trainers.insertion import sizes_of
-from trainers.method import Method, Sizes
-from trainers.method_configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, PromptTuningConfig
-from trainers.methods import METHODS, new_method
+from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
+from trainers.adapters.directory import check_adapter_fits, load_adapter, read_adapter_config, save_adapter
+from trainers.decoder.backbone import Backbone, config_fingerprint, load_backbone, save_backbone
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import Method, Sizes
+from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, PromptTuningConfig
+from trainers.methods.forms import METHODS, new_method
+from trainers.methods.iapt import IAPT
 
 METHOD = IAPTConfig(bottleneck=8, prompt_length=2)
 
@@ -294,7 +287,7 @@ def test_interrupted_writing_leaves_the_old_weights(folder: Path, monkeypatch: p
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("trainers.adapter.save_file", full)
+    monkeypatch.setattr("trainers.adapters.directory.save_file", full)
     with pytest.raises(OSError, match="No space"):
         save_adapter(folder, dataclasses.replace(config(), labels=()), {"x": torch.ones(1)})
     assert (folder / WEIGHTS_FILE).read_bytes() == before

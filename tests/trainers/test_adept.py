@@ -23,10 +23,10 @@ from tests.trainers.methods_tiny import (
     stacked,
     trained,
 )
-from trainers.adept import ADePT, TokenTable
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Part, Rows, Sizes, rows_of
-from trainers.method_configs import ADePTConfig
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Part, Rows, Sizes, rows_of
+from trainers.methods.adept import ADePT, TokenTable
+from trainers.methods.configs import ADePTConfig
 
 
 def adept(model: Any, seed: int = 0, **fields: Any) -> ADePT:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config import TrainConfig, configs_from_fields, field_help, read_train_file, summary_of
-from trainers.errors import IaptError
-from trainers.method_configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, config_of
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import field_help, summary_of
+from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, config_of
+from trainers.training.config import TrainConfig, configs_from_fields, read_train_file
 
 
 def test_defaults_are_the_papers_settled_parts() -> None:

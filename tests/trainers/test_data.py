@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import tiny_tokenizer
-from trainers.data import (
+from trainers.decoder.instruction import format_instruction, resolve_prompt_format
+from trainers.training.data import (
     IGNORED,
     Example,
     collate,
@@ -17,14 +19,11 @@ from trainers.data import (
     encode_instruction,
     encode_response,
     find_labels,
-    format_instruction,
     pad_instructions,
     read_examples,
-    resolve_prompt_format,
     sample,
     split_holdout,
 )
-from trainers.errors import IaptError
 
 CHAT = tiny_tokenizer()
 PLAIN = tiny_tokenizer(chat=False)

@@ -22,10 +22,10 @@ from tests.trainers.methods_tiny import (
     stacked,
     trained,
 )
-from trainers.dept import DePT
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Sizes, rows_of
-from trainers.method_configs import DePTConfig
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Sizes, rows_of
+from trainers.methods.configs import DePTConfig
+from trainers.methods.dept import DePT
 
 
 def dept(model: Any, seed: int = 0, **fields: Any) -> DePT:

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_tokenizer
-from trainers.config import TrainConfig
-from trainers.data import Example, encode_examples, encode_response, format_instruction
-from trainers.evaluate import (
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.instruction import format_instruction
+from trainers.decoder.method import Method, rows_of
+from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig
+from trainers.methods.forms import new_method
+from trainers.training.config import TrainConfig
+from trainers.training.data import Example, encode_examples, encode_response
+from trainers.training.evaluate import (
     ClassificationReport,
     Evaluation,
     GenerationReport,
@@ -20,10 +25,6 @@ from trainers.evaluate import (
     evaluate_generation,
     label_scores,
 )
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Method, rows_of
-from trainers.method_configs import METHOD_CONFIGS, IAPTConfig
-from trainers.methods import new_method
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ("the film is a joy", "dull", "a dull and noisy story that nobody will remember", "joy joy")

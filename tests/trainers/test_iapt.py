@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.iapt import IAPT, adaptive_bins, max_pool, normalised, token_shares
-from trainers.method import Sizes
-from trainers.method_configs import IAPTConfig
+from trainers.decoder.method import Sizes
+from trainers.methods.configs import IAPTConfig
+from trainers.methods.iapt import IAPT, adaptive_bins, max_pool, normalised, token_shares
 
 HIDDEN, LAYERS = 32, 3
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import ARCHITECTURES, padded, tiny_llama
-from trainers.errors import IaptError
-from trainers.generate import decode, greedy, prefill
-from trainers.iapt import IAPT
-from trainers.insertion import decoder_layers, last_token, positions, read_instruction, sizes_of
-from trainers.method import Method, Rows, rows_of
-from trainers.method_configs import METHOD_CONFIGS, IAPTConfig
-from trainers.methods import new_method
+from trainers.decoder.generate import decode, greedy, prefill
+from trainers.decoder.insertion import decoder_layers, last_token, positions, read_instruction, sizes_of
+from trainers.decoder.method import Method, Rows, rows_of
+from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig
+from trainers.methods.forms import new_method
+from trainers.methods.iapt import IAPT
 
 LENGTHS = [4, 9, 6]
 PROMPTS = 4

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_llama, tiny_tokenizer
 from tests.trainers.methods_tiny import (
     LENGTHS,
@@ -21,12 +22,11 @@ from tests.trainers.methods_tiny import (
     stacked,
     trained,
 )
-from trainers.errors import IaptError
-from trainers.insertion import sizes_of
-from trainers.lamp import LAMP
-from trainers.method import Sizes
-from trainers.method_configs import LAMPConfig, PromptTuningConfig
-from trainers.prompt_tuning import PromptTuning, initial_prompt
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import Sizes
+from trainers.methods.configs import LAMPConfig, PromptTuningConfig
+from trainers.methods.lamp import LAMP
+from trainers.methods.prompt_tuning import PromptTuning, initial_prompt
 
 FIELDS: dict[str, Any] = {"init_length": 12, "rank": 5, "window": 3}
 

@@ -21,11 +21,11 @@ from tests.trainers.methods_tiny import (
     stacked,
     trained,
 )
-from trainers.insertion import read_instruction, sizes_of
-from trainers.lopa import LoPA, SentPrompt, lopa_shapes
-from trainers.method import Part, Rows, rows_of
-from trainers.method_configs import LoPAConfig
-from trainers.prompt_tuning import initial_prompt
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Part, Rows, rows_of
+from trainers.methods.configs import LoPAConfig
+from trainers.methods.lopa import LoPA, SentPrompt, lopa_shapes
+from trainers.methods.prompt_tuning import initial_prompt
 
 
 def lopa(model: Any, seed: int = 0, **fields: Any) -> LoPA:

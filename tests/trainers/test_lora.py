@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.trainers.methods_tiny import LENGTHS, count, greedy_tokens, real_rows, stacked, trained
-from trainers.errors import IaptError
-from trainers.generate import decode, prefill
-from trainers.insertion import continue_from, read_instruction, sizes_of
-from trainers.lora import LoRA, merged, targets, tensor_name
-from trainers.method import Method, Sizes, Weights, rows_of
-from trainers.method_configs import LoRAConfig
+from trainers.decoder.generate import decode, prefill
+from trainers.decoder.insertion import continue_from, read_instruction, sizes_of
+from trainers.decoder.method import Method, Sizes, Weights, rows_of
+from trainers.methods.configs import LoRAConfig
+from trainers.methods.lora import LoRA, merged, targets, tensor_name
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CASES = [

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.tiny import ARCHITECTURES, padded, tiny_llama
-from trainers.generate import decode, greedy, prefill
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Method, Part, Rows, rows_of
-from trainers.method_configs import (
+from trainers.decoder.generate import decode, greedy, prefill
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Method, Part, Rows, rows_of
+from trainers.methods.configs import (
     METHOD_CONFIGS,
     ADePTConfig,
     DePTConfig,
@@ -23,7 +23,7 @@ from trainers.method_configs import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
-from trainers.methods import new_method
+from trainers.methods.forms import new_method
 
 CONFIGS = [
     IAPTConfig(bottleneck=8, prompt_length=4),

@@ -10,16 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 from tests.trainers.methods_tiny import LENGTHS, STEPS, greedy_tokens, trained
-from trainers.adapter import AdapterConfig, load_adapter, save_adapter
-from trainers.backbone import Backbone
-from trainers.errors import IaptError
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Sizes, rows_of
-from trainers.method_configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
-from trainers.methods import new_method
-from trainers.peft_format import (
+from trainers.adapters.adapter import AdapterConfig
+from trainers.adapters.directory import load_adapter, save_adapter
+from trainers.adapters.peft_format import (
     TABLE,
     _changed_linears,
     adapter_from_peft,
@@ -27,6 +23,11 @@ from trainers.peft_format import (
     peft_fields,
     to_peft_tensors,
 )
+from trainers.decoder.backbone import Backbone
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Sizes, rows_of
+from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
+from trainers.methods.forms import new_method
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 6}

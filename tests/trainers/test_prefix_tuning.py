@@ -19,10 +19,10 @@ from tests.trainers.methods_tiny import (
     stacked,
     trained,
 )
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Method, Sizes, Weights, rows_of
-from trainers.method_configs import INITIAL_TEXT, PrefixTuningConfig
-from trainers.prefix_tuning import PrefixTuning, from_table, initial_prefix, to_table
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Method, Sizes, Weights, rows_of
+from trainers.methods.configs import INITIAL_TEXT, PrefixTuningConfig
+from trainers.methods.prefix_tuning import PrefixTuning, from_table, initial_prefix, to_table
 
 CONFIG = PrefixTuningConfig(prompt_length=4)
 PROJECTED = PrefixTuningConfig(prompt_length=4, projection=True, projection_width=8)

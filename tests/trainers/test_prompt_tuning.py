@@ -21,10 +21,10 @@ from tests.trainers.methods_tiny import (
     stacked,
     trained,
 )
-from trainers.insertion import read_instruction, sizes_of
-from trainers.method import Sizes, rows_of
-from trainers.method_configs import PromptTuningConfig
-from trainers.prompt_tuning import PromptTuning, initial_prompt
+from trainers.decoder.insertion import read_instruction, sizes_of
+from trainers.decoder.method import Sizes, rows_of
+from trainers.methods.configs import PromptTuningConfig
+from trainers.methods.prompt_tuning import PromptTuning, initial_prompt
 
 
 def prompt_tuning(model: Any, seed: int = 0) -> PromptTuning:

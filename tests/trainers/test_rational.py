@@ -8,8 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.errors import IaptError
-from trainers.rational import FIT_INTERVAL, FUNCTIONS, PUBLISHED, fit_coefficients, initial_coefficients, rational
+from iapt_export.contract.errors import IaptError
+from trainers.methods.rational import (
+    FIT_INTERVAL,
+    FUNCTIONS,
+    PUBLISHED,
+    fit_coefficients,
+    initial_coefficients,
+    rational,
+)
 
 GRID = np.linspace(*FIT_INTERVAL, 2001)
 

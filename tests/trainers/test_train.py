@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from iapt_export.contract.errors import IaptError
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
-from trainers.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from trainers.errors import IaptError
-from trainers.evaluate import ClassificationReport, GenerationReport
-from trainers.iapt import IAPT
-from trainers.loop import AdapterTrainer, EpochSampler, PromptTuned
-from trainers.method import Sizes
-from trainers.method_configs import IAPTConfig
-from trainers.train import evaluate_adapter, train
+from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.method import Sizes
+from trainers.methods.configs import IAPTConfig
+from trainers.methods.iapt import IAPT
+from trainers.training.evaluate import ClassificationReport, GenerationReport
+from trainers.training.loop import AdapterTrainer, EpochSampler, PromptTuned
+from trainers.training.train import evaluate_adapter, train
 
 
 def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
@@ -264,8 +265,8 @@ def test_start_at_the_sink(make: Any) -> None:
 
 
 def test_backbone_without_tokenizer(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainers.backbone import Backbone
+    from trainers.decoder.backbone import Backbone
 
-    monkeypatch.setattr("trainers.train.load_backbone", lambda name, **_: Backbone(tiny_llama(), None, name))
+    monkeypatch.setattr("trainers.training.train.load_backbone", lambda name, **_: Backbone(tiny_llama(), None, name))
     with pytest.raises(IaptError, match="the backbone bare has no tokenizer; training needs one"):
         run("bare", data, tmp_path / "a")

@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from iapt_export.contract.errors import IaptError
 from tests.trainers.runs import RUN, InterruptedRunError, interrupt_at, run, weights
-from trainers.adapter import load_adapter
-from trainers.errors import IaptError
-from trainers.evaluate import ClassificationReport
-from trainers.iapt import IAPT
-from trainers.loop import AdapterTrainer, PromptTuned
-from trainers.method_configs import (
+from trainers.adapters.directory import load_adapter
+from trainers.methods.configs import (
     METHOD_CONFIGS,
     ADePTConfig,
     IAPTConfig,
@@ -25,8 +22,11 @@ from trainers.method_configs import (
     PromptTuningConfig,
     flag_name,
 )
-from trainers.methods import METHODS
-from trainers.train import evaluate_adapter, train
+from trainers.methods.forms import METHODS
+from trainers.methods.iapt import IAPT
+from trainers.training.evaluate import ClassificationReport
+from trainers.training.loop import AdapterTrainer, PromptTuned
+from trainers.training.train import evaluate_adapter, train
 
 OTHER_METHODS = [
     *(cls() for cls in METHOD_CONFIGS.values() if cls is not IAPTConfig),

@@ -6,7 +6,7 @@ import dataclasses
 import random
 from typing import Any
 
-from validation.result import Bisection, Check, Finding, Report, TargetResult, TokenRow
+from validation.judging.result import Bisection, Check, Finding, Report, TargetResult, TokenRow
 
 TENANTS = ["movie-sentiment", "sarcasm", "reuters-r8"]
 PROMPTS = {

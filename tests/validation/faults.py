@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from engines.in_place import InPlaceStepper
-from engines.onnxruntime_runner import OnnxRuntimeRunner
-from engines.tenants import TenantBank
+from engines.onnxruntime.runner import OnnxRuntimeRunner
+from engines.serving.in_place_stepper import InPlaceStepper
+from engines.serving.tenants import TenantBank
 from tests.validation import sabotage
 
 Plant = Callable[[Path, pytest.MonkeyPatch], None]

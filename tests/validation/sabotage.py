@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from iapt_export.ops.rational import rational_function
+from iapt_export.graphs.ops.rational_op import rational_function
 
 
 def between(bundle: Path, file: str, value: str, operator: str, constant: int) -> None:

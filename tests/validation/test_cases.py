@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from engines.text import TextCodec
-from iapt_export.errors import IaptError
-from iapt_export.manifest import BundleManifest, Range
+from engines.serving.text import TextCodec
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest, Range
 from tests.bundles import NEW_TOKENS, TinyBuild, run
-from validation.cases import GENERAL_PROMPTS, example_text, generated_cases, read_examples
-from validation.compare import Settings, chosen_cases
+from validation.judging.compare import Settings, chosen_cases
+from validation.sides.cases import GENERAL_PROMPTS, example_text, generated_cases, read_examples
 
 TEXT = list(range(3, 40))
 
@@ -115,7 +115,7 @@ def test_one_case_alone_and_all_of_them(tiny_build: TinyBuild, tmp_path: Path) -
 
 
 def test_an_answer_to_what_must_be_refused_fails(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines.session import Session
+    from engines.serving.session import Session
 
     honest = Session._entry
 

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.in_place import InPlaceStepper
-from engines.session import Request, Session
-from iapt_export.errors import BundleError
-from iapt_export.manifest import BundleManifest
+from engines.serving.in_place_stepper import InPlaceStepper
+from engines.serving.session import Request, Session
+from iapt_export.contract.errors import BundleError
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
 from tests.validation.sabotage import SABOTAGES
-from trainers.backbone import load_backbone
-from validation import stages
-from validation.cases import Prompt
-from validation.compare import Settings, compare_target, measure_truth
-from validation.reference import Reference
-from validation.stages import judged, tie_margin
-from validation.tolerances import tolerances
-from validation.truth import Truth
+from trainers.decoder.backbone import load_backbone
+from validation.judging import stages
+from validation.judging.compare import Settings, compare_target, measure_truth
+from validation.judging.stages import judged, tie_margin
+from validation.judging.tolerances import tolerances
+from validation.sides.cases import Prompt
+from validation.sides.reference import Reference
+from validation.sides.truth import Truth
 from validation.validate import validate_bundle
 
 STAGES = {

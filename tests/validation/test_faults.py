@@ -9,14 +9,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from iapt_export.manifest import BundleManifest
-from iapt_export.passes.pack_projections import JOIN
+from iapt_export.contract.manifest import BundleManifest
+from iapt_export.graphs.passes.pack_projections import JOIN
 from tests.bundles import NEW_TOKENS, TinyBuild, run, save_tiny_adapter
 from tests.tiny import save_tiny_backbone, tiny_llama
 from tests.validation.faults import FAULTS, Fault
-from trainers.backbone import config_fingerprint, load_backbone
-from validation.compare import Settings
-from validation.result import Bisection
+from trainers.decoder.backbone import config_fingerprint, load_backbone
+from validation.judging.compare import Settings
+from validation.judging.result import Bisection
 from validation.validate import validate_bundle
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from tests.bundles import NEW_TOKENS, TinyBuild, run
 from tests.validation.fake_report import failing_report, passing_report
 from tests.validation.sabotage import one_weight
-from validation.junit import write_junit
+from validation.reporting.junit import write_junit
 
 
 def suites(path: Path) -> list[ElementTree.Element]:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from validation.metrics import HISTOGRAM_EDGES, cosine, entry_errors, error_counts, max_abs, relative, worst_but
+from validation.judging.metrics import HISTOGRAM_EDGES, cosine, entry_errors, error_counts, max_abs, relative, worst_but
 
 REFERENCE = np.array([[1.0, -4.0], [0.5, 2.0]], np.float32)
 

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from engines.session import Request, Session
-from engines.text import TextCodec
-from iapt_export.errors import BundleError, IaptError
-from iapt_export.manifest import BundleManifest
+from engines.serving.session import Request, Session
+from engines.serving.text import TextCodec
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, session_over, tokens_of
 from tests.graphs import flat, trained_prefill, trained_prompt, worst
 from tests.tiny import padded
-from trainers.adapter import load_adapter
-from trainers.backbone import Backbone, load_backbone
-from trainers.generate import greedy
-from trainers.method import rows_of
-from validation.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
-from validation.reference import Reference, TorchRunner
-from validation.truth import record_fed, record_truth
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.generate import greedy
+from trainers.decoder.method import rows_of
+from validation.sides.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
+from validation.sides.reference import Reference, TorchRunner
+from validation.sides.truth import record_fed, record_truth
 
 REQUESTS = [
     Request("gamma", "the film is a quiet joy", max_new_tokens=NEW_TOKENS),

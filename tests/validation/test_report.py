@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from iapt_export.errors import BundleError
+from iapt_export.contract.errors import BundleError
 from tests.validation.fake_report import failing_report, located_report, onnxruntime_target, passing_report, token_rows
-from validation.report import (
+from validation.judging.result import Check
+from validation.reporting.report import (
     format_figure,
     format_value,
     headline,
@@ -18,7 +19,6 @@ from validation.report import (
     target_plots,
     write_report,
 )
-from validation.result import Check
 
 HOSTILE = '<script>alert(1)</script> & "quotes" </pre><img src=x onerror=alert(2)> {{ 7 * 7 }}'
 

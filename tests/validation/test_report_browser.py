@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.validation.fake_report import failing_report, located_report, passing_report
-from validation.report import write_report
-from validation.result import Report
+from validation.judging.result import Report
+from validation.reporting.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<!doctype html><body>

@@ -15,23 +15,23 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from iapt_export.export import Serving, export_graphs
-from iapt_export.manifest import BundleManifest
-from iapt_export.passes.quantise_weights import BLOCKS, SCALES
-from iapt_export.quantise import QUANTISED
+from iapt_export.contract.manifest import BundleManifest
+from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.graphs.passes.quantise_weights import BLOCKS, SCALES
+from iapt_export.graphs.quantise import QUANTISED
 from tests.bundles import METHOD, NEW_TOKENS, TinyBuild, run, save_tiny_adapter
 from tests.iapt_export.test_serve_passes import two_steps
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.fake_report import passing_report
 from tests.validation.faults import FAULTS, Fault
-from trainers.backbone import config_fingerprint, load_backbone
-from trainers.method_configs import ADePTConfig, LoPAConfig, LoRAConfig
-from validation.compare import Settings
-from validation.metrics import relative
-from validation.result import Report
-from validation.rounding import round_weights
-from validation.sources import stored_weight
-from validation.taps import TappedGraph
+from trainers.decoder.backbone import config_fingerprint, load_backbone
+from trainers.methods.configs import ADePTConfig, LoPAConfig, LoRAConfig
+from validation.judging.compare import Settings
+from validation.judging.metrics import relative
+from validation.judging.result import Report
+from validation.locating.sources import stored_weight
+from validation.sides.rounding import round_weights
+from validation.sides.taps import TappedGraph
 from validation.validate import validate_bundle
 
 LORA = LoRAConfig(rank=2, target_modules=("q_proj", "down_proj"))
@@ -62,7 +62,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBuild]:
         }
         build = TinyBuild(folder, adapters, root / "cache", bundle / "bundle")
         # what rounding costs so small and random a model is beyond the limits, which were measured on a real one
-        with patch("iapt_export.build.validate_bundle", lambda *_: passing_report()):
+        with patch("iapt_export.building.build.validate_bundle", lambda *_: passing_report()):
             outcome = run(*build.arguments(build.bundle), f"--target=onnxruntime:{dtype}", *flags)
         assert outcome.code == 0, outcome.err
         return build

@@ -12,15 +12,15 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from iapt_export.manifest import BundleManifest, GraphSpec
-from iapt_export.ops.rational import rational_function
+from iapt_export.contract.manifest import BundleManifest, GraphSpec
+from iapt_export.graphs.ops.rational_op import rational_function
 from tests.bundles import TinyBuild
 from tests.graphs import worst
-from trainers.backbone import load_backbone
-from trainers.rational import PUBLISHED
-from validation.reference import Reference
-from validation.stepping import Row, run_steps, session_with
-from validation.truth import padded
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.rational import PUBLISHED
+from validation.sides.reference import Reference
+from validation.sides.stepping import Row, run_steps, session_with
+from validation.sides.truth import padded
 
 ROWS = [Row("gamma", (5, 9, 30, 7, 250, 12), (7, 11)), Row("alpha", (3, 40), (2, 6))]
 

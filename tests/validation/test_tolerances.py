@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from iapt_export.errors import IaptError
-from validation.metrics import kl, relative
-from validation.stages import Errors
-from validation.tolerances import ANY, CEILINGS, STAGES, TABLE, Tolerance, rows_for, tolerance, tolerances
+from iapt_export.contract.errors import IaptError
+from validation.judging.metrics import kl, relative
+from validation.judging.stages import Errors
+from validation.judging.tolerances import ANY, CEILINGS, STAGES, TABLE, Tolerance, rows_for, tolerance, tolerances
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 BITS = {"int8": 8, "int4": 4}

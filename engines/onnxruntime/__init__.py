@@ -1,0 +1,1 @@
+"""ONNX Runtime behind the runner contract."""

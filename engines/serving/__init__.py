@@ -1,0 +1,1 @@
+"""Requests in, streamed tokens out, over any runner: tenants, steps, scheduling, sampling, text."""

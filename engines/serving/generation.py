@@ -1,0 +1,169 @@
+"""A request under way, as its client sees it: tokens to iterate or to await, a result, a way to cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
+from types import TracebackType
+
+from engines.serving.request import Answer, Item, Token
+from engines.serving.scheduler import Entry
+
+
+class Generation:
+    """The tokens of one request as they come.
+
+    Leaving its with block, closing its iterator, or cancelling the task that awaits it frees the request's row. What
+    one reader leaves, the next one finds.
+    """
+
+    def __init__(self, entry: Entry, wake: Callable[[], None]) -> None:
+        self._entry = entry
+        self._wake = wake
+        self._items: SimpleQueue[Item] = SimpleQueue()
+        """What came and was not read; behind the last token there is always something that ends a reader."""
+        self._lock = threading.Lock()
+        """Guards the listeners, and that each hears of every item."""
+        self._listeners: list[Callable[[], None]] = []
+        self._tokens: list[Token] = []
+        self.done = False
+        """Whether everything has been read."""
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[Token]:
+        """Tokens as they come.
+
+        Raises:
+            IaptError: the request failed, or the session was closed or has failed.
+        """
+        return in_order_of_arrival([self], 1)
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        """Tokens as they come, for an event loop; raises like `__iter__`."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # of a closed loop, whose client is gone
+                loop.call_soon_threadsafe(arrived.set)
+
+        self.listen(tell)
+        try:
+            while not self.done:
+                if token := self.take():
+                    yield token
+                elif not self.done:
+                    await arrived.wait()
+                    arrived.clear()
+        finally:
+            self.forget(tell)
+            self.cancel()
+
+    def result(self) -> Answer:
+        """Wait for the end: the whole answer, with what was iterated before."""
+        for _ in self:
+            pass
+        return self._answer()
+
+    async def wait(self) -> Answer:
+        """`result` for an event loop."""
+        async for _ in self:
+            pass
+        return self._answer()
+
+    def cancel(self) -> None:
+        """Free the request's row; nothing happens to a finished one."""
+        if not self.done:
+            self._entry.cancelled = True
+            self._wake()
+
+    def give(self, item: Item) -> None:
+        """Called by the session with each token, None for a cancelled request that was dropped, or its failure."""
+        with self._lock:
+            self._items.put(item)
+            for tell in self._listeners:
+                tell()
+
+    def listen(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` for each item that waits to be read, and for each that comes; it must not block."""
+        with self._lock:
+            for _ in range(self._items.qsize()):
+                tell()
+            self._listeners.append(tell)
+
+    def forget(self, tell: Callable[[], None]) -> None:
+        """Call it no more."""
+        with self._lock:
+            self._listeners.remove(tell)
+
+    def take(self) -> Token | None:
+        """The next token if one waits to be read.
+
+        Raises:
+            IaptError: the request failed, or the session was closed or has failed.
+        """
+        try:
+            item = self._items.get_nowait()
+        except Empty:
+            return None
+        if isinstance(item, Token):
+            self._tokens.append(item)
+            self.done = item.finish_reason is not None
+        else:
+            self.done = True
+            self._error = item or self._error
+        if self.done:
+            self._items.put(self._error)  # for the next reader
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _answer(self) -> Answer:
+        if self._error is not None:
+            raise self._error
+        reason = self._tokens[-1].finish_reason if self._tokens else None
+        text = "".join(token.text for token in self._tokens)
+        return Answer(self._entry.number, [token.token for token in self._tokens], text, reason or "cancelled")
+
+
+def in_order_of_arrival(generations: Iterable[Generation], window: int) -> Iterator[Token]:
+    """The tokens of several requests as they come, until all are finished; closing the iterator cancels the rest.
+
+    Args:
+        generations: the requests, which may be submitted as they are taken from here.
+        window: how many are taken before one is finished.
+
+    Raises:
+        IaptError: a request failed, or the session was closed or has failed.
+    """
+    arrived: SimpleQueue[Generation] = SimpleQueue()
+    source = iter(generations)
+    running: dict[Generation, Callable[[], None]] = {}
+    try:
+        while True:
+            while len(running) < window and (generation := next(source, None)) is not None:
+                running[generation] = functools.partial(arrived.put, generation)
+                generation.listen(running[generation])
+            if not running:
+                return
+            generation = arrived.get()
+            token = generation.take()
+            if generation.done and generation in running:
+                generation.forget(running.pop(generation))
+            if token is not None:
+                yield token
+    finally:
+        for generation, tell in running.items():
+            generation.forget(tell)
+            generation.cancel()

@@ -1,0 +1,83 @@
+"""Open what a bundle's manifest names: the runners of a target, and the stepper over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines.runner import Runner
+from engines.serving.cache import Cache, HostCache
+from engines.serving.in_place_stepper import InPlaceStepper, serving_graphs
+from engines.serving.stepper import ConcatenatedStepper, Stepper
+from engines.serving.tenants import TenantBank
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest, TargetSpec
+
+
+def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> dict[str, Runner]:
+    """A runner for each graph of a target, not yet active.
+
+    Args:
+        bundle: the bundle's folder.
+        target: one of its targets.
+        device: ``cpu`` or ``cuda``, for ONNX Runtime; TensorRT always runs on the GPU.
+    """
+    if target.name == "onnxruntime":
+        from engines.onnxruntime.runner import OnnxRuntimeRunner
+
+        return {
+            name: OnnxRuntimeRunner(bundle / spec.path, spec, device=device) for name, spec in target.graphs.items()
+        }
+    from engines.tensorrt.runner import TensorRTRunner
+
+    return {name: TensorRTRunner(bundle / spec.path, spec, target.name) for name, spec in target.graphs.items()}
+
+
+def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
+    """Whether a target's cache can be written in place (True), concatenated (False), or both, the better one first."""
+    kinds = [("serve", True)] if device == "cpu" else []
+    kinds += [("serve_prefill", True), ("prefill", False)]
+    return [in_place for graph, in_place in kinds if graph in target.graphs]
+
+
+def open_stepper(
+    bundle: Path, manifest: BundleManifest, target: TargetSpec, *, device: str = "cpu", in_place: bool | None = None
+) -> Stepper:
+    """The stepper of a target with the bundle's tenants, not yet active.
+
+    Args:
+        bundle: the bundle's folder.
+        manifest: its manifest.
+        target: one of its targets.
+        device: ``cpu`` or ``cuda``, for ONNX Runtime.
+        in_place: take the cache that is written in place, or the one that each step concatenates; None takes the
+            first where target and device have it.
+
+    Raises:
+        BundleError: a tenant's file is damaged.
+        IaptError: the target has no such cache.
+    """
+    offered = cache_kinds(target, device)
+    chosen = in_place if in_place is not None else next(iter(offered), None)
+    if chosen not in offered:
+        graphs = ", ".join(target.graphs)
+        raise IaptError(f"target {target.name} has no graph for that cache on device {device}; its graphs: {graphs}")
+    return stepper_over(bundle, manifest, target, open_runners(bundle, target, device=device), in_place=chosen)
+
+
+def stepper_over(
+    bundle: Path, manifest: BundleManifest, target: TargetSpec, runners: dict[str, Runner], *, in_place: bool
+) -> Stepper:
+    """The stepper of a target over runners that are there already; see `open_stepper`."""
+    bank = TenantBank(bundle, manifest, target)
+    if not in_place:
+        return ConcatenatedStepper(manifest, target, bank, runners)
+    serving: list[Any] = [runners[name] for name in serving_graphs(target)]
+    cache: Cache
+    if target.name == "onnxruntime":
+        cache = HostCache(*serving)
+    else:
+        from engines.serving.cuda_cache import CudaCache
+
+        cache = CudaCache(*serving)
+    return InPlaceStepper(manifest, target, bank, runners, cache)

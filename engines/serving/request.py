@@ -1,0 +1,58 @@
+"""What a client asks for, and what it gets token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engines.serving.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One instruction for one tenant."""
+
+    tenant: str
+    prompt: str = ""
+    """The instruction's text; or give ``tokens``."""
+    tokens: tuple[int, ...] = ()
+    """The instruction as token ids, instead of text."""
+    prompts: np.ndarray | None = None
+    """Soft prompts ``[P, D]`` that the client computed, for a tenant whose method takes them (LoPA)."""
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on to ``max_new_tokens`` whatever is generated (for measurements)."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    row: int
+    """Number of the request among those that were given together."""
+    step: int
+    token: int
+    text: str
+    """The text that this token adds; what could be part of a character or of a stop text waits for the next."""
+    finish_reason: str | None
+    """``eos``, ``length`` or ``stop`` on the last token, else None."""
+
+
+Item = Token | Exception | None
+"""What a request gets: a token, its failure, or None where it was cancelled and dropped."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that was generated for one request."""
+
+    row: int
+    tokens: list[int]
+    """Token ids, the end token included."""
+    text: str
+    finish_reason: str
+    """``eos``, ``length``, ``stop`` or ``cancelled``."""

@@ -1,0 +1,277 @@
+"""The tenants of a running session: their weights, stacked by method, as data that comes and goes.
+
+A method's tenants share arrays ``METHOD.TENSOR [N, ...]`` that the graphs take as inputs, so a tenant is added by
+writing its entry: nothing is rebuilt, and rows under way keep theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from engines.runner import NUMPY_TYPES, Arrays
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.manifest import TENANT_INDEX, BundleManifest, MethodSpec, TargetSpec, TenantSpec
+from iapt_export.contract.tenant_card import TenantCard
+
+
+@dataclass
+class Tenant:
+    """One tenant while it is installed."""
+
+    name: str
+    method: str | None
+    """Name of its method; None where it is merged into the backbone."""
+    index: int
+    """Its entry in the method's stack."""
+    prompt_length: int
+    """Cache entries that its rows have before their instruction."""
+    prompt_format: str
+    trained_form: str
+    users: int = 0
+    """Requests that were accepted for it and are not finished."""
+    removed: bool = False
+
+
+@dataclass(frozen=True)
+class NewTenant:
+    """A tenant's file, read and checked against a bundle."""
+
+    name: str
+    card: TenantCard
+    method: MethodSpec
+    entries: Arrays
+    """``METHOD.TENSOR`` to this tenant's entry, in the type that the graphs take."""
+
+
+class TenantBank:
+    """The stacked weights and who stands where in them; entries of removed tenants are used again."""
+
+    def __init__(self, bundle: Path, manifest: BundleManifest, target: TargetSpec) -> None:
+        """Load the bundle's own tenants.
+
+        Raises:
+            BundleError: a tenant's file is missing, no safetensors, or not what the contract asks for.
+        """
+        self.manifest = manifest
+        self.methods = {method.name: method for method in manifest.methods}
+        self.types = {tensor.name: tensor.dtype for graph in target.graphs.values() for tensor in graph.inputs}
+        self.tenants: dict[str, Tenant] = {}
+        self.stacks: Arrays = {}
+        """``METHOD.TENSOR`` to ``[N, ...]`` in the type that the graphs take; replaced by larger ones as N grows."""
+        self.version = 0
+        """Counts the changes of `stacks`, for copies of them elsewhere."""
+        self._entries: dict[str, list[Tenant | None]] = {}
+        for method in manifest.methods:
+            specs = manifest.tenants_of(method.name)
+            files = [_read_tenant(bundle, spec, method) for spec in specs]
+            for weight in method.weights:
+                name = f"{method.name}.{weight.name}"
+                stack = np.stack([file[weight.name] for file in files])
+                self.stacks[name] = self._cast(stack, name, f"method {method.name}: a tenant's {weight.name}")
+            self._entries[method.name] = [self._enter(spec, index) for index, spec in enumerate(specs)]
+        for spec in manifest.tenants:
+            if spec.method is None:
+                self._enter(spec, -1)
+
+    def get(self, name: str) -> Tenant:
+        """The tenant of that name.
+
+        Raises:
+            BundleError: no such tenant.
+        """
+        if name not in self.tenants:
+            known = ", ".join(self.tenants) or "none"
+            raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {known}")
+        return self.tenants[name]
+
+    def read(self, path: Path, name: str | None = None) -> NewTenant:
+        """Read a tenant's file, as ``iapt-export tenant`` writes it; while steps run, because nothing changes.
+
+        Args:
+            path: a safetensors file with a tenant card.
+            name: what to call it; None takes the card's name.
+
+        Raises:
+            IaptError: the file is for another backbone or a method that the bundle lacks, or holds other tensors
+                or NaN.
+        """
+        card, tensors = read_tenant_file(path)
+        chosen = name or card.name
+        if card.fingerprint != self.manifest.backbone.fingerprint:
+            raise IaptError(
+                f"{path} was made for another backbone ({card.backbone}); this bundle's is "
+                f"{self.manifest.backbone.name_or_path}"
+            )
+        method = self._method_of(card, path)
+        entries = {}
+        for weight in method.weights:
+            found = tensors.get(weight.name)
+            _check_tensor(found, weight.name, weight.shape, f"tenant {chosen}")
+            assert found is not None
+            stack = f"{method.name}.{weight.name}"
+            entries[stack] = self._cast(found, stack, f"tenant {chosen}: {weight.name}")
+        return NewTenant(chosen, card, method, entries)
+
+    def install(self, new: NewTenant, *, replace: bool = False) -> Tenant:
+        """Install what `read` gave; also while a step runs, which reads other entries and the stacks it began with.
+
+        Args:
+            new: a tenant.
+            replace: take the place of a tenant of that name; its requests under way keep the old weights.
+
+        Raises:
+            IaptError: the name is taken, or the method's stack is full.
+        """
+        if new.name in self.tenants and not replace:
+            raise IaptError(f"tenant {new.name!r} is installed already; remove it first, or replace it")
+        old = self.tenants.get(new.name)
+        if old is not None and old.method == new.method.name and old.users == 0:
+            index = old.index  # nobody reads it, so a full stack may replace too
+        else:
+            index = self._free_entry(new.method.name)
+        for stack, array in new.entries.items():
+            self.stacks[stack][index] = array
+        self.version += 1  # after the writing, so that who sees it sees all of it
+        if new.name in self.tenants:
+            self.remove(new.name)
+        card, method = new.card, new.method
+        tenant = Tenant(new.name, method.name, index, method.prompt_length, card.prompt_format, card.trained_form)
+        self.tenants[new.name] = self._entries[method.name][index] = tenant
+        return tenant
+
+    def remove(self, name: str) -> None:
+        """Take a tenant out; its entry is free once its requests under way are finished.
+
+        Raises:
+            BundleError: no such tenant.
+            IaptError: it is merged into the backbone.
+        """
+        tenant = self.get(name)
+        if tenant.method is None:
+            raise IaptError(f"tenant {name} is merged into the backbone's weights and cannot be removed")
+        tenant.removed = True
+        del self.tenants[name]
+        self._collect(tenant)
+
+    def acquire(self, name: str) -> Tenant:
+        """The tenant, kept until `release`.
+
+        Raises:
+            BundleError: no such tenant.
+        """
+        tenant = self.get(name)
+        tenant.users += 1
+        return tenant
+
+    def release(self, tenant: Tenant) -> None:
+        """A request of this tenant is finished."""
+        tenant.users -= 1
+        self._collect(tenant)
+
+    def indices(self, tenants: list[Tenant]) -> Arrays:
+        """``METHOD.tenant_index [B]`` for rows of these tenants: -1 where a row's tenant is of another method."""
+        return {
+            f"{method}.{TENANT_INDEX}": np.array(
+                [tenant.index if tenant.method == method else -1 for tenant in tenants], dtype=np.int64
+            )
+            for method in self.methods
+        }
+
+    def _enter(self, spec: TenantSpec, index: int) -> Tenant:
+        length = self.manifest.prompt_length(spec.name)
+        tenant = Tenant(spec.name, spec.method, index, length, spec.prompt_format, spec.trained_form)
+        self.tenants[spec.name] = tenant
+        return tenant
+
+    def _method_of(self, card: TenantCard, path: Path) -> MethodSpec:
+        for method in self.manifest.methods:
+            if card.fits(method.form, method.config):
+                return method
+        offered = "; ".join(f"{method.form} {json.dumps(method.config)}" for method in self.manifest.methods)
+        raise IaptError(
+            f"{path}: this bundle has no method {card.form} with {json.dumps(card.config)}, so its graphs cannot run "
+            f"it; it has {offered or 'none'}. Build a bundle with an adapter of that kind"
+        )
+
+    def _free_entry(self, method: str) -> int:
+        entries, limit = self._entries[method], self.manifest.ranges.tenants.max
+        for index, tenant in enumerate(entries):
+            if tenant is None:
+                return index
+        if len(entries) >= limit:
+            leaving = sum(tenant is not None and tenant.removed for tenant in entries)
+            remedy = f"wait for the requests of {leaving} removed ones" if leaving else "remove one"
+            raise IaptError(
+                f"method {method} is full: this bundle takes {limit} tenants of it; {remedy}, or build with a "
+                "larger --tenants"
+            )
+        grown = min(2 * len(entries), limit)
+        larger = {}
+        for weight in self.methods[method].weights:
+            name = f"{method}.{weight.name}"
+            larger[name] = np.zeros((grown, *self.stacks[name].shape[1:]), self.stacks[name].dtype)
+            larger[name][: len(entries)] = self.stacks[name]
+        self.stacks = {**self.stacks, **larger}  # at once, so that no step sees stacks of two sizes
+        first = len(entries)
+        entries += [None] * (grown - first)
+        return first
+
+    def _collect(self, tenant: Tenant) -> None:
+        if tenant.removed and tenant.users == 0 and tenant.method is not None:
+            self._entries[tenant.method][tenant.index] = None
+
+    def _cast(self, array: np.ndarray, name: str, what: str) -> np.ndarray:
+        made = cast(array, self.types[name])
+        if not np.isfinite(made.astype(np.float32)).all():
+            raise BundleError(f"{what} has numbers too large for {self.types[name]}; build for fp32 or bf16")
+        return made
+
+
+def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:
+    """A tenant's card and tensors.
+
+    Raises:
+        IaptError: no safetensors file, or one without a valid card.
+    """
+    metadata, tensors = _read_weights(path, "write it again")
+    return TenantCard.from_metadata(metadata, str(path)), tensors
+
+
+def _read_tenant(bundle: Path, spec: TenantSpec, method: MethodSpec) -> Arrays:
+    if spec.path is None:
+        raise BundleError(f"tenant {spec.name} is of method {method.name} but names no weights file")
+    _, tensors = _read_weights(bundle / spec.path, "build the bundle again")
+    for weight in method.weights:
+        _check_tensor(tensors.get(weight.name), weight.name, weight.shape, f"tenant {spec.name}")
+    return tensors
+
+
+def _read_weights(path: Path, remedy: str) -> tuple[dict[str, str], Arrays]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+
+
+def _check_tensor(found: np.ndarray | None, name: str, shape: list[int | str], what: str) -> None:
+    if found is None or list(found.shape) != shape:
+        came = "nothing" if found is None else f"shape {list(found.shape)}"
+        raise BundleError(f"{what}: {name} has {came}, the bundle expects {shape}")
+    if not np.isfinite(found).all():
+        raise BundleError(f"{what}: {name} holds NaN or infinity; train the adapter again")
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array in a manifest's type, such as ``fp16``."""
+    if dtype == "bf16":
+        import ml_dtypes
+
+        return array.astype(ml_dtypes.bfloat16)
+    with np.errstate(over="ignore"):  # callers look for infinities
+        return array.astype(NUMPY_TYPES[dtype])

@@ -1,0 +1,262 @@
+"""Lay out a bundle's files and describe them in its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from iapt_export import __version__
+from iapt_export.building.plan import TenantPlan
+from iapt_export.building.stage_cache import STAGE_FILE, place
+from iapt_export.contract.errors import BundleError
+from iapt_export.contract.manifest import (
+    ENGINE_SERVING,
+    MANIFEST_FILE,
+    BackboneSpec,
+    BundleManifest,
+    FileSpec,
+    GraphSpec,
+    MethodSpec,
+    Parity,
+    Ranges,
+    TargetSpec,
+    TenantSpec,
+    file_sha256,
+    verify_files,
+)
+from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.graphs.installed import Installed, computing_fields
+from iapt_export.graphs.interface import ModelShape, weight_specs
+from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
+from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
+from trainers.methods.forms import form_name
+
+TENANTS_FOLDER = "tenants"
+TRAINED_FOLDER = "trained"
+EXPORTING_ROOMS = ("iapt_export/graphs", "iapt_export/contract", "trainers/decoder", "trainers/methods")
+"""Whose code shapes an export; whole rooms, so that no file is forgotten."""
+EXPORT_PACKAGES = ("iapt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+"""Packages whose versions may change what an export writes."""
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+def backbone_spec(backbone: Any) -> BackboneSpec:
+    """Describe a loaded backbone; hashes all of its weights."""
+    config = backbone.model.config
+    shape = ModelShape.from_config(config)
+    eos = getattr(backbone.model.generation_config, "eos_token_id", None)
+    eos = config.eos_token_id if eos is None else eos
+    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    tokenizer_pad = getattr(backbone.tokenizer, "pad_token_id", None)
+    pad = next((token for token in (tokenizer_pad, config.pad_token_id, *eos_ids) if token is not None), 0)
+    return BackboneSpec(
+        name_or_path=backbone.name_or_path,
+        revision=backbone.revision,
+        fingerprint=backbone.fingerprint,
+        weights_sha256=weights_sha256(backbone.model),
+        model_type=config.model_type,
+        eos_token_ids=eos_ids,
+        pad_token_id=pad,
+        **dataclasses.asdict(shape),
+    )
+
+
+def weights_sha256(model: Any) -> str:
+    """SHA-256 over the names and bytes of a model's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).numpy().view("uint8").data)
+    return digest.hexdigest()
+
+
+def method_spec(item: Installed) -> MethodSpec:
+    """The contract that every tenant of a method meets; tenants' files hold fp32."""
+    return MethodSpec(
+        name=item.name,
+        form=form_name(item.stacked),
+        config=dataclasses.asdict(item.stacked.config),
+        prompt_length=item.method.num_slots,
+        weights=weight_specs(item, "fp32"),
+        in_decode=item.method.in_decode,
+    )
+
+
+def tenant_card(name: str, plan: TenantPlan, backbone: BackboneSpec) -> TenantCard:
+    """What a tenant's file says of itself."""
+    (item,) = (item for item in plan.installed if item.name == plan.owner[name])
+    adapter = plan.adapters[name].config
+    return TenantCard(
+        name=name,
+        form=form_name(item.stacked),
+        config=json.loads(json.dumps(dict(computing_fields(item.stacked.config)))),  # as a manifest has it
+        backbone=backbone.name_or_path,
+        fingerprint=backbone.fingerprint,
+        trained_form=adapter.peft_type,
+        prompt_format=adapter.prompt_format,
+        labels=list(adapter.labels),
+    )
+
+
+def place_tenants(plan: TenantPlan, bundle: Path, backbone: BackboneSpec) -> list[TenantSpec]:
+    """Write every tenant's weights as the graphs take them, as it was trained, and its example prompts."""
+    (bundle / TENANTS_FOLDER).mkdir()
+    return [_place_tenant(name, plan, bundle, backbone) for name in plan.adapters]
+
+
+def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneSpec) -> TenantSpec:
+    adapter, owner = plan.adapters[name], plan.owner[name]
+    shipped = None
+    if owner is not None:
+        shipped = plan.shipped[name]
+        save_tenant(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors", tenant_card(name, plan, backbone))
+    trained = shipped is None or shipped.keys() != adapter.tensors.keys()
+    if trained:
+        (bundle / TENANTS_FOLDER / TRAINED_FOLDER).mkdir(exist_ok=True)
+        save_tenant(adapter.tensors, bundle / TENANTS_FOLDER / TRAINED_FOLDER / f"{name}.safetensors")
+    examples = None if adapter.path is None else adapter.path / EXAMPLES_FILE
+    if examples is not None and examples.is_file():
+        (bundle / TENANTS_FOLDER / f"{name}.{EXAMPLES_FILE}").write_bytes(examples.read_bytes())
+    else:
+        examples = None
+    return TenantSpec(
+        name=name,
+        method=owner,
+        path=f"{TENANTS_FOLDER}/{name}.safetensors" if shipped else None,
+        trained_form=adapter.config.peft_type,
+        trained_config=dataclasses.asdict(adapter.config.method),
+        trained=f"{TENANTS_FOLDER}/{TRAINED_FOLDER}/{name}.safetensors" if trained else None,
+        prompt_format=adapter.config.prompt_format,
+        labels=list(adapter.config.labels),
+        examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
+    )
+
+
+def save_tenant(tensors: dict[str, Tensor], path: Path, card: TenantCard | None = None) -> None:
+    """Write a tenant's tensors in fp32, with its card."""
+    metadata = None if card is None else card.to_metadata()
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def place_files(source: Path, bundle: Path) -> None:
+    """Bring a finished stage's files into the bundle."""
+    bundle.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.name != STAGE_FILE:
+            place(path, bundle)
+
+
+def place_tokenizer(backbone: Any, bundle: Path) -> None:
+    """Write the model's configuration and tokenizer in Hugging Face's form."""
+    backbone.model.config.save_pretrained(bundle)
+    backbone.model.generation_config.save_pretrained(bundle)
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(bundle)
+
+
+def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpec]:
+    """Interfaces of the engines of a target, at their places in the bundle."""
+    return {
+        name: dataclasses.replace(specs[name], path=f"engines/{target}/{name}.engine") for name in engine_graphs(specs)
+    }
+
+
+def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
+    """The graphs that TensorRT engines are built from: over a cache in place, where the opset has what that needs."""
+    stepping = ENGINE_SERVING if set(ENGINE_SERVING) <= specs.keys() else ("prefill", "decode")
+    return tuple(name for name in specs if name in ("encoder", *stepping))
+
+
+def served_graphs(specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
+    """The graphs that ONNX Runtime serves from; the others are for engines, other readers and comparison."""
+    return {name: spec for name, spec in specs.items() if name in ("serve", "encoder")}
+
+
+def new_manifest(
+    backbone: BackboneSpec,
+    methods: list[MethodSpec],
+    ranges: Ranges,
+    tenants: list[TenantSpec],
+    targets: list[TargetSpec],
+    build_key: str,
+) -> BundleManifest:
+    """A manifest that knows no files and no parity yet."""
+    return BundleManifest(
+        versions=versions(),
+        build_key=build_key,
+        backbone=backbone,
+        methods=methods,
+        ranges=ranges,
+        tenants=tenants,
+        targets=targets,
+        parity=Parity("not run"),
+        files={},
+        op_domain=DOMAIN,
+        op_version=DOMAIN_VERSION,
+    )
+
+
+def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:
+    """The manifest with the hash and size of every file that stands in the bundle now."""
+    paths = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    files = {path.relative_to(bundle).as_posix(): FileSpec(file_sha256(path), path.stat().st_size) for path in paths}
+    return dataclasses.replace(manifest, files=files)
+
+
+def export_versions() -> dict[str, str]:
+    """What may change an export besides its inputs: library versions, and a hash over this project's own part of it."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [path for room in EXPORTING_ROOMS for path in sorted((root / room).rglob("*.py"))]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return {name: version for name, version in versions().items() if name in EXPORT_PACKAGES} | {"code": code}
+
+
+def adapter_hashes(tenants: dict[str, Adapter]) -> dict[str, list[str]]:
+    """Tenant to the hashes of its adapter's files."""
+    hashes = {}
+    for name, adapter in tenants.items():
+        assert adapter.path is not None
+        files = [adapter.path / file for file in (CONFIG_FILE, WEIGHTS_FILE, EXAMPLES_FILE)]
+        hashes[name] = [file_sha256(path) for path in files if path.is_file()]
+    return hashes
+
+
+def build_inputs(spec: BackboneSpec, tenants: dict[str, Adapter], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a finished bundle depends on; equal inputs mean an equal bundle."""
+    return {
+        "backbone": dataclasses.asdict(spec),
+        "tenants": adapter_hashes(tenants),
+        "order": list(tenants),
+        "settings": settings,
+        "versions": [versions(), export_versions()],
+    }
+
+
+def is_current(bundle: Path, build_key: str) -> bool:
+    """Whether a whole, proven bundle with this key stands there already."""
+    try:
+        manifest = BundleManifest.load(bundle)
+        if manifest.build_key != build_key or manifest.parity.verdict != "pass":
+            return False
+        verify_files(bundle, manifest)
+    except BundleError:
+        return False
+    return True
+
+
+def versions() -> dict[str, str]:
+    """This tool's version and those of the libraries that shape its output, as far as installed."""
+    found = {"iapt-export": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,244 @@
+"""What a build will make: targets with dtype and opset, ranges, tenants; decided and checked before long work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import Range, Ranges
+from iapt_export.graphs.installed import Installed, deploy, install
+from iapt_export.graphs.interface import OPSETS
+from iapt_export.graphs.quantise import QUANTISED
+from trainers.adapters.adapter import Adapter
+from trainers.adapters.directory import check_adapter_fits, load_adapter
+from trainers.methods.lora import LoRA
+
+DEFAULT_OPSET = 23
+DTYPES = ("fp32", "fp16", "bf16")
+TENSORRT = ("tensorrt-rtx", "tensorrt")
+TARGETS = ("onnxruntime", *TENSORRT)
+DEFAULT_DTYPE = {"onnxruntime": "fp32", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """A target to build for."""
+
+    name: str
+    dtype: str
+    """``fp32``, ``fp16``, ``bf16``; ``int8`` or ``int4`` for weights in it and all else in fp32."""
+    opset: int
+
+    @property
+    def variant(self) -> str:
+        """Targets with the same variant share ONNX graphs."""
+        return f"{self.dtype}-opset{self.opset}"
+
+    @property
+    def graph_dtype(self) -> str:
+        """The type that the graphs compute in, and that their inputs and outputs have."""
+        return "fp32" if self.dtype in QUANTISED else self.dtype
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of a stored weight where it is quantised."""
+        return QUANTISED.get(self.dtype)
+
+
+def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> list[TargetPlan]:
+    """Turn ``NAME`` or ``NAME:DTYPE`` into targets.
+
+    Args:
+        requested: as on the command line; empty means ONNX Runtime.
+        dtype: for the targets that name none; None takes each target's default.
+        opset: for all targets; None takes 23.
+
+    Raises:
+        IaptError: unknown or repeated target, unknown dtype or opset.
+    """
+    if opset not in (None, *OPSETS):
+        raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
+    plans: list[TargetPlan] = []
+    for text in requested or ["onnxruntime"]:
+        name, _, suffix = text.partition(":")
+        if name not in TARGETS:
+            raise IaptError(f"target {name!r} is not known; use one of {', '.join(TARGETS)}, as NAME or NAME:DTYPE")
+        chosen = suffix or dtype or DEFAULT_DTYPE[name]
+        if chosen in QUANTISED and name != "onnxruntime":
+            raise IaptError(
+                f"{chosen} weights are for onnxruntime, which has kernels for them; for {name} use one of "
+                f"{', '.join(DTYPES)}"
+            )
+        if chosen not in (*DTYPES, *QUANTISED):
+            raise IaptError(
+                f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join((*DTYPES, *QUANTISED))}"
+            )
+        if any(plan.name == name for plan in plans):
+            raise IaptError(f"target {name!r} is given twice; build a second bundle for another dtype")
+        plans.append(TargetPlan(name, chosen, opset or DEFAULT_OPSET))
+    return plans
+
+
+def check_device(targets: list[TargetPlan], device: str) -> None:
+    """Refuse what ONNX Runtime cannot run on the device that the comparison will use.
+
+    Raises:
+        IaptError: bf16 on the CPU, where ONNX Runtime has no matrix product in it.
+    """
+    if device == "cpu" and any((target.name, target.dtype) == ("onnxruntime", "bf16") for target in targets):
+        raise IaptError(
+            "ONNX Runtime multiplies no bf16 matrices on the CPU, so onnxruntime:bf16 could not be compared; "
+            "use fp32 or fp16, or --device cuda on a machine with an NVIDIA GPU"
+        )
+
+
+def onnx_variant(targets: list[TargetPlan]) -> str:
+    """The variant whose ONNX graphs the bundle holds: ONNX Runtime's, which runs them, wherever it stands."""
+    return next((target.variant for target in targets if target.name == "onnxruntime"), targets[0].variant)
+
+
+def parse_range(text: str, name: str) -> Range:
+    """Read ``MAX`` or ``MIN:OPT:MAX``.
+
+    Raises:
+        IaptError: not numbers, or not ordered.
+    """
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(part.isascii() and part.isdigit() for part in parts):
+        raise IaptError(f"--{name} {text!r} is not MAX or MIN:OPT:MAX in whole numbers, for example 8 or 1:4:8")
+    values = [int(part) for part in parts]
+    if len(values) == 1:
+        values = [1, max(1, values[0] // 2), values[0]]
+    low, opt, high = values
+    if not 1 <= low <= opt <= high:
+        raise IaptError(f"--{name} {text!r} is not ordered: expected 1 <= MIN <= OPT <= MAX")
+    return Range(low, opt, high)
+
+
+def plan_ranges(texts: dict[str, str]) -> Ranges:
+    """Read the four ranges as on the command line; see `parse_range`."""
+    return Ranges(**{name: parse_range(text, name) for name, text in texts.items()})
+
+
+def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_tenants: int, fewest: int = 1) -> None:
+    """Refuse ranges that contradict each other, the backbone or the tenants.
+
+    Raises:
+        IaptError: with every problem listed.
+    """
+    problems = []
+    if ranges.batch.min > 1:
+        problems.append(f"--batch starts at {ranges.batch.min}, but a session also serves a single row; start at 1")
+    if ranges.past.max < ranges.sequence.max + prompt_length:
+        problems.append(
+            f"--past {ranges.past.max} cannot hold {prompt_length} prompt rows and --sequence {ranges.sequence.max}"
+        )
+    if ranges.past.max + 1 > max_positions:
+        problems.append(f"--past {ranges.past.max} is more than the backbone's {max_positions} positions less one")
+    if ranges.past.min > prompt_length + ranges.sequence.min:
+        problems.append(
+            f"--past from {ranges.past.min} leaves out an instruction of {ranges.sequence.min} tokens after "
+            f"{prompt_length} prompt rows"
+        )
+    if fewest < ranges.tenants.min:
+        problems.append(f"a method has {fewest} tenants, --tenants starts at {ranges.tenants.min}")
+    if num_tenants > ranges.tenants.max:
+        problems.append(f"{num_tenants} adapters are more than --tenants {ranges.tenants.max}")
+    if problems:
+        raise IaptError("; ".join(problems))
+
+
+def load_tenants(arguments: list[str], backbone: Any, peft_prompt_format: str = "plain") -> dict[str, Adapter]:
+    """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
+
+    Args:
+        arguments: as on the command line; the folder's name is the tenant's unless one is given.
+        backbone: a `trainers.decoder.backbone.Backbone`.
+        peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain`` or ``chat``.
+
+    Raises:
+        IaptError: a bad adapter, one for another backbone, or a repeated name.
+    """
+    tenants: dict[str, Adapter] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        path = Path(folder if equals else argument)
+        name = name if equals else path.resolve().name
+        if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
+            raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
+        if name in tenants:
+            raise IaptError(f"two adapters are called {name!r}; tell them apart with --adapter NAME=DIR")
+        adapter = load_adapter(path, backbone, peft_prompt_format=peft_prompt_format)
+        check_adapter_fits(adapter.config, backbone, str(path))
+        tenants[name] = adapter
+    if not tenants:
+        raise IaptError("no adapter was given; add --adapter DIR, once for each tenant")
+    return tenants
+
+
+@dataclass(frozen=True)
+class TenantPlan:
+    """The tenants of a bundle, and what is shipped for each."""
+
+    adapters: dict[str, Adapter]
+    """As they were trained."""
+    installed: list[Installed]
+    """The bundle's methods."""
+    owner: dict[str, str | None]
+    """Tenant to the name of its method; None where it is merged into the backbone."""
+    shipped: dict[str, dict[str, Tensor]]
+    """Tenant to its tensors as the graphs take them."""
+    merged: LoRA | None = None
+    """What is merged into the backbone's weights."""
+
+    @property
+    def num_slots(self) -> int:
+        """Prompt slots of the bundle's cache."""
+        return max((item.method.num_slots for item in self.installed), default=0)
+
+    @property
+    def fewest(self) -> int:
+        """Tenants of the method that has fewest."""
+        owners = list(self.owner.values())
+        return min(owners.count(owner) for owner in owners)
+
+
+def plan_tenants(
+    adapters: dict[str, Adapter], model: Any, *, merge_lora: bool = False, fold_embeddings: bool = False
+) -> TenantPlan:
+    """Decide what is shipped for each tenant.
+
+    Args:
+        adapters: name to adapter.
+        model: the backbone's transformers model.
+        merge_lora: add the one tenant's LoRA to the backbone's weights, so that it costs nothing.
+        fold_embeddings: ship ADePT's offsets as one embedding table for each tenant.
+
+    Raises:
+        IaptError: methods that one bundle cannot serve together, or nothing to merge or to fold.
+    """
+    forms = {name: adapter.config.peft_type for name, adapter in adapters.items()}
+    if fold_embeddings and "ADEPT" not in forms.values():
+        raise IaptError("--fold-embeddings is for ADePT's offsets, and no adapter is of that method; leave it out")
+    if merge_lora:
+        if list(forms.values()) != ["LORA"]:
+            shown = ", ".join(f"{name} ({form})" for name, form in forms.items())
+            raise IaptError(
+                f"--merge-lora changes the backbone for everyone, so it needs exactly one LoRA adapter; got {shown}. "
+                "Without it each row chooses its own"
+            )
+        ((name, adapter),) = adapters.items()
+        module = adapter.module()
+        assert isinstance(module, LoRA)
+        return TenantPlan(adapters, [], {name: None}, {}, module)
+    deployed = {name: deploy(adapter, model, fold_embeddings=fold_embeddings) for name, adapter in adapters.items()}
+    installed, owner = install(adapters, deployed)
+    shipped: dict[str, dict[str, Tensor]] = {
+        name: adapters[name].tensors if forms[name] == "LOPA" else dict(method.state_dict())
+        for name, method in deployed.items()
+    }
+    return TenantPlan(adapters, installed, dict(owner), shipped)

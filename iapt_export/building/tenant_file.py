@@ -1,0 +1,55 @@
+"""One adapter as a tenant's file: what a running session of an existing bundle takes in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from iapt_export.building.layout import save_tenant, tenant_card
+from iapt_export.building.plan import load_tenants, plan_tenants
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest
+from iapt_export.contract.tenant_card import TenantCard
+from trainers.decoder.backbone import Backbone
+
+
+def write_tenant_file(
+    adapter: str, bundle: Path, output: Path, backbone: Backbone, peft_prompt_format: str = "plain"
+) -> TenantCard:
+    """Write ``output`` whole or not at all.
+
+    Args:
+        adapter: ``DIR`` or ``NAME=DIR``.
+        bundle: the bundle that shall serve it, or any with the same backbone and method.
+        output: a safetensors file.
+        backbone: the bundle's backbone.
+        peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain`` or ``chat``.
+
+    Returns:
+        The card that the file carries.
+
+    Raises:
+        IaptError: a bad adapter, another backbone, or a method that the bundle's graphs cannot run.
+    """
+    manifest = BundleManifest.load(bundle)
+    adapters = load_tenants([adapter], backbone, peft_prompt_format)
+    ((name, loaded),) = adapters.items()
+    if loaded.config.backbone_fingerprint != manifest.backbone.fingerprint:
+        raise IaptError(f"{adapter} was trained on another backbone than {bundle}'s {manifest.backbone.name_or_path}")
+    forms = {method.form for method in manifest.methods}
+    plan = plan_tenants(
+        adapters, backbone.model, fold_embeddings=loaded.config.peft_type == "ADEPT" and "TOKEN_TABLE" in forms
+    )
+    card = tenant_card(name, plan, manifest.backbone)
+    if not any(card.fits(method.form, method.config) for method in manifest.methods):
+        raise IaptError(
+            f"{bundle} has no method {card.form} with {card.config}, so its graphs cannot run {adapter}; build a "
+            "bundle with an adapter of that kind"
+        )
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        save_tenant(plan.shipped[name], temporary, card)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return card

@@ -1,0 +1,1 @@
+"""What a deployment machine reads of a bundle, and the errors of all packages. Standard library only."""

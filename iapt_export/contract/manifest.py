@@ -1,0 +1,349 @@
+"""``manifest.json``, the contract between the exporter and everything that runs a bundle.
+
+Standard library only: a deployment machine reads it without torch. The reader checks the schema
+version first, then every field, and reports all problems together; `verify_files` checks the hashes.
+
+Shape legend of the graphs: ``batch`` B, ``sequence`` T, ``past`` S, ``total`` S+1, ``tenants`` N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iapt_export.contract.errors import BundleError
+from iapt_export.contract.schema import read_fields
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 2
+ENGINE_SERVING = ("serve_prefill", "serve_decode")
+SERVING = ("serve", *ENGINE_SERVING)
+"""Graphs over a cache that is written in place: ONNX Runtime's for both kinds of step, TensorRT's for one each."""
+GRAPHS = ("encoder", "prefill", "decode", *SERVING, "generator")
+"""The graphs that a bundle may have.
+
+``prefill`` and ``decode`` are for any runtime: each step returns a longer cache. ``encoder`` makes LoPA's prompts,
+``generator`` is IAPT's generators alone, for comparison.
+"""
+READS_INSTRUCTION = "reads_instruction"
+"""Input of ``serve``, a boolean: whether this step reads instructions or goes on from them."""
+TENANT_INDEX = "tenant_index"
+"""``METHOD.tenant_index [B]`` is the input that says which entry of a method's stack a row uses, -1 for none."""
+SENT_PROMPTS = "prompts"
+"""``METHOD.prompts [B, P, D]`` is the input of a method whose prompts are computed before prefill."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    """``int64``, ``int32``, ``bool``, ``fp32``, ``fp16`` or ``bf16``."""
+    shape: list[int | str]
+    """Fixed sizes as numbers, dynamic ones by name (see the legend)."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes that a dynamic dimension may take."""
+
+    min: int
+    opt: int
+    """The size that engines are tuned for."""
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise BundleError(f"range {self.min}/{self.opt}/{self.max} is not ordered: expected 1 <= min <= opt <= max")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The sizes that a bundle's graphs and engines are built and validated for."""
+
+    batch: Range
+    """Rows of one batch (B)."""
+    sequence: Range
+    """Instruction tokens of a row, padding included (T)."""
+    past: Range
+    """Cache entries before a decode step: prompts, instruction and earlier answers (S)."""
+    tenants: Range
+    """Tenants installed side by side (N)."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """An ONNX graph or the engine made of it."""
+
+    path: str
+    """Relative to the bundle."""
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The frozen language model of a bundle."""
+
+    name_or_path: str
+    revision: str | None
+    fingerprint: str
+    """Hash over the architecture's fields, as adapters record it."""
+    weights_sha256: str
+    """Hash over the names and values of all weights."""
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: list[int]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method of the bundle; its tenants' weights are stacked, and its graph inputs are called ``NAME.*``."""
+
+    name: str
+    """Unique in the bundle: ``iapt``, ``prompt_tuning``, ``iapt_2``."""
+    form: str
+    """What is computed: ``IAPT``, ``PROMPT_TUNING``, ``POSITION_TABLE``, ... (see docs/methods.md)."""
+    config: dict[str, Any]
+    """That form's settings."""
+    prompt_length: int
+    """Cache entries (P) that stand before the instruction."""
+    weights: list[TensorSpec]
+    """Tensors of one tenant, in the order of the inputs ``NAME.TENSOR``, without the tenants axis."""
+    in_decode: bool = False
+    """Whether decode steps take its weights too; else they are the plain backbone's."""
+
+
+@dataclass(frozen=True)
+class TenantSpec:
+    """An adapter installed in a bundle; its position among its method's tenants is its ``tenant_index``."""
+
+    name: str
+    method: str | None
+    """Name of its `MethodSpec`; None where it is merged into the backbone's weights."""
+    path: str | None
+    """Its weights as the graphs take them; None where it is merged."""
+    trained_form: str
+    """The method that it was trained with: ``IAPT``, ``LAMP``, ..."""
+    trained_config: dict[str, Any]
+    """The settings that it was trained with."""
+    prompt_format: str
+    """``chat`` or ``plain``, see the adapter."""
+    labels: list[str] = field(default_factory=list)
+    """The answers of a classification task; empty for free generation."""
+    trained: str | None = None
+    """Its weights as they were trained, where they are not shipped as they are; validation compares with them."""
+    examples: str | None = None
+    """JSONL with a ``prompt`` on each line: inputs that the tenant was made for, used by validation."""
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A runtime with its settings, and the files that it runs."""
+
+    name: str
+    """``onnxruntime``, ``tensorrt-rtx`` or ``tensorrt``."""
+    dtype: str
+    opset: int
+    graphs: dict[str, GraphSpec]
+    """Name (see `GRAPHS`) to interface and file."""
+    runtime_version: str
+    """Version of the runtime that built or checked the files."""
+    compute_capability: str | None = None
+    """``8.9``, ``portable``, or None off the GPU."""
+    source_sha256: dict[str, str] = field(default_factory=dict)
+    """Hash of the ONNX file that each engine was built from."""
+    rational: str = "function"
+    """``plugin`` where engines need our TensorRT plugin; ONNX Runtime chooses its form when it loads a graph."""
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """One file of the bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What validation measured when the bundle was built."""
+
+    verdict: str
+    """``pass`` or ``fail``; ``not run`` while a build is under way."""
+    tolerances: dict[str, Any] = field(default_factory=dict)
+    """Stage to limits, per target."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Stage to worst figures, per target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleManifest:
+    """Everything a reader must know about a bundle."""
+
+    versions: dict[str, str]
+    """Tool and library versions that wrote it."""
+    build_key: str
+    """Hash over everything that went into the build; an equal one means up to date."""
+    backbone: BackboneSpec
+    methods: list[MethodSpec]
+    tenants: list[TenantSpec]
+    ranges: Ranges
+    cache_layout: str = "batch, kv_heads, prompts then tokens, head_dim; key then value for each layer"
+    op_domain: str
+    """Domain of the custom operators."""
+    op_version: int
+    targets: list[TargetSpec]
+    parity: Parity
+    files: dict[str, FileSpec]
+    """Every file but this one, by path."""
+    schema_version: int = SCHEMA_VERSION
+
+    def target(self, name: str | None = None) -> TargetSpec:
+        """The target of that name, or the first one.
+
+        Raises:
+            BundleError: no such target.
+        """
+        for target in self.targets:
+            if name in (None, target.name):
+                return target
+        known = ", ".join(target.name for target in self.targets)
+        raise BundleError(f"target {name!r} is not in this bundle, which has {known}; build again with --target {name}")
+
+    @property
+    def num_slots(self) -> int:
+        """Prompt slots (P) of a cache: those of the method that has most; rows of others leave the first empty."""
+        return max((method.prompt_length for method in self.methods), default=0)
+
+    def tenant(self, name: str) -> TenantSpec:
+        """The tenant of that name.
+
+        Raises:
+            BundleError: no such tenant.
+        """
+        for tenant in self.tenants:
+            if tenant.name == name:
+                return tenant
+        known = ", ".join(tenant.name for tenant in self.tenants)
+        raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {known}")
+
+    def tenants_of(self, method: str) -> list[TenantSpec]:
+        """A method's tenants in the order of their ``tenant_index``."""
+        return [tenant for tenant in self.tenants if tenant.method == method]
+
+    def prompt_length(self, tenant: str) -> int:
+        """Prompt slots that a tenant's rows use."""
+        method = self.tenant(tenant).method
+        return next((spec.prompt_length for spec in self.methods if spec.name == method), 0)
+
+    def save(self, bundle: Path) -> None:
+        """Write ``manifest.json`` whole or not at all."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        write_atomically(bundle / MANIFEST_FILE, text.encode())
+
+    @classmethod
+    def load(cls, bundle: Path) -> BundleManifest:
+        """Read and check ``manifest.json``; files are checked by `verify_files`.
+
+        Raises:
+            BundleError: it is missing, no JSON, of another schema, has missing, unknown or wrong fields, or
+                names a file outside the bundle.
+        """
+        path = bundle / MANIFEST_FILE
+        if not path.is_file():
+            raise BundleError(f"{bundle} holds no {MANIFEST_FILE}; expected a bundle written by 'iapt-export build'")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} is not JSON: {error}; build the bundle again") from error
+        version = fields.get("schema_version") if isinstance(fields, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; "
+                "upgrade iapt-export, or build the bundle again"
+            )
+        problems: list[str] = []
+        manifest: BundleManifest = read_fields(cls, fields, "manifest", problems)
+        problems += [] if manifest is None else _path_problems(manifest) + _method_problems(manifest)
+        if problems:
+            raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))
+        return manifest
+
+
+def verify_files(bundle: Path, manifest: BundleManifest) -> None:
+    """Check that every file the manifest names is there, with its size and hash.
+
+    Raises:
+        BundleError: files are missing or altered; all of them are listed.
+    """
+    problems = [f"{name} is used but has no hash" for name in _used_paths(manifest) if name not in manifest.files]
+    for name, spec in manifest.files.items():
+        path = bundle / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != spec.size_bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, expected {spec.size_bytes}")
+        elif file_sha256(path) != spec.sha256:
+            problems.append(f"{name} was altered: its SHA-256 differs from the manifest's")
+    if problems:
+        raise BundleError(f"{bundle} is damaged: " + "; ".join(problems) + ". Copy or build the bundle again")
+
+
+def _used_paths(manifest: BundleManifest) -> list[str]:
+    """Paths of the files that a session or a comparison opens by name."""
+    tenants = [path for tenant in manifest.tenants for path in (tenant.path, tenant.trained, tenant.examples)]
+    graphs = [graph.path for target in manifest.targets for graph in target.graphs.values()]
+    return [path for path in tenants if path is not None] + graphs
+
+
+def _path_problems(manifest: BundleManifest) -> list[str]:
+    """One line for each path that could lead out of the bundle."""
+    paths = sorted({*_used_paths(manifest), *manifest.files})
+    return [
+        f"path {path!r} leaves the bundle; expected a relative path without '..'"
+        for path in paths
+        if path.startswith("/") or "\\" in path or not set(path.split("/")).isdisjoint({"", ".", ".."})
+    ]
+
+
+def _method_problems(manifest: BundleManifest) -> list[str]:
+    """One line for each tenant whose method the manifest does not describe, or that has no weights."""
+    known = {method.name for method in manifest.methods}
+    return [
+        f"tenant {tenant.name} is of method {tenant.method!r}, which the manifest does not describe"
+        for tenant in manifest.tenants
+        if tenant.method is not None and tenant.method not in known
+    ] + [
+        f"tenant {tenant.name} names no weights, neither as path nor as trained"
+        for tenant in manifest.tenants
+        if tenant.path is None and tenant.trained is None
+    ]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)

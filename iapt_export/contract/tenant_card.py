@@ -1,0 +1,79 @@
+"""What a tenant's file says of itself, in the metadata of its safetensors. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import read_fields
+
+CARD_KEY = "iapt_tenant"
+SCHEMA_VERSION = 1
+OLDER: dict[str, dict[str, Any]] = {"IAPT": {"normalize": False}}
+"""Form to the fields that it got later, with what files that lack them mean, as `trainers.methods.configs` has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantCard:
+    """Which tenant a file holds, and which bundles can take it."""
+
+    name: str
+    form: str
+    """What its method's graphs compute: ``IAPT``, ``PROMPT_TUNING``, ``POSITION_TABLE``, ..."""
+    config: dict[str, Any]
+    """That form's settings which change what is computed; a bundle that takes the tenant has a method with them."""
+    backbone: str
+    """The backbone's name, for people."""
+    fingerprint: str
+    """The backbone's fingerprint, which must be the bundle's."""
+    trained_form: str
+    """The method that it was trained with."""
+    prompt_format: str
+    """``chat`` or ``plain``."""
+    labels: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def fits(self, form: str, config: Mapping[str, Any]) -> bool:
+        """Whether a bundle's method computes what this tenant needs; how weights were found does not count."""
+        mine, theirs = (_comparable(form, fields) for fields in (self.config, config))
+        return self.form == form and all(theirs.get(name) == value for name, value in mine.items())
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors keeps it."""
+        return {CARD_KEY: json.dumps(dataclasses.asdict(self), sort_keys=True)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> TenantCard:
+        """Read and check a file's card.
+
+        Raises:
+            IaptError: there is none, or it is of another schema, or has missing, unknown or wrong fields.
+        """
+        try:
+            fields = json.loads(metadata[CARD_KEY])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise IaptError(
+                f"{where} carries no tenant card; expected a file written by 'iapt-export tenant', or a bundle's "
+                "tenants/NAME.safetensors"
+            ) from error
+        version = fields.get("schema_version") if isinstance(fields, dict) else None
+        if version != SCHEMA_VERSION:
+            raise IaptError(
+                f"{where}: the tenant card's schema_version is {version!r}, this version of iapt-export reads "
+                f"{SCHEMA_VERSION}; write the file again"
+            )
+        problems: list[str] = []
+        card: TenantCard = read_fields(cls, fields, "tenant card", problems)
+        if problems:
+            raise IaptError(f"{where} has no valid tenant card: " + "; ".join(problems))
+        return card
+
+
+def _comparable(form: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A form's settings with those that an older file lacks; lists of names in one order."""
+    complete = {**OLDER.get(form, {}), **config}
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in complete.items()}

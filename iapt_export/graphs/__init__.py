@@ -1,0 +1,1 @@
+"""Backbone and methods in, ONNX graphs out: interfaces, twins, tracing, passes, storage."""

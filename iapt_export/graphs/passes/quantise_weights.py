@@ -1,0 +1,136 @@
+"""Store a backbone's matrices in 4 or 8 bits, for ONNX Runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from iapt_export.graphs.ops.serving_ops import LOOKUP, MICROSOFT, PRODUCT
+from iapt_export.graphs.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS, Blocks, bits_for, quantise
+
+BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
+"""End the names of what stands for a weight: its values as products take them, as a lookup takes them, its scales."""
+
+
+class QuantiseWeightsPass(ir.passes.InPlacePass):
+    """Replace products with constant matrices by ``MatMulNBits``, and the embedding by ``GatherBlockQuantized``.
+
+    Requires: `FoldTransposesPass`; fp32 weights. Ensures: no 2-D weight of a ``MatMul`` or a plain ``Gemm`` is left in
+    fp32, a matrix that is both embedding and head is stored once, and what is multiplied with an input (a tenant's
+    weights) is as it was. ``kept`` names matrices that no operator takes.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.kept: list[str] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        tables = [value for value in graph.initializers.values() if _is_embedding(value)]
+        count = sum(self._embedding(graph, table) for table in tables)
+        for node in list(graph):
+            if node.op_type in ("MatMul", "Gemm") and not node.domain and _is_matrix(node.inputs[1]):
+                count += self._product(graph, node)
+        for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+            del graph.initializers[name]
+        if count:
+            model.opset_imports[MICROSOFT] = 1
+        return ir.passes.PassResult(model, count > 0)
+
+    def _embedding(self, graph: ir.Graph, table: ir.Value) -> int:
+        """Quantise a table ``[V, D]`` where it is looked up, and where it is turned and multiplied: a tied head."""
+        array = _array(table)
+        if array.shape[1] % BLOCK_SIZE:
+            self.kept.append(str(table.name))
+            return 0
+        blocks = quantise(np.ascontiguousarray(array.T), FRAGILE_BITS)
+        values = _constant(graph, f"{table.name}{BLOCKS}", blocks.values)
+        flat = _constant(graph, f"{table.name}{ROWS}", blocks.values.reshape(len(array), -1))
+        scales = _constant(graph, f"{table.name}{SCALES}", blocks.scales)
+        count = 0
+        for node, _ in list(table.uses()):
+            if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
+                fields = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+                _replace(graph, node, ir.node(LOOKUP, [flat, node.inputs[1], scales], fields, domain=MICROSOFT))
+                count += 1
+            elif node.op_type == "Transpose":
+                for product, place in list(node.outputs[0].uses()):
+                    if product.op_type == "MatMul" and place == 1:
+                        _replace(graph, product, _nbits(product, blocks, values, scales))
+                        count += 1
+                if not node.outputs[0].uses():
+                    graph.remove(node, safe=True)
+        return count
+
+    def _product(self, graph: ir.Graph, node: ir.Node) -> int:
+        """Quantise the constant matrix of a linear layer."""
+        weight = node.inputs[1]
+        assert weight is not None
+        if node.op_type == "Gemm" and not _is_plain(node):
+            self.kept.append(str(weight.name))
+            return 0
+        array = _array(weight)
+        blocks = quantise(array, bits_for(array.shape, self.bits, is_end=node.outputs[0] in graph.outputs))
+        values = _constant(graph, f"{weight.name}{BLOCKS}", blocks.values)
+        _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}{SCALES}", blocks.scales)))
+        return 1
+
+
+def _nbits(node: ir.Node, blocks: Blocks, values: ir.Value, scales: ir.Value) -> ir.Node:
+    """The product of ``node``'s first input with a quantised matrix, and its bias where it has one."""
+    outputs, _, _ = blocks.values.shape
+    fields = {
+        "K": blocks.num_inputs,
+        "N": outputs,
+        "bits": blocks.bits,
+        "block_size": BLOCK_SIZE,
+        "accuracy_level": ACCURACY_LEVEL,
+    }
+    bias = [None, None, node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] is not None else []
+    return ir.node(PRODUCT, [node.inputs[0], values, scales, *bias], fields, domain=MICROSOFT)
+
+
+def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put a node of one output in another's place."""
+    result, made = old.outputs[0], new.outputs[0]
+    made.name, made.shape, made.type = result.name, result.shape, result.type
+    new.metadata_props.update(old.metadata_props)  # which module it is of
+    ir.convenience.replace_all_uses_with(result, made, replace_graph_outputs=True)
+    graph.insert_before(old, new)
+    graph.remove(old, safe=True)
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    """Whether a value is a constant fp32 matrix with at least a block of inputs."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return False
+    tensor = value.const_value
+    return tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and tensor.shape.numpy()[0] >= BLOCK_SIZE
+
+
+def _is_embedding(value: ir.Value) -> bool:
+    """Whether a constant matrix is looked up by rows of an input."""
+    return _is_matrix(value) and any(
+        node.op_type == "Gather" and place == 0 and node.attributes.get_int("axis", 0) == 0
+        for node, place in value.uses()
+    )
+
+
+def _is_plain(gemm: ir.Node) -> bool:
+    """Whether a ``Gemm`` is a product and a bias, without factors or turned matrices."""
+    factors = (gemm.attributes.get_float("alpha", 1.0), gemm.attributes.get_float("beta", 1.0))
+    turned = (gemm.attributes.get_int("transA", 0), gemm.attributes.get_int("transB", 0))
+    return factors == (1.0, 1.0) and turned == (0, 0)

@@ -1,0 +1,26 @@
+"""Write into the cache by the standard's operator."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from iapt_export.graphs.ops.serving_ops import MARKER_DOMAIN, SCATTER
+
+SCATTER_OPSET = 24
+
+
+class UseTensorScatterPass(ir.passes.InPlacePass):
+    """Turn each traced write into ``TensorScatter``, and the graph's opset into the one that brought it.
+
+    Requires: a graph of opset 23, none of whose other operators means something else in 24. Ensures: no node of the
+    tracing domain is left; what is written is the buffers' axis 2.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for node in model.graph:
+            if (node.domain, node.op_type) == (MARKER_DOMAIN, SCATTER):
+                node.domain = ""
+                node.attributes["axis"] = ir.AttrInt64("axis", 2)
+        model.opset_imports.pop(MARKER_DOMAIN, None)
+        model.opset_imports[""] = SCATTER_OPSET
+        return ir.passes.PassResult(model, True)

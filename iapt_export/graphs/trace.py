@@ -1,0 +1,125 @@
+"""Twins and example inputs in, one onnx_ir model per graph out (``torch.onnx.export(dynamo=True)``)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.export import Dim
+from transformers.masking_utils import sdpa_mask
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import SERVING, GraphSpec, TensorSpec
+from iapt_export.graphs.attention import attending_with, grouped_attention
+from iapt_export.graphs.in_place import in_place_attention
+from iapt_export.graphs.installed import Installed
+from iapt_export.graphs.ops import rational_op as rational
+from iapt_export.graphs.ops import serving_ops as serving
+from iapt_export.graphs.twins import TWINS
+
+EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
+"""Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
+TORCH_TYPES = {
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: GraphSpec, opset: int) -> ir.Model:
+    """Trace one graph of a bundle.
+
+    Args:
+        name: one of `iapt_export.contract.manifest.GRAPHS`.
+        backbone: the transformers model, in the graph's dtype.
+        installed: the bundle's methods.
+        spec: the graph's interface; inputs become graph inputs in its order.
+        opset: version of the standard operators.
+
+    Returns:
+        The model as the exporter made it; `iapt_export.graphs.passes` makes it fit to ship.
+
+    Raises:
+        IaptError: the backbone's code cannot be traced.
+    """
+    twin = TWINS[name](backbone, installed, spec)
+    num_plain = twin.num_plain
+    examples = [_example(tensor) for tensor in spec.inputs]
+    axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
+    attention = in_place_attention if name in SERVING else exportable
+    with attention(backbone), _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(
+                twin.eval(),
+                (*examples[:num_plain], tuple(examples[num_plain:])),
+                dynamic_shapes=(*axes[:num_plain], tuple(axes[num_plain:])),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,  # the default rewriter takes a minute on 30 layers; ours is iapt_export.graphs.passes
+                verbose=False,
+                custom_translation_table=rational.translation_table() | serving.translation_table(),
+            )
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
+            raise IaptError(
+                f"{type(backbone).__name__} could not be traced into {name}.onnx: {_first_line(error)} "
+                "Only decoders whose forward pass torch.export can follow are supported; see the chained error"
+            ) from error
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def exportable(backbone: Any) -> AbstractContextManager[None]:
+    """Give a backbone an attention that exports to one node with grouped key/value heads, while the context is open."""
+    return attending_with(backbone, "iapt_export", grouped_attention, sdpa_mask)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _example(tensor: TensorSpec) -> Tensor:
+    # a method's own number of tenants is called tenants_METHOD
+    sizes = [EXAMPLE_SIZES[size.split("_")[0]] if isinstance(size, str) else size for size in tensor.shape]
+    if tensor.dtype in ("int64", "int32", "bool"):
+        # ones are right for token ids, masks, positions, lengths, flags and tenant numbers alike
+        return torch.ones(sizes, dtype=TORCH_TYPES[tensor.dtype])
+    return torch.full(sizes, 0.01, dtype=TORCH_TYPES[tensor.dtype])
+
+
+def _dynamic_axes(tensor: TensorSpec) -> dict[int, Any]:
+    # "total" is past + 1, which the exporter derives by itself from how the mask is used
+    return {
+        axis: Dim.DYNAMIC if size == "total" else Dim(size)
+        for axis, size in enumerate(tensor.shape)
+        if isinstance(size, str)
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's remarks on torchvision and axis names, which say nothing about the user's model."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

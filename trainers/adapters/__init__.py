@@ -1,0 +1,1 @@
+"""The adapter directory: what a trainer writes, stock PEFT's included."""

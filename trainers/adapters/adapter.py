@@ -1,0 +1,172 @@
+"""An adapter in memory: its configuration, its tensors, and how both are read from the files of PEFT's convention."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import choice_problems, raise_problems
+from trainers.decoder.method import Method, Sizes
+from trainers.methods.configs import method_name
+from trainers.methods.forms import new_method
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+EXAMPLES_FILE = "examples.jsonl"
+"""Optional: a ``prompt`` on each line, inputs that the adapter was made for; validation uses them."""
+SCHEMA_VERSION = 1
+METHOD_FIELD = "method_config"
+"""Where the fields of a method stand that stock PEFT has too, apart from PEFT's own."""
+
+REQUIRED = ("base_model_name_or_path", "backbone_fingerprint", "hidden_size", "num_layers")
+"""Fields without a default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """``adapter_config.json``: which method, for which backbone, fed how."""
+
+    base_model_name_or_path: str
+    """The backbone as the trainer was given it."""
+    backbone_fingerprint: str
+    """`trainers.decoder.backbone.config_fingerprint` of that backbone."""
+    hidden_size: int
+    """D of the backbone."""
+    num_layers: int
+    """L of the backbone."""
+    method: Any
+    """The method's own fields: one of `trainers.methods.configs`."""
+    num_kv_heads: int = 0
+    """H of the backbone, 0 where unknown, as are the next two."""
+    head_dim: int = 0
+    """K of the backbone."""
+    vocab_size: int = 0
+    """V of the backbone."""
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The linear layers that the method changes, see `trainers.decoder.method.Sizes`."""
+    layers_path: str = "model.layers"
+    """Name of the list of decoder layers within the model."""
+    revision: str | None = None
+    """The backbone's hub commit, if known."""
+    prompt_format: Literal["chat", "plain"] = "plain"
+    """chat: the instruction is one user message in the tokenizer's chat template; plain: text as it is."""
+    labels: tuple[str, ...] = ()
+    """The answers of a classification task; empty for free generation."""
+    peft_type: str = ""
+    """The method's name in PEFT's convention; empty takes that of ``method``."""
+    task_type: str = "CAUSAL_LM"
+    """PEFT's name of the task."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this file's layout."""
+
+    def __post_init__(self) -> None:
+        name = method_name(self.method)
+        if not self.peft_type:
+            object.__setattr__(self, "peft_type", name)
+        problems = choice_problems(self)
+        if self.peft_type != name:
+            problems.append(f"peft_type={self.peft_type!r} is not the name of the method given, {name}")
+        if self.prompt_format not in ("chat", "plain"):
+            problems.append(f"prompt_format={self.prompt_format!r} is not one of chat, plain")
+        for name in ("hidden_size", "num_layers"):
+            if not _is_count(getattr(self, name), least=1):
+                problems.append(f"{name}={getattr(self, name)!r} is not a positive integer")
+        for name in ("num_kv_heads", "head_dim", "vocab_size"):
+            if not _is_count(getattr(self, name), least=0):
+                problems.append(f"{name}={getattr(self, name)!r} is not an integer of at least 0")
+        if not isinstance(self.linears, dict) or not all(map(_is_pair, self.linears.values())):
+            problems.append(f"linears={self.linears!r} does not give each name its inputs and outputs, two integers")
+        raise_problems("adapter configuration", problems)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The backbone's sizes that the method's tensors depend on."""
+        return Sizes(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Sizes)})
+
+
+@dataclass
+class Adapter:
+    """A method's trained tensors with the configuration that gives them meaning."""
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    """Name to fp32 tensor, as the method's `trainers.decoder.method.Method.shapes` lists them."""
+    path: Path | None = None
+    """Where it was read from."""
+
+    def module(self) -> Method:
+        """The method with these weights, in evaluation mode."""
+        module = new_method(self.config.method, self.config.sizes)
+        module.load_state_dict(self.tensors)
+        return module.eval()
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json`` as it is.
+
+    Raises:
+        IaptError: it is missing or no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise IaptError(f"{folder}: {CONFIG_FILE} is missing; expected an adapter directory written by a trainer")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IaptError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise IaptError(f"{path} holds a {type(fields).__name__}; expected a JSON object")
+    return fields
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read ``adapter_model.safetensors`` as it is.
+
+    Raises:
+        IaptError: it is missing, truncated, or not safetensors.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+        hint = f"; {', '.join(others)} is not read, because unpickling runs code: convert it" if others else ""
+        raise IaptError(f"{folder}: {WEIGHTS_FILE} is missing; weights are read from safetensors only{hint}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise IaptError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated: copy or train it again"
+        ) from error
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_count(size, least=1) for size in value)
+
+
+def tensor_problems(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> list[str]:
+    """One line for each tensor that is missing, strange, of another shape or type, or not finite."""
+    problems = [f"tensor {name} is missing" for name in expected if name not in tensors]
+    problems += [f"tensor {name} is not part of the method" for name in tensors if name not in expected]
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.is_floating_point():
+            problems.append(f"tensor {name} has type {tensor.dtype}, expected a floating type")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"tensor {name} holds NaN or infinity; train the adapter again with a lower learning rate")
+    return problems

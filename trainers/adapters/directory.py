@@ -1,0 +1,159 @@
+"""The adapter directory, PEFT's convention: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Methods that stock PEFT has are written so that stock PEFT loads them too, see `trainers.adapters.peft_format`; of the
+others only the layout is PEFT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import config_from_dict, raise_problems
+from trainers.adapters.adapter import (
+    CONFIG_FILE,
+    METHOD_FIELD,
+    REQUIRED,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    read_fields,
+    read_tensors,
+    tensor_problems,
+)
+from trainers.adapters.peft_format import PEFT_TYPES, adapter_from_peft, from_peft_tensors, peft_fields, to_peft_tensors
+from trainers.decoder.backbone import Backbone
+from trainers.methods.configs import METHOD_CONFIGS
+from trainers.methods.forms import METHODS
+
+
+def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter directory; each file appears whole or not at all.
+
+    Args:
+        folder: made if missing.
+        config: written as ``adapter_config.json``.
+        tensors: the trained tensors, stored as fp32.
+    """
+    fields = dataclasses.asdict(config)
+    method = fields.pop("method")
+    if config.peft_type in PEFT_TYPES:
+        fields = {**peft_fields(config.method, config.sizes), **fields, METHOD_FIELD: method}
+        tensors = to_peft_tensors(config.method, tensors, config.sizes)
+    else:
+        fields.update(method)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / (WEIGHTS_FILE + ".tmp")
+    save_file({name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}, weights)
+    os.replace(weights, folder / WEIGHTS_FILE)
+    # not sort_keys: the order of the linear layers is that of the method's tensors
+    text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
+    temporary = folder / (CONFIG_FILE + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
+def load_adapter(folder: str | Path, backbone: Backbone | None = None, *, peft_prompt_format: str = "plain") -> Adapter:
+    """Read and check an adapter directory, ours or stock PEFT's.
+
+    Args:
+        folder: the directory.
+        backbone: what the adapter is for; needed for a directory that stock PEFT wrote.
+        peft_prompt_format: how prompts are fed to such a one, ``plain`` or ``chat``; ours say it themselves.
+
+    Raises:
+        IaptError: a file is missing, truncated, not safetensors, of an unknown method or schema, has
+            tensors of other names, shapes or types than its configuration says, or holds NaN or infinity.
+    """
+    folder = Path(folder)
+    path = folder / WEIGHTS_FILE
+    if backbone is not None and _is_stock_peft(read_fields(folder)):
+        adapter = adapter_from_peft(folder, backbone, peft_prompt_format)
+        config, tensors = adapter.config, adapter.tensors
+    else:
+        config = read_adapter_config(folder)
+        tensors = read_tensors(folder)
+        if config.peft_type in PEFT_TYPES:
+            tensors = from_peft_tensors(config.method, tensors, config.sizes, str(path))
+    raise_problems(f"{path}", tensor_problems(METHODS[config.peft_type].shapes(config.method, config.sizes), tensors))
+    return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()}, folder)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read and check our ``adapter_config.json``.
+
+    Raises:
+        IaptError: it is missing, no JSON, stock PEFT's, of an unknown method, a newer schema, or has unknown or bad
+            fields.
+    """
+    path, fields = folder / CONFIG_FILE, read_fields(folder)
+    if _is_stock_peft(fields):
+        raise IaptError(
+            f"{path} was written by stock PEFT and does not say which sizes its backbone has; load it together with "
+            "its backbone, as the build command does with --model"
+        )
+    if (version := fields.get("schema_version")) != SCHEMA_VERSION:
+        raise IaptError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; upgrade iapt-export"
+        )
+    name = fields.get("peft_type")
+    if name not in METHOD_CONFIGS:
+        raise IaptError(f"{path}: peft_type {name!r} is not a known method; known: {', '.join(METHOD_CONFIGS)}")
+    own = {item.name for item in dataclasses.fields(AdapterConfig)}
+    missing = [f"field {key} is missing" for key in REQUIRED if key not in fields]
+    if name in PEFT_TYPES and not isinstance(fields.get(METHOD_FIELD), dict):
+        missing.append(f"field {METHOD_FIELD}, an object with the method's settings, is missing")
+    raise_problems(f"{path}", missing)
+    if name in PEFT_TYPES:
+        method = fields[METHOD_FIELD]
+        fields = {key: value for key, value in fields.items() if key in own}  # the rest is for stock PEFT
+    else:
+        names = {item.name for item in dataclasses.fields(METHOD_CONFIGS[name])}
+        method = {key: fields.pop(key) for key in sorted(names & set(fields))}
+    fields["labels"] = tuple(fields.get("labels", ()))
+    if isinstance(linears := fields.get("linears"), dict):
+        fields["linears"] = {key: tuple(pair) if isinstance(pair, list) else pair for key, pair in linears.items()}
+    fields["method"] = config_from_dict(METHOD_CONFIGS[name], method, str(path))
+    return config_from_dict(AdapterConfig, fields, str(path))
+
+
+def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) -> None:
+    """Refuse an adapter that was trained for another backbone.
+
+    Args:
+        adapter: the adapter's configuration.
+        backbone: the backbone that it is to run on.
+        source: the adapter's path, for the error text.
+
+    Raises:
+        IaptError: width, depth or fingerprint differ.
+    """
+    config = backbone.model.config
+    problems = [
+        f"{name} is {mine} in the adapter and {theirs} in the backbone"
+        for name, mine, theirs in (
+            ("hidden size", adapter.hidden_size, config.hidden_size),
+            ("number of layers", adapter.num_layers, config.num_hidden_layers),
+            ("fingerprint", adapter.backbone_fingerprint, backbone.fingerprint),
+        )
+        if mine != theirs
+    ]
+    if problems:
+        raise IaptError(
+            f"the adapter {source} was trained for {adapter.base_model_name_or_path}, not for "
+            f"{backbone.name_or_path}: {'; '.join(problems)}. Give its own backbone with --model"
+        )
+
+
+def _is_stock_peft(fields: dict[str, Any]) -> bool:
+    """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
+    own = set(METHOD_CONFIGS) - set(PEFT_TYPES)
+    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in own

@@ -1,0 +1,152 @@
+"""Load a frozen backbone and its tokenizer from a hub id, a folder, or GGUF weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iapt_export.contract.errors import IaptError
+
+FINGERPRINT_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
+"""What makes two backbones interchangeable for an adapter, apart from the weights' values."""
+
+
+@dataclass
+class Backbone:
+    """A loaded causal LM, frozen and in evaluation mode, with its tokenizer."""
+
+    model: Any
+    """``transformers.PreTrainedModel``."""
+    tokenizer: Any
+    """``transformers.PreTrainedTokenizerBase``, or None when the source has none."""
+    name_or_path: str
+    """What the user asked for."""
+    revision: str | None = None
+    """The hub commit asked for, if any."""
+
+    @property
+    def fingerprint(self) -> str:
+        """See `config_fingerprint`."""
+        return config_fingerprint(self.model.config)
+
+
+def config_fingerprint(config: Any) -> str:
+    """Sixteen hex digits over the architecture fields of a transformers config."""
+    fields = {name: getattr(config, name, None) for name in FINGERPRINT_FIELDS}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    dtype: str = "fp32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load a causal LM and its tokenizer, frozen, in evaluation mode, on the CPU.
+
+    Args:
+        name_or_path: Hugging Face id, local folder, GGUF file, or folder that holds one GGUF file.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        revision: hub commit or branch.
+        trust_remote_code: run code from the model's repository; off unless the user asks.
+
+    Raises:
+        IaptError: nothing usable stands there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise IaptError(f"dtype {dtype!r} is not known; use one of {', '.join(dtypes)}")
+    source, gguf_file = _locate(name_or_path)
+    arguments = {"gguf_file": gguf_file} if gguf_file else {}
+    if revision:
+        arguments["revision"] = revision
+    try:
+        with _quiet(logging):
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtypes[dtype], trust_remote_code=trust_remote_code, **arguments
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise IaptError(
+            f"the backbone {name_or_path!r} could not be loaded: {_first_line(error)} "
+            "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"
+        ) from error
+    if gguf_file:
+        _forget_quantisation(model)
+    model.requires_grad_(False)
+    return Backbone(model.eval(), tokenizer, name_or_path, revision)
+
+
+def save_backbone(backbone: Backbone, folder: Path) -> None:
+    """Write weights (safetensors), config and tokenizer, so that later loads take a second instead of twenty."""
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+
+
+def _locate(name_or_path: str) -> tuple[str, str | None]:
+    """Split a source into what ``from_pretrained`` takes and the GGUF file name, if any."""
+    path = Path(name_or_path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise IaptError(f"{path} is a file but not GGUF; give its folder, a .gguf file, or a Hugging Face id")
+        return str(path.parent), path.name
+    if path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) != 1:
+            raise IaptError(
+                f"{path} holds no config.json and {len(found)} .gguf files; expected a Hugging Face model folder "
+                "or exactly one GGUF file (name the file itself to choose)"
+            )
+        return str(path), found[0].name
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1):
+        raise IaptError(f"the backbone folder {name_or_path} does not exist; check the path given with --model")
+    return name_or_path, None
+
+
+def _forget_quantisation(model: Any) -> None:
+    """GGUF weights are dequantised on load; drop the marks that make transformers refuse to save them."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    with contextlib.suppress(AttributeError):
+        del model.config.quantization_config
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Any:
+    """Silence transformers' progress bars and warnings while loading; ours tell the story."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,61 @@
+"""An instruction as token ids, in the form in which training and serving feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from iapt_export.contract.errors import IaptError
+
+Message = dict[str, str]
+"""``{"role": ..., "content": ...}``"""
+PromptFormat = Literal["auto", "chat", "plain"]
+
+
+def resolve_prompt_format(tokenizer: Any, prompt_format: PromptFormat) -> Any:
+    """Turn ``auto`` into ``chat`` or ``plain``.
+
+    Raises:
+        IaptError: ``chat`` was asked for and the tokenizer has no chat template.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if prompt_format == "chat" and not has_template:
+        raise IaptError("prompt_format=chat needs a tokenizer with a chat template; this one has none, use plain")
+    if prompt_format == "auto":
+        return "chat" if has_template else "plain"
+    return prompt_format
+
+
+def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_format: str) -> list[int]:
+    """Token ids of an instruction, exactly as training and serving feed them.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the user's text, or the messages before the answer.
+        prompt_format: ``chat`` renders the chat template with the generation prompt and adds no further special
+            tokens; ``plain`` tokenises the text with the tokenizer's own special tokens (a BOS, where it has one).
+
+    Returns:
+        Ids, without padding.
+
+    Raises:
+        IaptError: empty text, several messages in the plain format, or no ids at all.
+    """
+    messages = [user_message(text)] if isinstance(text, str) else list(text)
+    if not messages or not messages[-1]["content"].strip():
+        raise IaptError("the prompt is empty; give the model something to read")
+    if prompt_format == "chat":
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    elif len(messages) > 1:
+        raise IaptError(f"{len(messages)} messages need a chat template; in the plain format give one user message")
+    else:
+        ids = tokenizer(messages[0]["content"])["input_ids"]
+    if not ids:
+        raise IaptError(f"the prompt {messages[-1]['content']!r} has no tokens; give the model something to read")
+    return list(ids)
+
+
+def user_message(content: str) -> Message:
+    """A text as what a user says."""
+    return {"role": "user", "content": content}

@@ -1,0 +1,1 @@
+"""The tuning methods, one file each, with their settings (`configs`) and their names (`forms`)."""

@@ -1,0 +1,127 @@
+"""LoRA (arXiv 2106.09685): a low-rank change of chosen linear layers, at every token.
+
+    y = x W^T + s (x A^T) B^T        A [R, M], B [N, R], s = alpha / R (alpha / sqrt(R) with rslora)
+
+Initial values and layout are PEFT's: A as ``nn.Linear``, B zero, so that training starts at the plain backbone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from iapt_export.contract.errors import IaptError
+from trainers.decoder.insertion import decoder_layers, linear_layers
+from trainers.decoder.method import Method, Sizes, Weights
+from trainers.methods.configs import LoRAConfig
+
+
+class LoRA(Method):
+    """Two tensors per changed linear, stacked over the layers: ``self_attn__q_proj__A [L, R, M]``, ``..__B [L, N, R]``.
+
+    Two underscores stand for the dots that parameter names may not have.
+
+    Raises:
+        IaptError: when made, if a target module does not exist in the backbone.
+    """
+
+    config: LoRAConfig
+    learning_rate = 5e-4
+    in_decode = True
+
+    @staticmethod
+    def shapes(config: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """See `trainers.decoder.method.Method.shapes`.
+
+        Raises:
+            IaptError: a target module does not exist.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in targets(config.target_modules, sizes):
+            inputs, outputs = sizes.linears[name]
+            shapes[tensor_name(name, "A")] = (sizes.num_layers, config.rank, inputs)
+            shapes[tensor_name(name, "B")] = (sizes.num_layers, outputs, config.rank)
+        return shapes
+
+    def reset_parameters(self) -> None:
+        """Draw A as PEFT does, from a uniform distribution of bound 1 / sqrt(M); B is zero."""
+        for name in self.linear_names:
+            for layer in self.get_parameter(tensor_name(name, "A")).data:
+                nn.init.kaiming_uniform_(layer, a=math.sqrt(5))
+            nn.init.zeros_(self.get_parameter(tensor_name(name, "B")))
+
+    def project(self, weights: Weights, layer: int, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The linear layer's outputs, changed by the low-rank product."""
+        down = weights[tensor_name(name, "A")][:, layer].transpose(1, 2)  # [1 or B, M, R]
+        up = weights[tensor_name(name, "B")][:, layer].transpose(1, 2)  # [1 or B, R, N]
+        return outputs + (inputs @ down) @ up * self.config.scaling
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """See `trainers.decoder.method.Method.linear_names`."""
+        return targets(self.config.target_modules, self.sizes)
+
+
+def tensor_name(linear: str, side: str) -> str:
+    """Our name of a stacked tensor; ``side`` is A or B."""
+    return f"{linear.replace('.', '__')}__{side}"
+
+
+def targets(target_modules: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:
+    """The linear layers whose name ends with one of ``target_modules``, PEFT's rule, in the backbone's order.
+
+    Raises:
+        IaptError: a target module does not exist.
+    """
+    unknown = [target for target in target_modules if not any(_matches(name, target) for name in sizes.linears)]
+    if unknown:
+        raise IaptError(
+            f"LoRA's target_modules {', '.join(unknown)}: the backbone's layers have no linear of that name; "
+            f"use some of {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in sizes.linears)) or 'none'}"
+        )
+    return tuple(name for name in sizes.linears if any(_matches(name, target) for target in target_modules))
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+@contextmanager
+def merged(method: LoRA, backbone: Any) -> Iterator[None]:
+    """Add the change into the backbone's own weights while the context is open: W + s B A.
+
+    One tenant then costs nothing at run time. The sum is made in fp32 and rounded once to the backbone's type; on
+    leaving, the very tensors from before are put back.
+
+    Args:
+        method: the adapter.
+        backbone: a causal LM of transformers, changed in place.
+    """
+    before: list[tuple[nn.Module, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for index, layer in enumerate(decoder_layers(backbone)):
+                linears = linear_layers(layer)
+                for name in method.linear_names:
+                    before.append((linears[name], linears[name].weight.data))  # type: ignore[arg-type]
+                    linears[name].weight.data = _merged_weight(method, index, name, linears[name])
+        yield
+    finally:
+        for module, weight in before:
+            module.weight.data = weight
+
+
+def _merged_weight(method: LoRA, index: int, name: str, linear: nn.Module) -> Tensor:
+    weight: Tensor = linear.weight.data  # type: ignore[assignment]
+    sides = (method.get_parameter(tensor_name(name, side))[index].float().to(weight.device) for side in "BA")
+    up, down = sides
+    change = method.config.scaling * (up @ down)  # [N, M]
+    if isinstance(linear, Conv1D):  # stores its weight as [M, N]
+        change = change.T
+    return (weight.float() + change).to(weight.dtype)

@@ -1,0 +1,1 @@
+"""Data in, adapter directory out: reading, the loop, evaluation, the model card."""

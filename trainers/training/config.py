@@ -1,0 +1,185 @@
+"""What a training run is made of, a frozen dataclass that is checked when it is made; and how settings are read.
+
+Standard library only, so that reading an adapter's configuration needs no torch.
+The string below a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import NAMES_TYPE, choice_problems, raise_problems
+from trainers.decoder.instruction import PromptFormat
+
+Precision = Literal["fp32", "bf16"]
+Scheduler = Literal["linear", "cosine", "constant"]
+Start = Literal["backbone", "random"]
+Task = Literal["auto", "classification", "generation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: how long, how fast, on how much of the data, and what is written on the way.
+
+    Raises:
+        IaptError: a field has a value outside its range; all problems are listed together.
+    """
+
+    learning_rate: float = 0.0
+    """Peak learning rate of AdamW; 0 takes the method's own default."""
+    num_epochs: float = 3.0
+    """Passes over the training data, unless max_steps says otherwise."""
+    max_steps: int = 0
+    """Optimiser steps; 0 leaves it to num_epochs."""
+    batch_size: int = 8
+    """Examples per device and step."""
+    gradient_accumulation: int = 1
+    """Batches summed into one optimiser step."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises from zero."""
+    scheduler: Scheduler = "linear"
+    """How the learning rate falls after the warm-up: linear or cosine to zero, or constant."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    max_instruction_tokens: int = 512
+    """Longer instructions lose the end of their input text; the chat template around it stays whole."""
+    max_response_tokens: int = 256
+    """Longer responses are cut, and then carry no end-of-sequence token. Labels are never cut."""
+    prompt_format: PromptFormat = "auto"
+    """chat: the instruction in the tokenizer's chat template; plain: text as it is; auto: chat where there is one."""
+    task: Task = "auto"
+    """classification scores the distinct responses as labels, generation measures loss; auto counts responses."""
+    eval_file: str = ""
+    """JSONL file to evaluate on; empty holds part of the training data out."""
+    holdout: float = 0.1
+    """Share of the training data held out when there is no eval_file."""
+    max_eval_examples: int = 500
+    """Evaluate on a fixed random sample of at most this many examples; 0 takes all."""
+    eval_batch_size: int = 16
+    """Examples per batch in evaluation."""
+    baseline: bool = True
+    """Evaluate the backbone without adapter as well, for the model card."""
+    eval_steps: int = 0
+    """Measure the evaluation loss every so many steps; 0 only at the end."""
+    save_steps: int = 0
+    """Write a checkpoint to resume from every so many steps; 0 writes none."""
+    logging_steps: int = 10
+    """Report loss and learning rate every so many steps."""
+    report_to: str = "none"
+    """Experiment tracker of the Hugging Face Trainer: tensorboard, wandb, mlflow, none, ..."""
+    precision: Precision = "fp32"
+    """fp32, or bf16 for the backbone and the products (the adapter's weights stay fp32)."""
+    start: Start = "backbone"
+    """Initial weights: where the method says that they hurt the backbone least, or random."""
+    group_by_length: bool = True
+    """Put examples of like length into one batch: less padding, same data."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the same output."""
+    seed: int = 0
+    """Decides initial weights, order of the data, the held-out part and the evaluation sample."""
+    revision: str = ""
+    """Commit or branch of the backbone on the hub; empty takes the newest."""
+    trust_remote_code: bool = False
+    """Run code from the backbone's repository."""
+    base_model_name: str = ""
+    """Name of the backbone to write into the adapter and its card; empty writes --model's value."""
+    data_note: str = ""
+    """A sentence on the data's origin, version and licence for the model card."""
+
+    def __post_init__(self) -> None:
+        problems = choice_problems(self)
+        for name in _AT_LEAST_ONE + _AT_LEAST_ZERO:
+            value, least = getattr(self, name), 1 if name in _AT_LEAST_ONE else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                problems.append(f"{name}={value!r} is not an integer of at least {least}")
+        for name, low, high in (
+            ("learning_rate", 0.0, 100.0),
+            ("num_epochs", 0.0, 1e6),
+            ("weight_decay", 0.0, 1e3),
+            ("max_grad_norm", 0.0, 1e9),
+            ("holdout", 0.0, 0.9),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+                problems.append(f"{name}={value!r} is not a number from {low:g} to {high:g}")
+        if not problems and self.max_steps == 0 and self.num_epochs == 0:
+            problems.append("max_steps and num_epochs are both 0, so there is nothing to train; set one of them")
+        raise_problems("training configuration", problems)
+
+
+_AT_LEAST_ONE = (
+    "batch_size",
+    "gradient_accumulation",
+    "max_instruction_tokens",
+    "max_response_tokens",
+    "eval_batch_size",
+    "logging_steps",
+)
+_AT_LEAST_ZERO = ("max_steps", "warmup_steps", "max_eval_examples", "eval_steps", "save_steps", "seed")
+
+
+def configs_from_fields(method: type[Any], fields: dict[str, Any], source: str) -> tuple[Any, TrainConfig]:
+    """Sort one flat mapping of settings into the method's and the training run's configuration.
+
+    Args:
+        method: the method's configuration class.
+        fields: field name to value, as a YAML file or the command line gives them; texts are converted.
+        source: what the mapping was read from, for the error text.
+
+    Raises:
+        IaptError: a name that neither has, a text that is no number, or a value outside its range.
+    """
+    classes = (method, TrainConfig)
+    types = {field.name: str(field.type) for cls in classes for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - set(types))
+    if unknown:
+        raise IaptError(f"{source}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(types))}")
+    values = {name: _converted(name, value, types[name], source) for name, value in fields.items()}
+    chosen = [
+        {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values} for cls in classes
+    ]
+    return method(**chosen[0]), TrainConfig(**chosen[1])
+
+
+def read_train_file(path: str | Path) -> dict[str, Any]:
+    """Read a flat YAML mapping of settings (``train.yaml``).
+
+    Raises:
+        IaptError: missing file, broken YAML, or not a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise IaptError(f"the settings file {path} does not exist; expected YAML with one 'field: value' per line")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IaptError(f"{path} is not YAML: {error}") from error
+    if fields is not None and not isinstance(fields, dict):
+        raise IaptError(f"{path} holds a {type(fields).__name__}; expected one 'field: value' per line")
+    return dict(fields or {})
+
+
+def _converted(name: str, value: Any, kind: str, source: str) -> Any:
+    """Turn a text into the field's type (YAML reads 1e-3 as text); other values pass, and the class checks them."""
+    if kind == NAMES_TYPE and isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, str) or kind not in ("int", "float", "bool", NAMES_TYPE):
+        return value
+    if kind == NAMES_TYPE:
+        return tuple(part.strip() for part in value.split(","))
+    if kind == "bool":
+        if value.lower() not in ("true", "false"):
+            raise IaptError(f"{source}: {name}={value!r} is not true or false")
+        return value.lower() == "true"
+    try:
+        return int(value) if kind == "int" else float(value)
+    except ValueError:
+        raise IaptError(f"{source}: {name}={value!r} is not {'an integer' if kind == 'int' else 'a number'}") from None

@@ -1,0 +1,259 @@
+"""JSONL in, token rows out: reading, the prompt's format, truncation, batches.
+
+A record is one of
+
+    {"instruction": ..., "input": ..., "output": ...}     input may be missing or empty
+    {"prompt": ..., "completion": ...}
+    {"messages": [{"role": ..., "content": ...}, ..., {"role": "assistant", "content": ...}]}
+
+The instruction is tokenised apart from the response, so that generation sees exactly the ids that
+training saw.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from iapt_export.contract.errors import IaptError
+from trainers.decoder.instruction import Message, format_instruction, user_message
+from trainers.training.config import Task
+
+IGNORED = -100
+"""Label of positions that carry no loss."""
+MAX_PROBLEMS = 10
+"""Bad records that one error lists; the rest is counted."""
+MAX_LABELS = 50
+"""More distinct responses than this are not taken for labels."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record: the messages before the answer, and the answer."""
+
+    messages: tuple[Message, ...]
+    """What the model reads; the last message is the user's."""
+    response: str
+    """What it should answer."""
+    keep: int = 0
+    """Characters at the start of the last message that truncation must leave (the instruction before an input)."""
+
+
+class Item(TypedDict):
+    """An encoded example: instruction and response in one row."""
+
+    input_ids: list[int]
+    """Instruction, response and end of sequence."""
+    instruction_length: int
+    """How many of them are instruction."""
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read and check a JSONL file.
+
+    Raises:
+        IaptError: missing or empty file, or bad records; each is named by file and line, the first ten in full.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise IaptError(f"the data file {path} does not exist; expected JSONL, one record per line")
+    examples, problems = [], []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise IaptError(f"{path} is not UTF-8 text: {error}; expected JSONL, one record per line") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(_example(json.loads(line)))
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        text = "\n  ".join(problems[:MAX_PROBLEMS])
+        raise IaptError(f"{len(problems)} bad record(s) in the data:\n  {text}{more}")
+    if not examples:
+        raise IaptError(f"the data file {path} holds no records; expected JSONL, one record per line")
+    return examples
+
+
+def _example(record: Any) -> Example:
+    """Check one record; a ValueError says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, this is {type(record).__name__}")
+    if "messages" in record:
+        return _from_messages(record["messages"])
+    if "prompt" in record:
+        return Example((user_message(_text(record, "prompt")),), _text(record, "completion"))
+    if "instruction" in record:
+        instruction, response = _text(record, "instruction"), _text(record, "output")
+        text = record.get("input")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"'input' is {type(text).__name__}, expected a string")
+        if not text:
+            return Example((user_message(instruction),), response)
+        return Example((user_message(f"{instruction}\n\n{text}"),), response, keep=len(instruction) + 2)
+    raise ValueError(
+        "no known fields; expected instruction (and input) with output, prompt with completion, or messages; "
+        f"found {', '.join(sorted(record)) or 'none'}"
+    )
+
+
+def _from_messages(messages: Any) -> Example:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError("'messages' is not a list of at least two messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {index} is {type(message).__name__}, expected an object with role and content")
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"message {index} has role {message.get('role')!r}, expected system, user or assistant")
+        _text(message, "content")
+    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+        raise ValueError("'messages' does not end with a user message and the assistant's answer to it")
+    turns = tuple({"role": message["role"], "content": message["content"]} for message in messages[:-1])
+    return Example(turns, messages[-1]["content"])
+
+
+def _text(record: dict[str, Any], field: str) -> str:
+    if field not in record:
+        raise ValueError(f"'{field}' is missing")
+    if not isinstance(record[field], str):
+        raise ValueError(f"'{field}' is {type(record[field]).__name__}, expected a string")
+    if not record[field].strip():
+        raise ValueError(f"'{field}' is empty")
+    return str(record[field])
+
+
+def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None) -> list[int]:
+    """Token ids of an answer and its end-of-sequence token; a cut answer carries none.
+
+    Raises:
+        IaptError: the tokenizer names no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise IaptError("the tokenizer names no eos_token, so no answer could end; set it in tokenizer_config.json")
+    ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+    return ids if max_tokens is None else ids[:max_tokens]
+
+
+def encode_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> list[int]:
+    """`format_instruction` of an example, at most ``max_tokens`` long.
+
+    An instruction that is too long loses the end of its last message's text (of its input, where it has one),
+    never a part of the template.
+
+    Raises:
+        IaptError: the part that must stay is longer than ``max_tokens`` by itself.
+    """
+    ids = format_instruction(tokenizer, example.messages, prompt_format)
+    text = example.messages[-1]["content"]
+    while len(ids) > max_tokens:
+        pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        surplus = len(ids) - max_tokens
+        # Cutting may change how the remaining end is split, hence the loop; it ends since text gets shorter.
+        text = text[: pieces[-surplus][0]].rstrip() if surplus < len(pieces) else ""
+        if len(text) < max(example.keep, 1):
+            raise IaptError(
+                f"max_instruction_tokens={max_tokens} leaves no room for the input: template and instruction of "
+                f"{example.messages[-1]['content'][:40]!r}... need more; raise max_instruction_tokens"
+            )
+        ids = format_instruction(tokenizer, (*example.messages[:-1], user_message(text)), prompt_format)
+    return ids
+
+
+def encode_examples(
+    tokenizer: Any, examples: Iterable[Example], prompt_format: str, max_instruction: int, max_response: int | None
+) -> list[Item]:
+    """Encode examples for training; see `encode_instruction` and `encode_response` for the limits."""
+    items: list[Item] = []
+    for example in examples:
+        instruction = encode_instruction(tokenizer, example, prompt_format, max_instruction)
+        response = encode_response(tokenizer, example.response, max_response)
+        items.append({"input_ids": instruction + response, "instruction_length": len(instruction)})
+    return items
+
+
+def collate(items: Sequence[Item], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right.
+
+    Returns:
+        int64 tensors ``[B, T]``: ``input_ids``; ``attention_mask`` (1 at real tokens); ``instruction_mask`` (1 at
+        the tokens that methods may read); ``labels`` (the response's ids, -100 elsewhere).
+    """
+    width = max(len(item["input_ids"]) for item in items)
+    ids = torch.full((len(items), width), pad_token_id, dtype=torch.long)
+    attention, instruction = torch.zeros_like(ids), torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, item in enumerate(items):
+        tokens, split = torch.tensor(item["input_ids"]), item["instruction_length"]
+        ids[row, : len(tokens)] = tokens
+        attention[row, : len(tokens)] = 1
+        instruction[row, :split] = 1
+        labels[row, split : len(tokens)] = tokens[split:]
+    return {"input_ids": ids, "attention_mask": attention, "instruction_mask": instruction, "labels": labels}
+
+
+def pad_instructions(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """``input_ids [B, T]`` and ``attention_mask [B, T]`` (int64) of instructions, padded on the right."""
+    batch = collate([{"input_ids": row, "instruction_length": len(row)} for row in rows], pad_token_id)
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def find_labels(examples: Sequence[Example], task: Task) -> tuple[str, ...]:
+    """The labels of classification data in sorted order, or none for generation.
+
+    ``auto`` takes the data for classification when at most 50 distinct responses occur, at least twice each
+    on average, and more than one.
+
+    Raises:
+        IaptError: classification was asked for and only one distinct response occurs.
+    """
+    if task == "generation":
+        return ()
+    labels = tuple(sorted({example.response for example in examples}))
+    if task == "classification":
+        if len(labels) < 2:
+            raise IaptError(f"task=classification needs at least two distinct responses, the data has {len(labels)}")
+        return labels
+    return labels if 2 <= len(labels) <= min(MAX_LABELS, len(examples) // 2) else ()
+
+
+def split_holdout(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split into training and held-out examples; no held-out instruction occurs in the training part.
+
+    Raises:
+        IaptError: a part would be empty.
+    """
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    held = sorted(order[: round(share * len(examples))])
+    unseen = {_key(examples[index]) for index in held}
+    training = [example for example in examples if _key(example) not in unseen]
+    if not held or not training:
+        raise IaptError(
+            f"holdout={share:g} of {len(examples)} examples leaves {len(held)} to evaluate and {len(training)} to "
+            "train; give more data, another share, or an eval_file"
+        )
+    return training, [examples[index] for index in held]
+
+
+def _key(example: Example) -> str:
+    """Instructions that differ in letter case and spaces only count as the same."""
+    return " ".join(" ".join(message["content"] for message in example.messages).casefold().split())
+
+
+def sample(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """A random sample of at most ``limit`` examples in their own order; 0 takes all."""
+    if not limit or len(examples) <= limit:
+        return list(examples)
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), limit))]

@@ -1,0 +1,228 @@
+"""The Hugging Face Trainer, told to train and save an adapter only.
+
+accelerate, torchrun, FSDP, checkpoints, resuming and experiment trackers are the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from iapt_export.contract.errors import IaptError
+from trainers.adapters.adapter import AdapterConfig
+from trainers.adapters.directory import load_adapter, save_adapter
+from trainers.decoder.method import Method, rows_of
+from trainers.training.evaluate import response_loss
+
+COEFFICIENTS = ("numerator", "denominator")
+"""What the second level of bi-level learning trains."""
+MEGABATCH = 50
+"""Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
+
+
+class PromptTuned(nn.Module):
+    """A frozen backbone and a method as one module that returns a loss."""
+
+    def __init__(self, backbone: Any, method: Method) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.method = method
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, instruction_mask: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean loss per response token of one batch (int64 ``[B, T]`` each, see `trainers.training.data.collate`)."""
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "instruction_mask": instruction_mask,
+            "labels": labels,
+        }
+        loss, tokens = response_loss(self.backbone, rows_of(self.method), batch)
+        return {"loss": loss / tokens}
+
+    def train(self, mode: bool = True) -> PromptTuned:
+        """Switch the method's mode; the backbone stays in evaluation mode, without dropout."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+class EpochSampler(Sampler[int]):
+    """The order of an epoch, a function of seed and epoch alone, so that a resumed run sees the same batches.
+
+    With ``alternate`` the data is cut in two halves once and for all, and batches of the first and the second
+    half take turns: the weights learn on one, the coefficients on the other.
+    """
+
+    def __init__(self, lengths: Sequence[int], chunk: int, seed: int, group_by_length: bool, alternate: bool) -> None:
+        self.lengths, self.chunk, self.seed, self.epoch = lengths, chunk, seed, 0
+        self.group_by_length = group_by_length
+        everything = list(range(len(lengths)))
+        random.Random(seed).shuffle(everything)
+        middle = len(everything) // 2
+        self.parts = [everything[:middle], everything[middle:]] if alternate else [everything]
+        if alternate and middle < chunk:
+            raise IaptError(
+                f"coefficients=bilevel halves the data and needs {chunk} examples in each half for one step; "
+                f"there are {len(lengths)} in all: give more data or a smaller batch_size"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if len(self.parts) == 1:
+            return len(self.lengths)
+        return 2 * self.chunk * (len(self.parts[0]) // self.chunk)
+
+    def __iter__(self) -> Iterator[int]:
+        source = random.Random(f"{self.seed}-{self.epoch}")
+        chunks = [self._chunks(part, source) for part in self.parts]
+        if len(chunks) == 1:
+            ordered = chunks[0]
+        else:
+            whole = [[c for c in part if len(c) == self.chunk] for part in chunks]
+            ordered = [chunk for pair in zip(*whole, strict=False) for chunk in pair]
+        return (index for chunk in ordered for index in chunk)
+
+    def _chunks(self, part: list[int], source: random.Random) -> list[list[int]]:
+        """Cut a shuffled part into batches; an incomplete one comes last."""
+        order = list(part)
+        source.shuffle(order)
+        if self.group_by_length:
+            size = self.chunk * MEGABATCH
+            order = [
+                index
+                for start in range(0, len(order), size)
+                for index in sorted(order[start : start + size], key=lambda i: self.lengths[i])
+            ]
+        chunks = [order[start : start + self.chunk] for start in range(0, len(order), self.chunk)]
+        tail = [chunks.pop()] if len(chunks[-1]) < self.chunk else []
+        source.shuffle(chunks)
+        return chunks + tail
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints are adapter directories plus the state of optimiser, scheduler and RNG.
+
+    Weights are read from safetensors only. Resuming also reads the Trainer's own ``optimizer.pt`` and RNG files,
+    with ``torch.load(weights_only=True)``: resume your own checkpoints, not somebody else's.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, adapter: AdapterConfig, sampler: EpochSampler, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.adapter = adapter
+        self.sampler = sampler
+        self.method: Method = self.accelerator.unwrap_model(self.model).method
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, one parameter group for each pair of learning rate and weight decay that the method asks for."""
+        if self.optimizer is None:
+            decayed, factors = self.method.decayed, self.method.learning_rate_factors()
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+            for name, parameter in (self.model if model is None else model).named_parameters():
+                if parameter.requires_grad:
+                    own = name.rsplit(".", 1)[-1]
+                    groups.setdefault((factors.get(own, 1.0), own in decayed), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            settings = [
+                {
+                    "params": groups[factor, decays],
+                    "lr": self.args.learning_rate * factor,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                # the first group's rate is the one that is logged
+                for factor, decays in sorted(groups, key=lambda group: group[0] != 1)
+            ]
+            self.optimizer = kind(settings, **options)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch, forward and backward.
+
+        Raises:
+            IaptError: the loss is NaN or infinite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise IaptError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}; try a lower learning_rate "
+                f"(now {self.args.learning_rate:g}), more warmup_steps or a smaller max_grad_norm"
+            )
+        if len(self.sampler.parts) == 2:
+            self._drop_gradients(coefficients=self.state.global_step % 2 == 0)
+        return loss
+
+    def _drop_gradients(self, coefficients: bool) -> None:
+        """Keep either the coefficients or all else where it is in the coming update."""
+        for name, parameter in self.model.named_parameters():
+            if (name.rsplit(".", 1)[-1] in COEFFICIENTS) == coefficients:
+                parameter.grad = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        states = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        prefix = "method."
+        tensors = {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
+        save_adapter(Path(output_dir or str(self.args.output_dir)), self.adapter, tensors)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapter = load_adapter(resume_from_checkpoint)
+        if adapter.config != self.adapter:
+            raise IaptError(
+                f"{resume_from_checkpoint} was written by a run with other settings or another backbone; "
+                "resume with the same settings, or delete the folder and start anew"
+            )
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        target.method.load_state_dict(adapter.tensors)
+
+
+class Progress(TrainerCallback):
+    """One line per log: step, loss, learning rate, seconds per step, time left."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.started, self.first = time.monotonic(), 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.started, self.first = time.monotonic(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Say where the run stands."""
+        logs = logs or {}
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
+            return
+        if "eval_loss" in logs:
+            self.say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}")
+            return
+        pace = (time.monotonic() - self.started) / max(state.global_step - self.first, 1)
+        left = pace * (state.max_steps - state.global_step)
+        self.say(
+            f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"learning rate {logs['learning_rate']:.1e}  {pace:.2f} s/step  {left / 60:.0f} min left"
+        )

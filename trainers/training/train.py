@@ -1,0 +1,340 @@
+"""Training, told as setup, fit, evaluate, save."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from iapt_export.contract.errors import IaptError
+from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
+from trainers.adapters.directory import check_adapter_fits, load_adapter
+from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.instruction import resolve_prompt_format
+from trainers.decoder.method import Method
+from trainers.methods.configs import IAPTConfig, method_name
+from trainers.methods.forms import METHODS, new_method
+from trainers.training.card import CARD_FILE, CURVE_FILE, REPORT_FILE, Run, write_card
+from trainers.training.config import TrainConfig
+from trainers.training.data import Example, collate, encode_examples, find_labels, read_examples, sample, split_holdout
+from trainers.training.evaluate import Evaluation, Report, evaluate
+from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
+
+OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVE_FILE, REPORT_FILE, EXAMPLES_FILE}
+"""All that an adapter directory holds; a folder with anything else in it is never replaced."""
+
+
+@dataclass
+class TrainResult:
+    """What `train` did."""
+
+    output: Path
+    """The adapter directory."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    history: list[tuple[int, float]]
+    """(step, mean training loss since the step before)."""
+    report: Report | None
+    """The adapter on the evaluation data; None on all but the first process."""
+    baseline: Report | None
+    """The plain backbone on the same data."""
+    seconds: float
+    """Wall-clock time of the fit."""
+
+
+@dataclass
+class Setup:
+    """Everything that `fit` needs."""
+
+    backbone: Backbone
+    training: list[Example]
+    evaluation: list[Example]
+    adapter: AdapterConfig
+    method: Method
+    """With its random initial weights."""
+    config: TrainConfig
+    work: Path
+    """``OUTPUT.training``: checkpoints and the staged result."""
+
+
+def train(
+    model_name: str,
+    data: str | Path,
+    output: str | Path,
+    method: Any = None,
+    config: TrainConfig | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+    command: str | None = None,
+) -> TrainResult:
+    """Train an adapter and write its directory, model card included.
+
+    While it runs, only ``OUTPUT.training`` exists; ``OUTPUT`` appears, or is replaced, when all is done.
+
+    Args:
+        model_name: the backbone: Hugging Face id, local folder, or GGUF file.
+        data: JSONL file, see `trainers.training.data`.
+        output: the adapter directory to write.
+        method: the method's fields, one of `trainers.methods.configs`; IAPT with its defaults if None.
+        config: the run's fields; the defaults if None.
+        say: takes progress lines; prints to stderr if None.
+        command: what to name in the card as the command of this run; put together from the settings if None.
+
+    Returns:
+        Scores, loss history and times.
+
+    Raises:
+        IaptError: bad data, an output that is not ours, an earlier run's checkpoints without ``resume``, a
+            backbone that cannot be loaded, or a loss that is no number.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    method, config, output = method or IAPTConfig(), config or TrainConfig(), Path(output)
+    if config.learning_rate == 0:
+        config = replace(config, learning_rate=METHODS[method_name(method)].learning_rate)
+    work = _check_output(output, config)
+    setup = _setup(model_name, Path(data), method, config, work)
+    trainer = _trainer(setup, say)
+    seconds = _fit(trainer, setup, say)
+    history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    trainer.save_model(str(work / "adapter"))  # every process takes part when the model is sharded
+    if not trainer.is_world_process_zero():
+        return TrainResult(output, trainer.state.global_step, history, None, None, seconds)
+    report, baseline = _evaluate(trainer, setup, say)
+    result = TrainResult(output, trainer.state.global_step, history, report, baseline, seconds)
+    _save(setup, result, str(data), model_name, command)
+    say(f"wrote {output}: {report.summary()}")
+    return result
+
+
+def evaluate_adapter(
+    model_name: str,
+    adapter: str | Path | None,
+    data: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    labels: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
+) -> Report:
+    """Evaluate an adapter directory, or the plain backbone, the way `train` does at its end.
+
+    Args:
+        model_name: the backbone.
+        adapter: adapter directory, ours or stock PEFT's; None for the plain backbone.
+        data: JSONL file.
+        config: ``max_eval_examples``, ``eval_batch_size``, ``max_instruction_tokens``, ``prompt_format``,
+            ``precision`` and ``seed`` count.
+        labels: answers to choose from; empty takes the adapter's, or else the data's.
+        say: takes progress lines; silent if None.
+
+    Raises:
+        IaptError: bad data or adapter, or an adapter for another backbone.
+    """
+    config = config or TrainConfig()
+    backbone = _load(model_name, config)
+    loaded = load_adapter(adapter, backbone) if adapter is not None else None
+    examples = read_examples(data)
+    prompt_format = resolve_prompt_format(backbone.tokenizer, config.prompt_format)
+    if loaded is not None:
+        check_adapter_fits(loaded.config, backbone, str(adapter))
+        labels, prompt_format = labels or loaded.config.labels, loaded.config.prompt_format
+    labels = tuple(labels) or find_labels(examples, config.task)
+    examples = sample(examples, config.max_eval_examples, config.seed)
+    task = Evaluation(backbone.tokenizer, examples, tuple(labels), prompt_format, config)
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        backbone.model.to(device)  # where the Trainer would put it
+    return evaluate(backbone.model, loaded.module() if loaded else None, task, say)
+
+
+def _check_output(output: Path, config: TrainConfig) -> Path:
+    """Refuse to overwrite what is not ours, and return the work folder."""
+    if output.exists():
+        names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+        strangers = sorted(names - OUR_FILES)
+        if not output.is_dir() or strangers or (names and CONFIG_FILE not in names):
+            what = f"it holds {', '.join(strangers[:5])}" if strangers else "it is no adapter directory"
+            raise IaptError(f"{output} exists and is not replaced, because {what}; choose another output")
+    work = output.with_name(output.name + ".training")
+    if work.exists() and not config.resume and get_last_checkpoint(str(work)):
+        raise IaptError(
+            f"{work} holds checkpoints of an unfinished run; set resume to go on with it, or delete it to start anew"
+        )
+    return work
+
+
+def _setup(model_name: str, data: Path, method: Any, config: TrainConfig, work: Path) -> Setup:
+    """Read the data before the backbone: its errors are the more frequent ones."""
+    examples = read_examples(data)
+    labels = find_labels(examples, config.task)
+    if config.eval_file:
+        training, held_out = examples, read_examples(config.eval_file)
+        strange = sorted({example.response for example in held_out} - set(labels)) if labels else []
+        if strange:
+            raise IaptError(f"{config.eval_file} has responses that the training data lacks: {', '.join(strange[:5])}")
+    else:
+        training, held_out = split_holdout(examples, config.holdout, config.seed)
+    backbone = _load(model_name, config)
+    if backbone.tokenizer is None:
+        raise IaptError(f"the backbone {model_name} has no tokenizer; training needs one")
+    set_seed(config.seed)
+    sizes = sizes_of(backbone.model)
+    module = new_method(method, sizes)
+    sizes = replace(sizes, linears={name: sizes.linears[name] for name in module.linear_names})
+    adapter = AdapterConfig(
+        base_model_name_or_path=config.base_model_name or model_name,
+        backbone_fingerprint=backbone.fingerprint,
+        **asdict(sizes),
+        method=method,
+        revision=backbone.revision,
+        prompt_format=resolve_prompt_format(backbone.tokenizer, config.prompt_format),
+        labels=labels,
+    )
+    held_out = sample(held_out, config.max_eval_examples, config.seed)
+    return Setup(backbone, training, held_out, adapter, module, config, work)
+
+
+def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
+    config, tokenizer = setup.config, setup.backbone.tokenizer
+    encode = functools.partial(
+        encode_examples,
+        tokenizer,
+        prompt_format=setup.adapter.prompt_format,
+        max_instruction=config.max_instruction_tokens,
+        max_response=None if setup.adapter.labels else config.max_response_tokens,
+    )
+    items, eval_items = encode(setup.training), encode(setup.evaluation) if config.eval_steps else None
+    if config.start == "backbone":
+        first = items[0]
+        setup.method.start(setup.backbone.model, tokenizer, first["input_ids"][: first["instruction_length"]])
+    arguments = _arguments(setup)
+    chunk = arguments.train_batch_size * config.gradient_accumulation * arguments.world_size
+    sampler = EpochSampler(
+        [len(item["input_ids"]) for item in items],
+        chunk,
+        config.seed,
+        config.group_by_length,
+        alternate=getattr(setup.adapter.method, "coefficients", "joint") == "bilevel",
+    )
+    trainer = AdapterTrainer(
+        setup.adapter,
+        sampler,
+        model=PromptTuned(setup.backbone.model, setup.method),
+        args=arguments,
+        train_dataset=items,
+        eval_dataset=eval_items,
+        data_collator=functools.partial(collate, pad_token_id=_pad(tokenizer)),
+        callbacks=[Progress(say)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(setup: Setup) -> TrainingArguments:
+    config = setup.config
+    return TrainingArguments(
+        output_dir=str(setup.work),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 without a GPU is refused
+        seed=config.seed,
+        data_seed=config.seed,
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> float:
+    """Run the Trainer, from the newest checkpoint if asked; returns the seconds it took."""
+    count = sum(parameter.numel() for parameter in setup.method.parameters())
+    say(f"training {count:,} parameters on {len(setup.training):,} examples")
+    checkpoint = get_last_checkpoint(str(setup.work)) if setup.config.resume and setup.work.is_dir() else None
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return time.monotonic() - start
+
+
+def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> tuple[Report, Report | None]:
+    """Score the adapter as it was saved, and the plain backbone."""
+    config, backbone = setup.config, setup.backbone
+    if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
+        backbone = _load(backbone.name_or_path, config)
+    task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
+    method = load_adapter(setup.work / "adapter").module()
+    say(f"evaluating the adapter on {len(setup.evaluation)} examples")
+    report = evaluate(backbone.model, method, task, say)
+    if not config.baseline:
+        return report, None
+    say("evaluating the plain backbone")
+    return report, evaluate(backbone.model, None, task, say)
+
+
+def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command: str | None) -> None:
+    """Write the card into the staged directory and move it to its place."""
+    staged = setup.work / "adapter"
+    run = Run(
+        adapter=setup.adapter,
+        config=setup.config,
+        model_name=model_name,
+        data=data,
+        training_size=len(setup.training),
+        steps=result.steps,
+        seconds=result.seconds,
+        history=result.history,
+        report=result.report,
+        baseline=result.baseline,
+        output=str(result.output),
+        command=command,
+    )
+    write_card(staged, run)
+    examples = result.output / EXAMPLES_FILE
+    if examples.is_file():  # the user's own prompts outlive a new training
+        shutil.copyfile(examples, staged / EXAMPLES_FILE)
+    if result.output.exists():
+        result.output.rename(setup.work / "replaced")
+    staged.rename(result.output)
+    shutil.rmtree(setup.work)
+
+
+def _load(name: str, config: TrainConfig) -> Backbone:
+    return load_backbone(
+        name,
+        dtype=config.precision,
+        revision=config.revision or None,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _pad(tokenizer: Any) -> int:
+    """Padding is masked everywhere, so any id serves."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -1,0 +1,1 @@
+"""How far two sides may differ: metrics, limits, and the checks that apply them."""

@@ -1,0 +1,228 @@
+"""The stages of a comparison that a session steps through: prefill, every decode step, greedy tokens, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engines.serving.session import Generation, Request, Session
+from engines.serving.stepper import RowCache
+from iapt_export.contract.errors import IaptError
+from validation.judging.metrics import (
+    HISTOGRAM_EDGES,
+    cosine,
+    entry_errors,
+    error_counts,
+    kl,
+    max_abs,
+    quantiles,
+    relative,
+    worst_but,
+)
+from validation.judging.result import Bisection, Check, TokenRow
+from validation.judging.tolerances import COMPARED_FOR_A_SHARE, OUTLIERS, tolerances
+from validation.sides.cases import Case
+from validation.sides.stepping import Row, Step, run_steps
+from validation.sides.truth import Truth
+
+OnStep = Callable[[str], None]
+
+
+@dataclass
+class Errors:
+    """The figures of one comparison as they come in."""
+
+    bisection: Bisection | None = None
+    """Where the generator graph is wrong, when it is."""
+
+    checks: list[Check] = field(default_factory=list)
+    by_layer: dict[str, list[float]] = field(default_factory=dict)
+    by_step: list[float] = field(default_factory=list)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1))
+
+    def judge(self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "") -> None:
+        """Add a check of ``measured`` against the table's limit for the stage."""
+        rows = tolerances(stage, dtype)
+        passed = all(row.holds(measured[row.metric]) for row in rows)
+        self.checks.append(Check(stage, case, passed, measured, {row.metric: row.limit for row in rows}, detail))
+
+    def layers(self, part: str, errors: list[float]) -> None:
+        """Keep the worst error of each layer over all cases."""
+        before = self.by_layer.get(part, [0.0] * len(errors))
+        self.by_layer[part] = [max(pair) for pair in zip(before, errors, strict=True)]
+
+
+def compare_steps(session: Session, case: str, truths: list[Truth], errors: Errors) -> None:
+    """Feed the reference's own tokens, so that each step is compared on equal ground."""
+    dtype, num_steps = session.target.dtype, min(len(truth.tokens) for truth in truths)
+    rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in truths]
+    every: list[dict[str, float]] = []  # all rows of the first step, then of the next
+    for step in run_steps(session, rows, num_steps):
+        every += _compare_logits(step.logits, truths, step.number, errors)
+        if step.number == 0:
+            errors.judge("prefill logits", case, dtype, judged(every, dtype))
+            _compare_cache(step, [truth.prefill_cache for truth in truths], "prefill cache", case, dtype, errors)
+        elif step.number == num_steps - 1:
+            decoded = every[len(rows) :]
+            worst = 1 + int(np.argmax([each["relative"] for each in decoded])) // len(rows)
+            figures = judged(decoded, dtype) | {"step": float(worst)}
+            errors.judge("decode logits", case, dtype, figures, f"worst at step {worst}")
+            _compare_cache(step, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
+    compared = float(len(every))
+    if dtype in OUTLIERS and compared < COMPARED_FOR_A_SHARE:
+        return
+    other = next((place // len(rows) for place, each in enumerate(every) if not each["agreed"]), None)
+    agreement = {"agreement": float(np.mean([each["agreed"] for each in every])), "compared": compared}
+    detail = "" if other is None else f"first other token at step {other}"
+    errors.judge("top-1 agreement", case, dtype, agreement, detail)
+    if tolerances("typical logits", dtype):
+        typical = {name: float(np.median([each[name] for each in every])) for name in ("relative", "kl")}
+        errors.judge("typical logits", case, dtype, typical | {"compared": compared}, "median over rows and steps")
+
+
+def judged(figures: list[dict[str, float]], dtype: str) -> dict[str, float]:
+    """What is held against the limits, of the figures of rows and steps: the worst that counts in the type."""
+    found: dict[str, float] = {}
+    for name in figures[0]:
+        values = [each[name] for each in figures]
+        if name == "agreed":
+            found[name] = float(np.mean(values))
+        elif name == "cosine":
+            found[name] = min(values)
+        else:
+            found[name] = worst_but(values, OUTLIERS.get(dtype, 0.0))
+    return found
+
+
+def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: Errors) -> list[dict[str, float]]:
+    """The figures of each row at one step."""
+    figures = []
+    for row, truth in enumerate(truths):
+        made, wanted = logits[row].astype(np.float32), truth.logits[step]
+        figures.append(
+            {
+                "relative": relative(made, wanted),
+                "max_abs": max_abs(made, wanted),
+                "kl": kl(made, wanted),
+                "cosine": cosine(made, wanted),
+                "agreed": float(agrees(made, truth, step)),
+                **quantiles(made, wanted),
+            }
+        )
+        errors.counts += error_counts(np.nan_to_num(made), wanted)
+    errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
+    errors.by_step[step] = max(errors.by_step[step], *(each["relative"] for each in figures))
+    return figures
+
+
+def agrees(made: np.ndarray, truth: Truth, step: int) -> bool:
+    """Same best token, or the reference itself all but ties."""
+    return int(made.argmax()) == truth.tokens[step] or truth.margins[step] < tie_margin(truth)
+
+
+def tie_margin(truth: Truth) -> float:
+    """Lead of the reference's best logit below which another choice is a tie: twice the logits' tolerance in fp32.
+
+    Narrower types have no margin of their own: int4's would excuse nearly every answer.
+    """
+    limit = next(row.limit for row in tolerances("decode logits", "fp32") if row.metric == "relative")
+    return 2 * limit * truth.peak
+
+
+def _compare_cache(step: Step, wanted: list[RowCache], stage: str, case: str, dtype: str, errors: Errors) -> None:
+    made = step.caches()
+    num_layers = len(wanted[0])
+    for part, name in enumerate(("key", "value")):
+        by_layer = [
+            max(_entries_error(made[row][layer][part], wanted[row][layer][part], dtype) for row in range(len(wanted)))
+            for layer in range(num_layers)
+        ]
+        errors.layers(name, by_layer)
+        worst_layer = int(np.argmax(by_layer))
+        detail = f"{name}s, worst in layer {worst_layer}"
+        errors.judge(stage, case, dtype, {"relative": by_layer[worst_layer]}, detail)
+
+
+def _entries_error(made: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
+    """Error of the entries ``[H, S, K]`` that both have; the reference ends before the last token that it chose."""
+    return worst_but(entry_errors(made[:, : wanted.shape[1]], wanted), OUTLIERS.get(dtype, 0.0))
+
+
+def compare_refusal(session: Session, case: Case, errors: Errors) -> None:
+    """Ask for what a session must refuse; an answer, or an error that is no `IaptError`, fails."""
+    requests = [Request(row.tenant, tokens=row.tokens, max_new_tokens=case.new_tokens) for row in case.rows]
+    try:
+        list(session.generate(requests))
+        detail = "it was answered"
+    except IaptError as error:
+        detail = str(error)
+        refused = 1.0
+    else:
+        refused = 0.0
+    errors.judge("refusal", case.name, session.target.dtype, {"refused": refused}, detail)
+
+
+def compare_tokens(
+    session: Session, truths: list[Truth], new_tokens: int, errors: Errors, on_step: OnStep
+) -> list[TokenRow]:
+    """Generate freely in mixed batches and compare the tokens."""
+    rows: list[TokenRow] = []
+    failures: list[str] = []
+    size = session.manifest.ranges.batch.max
+    for start in range(0, len(truths), size):
+        on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(truths))}")
+        batch = truths[start : start + size]
+        requests = [
+            Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=new_tokens, ignore_eos=True) for t in batch
+        ]
+        running = [session.submit(request, start + number) for number, request in enumerate(requests)]
+        rows += [token_row(session, t, _tokens(one, failures)) for t, one in zip(batch, running, strict=True)]
+    identical = sum(row.first_divergence is None for row in rows)
+    excused = sum(row.excused for row in rows)
+    measured = {
+        "identical": (identical + excused) / len(rows),
+        "rows": float(len(rows)),
+        "excused": float(excused),
+        "tokens": float(sum(len(row.reference) for row in rows)),
+    }
+    detail = "; ".join([f"{identical} of {len(rows)} rows identical, {excused} excused as ties", *failures[:1]])
+    errors.judge("greedy tokens", f"{len(rows)} prompts, mixed batches", session.target.dtype, measured, detail)
+    return rows
+
+
+def _tokens(generation: Generation, failures: list[str]) -> list[int]:
+    """A request's tokens, up to its failure where there is one: a difference to report, which ends no comparison."""
+    made: list[int] = []
+    try:
+        made.extend(token.token for token in generation)  # keeps those before a failure
+    except IaptError as error:
+        failures.append(str(error))
+    return made
+
+
+def _answer(session: Session, tokens: list[int]) -> str:
+    """The text that a user would get: up to the end token, past which the comparison goes on."""
+    ends = [step for step, token in enumerate(tokens) if token in session.manifest.backbone.eos_token_ids]
+    return session.codec.decode(tokens[: ends[0]] if ends else tokens)
+
+
+def token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
+    """A prompt's answers side by side, with the first token that differs and whether that is a tie."""
+    pairs = zip(truth.tokens, tokens, strict=False)
+    divergence = next((step for step, (wanted, made) in enumerate(pairs) if wanted != made), None)
+    if divergence is None and len(tokens) != len(truth.tokens):
+        divergence = min(len(tokens), len(truth.tokens))
+    margin = None if divergence is None or divergence >= len(truth.margins) else truth.margins[divergence]
+    return TokenRow(
+        tenant=truth.prompt.tenant,
+        prompt=truth.prompt.text,
+        reference=truth.tokens,
+        target=tokens,
+        reference_text=_answer(session, truth.tokens),
+        target_text=_answer(session, tokens),
+        first_divergence=divergence,
+        margin=margin,
+        excused=margin is not None and margin < tie_margin(truth),
+    )

@@ -1,0 +1,1 @@
+"""Where two sides differ first, and why."""

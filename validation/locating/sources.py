@@ -1,0 +1,239 @@
+"""Why a tensor is wrong: cache, weight, cast, tenant, position, mask, activation, normalisation or scale.
+
+Each answer is an experiment and not a guess: a mistake is made on purpose in PyTorch, and where it gives the target's
+tensor, it is named; weights are compared number by number. What no experiment explains is called ``operator``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from iapt_export.graphs.passes.pack_projections import JOIN
+from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
+from iapt_export.graphs.quantise import BLOCK_SIZE, Blocks
+from trainers.decoder.insertion import layers_path
+from validation.judging.metrics import worst_vector
+from validation.locating.scene import Scene, Suspect, hypothetical
+from validation.sides.recording import OTHER_INPUT, Hypothesis
+from validation.sides.reference import numpy
+from validation.sides.stepping import graph_of
+from validation.sides.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
+
+TRANSPOSED = ".transposed"
+"""Ends the names of weights that are stored as MatMul reads them (`iapt_export.graphs.passes.fold_transposes`)."""
+LOW_TYPES = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+
+
+def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str, np.ndarray]) -> tuple[str, str]:
+    """Name what made a tensor wrong.
+
+    Args:
+        scene: the failing batch.
+        suspect: its first wrong tensor.
+        places: the graph's nodes that make it of tensors that are right.
+        seen: the step's taps.
+
+    Returns:
+        A word (``weight``, ``mask``, ...) and a sentence of evidence.
+    """
+    graph = scene.graphs[graph_of(suspect.step, scene.in_place)]
+    if suspect.tap.place < 0 or suspect.part == "older entries":
+        return "cache", _cache_evidence(scene, suspect)
+    if found := _low_precision(scene, suspect, graph, places):
+        return "cast", found
+    path, _, end = suspect.tap.name.rpartition(".")
+    wrong_alone = suspect.own_error is not None and suspect.own_error > scene.limits["module"]
+    if end == "output" and (wrong_alone or suspect.own_error is None):
+        if found := _weight_evidence(scene, graph, path):
+            return "weight", found
+        if wrong_alone:
+            return "operator", f"{path} computes something else than PyTorch's module from the same input and weights"
+    if found := _packed_evidence(scene, graph, places):
+        return "weight", found
+    attending = {graph.module(place) for place in places if graph.nodes[place].op_type in ATTENTION_OPERATORS}
+    for hypothesis in _hypotheses(scene, suspect, attending):
+        if _explains(scene, suspect, hypothesis):
+            return hypothesis.kind, hypothesis.says
+    return _by_place(suspect, graph, places)
+
+
+def _hypotheses(scene: Scene, suspect: Suspect, modules: set[str]) -> Iterator[Hypothesis]:
+    """Mistakes worth trying, likelier ones first."""
+    row = suspect.row
+    own, pad, slots = scene.rows[row].tenant, scene.padding(row), scene.slots(row)
+    for tenant in scene.reference.methods:
+        if tenant != own and scene.reference.methods[tenant].num_slots == slots:
+            yield Hypothesis(f"row {row} computes tenant {tenant}'s in place of {own}'s", "tenant", tenant=tenant)
+    for form in ("A", "B"):
+        yield Hypothesis(f"the rational activation is evaluated in form {form}", "activation", form=form)
+    yield Hypothesis(OTHER_INPUT, "normalisation", normalised_otherwise=True)
+    for shift in (1, -1, 2, -2, slots, -slots):
+        if shift:
+            yield Hypothesis(f"positions are off by {shift:+d}", "position", shift=shift)
+    if pad:
+        yield Hypothesis("positions count the row's padding", "position", padding=pad, positions_count_padding=True)
+        yield Hypothesis("the row's padding is attended to", "mask", padding=pad, padding_is_read=True)
+    if not suspect.step:
+        if pad:
+            yield Hypothesis("the row's padding is read as text", "mask", padding=pad, padding_is_text=True)
+        yield Hypothesis("tokens attend to later ones: the causal mask is missing", "mask", future_is_read=True)
+        if pad:
+            yield Hypothesis(
+                "no mask at all: padding and later tokens are attended to",
+                "mask",
+                padding=pad,
+                padding_is_read=True,
+                future_is_read=True,
+            )
+    width = scene.reference.manifest.backbone.head_dim
+    for module in modules:
+        for factor in (2.0, 0.5, width**0.5, width**-0.5):
+            yield Hypothesis(f"attention scores are {factor:.4g} times too large", "scale", scale=factor, module=module)
+
+
+def _explains(scene: Scene, suspect: Suspect, hypothesis: Hypothesis) -> bool:
+    """Whether the mistake makes PyTorch compute the target's tensor."""
+    made, array = suspect.made[suspect.row], hypothetical(scene, suspect, hypothesis)
+    if array is None or array.shape != made.shape:
+        return False
+    error = worst_vector(made, array)[0]
+    return error <= suspect.limit and error < suspect.error / 10
+
+
+def _cache_evidence(scene: Scene, suspect: Suspect) -> str:
+    made, wanted = suspect.made[suspect.row], suspect.wanted[suspect.row]
+    distance = np.abs(made - wanted).max(axis=(0, 2)) / max(float(np.abs(wanted).max()), 1e-30)
+    entries = np.flatnonzero(distance > suspect.limit).tolist()
+    text = f"row {suspect.row}: {len(entries)} of {len(distance)} entries, first {entries[0] if entries else 0}, "
+    text += "are not what the step before left"
+    for other, array in enumerate(suspect.made):
+        is_there = other != suspect.row and entries and max(entries) < array.shape[1]
+        if is_there and np.allclose(made[:, entries], suspect.wanted[other][:, entries], rtol=0, atol=1e-6):
+            return f"{text}; they are row {other}'s"
+    return text + ("; they are zero" if entries and not made[:, entries].any() else "")
+
+
+def _low_precision(scene: Scene, suspect: Suspect, graph: TappedGraph, places: list[int]) -> str:
+    """Whether an fp32 tensor went through fewer bits."""
+    if scene.dtype != "fp32":
+        return ""
+    for place in places:
+        node = graph.nodes[place]
+        low = next((LOW_TYPES[a.i] for a in node.attribute if a.name == "to" and a.i in LOW_TYPES), "")
+        if low:
+            return f"{node.name or node.output[0]} casts to {low} in an fp32 graph"
+    made = suspect.made[suspect.row]
+    with np.errstate(over="ignore"):
+        rounded = made.astype(np.float16).astype(np.float32)
+    return "every number has no more than fp16's 11 significant bits" if np.array_equal(made, rounded) else ""
+
+
+def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
+    """What is wrong with a module's weights in the graph; empty where they are PyTorch's."""
+    module = scene.reference.model.get_submodule(path)
+    used = [name for place in graph.of_module(path) for name in graph.nodes[place].input if name in graph.weights]
+    weights = {name: stored_weight(graph, name) for name in used if not name.endswith(SCALES)}
+    for name, parameter in module.named_parameters(recurse=False):
+        right = numpy(parameter)
+        shipped = next((other for other in weights if other.startswith(f"{path}.{name}")), None)
+        # equal tensors are stored once, under the name of the first
+        shipped = shipped or next((other for other, array in weights.items() if array.size == right.size), None)
+        if shipped is None:
+            continue
+        made = weights[shipped]
+        right = right.T if shipped.removesuffix(BLOCKS).endswith(TRANSPOSED) else right
+        if not np.array_equal(made, right):
+            return f"{path}.{name}: {_difference(made, right, _elsewhere(scene, path, name))}"
+    return ""
+
+
+def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str:
+    """What is wrong with weights that stand side by side in one matrix; empty where they are PyTorch's."""
+    used = {name for place in places for name in graph.nodes[place].input if name in graph.weights}
+    for name in sorted(name for name in used if JOIN in name and not name.endswith(SCALES)):
+        made, start = stored_weight(graph, name), 0
+        for part in name.removesuffix(BLOCKS).split(JOIN):
+            own, _, kind = part.removesuffix(TRANSPOSED).rpartition(".")
+            right = numpy(scene.reference.model.get_submodule(own).get_parameter(kind))
+            right = right.T if part.endswith(TRANSPOSED) else right
+            mine = made[..., start : start + right.shape[-1]]
+            start += right.shape[-1]
+            if not np.array_equal(mine, right):
+                return f"{own}.{kind}: {_difference(mine, right, _elsewhere(scene, own, kind))}"
+    return ""
+
+
+def stored_weight(graph: TappedGraph, name: str) -> np.ndarray:
+    """A weight in fp32 by the name of its initializer; of a quantised one, what its values and scales stand for."""
+    array = _initializer(graph, name)
+    base = name.removesuffix(BLOCKS).removesuffix(ROWS)
+    if base == name:
+        return array.astype(np.float32)
+    scales = _initializer(graph, base + SCALES)  # [N, G]
+    values = array.reshape(*scales.shape, -1)
+    reader = graph.nodes[graph.readers[name][0]]
+    num_inputs = next((field.i for field in reader.attribute if field.name == "K"), scales.shape[1] * BLOCK_SIZE)
+    matrix = Blocks(8 * values.shape[2] // BLOCK_SIZE, values, scales, num_inputs).restored()  # [K, N]
+    return matrix.T if base + ROWS in graph.weights else matrix
+
+
+def _initializer(graph: TappedGraph, name: str) -> np.ndarray:
+    """From the graph, or from the file of weights beside it."""
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(graph.weights[name])
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(graph.folder))
+    return numpy_helper.to_array(tensor)
+
+
+def _difference(made: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.ndarray]) -> str:
+    """In words, how a weight differs from the right one; ``elsewhere`` holds other layers' weights of that name."""
+    if made.shape != right.shape:
+        return f"its shape is {list(made.shape)}, expected {list(right.shape)}"
+    differ = made != right
+    count = int(differ.sum())
+    if count <= max(8, made.size // 1000):
+        place = tuple(int(index) for index in np.argwhere(differ)[0])
+        return (
+            f"{count} of {made.size} numbers differ, first at {list(place)}: {made[place]:.6g} for {right[place]:.6g}"
+        )
+    if np.array_equal(made.ravel(), right.T.ravel()):
+        return "it is transposed"
+    used = np.abs(right) > 1e-12
+    ratio = made[used] / right[used]
+    if ratio.size and np.allclose(ratio, np.median(ratio), rtol=1e-4):
+        return f"it is {np.median(ratio):.6g} times the right one"
+    for layer, array in elsewhere.items():
+        if np.array_equal(made.ravel(), array.ravel()) or np.array_equal(made.ravel(), array.T.ravel()):
+            return f"it is layer {layer}'s"
+    return f"{count} of {made.size} numbers differ, by up to {np.abs(made - right).max():.3g}"
+
+
+def _elsewhere(scene: Scene, path: str, name: str) -> dict[int, np.ndarray]:
+    """The same weight of the other layers."""
+    prefix = layers_path(scene.reference.model)
+    own = layer_of(f"{path}.", prefix)
+    others = range(scene.reference.manifest.backbone.num_layers if own is not None else 0)
+    paths = {layer: path.replace(f"{prefix}.{own}.", f"{prefix}.{layer}.") for layer in others if layer != own}
+    modules: dict[int, Any] = {layer: scene.reference.model.get_submodule(other) for layer, other in paths.items()}
+    return {layer: numpy(module.get_parameter(name)) for layer, module in modules.items()}
+
+
+def _by_place(suspect: Suspect, graph: TappedGraph, places: list[int]) -> tuple[str, str]:
+    """The answer where no experiment gave one: what the operators in between are for."""
+    kinds = {graph.nodes[place].op_type for place in places}
+    name = suspect.tap.name
+    if name.endswith((".query", ".key")) and ("RotaryEmbedding" in kinds or "Mul" in kinds):
+        return "position", "projections are right and their rotated form is not: rotary positions"
+    if kinds & {"Attention", "Softmax"} and "layers" in name and not name.endswith((".pooled", ".activated")):
+        return "mask", "queries, keys and values are right and what attention makes of them is not: mask or scale"
+    if name.endswith(".activated"):
+        return "activation", "what the rational activation reads is right and what it makes is not"
+    if suspect.part == "prompt slots":
+        return "prompt", "the tokens' hidden states are right and the layer's prompt is not"
+    return "operator", "none of the known mistakes gives this tensor; see the operators"

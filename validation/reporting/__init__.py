@@ -1,0 +1,1 @@
+"""The verdict for people and programs: HTML, JSON, plots, JUnit, terminal."""

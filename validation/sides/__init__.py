@@ -1,0 +1,1 @@
+"""What is compared: the cases, PyTorch's side, and the target's side."""

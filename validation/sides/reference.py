@@ -1,0 +1,151 @@
+"""PyTorch's side of the comparison: eager, tenant by tenant, with nothing of the exporter in it.
+
+`Reference` reads the weights that were trained from the bundle and the backbone from where the user says, and runs
+the trained modules of `trainers`: no twin, nothing folded, no mixed rows. `TorchRunner` runs what was installed,
+eagerly, behind the runner contract, so that a session can generate with it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import DynamicCache
+
+from engines.runner import Arrays, Runner, check_feeds
+from iapt_export.building.layout import weights_sha256
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.manifest import BundleManifest, GraphSpec
+from iapt_export.contract.settings import config_from_dict
+from iapt_export.graphs.installed import in_decode, installed_from_manifest, rows_from_inputs
+from trainers.decoder.generate import decode, prefill
+from trainers.decoder.insertion import positions, sizes_of
+from trainers.decoder.method import Method, Weights, rows_of
+from trainers.methods.configs import METHOD_CONFIGS
+from trainers.methods.forms import new_method
+
+
+class Reference:
+    """The backbone and every tenant's method, as the trainer made them."""
+
+    def __init__(self, bundle: Path, manifest: BundleManifest, backbone: Any) -> None:
+        """Load the tenants' methods.
+
+        Args:
+            bundle: the bundle's folder.
+            manifest: its manifest.
+            backbone: a `trainers.decoder.backbone.Backbone` in fp32.
+
+        Raises:
+            BundleError: the backbone is not the bundle's, or has other weights.
+        """
+        if backbone.fingerprint != manifest.backbone.fingerprint:
+            raise BundleError(
+                f"{backbone.name_or_path} has fingerprint {backbone.fingerprint}, the bundle was built from "
+                f"{manifest.backbone.name_or_path} with {manifest.backbone.fingerprint}; give that one with --model"
+            )
+        if weights_sha256(backbone.model) != manifest.backbone.weights_sha256:
+            raise BundleError(
+                f"{backbone.name_or_path} has the architecture but not the weights of the bundle's backbone, "
+                f"{manifest.backbone.name_or_path}; give the same revision with --model and --revision"
+            )
+        self.model = backbone.model
+        self.manifest = manifest
+        sizes = sizes_of(self.model)
+        self.methods: dict[str, Method] = {}
+        """Tenant to its module with the weights that were trained."""
+        for tenant in manifest.tenants:
+            config = config_from_dict(METHOD_CONFIGS[tenant.trained_form], tenant.trained_config, "manifest.json")
+            method = new_method(config, sizes)
+            method.load_state_dict(load_file(bundle / (tenant.trained or tenant.path or "")))
+            self.methods[tenant.name] = method.eval()
+
+    def prefill(self, tenant: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
+        """Logits ``[B, V]`` and cache of rows of one tenant; see `trainers.decoder.generate.prefill`."""
+        return prefill(self.model, rows_of(self.methods[tenant]), ids, mask)
+
+    def decode(self, tenant: str, token: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits ``[B, V]`` of one more step; see `trainers.decoder.generate.decode`."""
+        return decode(self.model, rows_of(self.methods[tenant]), token, mask, cache)
+
+    @torch.no_grad()
+    def prompts_and_hidden(self, tenant: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Every layer's prompts ``[B, L, P, D]`` and what they were made from ``[B, L, T, D]``."""
+        hidden, made = [], []
+        method = copy.copy(self.methods[tenant])
+        make = method.slots
+
+        def record(weights: Weights, layer: int, slots: Tensor, tokens: Tensor, readable: Tensor) -> Tensor:
+            hidden.append(tokens)
+            made.append(make(weights, layer, slots, tokens, readable))
+            return made[-1]
+
+        method.slots = record  # type: ignore[method-assign, assignment]
+        prefill(self.model, rows_of(method), ids, mask)
+        return torch.stack(made, dim=1), torch.stack(hidden, dim=1)
+
+
+class TorchRunner(Runner):
+    """A graph's computation in eager PyTorch behind the runner contract."""
+
+    def __init__(self, name: str, spec: GraphSpec, reference: Reference) -> None:
+        self.name = name
+        self.spec = spec
+        self.model = reference.model
+        self.installed = installed_from_manifest(reference.manifest, reference.model)
+        self._active = False
+
+    def activate(self) -> None:
+        """Nothing to load: the reference holds the model."""
+        self._active = True
+
+    @torch.no_grad()
+    def infer(self, feeds: Arrays) -> Arrays:
+        """See `engines.runner.Runner.infer`."""
+        if not self._active:
+            raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
+        check_feeds(self.spec, feeds)
+        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        if self.name == "encoder":
+            return {"prompts": self._encode(tensors).numpy()}
+        logits, cache = self._prefill(tensors) if self.name == "prefill" else self._decode(tensors)
+        outputs = {"logits": logits[:, None].numpy()}
+        for index, layer in enumerate(cache.layers):
+            outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = (
+                layer.keys.numpy(),
+                layer.values.numpy(),
+            )
+        return outputs
+
+    def _encode(self, feeds: dict[str, Tensor]) -> Tensor:
+        (item,) = (item for item in self.installed if item.encoder)
+        assert item.encoder is not None
+        weights = item.stacked_rows(feeds)
+        return item.encoder.prepare(weights, self.model, feeds["input_ids"], feeds["attention_mask"])["prompts"]
+
+    def _prefill(self, feeds: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
+        rows = rows_from_inputs(self.installed, feeds)
+        return prefill(self.model, rows, feeds["input_ids"], feeds["attention_mask"])
+
+    def _decode(self, feeds: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
+        past = [tensor for name, tensor in feeds.items() if name.startswith("past_key_values.")]
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        mask = feeds["attention_mask"]
+        if not torch.equal(positions(mask)[:, -1:], feeds["position_ids"]):
+            raise IaptError("position_ids do not count the mask's real tokens; expected the number of ones less one")
+        rows = rows_from_inputs(self.installed, feeds, only=in_decode(self.installed))
+        return decode(self.model, rows, feeds["input_ids"][:, 0], mask, cache), cache
+
+    def deactivate(self) -> None:
+        """Nothing to give back."""
+        self._active = False
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor's values as an fp32 array."""
+    return tensor.detach().float().numpy()

@@ -1,0 +1,88 @@
+"""Quantised weights, and nothing else that differs: both sides of an exact comparison of int8 and int4.
+
+What a quantised target answers differs from PyTorch's fp32 by much, and by chance. But the same graphs with products
+that do not round their inputs (`validation.sides.taps.TappedGraph`), against PyTorch with weights that went through the
+same quantiser, differ by no more than fp32 graphs do; so fp32's limits hold there, and small faults are found.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from engines.serving.session import Session
+from iapt_export.graphs.quantise import BLOCK_SIZE, bits_for, quantise
+from trainers.methods.adept import ADePT, TokenTable
+from trainers.methods.forms import FORMS
+from trainers.methods.lora import LoRA, merged
+from validation.sides.reference import Reference, numpy
+from validation.sides.stepping import is_in_place, session_with
+from validation.sides.taps import TappedGraph, TappedRunner
+
+
+def unrounded_session(session: Session) -> Session:
+    """A session over a target's graphs that rounds no activations; not yet active, and its target's type is fp32.
+
+    Args:
+        session: on a quantised target; it may be closed.
+    """
+    bundle, target = session.bundle, dataclasses.replace(session.target, dtype="fp32")
+    paths = {name: bundle / spec.path for name, spec in target.graphs.items()}
+    runners = {name: TappedRunner(path, target.graphs[name], TappedGraph(path), []) for name, path in paths.items()}
+    return session_with(bundle, session.manifest, target, dict(runners), is_in_place(session))
+
+
+@torch.no_grad()
+def with_rounded_weights(reference: Reference, bits: int) -> Reference:
+    """The reference with the backbone's matrices rounded to ``bits`` bits and back, as the exporter's pass stores them.
+
+    What `build` takes from fp32 weights stays as it is: a merged adapter, a folded embedding table. The copy takes as
+    much memory as the backbone.
+    """
+    other = copy.copy(reference)
+    other.methods = dict(reference.methods)
+    forms = {spec.name: spec.form for spec in reference.manifest.methods}
+    with ExitStack() as stack:
+        for tenant in reference.manifest.tenants:
+            method = reference.methods[tenant.name]
+            if tenant.method is None:
+                assert isinstance(method, LoRA)
+                stack.enter_context(merged(method, reference.model))
+                other.methods[tenant.name] = _without_effect(method)
+            elif isinstance(method, ADePT) and FORMS[forms[tenant.method]] is TokenTable:
+                table = reference.model.get_input_embeddings()
+                other.methods[tenant.name] = method.folded(table(torch.arange(table.num_embeddings))).eval()
+        other.model = copy.deepcopy(reference.model)
+    round_weights(other.model, bits)
+    return other
+
+
+def round_weights(model: nn.Module, bits: int) -> None:
+    """Round a backbone's matrices in place: embeddings by rows, linear layers by inputs, what both share once."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    done: set[Tensor] = set()
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding | nn.Linear | Conv1D) or module.weight in done:
+            continue
+        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T  # [K, N]
+        is_table = isinstance(module, nn.Embedding)
+        if weight.shape[0] < BLOCK_SIZE or (
+            is_table and (weight.shape[0] % BLOCK_SIZE or weight.shape[1] < BLOCK_SIZE)
+        ):
+            continue
+        chosen = bits_for(weight.shape, bits, is_end=is_table or module is head)
+        weight.copy_(torch.from_numpy(quantise(numpy(weight.contiguous()), chosen).restored()))
+        done.add(module.weight)
+
+
+def _without_effect(method: LoRA) -> LoRA:
+    still = copy.deepcopy(method)
+    for parameter in still.parameters():
+        parameter.zero_()
+    return still

@@ -1,0 +1,116 @@
+"""Run a session over rows with forced tokens, step by step: the one file that knows how a session keeps its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.runner import Arrays, Runner
+from engines.serving.cache import HostCache
+from engines.serving.in_place_stepper import InPlaceStepper
+from engines.serving.loading import open_runners, stepper_over
+from engines.serving.session import Session
+from engines.serving.stepper import ConcatenatedStepper, Instruction, RowCache, Stepper
+from iapt_export.contract.manifest import BundleManifest, TargetSpec
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: what is read, for whom, and the tokens that are fed afterwards."""
+
+    tenant: str
+    tokens: tuple[int, ...]
+    """The instruction's token ids."""
+    forced: tuple[int, ...]
+    """The reference's tokens, fed one a step whatever the target would choose."""
+
+
+@dataclass
+class Step:
+    """A batch after one step."""
+
+    number: int
+    """0 is prefill."""
+    logits: np.ndarray
+    """``[B, V]`` fp32."""
+    mask: np.ndarray
+    """``[B, S]``: which cache entries are a row's own; the same for the hidden states that prefill computed."""
+    read_mask: np.ndarray
+    """``[B, S-1]``: which of the entries that the step found are a row's own."""
+    stepper: Stepper
+
+    def caches(self) -> list[RowCache]:
+        """Every row's cache in fp32."""
+        rows = [self.stepper.row_cache(row) for row in range(len(self.mask))]
+        return [[(key.astype(np.float32), value.astype(np.float32)) for key, value in row] for row in rows]
+
+    def present(self) -> Arrays:
+        """``present.N.*`` to ``[B, H, S, K]``: the cache as the mask says."""
+        if isinstance(self.stepper, InPlaceStepper):
+            assert isinstance(self.stepper.cache, HostCache)
+            rows, length = self.mask.shape
+            buffers = self.stepper.cache.buffers
+            arrays = {name: buffer[:rows, :, :length] for name, buffer in buffers.items()}
+        else:
+            assert isinstance(self.stepper, ConcatenatedStepper)
+            arrays = self.stepper.cache
+        return {name.replace("past_key_values", "present", 1): array for name, array in arrays.items()}
+
+
+def run_steps(session: Session, rows: Sequence[Row], num_steps: int) -> Iterator[Step]:
+    """Prefill, then up to ``num_steps - 1`` decode steps over the rows' forced tokens.
+
+    Args:
+        session: active, with nothing under way.
+        rows: the batch; all have at least ``num_steps - 1`` forced tokens.
+        num_steps: steps in all, prefill included.
+
+    Yields:
+        The batch after each step; a step's caches are those of the moment, so read them before going on.
+    """
+    stepper = session.stepper
+    try:
+        logits = stepper.read([Instruction(stepper.bank.get(row.tenant), row.tokens) for row in rows])
+        yield Step(0, logits.astype(np.float32), *_masks(stepper), stepper)
+        for number in range(1, num_steps):
+            logits = stepper.step([row.forced[number - 1] for row in rows])
+            yield Step(number, logits.astype(np.float32), *_masks(stepper), stepper)
+    finally:
+        while stepper.num_rows:
+            stepper.leave(stepper.num_rows - 1)
+
+
+def _masks(stepper: Stepper) -> tuple[np.ndarray, np.ndarray]:
+    """``[B, S]`` and ``[B, S-1]``: the rows' own entries after the last step, and before it."""
+    if isinstance(stepper, ConcatenatedStepper):
+        return stepper.mask, stepper.mask[:, :-1]
+    assert isinstance(stepper, InPlaceStepper)
+    lengths = np.array(stepper.lengths)[:, None]
+    places = np.arange(lengths.max())
+    return (places < lengths).astype(np.int64), (places[:-1] < lengths - 1).astype(np.int64)
+
+
+def is_in_place(session: Session) -> bool:
+    """Whether the session's cache is written in place."""
+    return isinstance(session.stepper, InPlaceStepper)
+
+
+def step_graphs(in_place: bool) -> tuple[str, ...]:
+    """The graphs that a session steps through."""
+    return ("serve",) if in_place else ("prefill", "decode")
+
+
+def graph_of(step: int, in_place: bool) -> str:
+    """The graph that computes a step."""
+    return "serve" if in_place else "decode" if step else "prefill"
+
+
+def session_with(
+    bundle: Path, manifest: BundleManifest, target: TargetSpec, runners: dict[str, Runner], in_place: bool
+) -> Session:
+    """A session on a target some of whose graphs run on ``runners`` instead; not yet active."""
+    stepper = stepper_over(bundle, manifest, target, {**open_runners(bundle, target), **runners}, in_place=in_place)
+    return Session(bundle, manifest, target, stepper)

@@ -1,0 +1,225 @@
+"""Tensors inside a graph that a PyTorch module can be held against, and a runner that gives them out.
+
+Nodes carry the path of their module (`iapt_export.graphs.passes.name_nodes`). Of every module without children, what
+goes in and what comes out is a tap, so are the rotated queries, what the rational activation reads and makes, and each
+layer's keys and values. Taps are added as outputs to a copy of the graph in memory; the bundle's files stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from engines.onnxruntime.runner import PROVIDERS, OnnxRuntimeRunner
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
+from iapt_export.graphs.ops import RATIONAL
+from iapt_export.graphs.ops.serving_ops import PRODUCT
+
+SHAPE_OPERATORS = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Range", "Cast")
+"""Operators that appear in modules only to compute shapes and masks, next to the one that does the work."""
+PRODUCTS = ("MatMul", "Gemm", PRODUCT)
+"""Operators of linear layers; their first input is the layer's."""
+ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention")
+"""Those whose first input is the rotated query."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor of a graph under the name that both sides know."""
+
+    name: str
+    """``model.layers.3.mlp.down_proj.output``, ``present.3.key``, ..."""
+    value: str
+    """Its name in the graph."""
+    place: int
+    """Position of the node that makes it; -1 for a graph input."""
+
+
+class TappedGraph:
+    """A graph's structure: its nodes by module, who makes and who reads each value.
+
+    Products with quantised weights round their inputs for speed. In this copy they do not, so that what stands before
+    and after them can be held against PyTorch with the same weights (`validation.sides.rounding`) as closely as in
+    fp32.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path.parent
+        self.model = onnx.load(path, load_external_data=False)
+        self.nodes = list(self.model.graph.node)
+        for node in self.nodes:
+            for attribute in node.attribute:
+                if (node.op_type, attribute.name) == (PRODUCT, "accuracy_level"):
+                    attribute.i = 0
+        self.weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.maker = {value: place for place, node in enumerate(self.nodes) for value in node.output}
+        self.readers: dict[str, list[int]] = {}
+        for place, node in enumerate(self.nodes):
+            for value in node.input:
+                self.readers.setdefault(value, []).append(place)
+        self.outputs = [value.name for value in self.model.graph.output]
+
+    def module(self, place: int) -> str:
+        """Path of a node's module."""
+        return self.nodes[place].name.rpartition("/")[0]
+
+    def of_module(self, path: str) -> list[int]:
+        """Places of a module's own nodes."""
+        return [place for place in range(len(self.nodes)) if self.module(place) == path]
+
+    def taps(self, modules: list[str]) -> list[Tap]:
+        """All taps in the order in which the graph makes them; some name the same value from its two ends.
+
+        Args:
+            modules: paths of the backbone's modules that have no children.
+        """
+        found = [Tap(name, name, self.maker[name]) for name in self.outputs]
+        for path in modules:
+            found += self._around(path)
+        for place, node in enumerate(self.nodes):
+            path = self.module(place)
+            if node.op_type in ATTENTION_OPERATORS and path and node.input[1]:  # else it gets query, key, value in one
+                found += self._tap(f"{path}.query", node.input[0])
+            if node.op_type == RATIONAL and path:
+                found += self._tap(f"{path}.pooled", node.input[0]) + self._tap(f"{path}.activated", node.output[0])
+        return sorted(found, key=lambda tap: (tap.place, tap.name.endswith(".input")))
+
+    def operators_between(self, tap: Tap, known: set[str]) -> list[int]:
+        """Places of the nodes that make a tap out of values that are known to be right."""
+        places: set[int] = set()
+        open_values = [tap.value]
+        while open_values:
+            place = self.maker.get(open_values.pop())
+            if place is None or place in places:
+                continue
+            places.add(place)
+            open_values += [value for value in self.nodes[place].input if value not in known]
+        return sorted(places)
+
+    def with_outputs(self, taps: list[Tap]) -> bytes:
+        """The graph with the taps added to its outputs."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for value in dict.fromkeys(tap.value for tap in taps):
+            if value not in self.outputs:
+                model.graph.output.append(onnx.ValueInfoProto(name=value))
+        return model.SerializeToString()
+
+    def _tap(self, name: str, value: str) -> list[Tap]:
+        return [Tap(name, value, self.maker[value])] if value in self.maker else []
+
+    def _around(self, path: str) -> list[Tap]:
+        own = self.of_module(path)
+        if not own:
+            return []
+        made = {value for place in own for value in self.nodes[place].output}
+        result = [
+            value
+            for place in own
+            for value in self.nodes[place].output
+            if value in self.outputs or any(reader not in own for reader in self.readers.get(value, []))
+        ]
+        # what selects the rows of the logits stands in the head's module too, before its product
+        products = [self.nodes[place].input[0] for place in own if self.nodes[place].op_type in PRODUCTS]
+        read = products or [
+            value
+            for place in own
+            if self.nodes[place].op_type not in SHAPE_OPERATORS
+            for value in self.nodes[place].input
+            if value in self.maker and value not in made
+        ]
+        return [
+            *(self._tap(f"{path}.input", read[0]) if read else []),
+            *(self._tap(f"{path}.output", result[-1]) if result else []),
+        ]
+
+
+class TappedRunner(OnnxRuntimeRunner):
+    """Runs a copy of a graph that gives out its taps as well; ``seen`` holds them after each `infer`.
+
+    More outputs keep the runtime from fusing across them: where a fault lies in such a fusion, it is gone here, and the
+    comparison says so.
+    """
+
+    def __init__(self, path: Path, spec: GraphSpec, graph: TappedGraph, taps: list[Tap], device: str = "cpu") -> None:
+        known = {tensor.name for tensor in spec.outputs}
+        values = dict.fromkeys(tap.value for tap in taps if tap.value not in known)
+        extra = [TensorSpec(value, "any", []) for value in values]
+        super().__init__(path, dataclasses.replace(spec, outputs=[*spec.outputs, *extra]), device=device)
+        self.graph = graph
+        self.taps = taps
+        self.extra = [tensor.name for tensor in extra]
+        self.past: dict[str, Any] = {}
+        self.owned: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {}
+
+    def activate(self) -> None:
+        """Load the copy; its weights are read from the bundle."""
+        if self._session is not None:
+            return
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
+        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                self.graph.with_outputs(self.taps), options, providers=[PROVIDERS[self.device]]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            reason = str(error).strip().splitlines()[0]
+            raise IaptError(f"ONNX Runtime refuses {self.path.name} with taps as outputs: {reason}") from error
+
+    def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """See `engines.runner.Runner.infer`; what the session does not know is kept aside."""
+        outputs = super().infer(feeds)
+        self.seen = {tap.name: outputs[tap.value] for tap in self.taps} | {
+            name: array for name, array in feeds.items() if name.startswith("past_key_values.")
+        }
+        return outputs
+
+    def new_binding(self) -> Any:
+        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.new_binding`; taps come first among the outputs."""
+        binding = super().new_binding()
+        for name in self.extra:
+            binding.bind_output(name, "cpu")
+        return binding
+
+    def bind(self, binding: Any, name: str, array: Any) -> None:
+        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.bind`; remembers where the cache stands."""
+        super().bind(binding, name, array)
+        if name.startswith("past_key_values."):
+            self.past[name] = array
+
+    def bind_output(self, binding: Any, name: str, array: Any) -> None:
+        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.bind_output`; remembers where the logits stand."""
+        super().bind_output(binding, name, array)
+        if not name.startswith("present."):
+            self.owned[name] = array
+
+    def run_bound(self, binding: Any) -> None:
+        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.run_bound`; taps and the cache before are kept aside."""
+        past = {name: array.copy() for name, array in self.past.items()}
+        for name in self.extra:  # again, because a binding keeps what it allocated, and steps differ in shape
+            binding.bind_output(name, "cpu")
+        super().run_bound(binding)
+        made = dict(zip(self.extra, (value.numpy() for value in binding.get_outputs()), strict=False))
+        made |= {name: array.copy() for name, array in self.owned.items()}
+        self.seen = {tap.name: made[tap.value] for tap in self.taps if tap.value in made} | past
+
+
+def layer_of(name: str, layers_path: str) -> int | None:
+    """The decoder layer that a tap or a module lies in."""
+    found = re.match(rf"(?:{re.escape(layers_path)}|present|past_key_values)\.(\d+)\.", name)
+    return int(found[1]) if found else None
