@@ -164,7 +164,7 @@ class _Job:
             "variant": target.variant,
             "graphs": names,
             "serving": dataclasses.asdict(serving),
-            "versions": layout.export_versions(),
+            "versions": layout.export_versions(quantises=target.weight_bits is not None),
         }
 
         def make(folder: Path) -> None:
@@ -198,13 +198,14 @@ class _Job:
         options = BuildOptions(target.name, self.args.compute_capability, rational=self.args.rational)
         version = runtime_version(target.name)
         weights = file_sha256(graphs / WEIGHTS_FILE)
+        plugin = plugin_library() if self.args.rational == "plugin" else None
         sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.engine_graphs(specs)}
         for name, source in sources.items():
             inputs = {
                 "graph": [source, weights],
                 "ranges": dataclasses.asdict(self.ranges),
                 "options": dataclasses.asdict(options),
-                "version": version,
+                "versions": layout.engine_versions(version, plugin),
             }
             text = f"{target.name}: building {name}.engine"
 

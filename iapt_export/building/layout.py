@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,21 @@ from trainers.methods.forms import form_name
 
 TENANTS_FOLDER = "tenants"
 TRAINED_FOLDER = "trained"
-EXPORTING_ROOMS = ("iapt_export/graphs", "iapt_export/contract", "trainers/decoder", "trainers/methods")
+ROOT = Path(__file__).resolve().parents[2]
+EXPORTING_ROOMS = (
+    "iapt_export/graphs",
+    "iapt_export/contract",
+    "trainers/decoder",
+    "trainers/methods",
+    "trainers/adapters",
+)
 """Whose code shapes an export; whole rooms, so that no file is forgotten."""
+ENGINE_ROOMS = ("engines/tensorrt", "engines/cuda", "engines/native.py", "iapt_export/contract")
+"""Whose code shapes an engine."""
+BUNDLE_ROOMS = ("trainers", "iapt_export", "engines", "validation")
+"""Whose code shapes a bundle and its proof."""
 EXPORT_PACKAGES = ("iapt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
-"""Packages whose versions may change what an export writes."""
+"""Packages whose versions may change what an export writes; ONNX Runtime's quantiser besides, where it is used."""
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
 
 
@@ -210,12 +222,31 @@ def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:
     return dataclasses.replace(manifest, files=files)
 
 
-def export_versions() -> dict[str, str]:
-    """What may change an export besides its inputs: library versions, and a hash over this project's own part of it."""
-    root = Path(__file__).resolve().parents[2]
-    sources = [path for room in EXPORTING_ROOMS for path in sorted((root / room).rglob("*.py"))]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    return {name: version for name, version in versions().items() if name in EXPORT_PACKAGES} | {"code": code}
+def code_sha256(rooms: Sequence[str]) -> str:
+    """SHA-256 over the names and contents of the Python files of folders of this project."""
+    paths = {
+        path for room in rooms for path in ((ROOT / room).rglob("*.py") if (ROOT / room).is_dir() else [ROOT / room])
+    }
+    files = [(path.relative_to(ROOT).as_posix(), file_sha256(path)) for path in sorted(paths)]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def export_versions(*, quantises: bool = False) -> dict[str, str]:
+    """What may change graphs besides their inputs: this project's code, and versions of libraries."""
+    packages = (*EXPORT_PACKAGES, "onnxruntime") if quantises else EXPORT_PACKAGES
+    found = {name: version for name, version in versions().items() if name in packages}
+    return found | {"code": code_sha256(EXPORTING_ROOMS)}
+
+
+def engine_versions(runtime: str, plugin: Path | None = None) -> dict[str, str]:
+    """What may change an engine besides its graph and options.
+
+    Args:
+        runtime: version of the TensorRT that builds it.
+        plugin: the library of ours that it is built with, if any.
+    """
+    found = {"iapt-export": __version__, "runtime": runtime, "code": code_sha256(ENGINE_ROOMS)}
+    return found | ({"plugin": file_sha256(plugin)} if plugin else {})
 
 
 def adapter_hashes(tenants: dict[str, Adapter]) -> dict[str, list[str]]:
@@ -235,7 +266,7 @@ def build_inputs(spec: BackboneSpec, tenants: dict[str, Adapter], settings: dict
         "tenants": adapter_hashes(tenants),
         "order": list(tenants),
         "settings": settings,
-        "versions": [versions(), export_versions()],
+        "versions": versions() | {"code": code_sha256(BUNDLE_ROOMS)},
     }
 
 

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from iapt_export.contract.manifest import BundleManifest, Parity
 from iapt_export.graphs.interface import ModelShape, graph_specs, weight_specs
 from tests.bundles import METHOD, TENANTS, TinyBuild
 from tests.graphs import installed
+from tests.test_structure import PACKAGES, ROOT, imported_modules
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
@@ -189,13 +192,64 @@ def test_when_a_bundle_is_current(tiny_bundle: Path, tmp_path: Path) -> None:
     assert not layout.is_current(tiny_bundle, manifest.build_key)
 
 
-def test_an_exports_versions_cover_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exports_versions_are_those_of_the_packages_that_it_uses() -> None:
     versions = layout.export_versions()
     assert set(versions) >= {"torch", "transformers", "onnx", "onnxscript", "code"} and "onnxruntime" not in versions
-    honest = Path.read_bytes
+    assert layout.export_versions(quantises=True) == versions | {"onnxruntime": metadata.version("onnxruntime")}
 
-    def changed(path: Path) -> bytes:
-        return honest(path) + (b"#" if path.name == "check.py" else b"")
 
-    monkeypatch.setattr(Path, "read_bytes", changed)
-    assert layout.export_versions()["code"] != versions["code"]
+def graphs_code() -> str:
+    return layout.export_versions()["code"]
+
+
+def engines_code() -> str:
+    return layout.engine_versions("1.7.1")["code"]
+
+
+@pytest.mark.parametrize(
+    ("rooms", "code"), [(layout.EXPORTING_ROOMS, graphs_code), (layout.ENGINE_ROOMS, engines_code)]
+)
+def test_a_change_of_any_file_of_its_rooms_makes_a_stage_anew(
+    rooms: tuple[str, ...], code: Callable[[], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest = code()
+    for package in layout.BUNDLE_ROOMS:
+        shutil.copytree(layout.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "cpp"))
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
+    assert code() == honest, "the key does not depend on where the project stands"
+    bundle = layout.code_sha256(layout.BUNDLE_ROOMS)
+    for path in sorted(tmp_path.rglob("*.py")):
+        text = path.read_bytes()
+        path.write_bytes(text + b"#")
+        changes = any(path.is_relative_to(tmp_path / room) for room in rooms)
+        assert (code() != honest) == changes, path
+        assert layout.code_sha256(layout.BUNDLE_ROOMS) != bundle, path
+        path.write_bytes(text)
+    (tmp_path / rooms[0] / "new.py").touch()
+    assert code() != honest
+
+
+def test_an_engines_key_covers_runtime_and_plugin(tmp_path: Path) -> None:
+    keys = [layout.engine_versions("1.7.1"), layout.engine_versions("1.7.2")]
+    for number in range(2):
+        (tmp_path / "plugin.so").write_bytes(b"%d" % number)
+        keys.append(layout.engine_versions("1.7.1", tmp_path / "plugin.so"))
+    assert len({content_key(key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("start", "rooms"),
+    [("iapt_export.graphs.export", layout.EXPORTING_ROOMS), ("engines.tensorrt.builder", layout.ENGINE_ROOMS)],
+)
+def test_the_rooms_hold_everything_that_a_stage_imports(start: str, rooms: tuple[str, ...]) -> None:
+    waiting, seen = [start], set[str]()
+    while waiting:
+        module = waiting.pop()
+        place = ROOT / module.replace(".", "/")
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if module in seen:
+            continue
+        seen.add(module)
+        waiting += [name for _, name in imported_modules(path) if name.split(".")[0] in PACKAGES]
+        assert any(path.is_relative_to(ROOT / room) for room in rooms), module
+    assert len(seen) > 5
