@@ -24,7 +24,6 @@ from trainers.decoder.backbone import Backbone
 from trainers.decoder.insertion import sizes_of
 from trainers.methods.configs import IAPTConfig, LoRAConfig
 from trainers.methods.forms import new_method
-from trainers.methods.lora import merged
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAST = 512
@@ -70,7 +69,7 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
     target = TargetPlan("onnxruntime", plan.dtype, DEFAULT_OPSET)
     specs = graph_specs(tenants.installed, ModelShape.from_config(model.config), target.graph_dtype)
     with temporary_folder(output) as folder:
-        with merged(tenants.merged, model) if tenants.merged else nullcontext():
+        with tenants.merged.merged(model) if tenants.merged else nullcontext():
             export_graphs(
                 model,
                 tenants.installed,

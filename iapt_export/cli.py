@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError, ParityError, explain
-from iapt_export.flags import DEFAULT_METHOD, parser
+from iapt_export.flags import parser
 
 PARITY_FAILED = 3
 INTERRUPTED = 130
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train an adapter."""
-    from trainers.methods.configs import config_of
+    from trainers.methods.configs import DEFAULT_METHOD, config_of
     from trainers.training.config import TrainConfig, configs_from_fields, read_train_file
     from trainers.training.train import train as run
 

@@ -14,10 +14,8 @@ from iapt_export import __version__
 from iapt_export.building.stage_cache import CACHE_VARIABLE
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import field_help, summary_of
-from trainers.methods.configs import METHOD_CONFIGS, config_of, flag_name
+from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
 from trainers.training.config import TrainConfig, read_train_file
-
-DEFAULT_METHOD = "iapt"
 
 EPILOG = """\
 a first run:

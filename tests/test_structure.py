@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trainers.methods.configs import METHOD_CONFIGS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainers", "iapt_export", "engines", "validation")
 CONTRACT = "iapt_export.contract"
@@ -134,6 +136,17 @@ def test_the_arrow_test_sees_what_it_should(importer, line, is_wrong, tmp_path, 
     path.write_text(line, encoding="utf-8")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert bool(arrow_violations(path)) == is_wrong
+
+
+def test_nobody_asks_a_method_for_its_name() -> None:
+    """What a method does differently is a field or hook of `trainers.decoder.method.Method`, not a test elsewhere."""
+    names = {name for name in METHOD_CONFIGS if name != "IAPT"}  # which is a name of the project, too
+    for path in [path for path in SOURCES if module_name(path).split(".")[0] != "trainers"]:
+        for line, module in imported_modules(path):
+            if is_within(module, "trainers.methods"):
+                assert module.rpartition(".")[2] in ("configs", "forms", "rational"), f"{path}:{line}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Constant) or node.value not in names, f"{path}:{node.lineno}"
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -45,7 +45,6 @@ from iapt_export.graphs.save import WEIGHTS_FILE
 from iapt_export.progress import Steps
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.methods.forms import form_name
-from trainers.methods.lora import merged
 from validation.judging.compare import Settings
 from validation.reporting.report import write_report
 from validation.reporting.summary import failure
@@ -151,7 +150,7 @@ class _Job:
         chosen = [tuple(specs) if shipped else layout.engine_graphs(specs) for specs in wanted]
         names = tuple(dict.fromkeys(name for own in chosen for name in own))
         target, capacity = targets[0], next(filter(None, map(self.capacity, targets)), None)
-        lora = self.tenants.merged
+        merged = self.tenants.merged
         # one position more than a step finds, for the entry that it adds
         serving = Serving(self.ranges.past.max + 1 if "serve" in names else None, capacity, target.weight_bits)
         inputs = {
@@ -160,7 +159,7 @@ class _Job:
                 [item.name, form_name(item.stacked), computing_fields(item.stacked.config)]
                 for item in self.tenants.installed
             ],
-            "merged": layout.adapter_hashes(self.tenants.adapters) if lora else None,
+            "merged": layout.adapter_hashes(self.tenants.adapters) if merged else None,
             "variant": target.variant,
             "graphs": names,
             "serving": dataclasses.asdict(serving),
@@ -169,7 +168,7 @@ class _Job:
 
         def make(folder: Path) -> None:
             model = self.load(target.graph_dtype).model
-            with merged(lora, model) if lora else nullcontext():
+            with merged.merged(model) if merged else nullcontext():
                 export_graphs(
                     model,
                     self.tenants.installed,

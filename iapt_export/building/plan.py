@@ -15,7 +15,8 @@ from iapt_export.graphs.interface import OPSETS
 from iapt_export.graphs.quantise import QUANTISED
 from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, load_adapter
-from trainers.methods.lora import LoRA
+from trainers.decoder.method import Method
+from trainers.methods.forms import METHODS
 
 DEFAULT_OPSET = 23
 DTYPES = ("fp32", "fp16", "bf16")
@@ -192,7 +193,7 @@ class TenantPlan:
     """Tenant to the name of its method; None where it is merged into the backbone."""
     shipped: dict[str, dict[str, Tensor]]
     """Tenant to its tensors as the graphs take them."""
-    merged: LoRA | None = None
+    merged: Method | None = None
     """What is merged into the backbone's weights."""
 
     @property
@@ -222,23 +223,22 @@ def plan_tenants(
         IaptError: methods that one bundle cannot serve together, or nothing to merge or to fold.
     """
     forms = {name: adapter.config.peft_type for name, adapter in adapters.items()}
-    if fold_embeddings and "ADEPT" not in forms.values():
+    methods = {name: METHODS[form] for name, form in forms.items()}
+    if fold_embeddings and not any(method.folded_form for method in methods.values()):
         raise IaptError("--fold-embeddings is for ADePT's offsets, and no adapter is of that method; leave it out")
     if merge_lora:
-        if list(forms.values()) != ["LORA"]:
+        if [method.is_mergeable for method in methods.values()] != [True]:
             shown = ", ".join(f"{name} ({form})" for name, form in forms.items())
             raise IaptError(
                 f"--merge-lora changes the backbone for everyone, so it needs exactly one LoRA adapter; got {shown}. "
                 "Without it each row chooses its own"
             )
         ((name, adapter),) = adapters.items()
-        module = adapter.module()
-        assert isinstance(module, LoRA)
-        return TenantPlan(adapters, [], {name: None}, {}, module)
+        return TenantPlan(adapters, [], {name: None}, {}, adapter.module())
     deployed = {name: deploy(adapter, model, fold_embeddings=fold_embeddings) for name, adapter in adapters.items()}
     installed, owner = install(adapters, deployed)
     shipped: dict[str, dict[str, Tensor]] = {
-        name: adapters[name].tensors if forms[name] == "LOPA" else dict(method.state_dict())
+        name: adapters[name].tensors if methods[name].is_encoder else dict(method.state_dict())
         for name, method in deployed.items()
     }
     return TenantPlan(adapters, installed, dict(owner), shipped)

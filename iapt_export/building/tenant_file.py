@@ -11,6 +11,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.tenant_card import TenantCard
 from trainers.decoder.backbone import Backbone
+from trainers.methods.forms import METHODS
 
 
 def write_tenant_file(
@@ -37,9 +38,8 @@ def write_tenant_file(
     if loaded.config.backbone_fingerprint != manifest.backbone.fingerprint:
         raise IaptError(f"{adapter} was trained on another backbone than {bundle}'s {manifest.backbone.name_or_path}")
     forms = {method.form for method in manifest.methods}
-    plan = plan_tenants(
-        adapters, backbone.model, fold_embeddings=loaded.config.peft_type == "ADEPT" and "TOKEN_TABLE" in forms
-    )
+    fold = METHODS[loaded.config.peft_type].folded_form in forms
+    plan = plan_tenants(adapters, backbone.model, fold_embeddings=fold)
     card = tenant_card(name, plan, manifest.backbone)
     if not any(card.fits(method.form, method.config) for method in manifest.methods):
         raise IaptError(

@@ -21,13 +21,7 @@ from iapt_export.contract.settings import config_from_dict
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method, Part, Rows, Weights
-from trainers.methods.adept import ADePT, TokenTable
-from trainers.methods.forms import FORM_CONFIGS, FORMS, form_name
-from trainers.methods.iapt import IAPT
-from trainers.methods.lopa import LoPA, SentPrompt
-
-TRAINING_FIELDS = ("coefficients", "init_function", "init", "init_text")
-"""Fields that say how weights were found; tenants that differ only in them share a stack."""
+from trainers.methods.forms import FORM_CONFIGS, FORMS, METHODS, form_name
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Installed:
     """Unique in the bundle: ``iapt``, ``prompt_tuning``, ``iapt_2``."""
     method: Method
     """What the graphs of prefill and decode do; only its configuration counts, the weights are inputs."""
-    encoder: LoPA | None = None
+    encoder: Method | None = None
     """Makes the prompts that ``method`` takes as sent, in a graph of its own."""
 
     @property
@@ -47,7 +41,7 @@ class Installed:
         return self.encoder or self.method
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, IAPT):
+        if self.method.rational_form:
             self.method.rational = torch.ops.iapt.rational  # one node in a trace; in eager mode the same function
 
     def part(self, inputs: Mapping[str, Tensor], mixed: bool) -> Part:
@@ -67,10 +61,7 @@ class Installed:
         """Each row's own weights ``[B, ...]``, picked from the stacks ``NAME.TENSOR [N, ...]``."""
         index = inputs[f"{self.name}.{TENANT_INDEX}"].clamp(min=0)  # rows of other methods pick any, and drop it
         stacks = {name: inputs[f"{self.name}.{name}"] for name, _ in self.stacked.named_parameters()}
-        if isinstance(self.method, TokenTable):  # a table of the whole vocabulary is not copied for each row
-            rows = {name: stack.index_select(0, index) for name, stack in stacks.items() if name != "table"}
-            return {**rows, "table": stacks["table"], "table_row": index}
-        return {name: stack.index_select(0, index) for name, stack in stacks.items()}
+        return self.stacked.picked(stacks, index)
 
 
 def rows_from_inputs(
@@ -98,10 +89,10 @@ def deploy(adapter: Adapter, backbone: Any, *, fold_embeddings: bool = False) ->
     Args:
         adapter: the trained adapter.
         backbone: the backbone's transformers model.
-        fold_embeddings: ship ADePT's offsets as one embedding table for each tenant.
+        fold_embeddings: ship what changes embeddings alone as one embedding table for each tenant.
     """
     module = adapter.module()
-    if fold_embeddings and isinstance(module, ADePT):
+    if fold_embeddings and module.folded_form:
         table = backbone.get_input_embeddings()
         # through the module and not its weight, because some backbones scale what it returns
         return module.folded(table(torch.arange(table.num_embeddings)).detach()).eval()
@@ -125,8 +116,7 @@ def install(tenants: dict[str, Adapter], deployed: dict[str, Method]) -> tuple[l
     owner: dict[str, str] = {}
     for tenant, adapter in tenants.items():
         method = deployed[tenant]
-        encoder = adapter.module() if isinstance(method, SentPrompt) else None
-        assert encoder is None or isinstance(encoder, LoPA)
+        encoder = adapter.module() if METHODS[adapter.config.peft_type].is_encoder else None
         stacked = encoder or method
         key = (type(stacked), computing_fields(stacked.config))
         if key not in found:
@@ -152,7 +142,7 @@ def installed_from_manifest(manifest: BundleManifest, backbone: Any) -> list[Ins
     for spec in manifest.methods:
         config = config_from_dict(FORM_CONFIGS[spec.form], spec.config, "manifest.json")
         stacked = FORMS[spec.form](config, sizes).eval()
-        if isinstance(stacked, LoPA):
+        if stacked.is_encoder:
             found.append(Installed(spec.name, stacked.deployed(), stacked))
         else:
             found.append(Installed(spec.name, stacked))
@@ -161,20 +151,15 @@ def installed_from_manifest(manifest: BundleManifest, backbone: Any) -> list[Ins
 
 def computing_fields(config: Any) -> tuple[tuple[str, Any], ...]:
     """A configuration's fields that change what is computed, not how weights were found."""
-    fields = dataclasses.asdict(config)
-    if "target_modules" in fields:  # LoRA's, in whatever order they were named
-        fields["target_modules"] = tuple(sorted(fields["target_modules"]))
-    return tuple(sorted((name, value) for name, value in fields.items() if name not in TRAINING_FIELDS))
+    skipped = getattr(config, "training_fields", ())
+    fields = ((name, value) for name, value in dataclasses.asdict(config).items() if name not in skipped)
+    # names, such as those of LoRA's layers, count in whatever order they were given
+    return tuple(sorted((name, tuple(sorted(value)) if isinstance(value, tuple) else value) for name, value in fields))
 
 
 def rational_forms(installed: list[Installed]) -> set[tuple[int, int, str]]:
     """(numerator coefficients, denominator coefficients, form) of every rational activation among the methods."""
-    configs = [item.method.config for item in installed if isinstance(item.method, IAPT)]
-    return {
-        (config.numerator_degree + 1, config.denominator_degree, config.rational_form)
-        for config in configs
-        if config.activation == "rational"
-    }
+    return {item.method.rational_form for item in installed if item.method.rational_form}
 
 
 def _rational_problems(installed: list[Installed]) -> list[str]:

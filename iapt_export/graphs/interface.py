@@ -10,7 +10,6 @@ from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENAN
 from iapt_export.graphs.in_place import needs_flag
 from iapt_export.graphs.installed import Installed, in_decode
 from trainers.decoder.insertion import kv_sizes
-from trainers.methods.iapt import IAPT
 
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""
@@ -134,7 +133,7 @@ def graph_specs(
 
 def generators(installed: list[Installed]) -> list[Installed]:
     """The methods that generate prompts at every layer, which is what ``generator.onnx`` holds."""
-    return [item for item in installed if isinstance(item.method, IAPT)]
+    return [item for item in installed if item.method.generates]
 
 
 def _cache_tensors(prefix: str, length: str | int, shape: ModelShape, dtype: str) -> list[TensorSpec]:

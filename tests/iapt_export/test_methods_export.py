@@ -29,7 +29,6 @@ from trainers.methods.configs import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
-from trainers.methods.lora import merged
 
 ADEPT = ADePTConfig(prompt_length=5, bottleneck=4)
 ADEPT_ON = dataclasses.replace(ADEPT, decode_offset=True)
@@ -100,7 +99,7 @@ class Exports:
         specs = specs_for(self.model, plan.installed)
         dotted = [t.name for t in specs["decode"].inputs if "." in t.name and not t.name.startswith("past_key_values.")]
         names = tuple(spec for spec in specs if spec != "decode" or dotted or plan.merged)
-        with merged(plan.merged, self.model) if plan.merged else nullcontext():
+        with plan.merged.merged(self.model) if plan.merged else nullcontext():
             export_graphs(self.model, plan.installed, folder, dtype="fp32", opset=23, names=names)
         return folder
 

@@ -14,7 +14,7 @@ from trainers.decoder.generate import decode, prefill
 from trainers.decoder.insertion import continue_from, read_instruction, sizes_of
 from trainers.decoder.method import Method, Sizes, Weights, rows_of
 from trainers.methods.configs import LoRAConfig
-from trainers.methods.lora import LoRA, merged, targets, tensor_name
+from trainers.methods.lora import LoRA, targets, tensor_name
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CASES = [
@@ -135,7 +135,7 @@ def test_merged_equals_unmerged(make: Any, config: LoRAConfig) -> None:
     ids, mask = padded(LENGTHS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = read_instruction(model, rows_of(method), ids, mask).logits[mask == 1]
-    with merged(method, model):
+    with method.merged(model):
         got = read_instruction(model, rows_of(None), ids, mask).logits[mask == 1]
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -146,7 +146,7 @@ def test_merged_equals_unmerged(make: Any, config: LoRAConfig) -> None:
 def test_merging_puts_the_weights_back_after_an_error() -> None:
     model = tiny_llama()
     before = model.model.layers[0].self_attn.q_proj.weight.clone()
-    with pytest.raises(ZeroDivisionError), merged(trained(LoRA, LoRAConfig(), model), model):
+    with pytest.raises(ZeroDivisionError), trained(LoRA, LoRAConfig(), model).merged(model):
         raise ZeroDivisionError
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
 
@@ -156,7 +156,7 @@ def test_generated_tokens_are_treated_too() -> None:
     method = trained(LoRA, LoRAConfig(rank=4, target_modules=SEVEN), model)
     ids, mask = padded(LENGTHS, "left")
     got = greedy_tokens(model, method, ids, mask)
-    with merged(method, model), torch.no_grad():
+    with method.merged(model), torch.no_grad():
         for row, tokens in enumerate(real_rows(ids, mask)):
             for token in got[row]:
                 assert token == int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())

@@ -18,6 +18,8 @@ width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -53,6 +55,18 @@ class Method(nn.Module):
     """Peak learning rate of AdamW where the user names none."""
     in_decode: bool = False
     """Whether generated tokens are treated too; else the decode step is the plain backbone's."""
+    generates: ClassVar[bool] = False
+    """Whether `slots` makes new prompts of the instruction at every layer."""
+    is_encoder: ClassVar[bool] = False
+    """Whether `prepare` makes ``prompts [B, P, D]``, which `deployed` takes ready made: the work of another graph."""
+    is_mergeable: ClassVar[bool] = False
+    """Whether `merged` can write it into the backbone's weights."""
+    folded_form: ClassVar[str | None] = None
+    """Name of what `folded` makes, in `trainers.methods.forms.FORMS`; None where there is nothing to fold."""
+    rational_form: tuple[int, int, str] | None = None
+    """Coefficients of numerator and denominator, and form, of a rational activation; None without one."""
+    rational: Callable[..., Tensor]
+    """Evaluates that activation, see `trainers.methods.rational`; an export puts its traceable operator here."""
 
     def __init__(self, config: Any, sizes: Sizes) -> None:
         super().__init__()
@@ -99,6 +113,29 @@ class Method(nn.Module):
     def deployed(self) -> Method:
         """The module that is shipped in its place: equal outputs, what can be computed beforehand computed."""
         return self
+
+    def folded(self, embedding_table: Tensor) -> Method:
+        """The module that is shipped in its place where what it does to embeddings is computed for every token.
+
+        Args:
+            embedding_table: ``[V, D]``, row v what the backbone's embedding module returns for token v; for a
+                backbone that scales embeddings inside that module this is not the module's weight.
+        """
+        raise NotImplementedError
+
+    def merged(self, backbone: Any) -> AbstractContextManager[None]:
+        """Let the backbone's own weights do what this does, while the context is open.
+
+        One tenant then costs nothing at run time.
+
+        Args:
+            backbone: a causal LM of transformers, changed in place; the very tensors from before are put back.
+        """
+        raise NotImplementedError
+
+    def picked(self, stacks: Weights, index: Tensor) -> Weights:
+        """Each row's own weights ``[B, ...]``, by ``index [B]`` out of ``stacks``: name to ``[N, ...]``."""
+        return {name: stack.index_select(0, index) for name, stack in stacks.items()}
 
     def prepare(self, weights: Weights, backbone: Any, input_ids: Tensor, mask: Tensor) -> Weights:
         """What must be known of the instruction before it is read: the weights, with tensors ``[B, ...]`` added.

@@ -32,6 +32,7 @@ class ADePT(SoftPrompt):
     config: ADePTConfig
     decayed = ("down_weight", "up_weight")
     learning_rate = 3e-2
+    folded_form = "TOKEN_TABLE"
 
     def __init__(self, config: ADePTConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
@@ -64,12 +65,7 @@ class ADePT(SoftPrompt):
 
     @torch.no_grad()
     def folded(self, embedding_table: Tensor) -> TokenTable:
-        """The same adapter as one table of offset embeddings.
-
-        Args:
-            embedding_table: ``[V, D]``, row v what the backbone's embedding module returns for token v; for a
-                backbone that scales embeddings inside that module this is not the module's weight.
-        """
+        """The same adapter as one table of offset embeddings; see `trainers.decoder.method.Method.folded`."""
         weights = {name: tensor.to(embedding_table.device) for name, tensor in self.weights().items()}
         config = TokenTableConfig(prompt_length=self.config.prompt_length, decode_offset=self.config.decode_offset)
         table = TokenTable(config, dataclasses.replace(self.sizes, vocab_size=len(embedding_table)))
@@ -107,6 +103,11 @@ class TokenTable(SoftPrompt):
         """See `trainers.decoder.method.Method.shapes`."""
         width = sizes.hidden_size
         return {"prompt": (config.prompt_length, width), "table": (sizes.vocab_size, width)}
+
+    def picked(self, stacks: Weights, index: Tensor) -> Weights:
+        """A table of the whole vocabulary is not copied for each row."""
+        rows = super().picked({name: stack for name, stack in stacks.items() if name != "table"}, index)
+        return {**rows, "table": stacks["table"], "table_row": index}
 
     def embed(self, weights: Weights, input_ids: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
         """The table's rows at the tokens that have an offset, the backbone's embeddings at all others."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
+from iapt_export.contract.tenant_card import OLDER
 
 Activation = Literal["rational", "gelu", "relu", "silu", "tanh"]
 CoefficientLearning = Literal["joint", "bilevel"]
@@ -67,7 +68,9 @@ class IAPTConfig:
     """Divide each token's hidden state by its root mean square before the generator reads it."""
     coefficients: CoefficientLearning = "joint"
     """Learn the activation's coefficients jointly, or bi-level on a held-out half of the data."""
-    older: ClassVar[dict[str, Any]] = {"normalize": False}  # what files that lack a field were made with
+    older: ClassVar[dict[str, Any]] = OLDER["IAPT"]  # what files that lack a field were made with
+    training_fields: ClassVar[tuple[str, ...]] = ("coefficients", "init_function")
+    # say how weights were found and not what is computed, so tenants that differ in nothing else share a stack
 
     def __post_init__(self) -> None:
         problems = choice_problems(self)
@@ -103,6 +106,7 @@ class _Words:
     """Initial prompt: a text's embeddings, embeddings drawn from the vocabulary, or N(0, 0.02)."""
     init_text: str = INITIAL_TEXT
     """The text that an initial prompt of words repeats."""
+    training_fields: ClassVar[tuple[str, ...]] = ("init", "init_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +297,8 @@ METHOD_CONFIGS: dict[str, Any] = {
     "LORA": LoRAConfig,
 }
 """``peft_type`` to the method's configuration; on the command line in lower case with dashes."""
+DEFAULT_METHOD = "iapt"
+"""The method that is trained where the user names none."""
 
 
 def config_of(method: str) -> Any:

@@ -49,8 +49,13 @@ class IAPT(Method):
 
     config: IAPTConfig
     decayed = ("down_weight", "up_weight", "query")
-    rational: Callable[[Tensor, Tensor, Tensor, str], Tensor] = staticmethod(rational)
-    """Evaluates the activation; an export puts its traceable operator here."""
+    generates = True
+    rational = staticmethod(rational)
+
+    def __init__(self, config: IAPTConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        if config.activation == "rational":
+            self.rational_form = (config.numerator_degree + 1, config.denominator_degree, config.rational_form)
 
     @staticmethod
     def shapes(config: IAPTConfig, sizes: Sizes) -> dict[str, tuple[int, ...]]:

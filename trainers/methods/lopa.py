@@ -42,6 +42,7 @@ class LoPA(SoftPrompt):
     config: LoPAConfig
     decayed = ("left_in_weight", "left_out_weight", "right_in_weight", "right_out_weight")
     learning_rate = 1e-3
+    is_encoder = True
 
     @staticmethod
     def shapes(config: LoPAConfig, sizes: Sizes) -> dict[str, tuple[int, ...]]:

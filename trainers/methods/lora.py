@@ -34,6 +34,7 @@ class LoRA(Method):
     config: LoRAConfig
     learning_rate = 5e-4
     in_decode = True
+    is_mergeable = True
 
     @staticmethod
     def shapes(config: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -67,6 +68,22 @@ class LoRA(Method):
         """See `trainers.decoder.method.Method.linear_names`."""
         return targets(self.config.target_modules, self.sizes)
 
+    @contextmanager
+    def merged(self, backbone: Any) -> Iterator[None]:
+        """W + s B A in place of W; the sum is made in fp32 and rounded once to the backbone's type."""
+        before: list[tuple[nn.Module, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for index, layer in enumerate(decoder_layers(backbone)):
+                    linears = linear_layers(layer)
+                    for name in self.linear_names:
+                        before.append((linears[name], linears[name].weight.data))  # type: ignore[arg-type]
+                        linears[name].weight.data = _merged_weight(self, index, name, linears[name])
+            yield
+        finally:
+            for module, weight in before:
+                module.weight.data = weight
+
 
 def tensor_name(linear: str, side: str) -> str:
     """Our name of a stacked tensor; ``side`` is A or B."""
@@ -90,31 +107,6 @@ def targets(target_modules: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
-
-
-@contextmanager
-def merged(method: LoRA, backbone: Any) -> Iterator[None]:
-    """Add the change into the backbone's own weights while the context is open: W + s B A.
-
-    One tenant then costs nothing at run time. The sum is made in fp32 and rounded once to the backbone's type; on
-    leaving, the very tensors from before are put back.
-
-    Args:
-        method: the adapter.
-        backbone: a causal LM of transformers, changed in place.
-    """
-    before: list[tuple[nn.Module, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for index, layer in enumerate(decoder_layers(backbone)):
-                linears = linear_layers(layer)
-                for name in method.linear_names:
-                    before.append((linears[name], linears[name].weight.data))  # type: ignore[arg-type]
-                    linears[name].weight.data = _merged_weight(method, index, name, linears[name])
-        yield
-    finally:
-        for module, weight in before:
-            module.weight.data = weight
 
 
 def _merged_weight(method: LoRA, index: int, name: str, linear: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from iapt_export.contract.settings import summary_of
 from trainers.adapters.adapter import AdapterConfig
-from trainers.methods.configs import IAPTConfig, flag_name
+from trainers.methods.configs import DEFAULT_METHOD, flag_name
 from trainers.methods.forms import METHODS
 from trainers.training.config import TrainConfig
 from trainers.training.evaluate import ClassificationReport, Report
@@ -66,8 +66,8 @@ def command_line(run: Run) -> str:
     words = ["iapt-export", "train", "--model", _relative(run.model_name), "--data", _relative(run.data)]
     words += ["--output", _relative(run.output)]
     method = run.adapter.method
-    if not isinstance(method, IAPTConfig):  # the default
-        words += ["--method", flag_name(run.adapter.peft_type)]
+    if (name := flag_name(run.adapter.peft_type)) != DEFAULT_METHOD:
+        words += ["--method", name]
     for config in (method, run.config):
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)

@@ -11,6 +11,7 @@ from engines.serving.session import Session
 from engines.serving.text import TextCodec
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
+from trainers.methods.forms import FORMS
 from validation.judging.generators import compare_generator
 from validation.judging.metrics import HISTOGRAM_EDGES
 from validation.judging.result import TargetResult
@@ -199,7 +200,7 @@ def _compare_generators(
         return
     on_step(f"{session.target.name}: generators")
     manifest = session.manifest
-    generated = {spec.name for spec in manifest.methods if spec.form == "IAPT"}
+    generated = {spec.name for spec in manifest.methods if FORMS[spec.form].generates}
     one_each = list(
         {t.prompt.tenant: t for t in truths if manifest.tenant(t.prompt.tenant).method in generated}.values()
     )

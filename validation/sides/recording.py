@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from trainers.decoder.generate import decode, prefill
 from trainers.decoder.insertion import layers_path
-from trainers.decoder.method import rows_of
-from trainers.methods.iapt import IAPT
+from trainers.decoder.method import Method, rows_of
 from validation.sides.reference import Reference, numpy
 from validation.sides.stepping import Row
 
@@ -141,13 +140,13 @@ def _recorded(model: Any, method: Any, seen: dict[str, Tensor], wrong: Hypothesi
     with ExitStack() as stack:
         stack.enter_context(_replaced(nn.Module, "__call__", recorded_call))
         stack.enter_context(_replaced(F, "scaled_dot_product_attention", recorded_attend))
-        if isinstance(method, IAPT):
+        if method.rational_form:
             stack.enter_context(_rational_recorded(model, method, seen))
         yield
 
 
 @contextmanager
-def _rational_recorded(model: Any, method: IAPT, seen: dict[str, Tensor]) -> Iterator[None]:
+def _rational_recorded(model: Any, method: Method, seen: dict[str, Tensor]) -> Iterator[None]:
     evaluate, slots = method.rational, method.slots
     layers = layers_path(model)
     at: list[int] = []
@@ -172,10 +171,10 @@ def _rational_recorded(model: Any, method: IAPT, seen: dict[str, Tensor]) -> Ite
 def altered(method: Any, form: str = "", normalised_otherwise: bool = False) -> Any:
     """A copy of a method that evaluates its activation in another form, or reads its input in the other way."""
     method = copy.copy(method)
-    if form and isinstance(method, IAPT):
+    if form and method.rational_form:
         evaluate = method.rational
         method.rational = lambda x, top, bottom, _: evaluate(x, top, bottom, form)
-    if normalised_otherwise and isinstance(method, IAPT):
+    if normalised_otherwise and method.generates:
         method.config = dataclasses.replace(method.config, normalize=not method.config.normalize)
     return method
 

@@ -18,9 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engines.serving.session import Session
 from iapt_export.graphs.quantise import BLOCK_SIZE, bits_for, quantise
-from trainers.methods.adept import ADePT, TokenTable
-from trainers.methods.forms import FORMS
-from trainers.methods.lora import LoRA, merged
+from trainers.decoder.method import Method
 from validation.sides.reference import Reference, numpy
 from validation.sides.stepping import is_in_place, session_with
 from validation.sides.taps import TappedGraph, TappedRunner
@@ -52,10 +50,9 @@ def with_rounded_weights(reference: Reference, bits: int) -> Reference:
         for tenant in reference.manifest.tenants:
             method = reference.methods[tenant.name]
             if tenant.method is None:
-                assert isinstance(method, LoRA)
-                stack.enter_context(merged(method, reference.model))
+                stack.enter_context(method.merged(reference.model))
                 other.methods[tenant.name] = _without_effect(method)
-            elif isinstance(method, ADePT) and FORMS[forms[tenant.method]] is TokenTable:
+            elif method.folded_form == forms[tenant.method]:
                 table = reference.model.get_input_embeddings()
                 other.methods[tenant.name] = method.folded(table(torch.arange(table.num_embeddings))).eval()
         other.model = copy.deepcopy(reference.model)
@@ -81,7 +78,7 @@ def round_weights(model: nn.Module, bits: int) -> None:
         done.add(module.weight)
 
 
-def _without_effect(method: LoRA) -> LoRA:
+def _without_effect(method: Method) -> Method:
     still = copy.deepcopy(method)
     for parameter in still.parameters():
         parameter.zero_()
