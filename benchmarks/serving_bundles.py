@@ -1,25 +1,20 @@
 """The bundles that `benchmarks.serving` measures: the plain backbone, IAPT, and LoRA as the comparator.
 
-Adapters have random weights, because what they compute does not change what it costs. The bundles hold ``serve.onnx``
-alone and no proof; for anything but timing use ``iapt-export build``.
+Adapters have random weights, because what they compute does not change what it costs. The bundles hold no proof; for
+anything but timing use ``iapt-export build``.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from iapt_export.building import layout as layout
-from iapt_export.building.plan import DEFAULT_OPSET, TargetPlan, plan_tenants
-from iapt_export.building.stage_cache import publish, temporary_folder
-from iapt_export.contract.manifest import Range, Ranges, TargetSpec
-from iapt_export.graphs.export import Serving, export_graphs
-from iapt_export.graphs.interface import ModelShape, graph_specs
+from iapt_export import BuildRequest, build
 from trainers.adapters.adapter import Adapter, AdapterConfig
+from trainers.adapters.directory import save_adapter
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.insertion import sizes_of
 from trainers.methods.configs import IAPTConfig, LoRAConfig
@@ -60,39 +55,26 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
     Args:
         plan: which.
         backbone: in fp32.
-        output: must not exist.
+        output: must not exist; adapters and stages are kept beside it.
     """
-    model = backbone.model
-    adapters = {f"tenant{number}": _random_adapter(number, plan.method, backbone) for number in range(plan.tenants)}
-    tenants = plan_tenants(adapters, model, merge_lora=plan.merged)
-    ranges = Ranges(Range(1, 4, 8), Range(1, 128, 256), Range(1, 256, PAST), Range(1, 8, max(64, plan.tenants)))
-    target = TargetPlan("onnxruntime", plan.dtype, DEFAULT_OPSET)
-    specs = graph_specs(tenants.installed, ModelShape.from_config(model.config), target.graph_dtype)
-    with temporary_folder(output) as folder:
-        with tenants.merged.merged(model) if tenants.merged else nullcontext():
-            export_graphs(
-                model,
-                tenants.installed,
-                folder,
-                dtype=target.graph_dtype,
-                opset=target.opset,
-                names=("serve",),
-                serving=Serving(PAST + 1, weight_bits=target.weight_bits),
-                on_step=lambda text: print(f"{output.name}: {text}", flush=True),
-            )
-        layout.place_tokenizer(backbone, folder)
-        spec = layout.backbone_spec(backbone)
-        runtime = layout.versions().get("onnxruntime", "not installed")
-        manifest = layout.new_manifest(
-            spec,
-            [layout.method_spec(item) for item in tenants.installed],
-            ranges,
-            layout.place_tenants(tenants, folder, spec),
-            [TargetSpec(target.name, target.dtype, target.opset, {"serve": specs["serve"]}, runtime)],
-            "benchmark",
-        )
-        layout.with_files(manifest, folder).save(folder)
-        publish(folder, output)
+    adapters = []
+    for number in range(plan.tenants):
+        adapter = _random_adapter(number, plan.method, backbone)
+        adapters.append(output.with_name(f"{output.name}-adapters") / f"tenant{number}")
+        save_adapter(adapters[-1], adapter.config, adapter.tensors)
+    request = BuildRequest(
+        model=backbone.name_or_path,
+        adapters=adapters,
+        output=output,
+        targets=[f"onnxruntime:{plan.dtype}"],
+        sequence="1:128:256",
+        past=f"1:256:{PAST}",
+        tenants=f"1:8:{max(64, plan.tenants)}",
+        merge_lora=plan.merged,
+        prove=False,
+        cache=output.with_name("stages"),
+    )
+    build(request, lambda text, *_: print(f"{output.name}: {text}", flush=True))
 
 
 def _random_adapter(seed: int, method: Any, backbone: Backbone) -> Adapter:

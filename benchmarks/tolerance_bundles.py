@@ -10,13 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
-from iapt_export.building import build
-from iapt_export.building import layout as layout
-from iapt_export.contract.manifest import BundleManifest
-from iapt_export.flags import parser
+from iapt_export import BuildRequest, build
 from trainers.methods.configs import config_of
 from trainers.training.config import TrainConfig
 from trainers.training.train import train
@@ -62,19 +57,8 @@ def main() -> None:
     for bundle, tenants in folders.items():
         for dtype in args.dtype:
             if not (args.output / bundle / dtype).exists():
-                build_unproved(args.model, tenants, dtype, args.output / bundle / dtype)
-
-
-def build_unproved(model: str, adapters: list[Path], dtype: str, output: Path) -> None:
-    """`iapt-export build` without its comparison."""
-
-    def unproved(args: Any, bundle: Path, manifest: BundleManifest, *rest: Any) -> BundleManifest:
-        return layout.with_files(manifest, bundle)
-
-    flags = ["build", "--model", model, "--target", f"onnxruntime:{dtype}", "--output", str(output)]
-    flags += [flag for adapter in adapters for flag in ("--adapter", str(adapter))]
-    with patch.object(build, "_prove", unproved):
-        build.build_bundle(parser(flags).parse_args(flags))
+                output, target = args.output / bundle / dtype, f"onnxruntime:{dtype}"
+                build(BuildRequest(model=args.model, adapters=tenants, targets=[target], output=output, prove=False))
 
 
 if __name__ == "__main__":

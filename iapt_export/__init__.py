@@ -1,6 +1,18 @@
 """Adapter and backbone in, bundle out: graphs, the build, the contract of a bundle, the command line.
 
-This module imports nothing heavy; import the submodule you need.
+``iapt_export.build(iapt_export.BuildRequest(...))`` makes a bundle. Both are imported when they are asked for, so that
+importing this package loads neither torch nor a runtime.
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+_HOMES = {"build": "iapt_export.building.build", "BuildRequest": "iapt_export.building.build_request"}
+__all__ = ["build", "BuildRequest"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -70,9 +70,14 @@ def train(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Make a bundle, or find it up to date, and show its report."""
-    from iapt_export.building.build import build_bundle
+    from iapt_export.building.build import build as run
+    from iapt_export.building.build_request import BuildRequest
+    from iapt_export.progress import Steps
 
-    build_bundle(args)
+    names = {field.name for field in dataclasses.fields(BuildRequest)}
+    settings = {name: value for name, value in vars(args).items() if name in names}
+    with Steps(quiet=args.quiet) as steps:
+        run(BuildRequest(**settings), steps)
     _finish(args, Path(args.output))
 
 

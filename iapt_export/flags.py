@@ -138,6 +138,7 @@ def _build(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--adapter",
         "-a",
+        dest="adapters",
         action="append",
         default=[],
         metavar="[NAME=]DIR",
@@ -148,6 +149,7 @@ def _build(command: argparse.ArgumentParser) -> None:
     targets.add_argument(
         "--target",
         "-t",
+        dest="targets",
         action="append",
         default=[],
         metavar="T[:DTYPE]",

@@ -1,48 +1,32 @@
 """The build: load, plan, export, build engines, lay out, validate, publish.
 
-Beside the command line, which imports it only to build, this is the one file that may look into every room.
+Beside the command line and the plan, this is the one file that may look into every room. The package has `build` as
+``iapt_export.build``.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from engines.native import plugin_library
-from engines.tensorrt.builder import BuildOptions, check_options, engine_from_onnx
+from engines.tensorrt.builder import engine_from_onnx
 from engines.tensorrt.engine_info import EngineInfo
-from engines.tensorrt.flavour import check_target, load_tensorrt, runtime_version
+from engines.tensorrt.flavour import runtime_version
 from iapt_export.building import layout as layout
-from iapt_export.building.plan import (
-    TENSORRT,
-    TargetPlan,
-    TenantPlan,
-    check_device,
-    check_ranges,
-    load_tenants,
-    onnx_variant,
-    plan_ranges,
-    plan_targets,
-    plan_tenants,
-)
-from iapt_export.building.stage_cache import (
-    check_output,
-    content_key,
-    default_cache,
-    publish,
-    run_stage,
-    temporary_folder,
-)
-from iapt_export.contract.errors import IaptError, ParityError
-from iapt_export.contract.manifest import BackboneSpec, BundleManifest, GraphSpec, Ranges, TargetSpec, file_sha256
-from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.building.build_request import BuildRequest
+from iapt_export.building.jobs import BuildPlan, EngineJob, GraphJob, check_request, plan_build
+from iapt_export.building.plan import TENSORRT, TargetPlan, onnx_variant
+from iapt_export.building.stage_cache import publish, run_stage, temporary_folder
+from iapt_export.contract.errors import ParityError
+from iapt_export.contract.manifest import BundleManifest, TargetSpec, file_sha256
+from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.installed import computing_fields
-from iapt_export.graphs.interface import ModelShape, graph_specs
 from iapt_export.graphs.save import WEIGHTS_FILE
-from iapt_export.progress import Steps
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.methods.forms import form_name
 from validation.judging.compare import Settings
@@ -50,216 +34,171 @@ from validation.reporting.report import write_report
 from validation.reporting.summary import failure
 from validation.validate import parity_from_report, validate_bundle
 
+OnStep = Callable[..., None]
+"""Takes a word on each step, and how far it is (0 to 1) where that is known."""
 
-def build_bundle(args: argparse.Namespace) -> None:
-    """Make a bundle at ``args.output``, or find an up-to-date one there.
+
+def build(request: BuildRequest, on_step: OnStep = lambda *_: None) -> BundleManifest:
+    """Make a bundle at ``request.output``, or find an up-to-date one there.
+
+    Args:
+        request: what is wanted.
+        on_step: called with each step, for progress.
+
+    Returns:
+        The manifest of the bundle that stands there now.
 
     Raises:
         IaptError: bad input, or something that cannot be built here.
         ParityError: what was built does not compute what PyTorch computes; nothing stands at the output then.
     """
-    output, cache = Path(args.output), Path(args.cache) if args.cache else default_cache()
-    check_output(output)
-    targets = plan_targets(args.target, args.dtype, args.opset)
-    check_device(targets, args.device)
-    _check_engines(targets, args.compute_capability, args.rational)
-    with Steps(quiet=args.quiet) as steps:
-        steps(f"loading {args.model}")
-        backbone = _load(args, "fp32")
-        adapters = load_tenants(args.adapter, backbone, args.peft_prompt_format)
-        tenants = plan_tenants(
-            adapters, backbone.model, merge_lora=args.merge_lora, fold_embeddings=args.fold_embeddings
-        )
-        ranges = plan_ranges({name: getattr(args, name) for name in ("batch", "sequence", "past", "tenants")})
-        spec = layout.backbone_spec(backbone)
-        check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
-        settings = {
-            "targets": [dataclasses.asdict(target) for target in targets],
-            "ranges": dataclasses.asdict(ranges),
-            "flags": [args.compute_capability, args.rational, args.seed, args.new_tokens, args.device],
-            "tenants": [args.merge_lora, args.fold_embeddings, args.peft_prompt_format],
-        }
-        key = content_key(layout.build_inputs(spec, adapters, settings))
-        steps("looking for an up-to-date bundle")
-        if layout.is_current(output, key):
-            return
-        job = _Job(args, cache, spec, ModelShape.from_config(backbone.model.config), tenants, ranges, steps, backbone)
-        del backbone  # the job keeps one at a time, in the type that a target needs
-        shipped = onnx_variant(targets)
-        variants = dict.fromkeys(target.variant for target in reversed(targets))
-        graphs = {
-            variant: job.export([target for target in targets if target.variant == variant], variant == shipped)
-            for variant in variants
-        }
-        backbone = job.load("fp32")
-        with temporary_folder(output) as bundle:
-            layout.place_files(graphs[shipped], bundle)
-            layout.place_tokenizer(backbone, bundle)
-            manifest = layout.new_manifest(
-                spec,
-                [layout.method_spec(item) for item in tenants.installed],
-                ranges,
-                layout.place_tenants(tenants, bundle, spec),
-                [job.target(target, graphs[target.variant], bundle) for target in targets],
-                key,
-            )
-            manifest = layout.with_files(manifest, bundle)
-            manifest.save(bundle)
-            manifest = _prove(args, bundle, manifest, backbone, steps)
-            manifest.save(bundle)
-            publish(bundle, output)
+    check_request(request)  # the plan does it again; here, so that it is refused before the backbone is loaded
+    on_step(f"loading {request.model}")
+    backbones = _Backbones(request)
+    plan = plan_build(request, backbones.load("fp32"))
+    on_step("looking for an up-to-date bundle")
+    if layout.is_current(plan.output, plan.key):
+        return BundleManifest.load(plan.output)
+    graphs = {job.variant: _export(job, plan, backbones, on_step) for job in plan.graphs}
+    with temporary_folder(plan.output) as bundle:
+        targets = [_target(target, plan, graphs[target.variant], bundle, on_step) for target in plan.targets]
+        manifest = _lay_out(plan, targets, graphs, backbones.load("fp32"), bundle)
+        if request.prove:
+            manifest = _prove(plan, bundle, manifest, backbones.load("fp32"), on_step)
+        publish(bundle, plan.output)
+    return manifest
 
 
-@dataclasses.dataclass
-class _Job:
-    """What the stages of one build share."""
+class _Backbones:
+    """The backbone in the type that a stage needs; only one is in memory at a time.
 
-    args: argparse.Namespace
-    cache: Path
-    spec: BackboneSpec
-    shape: ModelShape
-    tenants: TenantPlan
-    ranges: Ranges
-    steps: Steps
-    backbone: Backbone | None
-    dtype: str = "fp32"
+    Loaded again rather than cast: transformers keeps rotary frequencies in fp32, a cast would not.
+    """
+
+    def __init__(self, request: BuildRequest) -> None:
+        self._request = request
+        self._dtype = ""
+        self._backbone: Backbone | None = None
 
     def load(self, dtype: str) -> Backbone:
-        """The backbone in that type; only one is in memory at a time.
-
-        Loaded again rather than cast: transformers keeps rotary frequencies in fp32, a cast would not.
-        """
-        if self.backbone is None or dtype != self.dtype:
-            self.backbone = None
+        if self._backbone is None or dtype != self._dtype:
+            self._backbone = None
             gc.collect()  # modules refer to each other, so counting references frees nothing
-            self.backbone, self.dtype = _load(self.args, dtype), dtype
-        return self.backbone
-
-    def specs(self, target: TargetPlan) -> dict[str, GraphSpec]:
-        """The interfaces of the graphs that a target can use; of quantised weights only those to serve from."""
-        specs = graph_specs(self.tenants.installed, self.shape, target.graph_dtype, self.capacity(target))
-        return specs if target.weight_bits is None else layout.served_graphs(specs)
-
-    def capacity(self, target: TargetPlan) -> int | None:
-        """Cache entries of a row that a target's graphs have room for, if that is fixed."""
-        return self.ranges.past.max if target.name in TENSORRT and target.opset >= 23 else None
-
-    def export(self, targets: list[TargetPlan], shipped: bool) -> Path:
-        """The folder with the ONNX graphs that targets of one variant are built from; all if the bundle ships them."""
-        wanted = [self.specs(target) for target in targets]
-        chosen = [tuple(specs) if shipped else layout.engine_graphs(specs) for specs in wanted]
-        names = tuple(dict.fromkeys(name for own in chosen for name in own))
-        target, capacity = targets[0], next(filter(None, map(self.capacity, targets)), None)
-        merged = self.tenants.merged
-        # one position more than a step finds, for the entry that it adds
-        serving = Serving(self.ranges.past.max + 1 if "serve" in names else None, capacity, target.weight_bits)
-        inputs = {
-            "backbone": [self.spec.fingerprint, self.spec.weights_sha256],
-            "methods": [
-                [item.name, form_name(item.stacked), computing_fields(item.stacked.config)]
-                for item in self.tenants.installed
-            ],
-            "merged": layout.adapter_hashes(self.tenants.adapters) if merged else None,
-            "variant": target.variant,
-            "graphs": names,
-            "serving": dataclasses.asdict(serving),
-            "versions": layout.export_versions(quantises=target.weight_bits is not None),
-        }
-
-        def make(folder: Path) -> None:
-            model = self.load(target.graph_dtype).model
-            with merged.merged(model) if merged else nullcontext():
-                export_graphs(
-                    model,
-                    self.tenants.installed,
-                    folder,
-                    dtype=target.graph_dtype,
-                    opset=target.opset,
-                    names=names,
-                    serving=serving,
-                    on_step=lambda text: self.steps(f"{target.variant}: {text}"),
-                )
-
-        folder, found = run_stage(self.cache, f"graphs-{target.variant}", inputs, make)
-        if found:
-            self.steps(f"{target.variant}: graphs are up to date")
-        return folder
-
-    def target(self, target: TargetPlan, graphs: Path, bundle: Path) -> TargetSpec:
-        """Describe a target; for TensorRT, build its engines first."""
-        specs = self.specs(target)
-        if target.name == "onnxruntime":
-            version = layout.versions().get("onnxruntime", "not installed")
-            return TargetSpec(target.name, target.dtype, target.opset, specs, version)
-        return self._engines(target, specs, graphs, bundle)
-
-    def _engines(self, target: TargetPlan, specs: dict[str, GraphSpec], graphs: Path, bundle: Path) -> TargetSpec:
-        options = BuildOptions(target.name, self.args.compute_capability, rational=self.args.rational)
-        version = runtime_version(target.name)
-        weights = file_sha256(graphs / WEIGHTS_FILE)
-        plugin = plugin_library() if self.args.rational == "plugin" else None
-        sources = {name: file_sha256(graphs / f"{name}.onnx") for name in layout.engine_graphs(specs)}
-        for name, source in sources.items():
-            inputs = {
-                "graph": [source, weights],
-                "ranges": dataclasses.asdict(self.ranges),
-                "options": dataclasses.asdict(options),
-                "versions": layout.engine_versions(version, plugin),
-            }
-            text = f"{target.name}: building {name}.engine"
-
-            def make(folder: Path, name: str = name, text: str = text) -> None:
-                engine_from_onnx(
-                    graphs / f"{name}.onnx",
-                    folder / f"{name}.engine",
-                    specs[name],
-                    self.ranges,
-                    options,
-                    on_progress=lambda step: self.steps(text, step.done / step.total if not step.parent else None),
-                )
-
-            self.steps(text)
-            folder, _ = run_stage(self.cache, f"engine-{target.name}-{name}", inputs, make)
-            layout.place_files(folder, bundle / "engines" / target.name)
-        engines = layout.engine_specs(specs, target.name)
-        built_for = EngineInfo.load(bundle / next(iter(engines.values())).path).compute_capability
-        return TargetSpec(
-            target.name, target.dtype, target.opset, engines, version, built_for, sources, self.args.rational
-        )
+            self._dtype = dtype
+            self._backbone = load_backbone(
+                self._request.model,
+                dtype=dtype,
+                revision=self._request.revision,
+                trust_remote_code=self._request.trust_remote_code,
+            )
+        return self._backbone
 
 
-def _check_engines(targets: list[TargetPlan], compute_capability: str | None, rational: str) -> None:
-    """Refuse, before any long work, engines that cannot be built here."""
-    plans = [target for target in targets if target.name in TENSORRT]
-    if compute_capability and not plans:
-        raise IaptError("--compute-capability is for TensorRT targets; add --target tensorrt-rtx or leave it out")
-    if rational == "plugin" and not plans:
-        raise IaptError("--rational plugin is for TensorRT targets; add --target tensorrt or leave it out")
-    for target in plans:
-        check_options(BuildOptions(target.name, rational=rational))
-        check_target(target.name, target.dtype, target.opset, compute_capability)
-        load_tensorrt(target.name)
-    if rational == "plugin":
-        plugin_library()
+def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnStep) -> Path:
+    """The folder with a job's ONNX graphs."""
+    installed, merged = plan.tenants.installed, plan.tenants.merged
+    inputs = {
+        "backbone": [plan.backbone.fingerprint, plan.backbone.weights_sha256],
+        "methods": [[item.name, form_name(item.stacked), computing_fields(item.stacked.config)] for item in installed],
+        "merged": layout.adapter_hashes(plan.tenants.adapters) if merged else None,
+        "variant": job.variant,
+        "graphs": job.names,
+        "serving": dataclasses.asdict(job.serving),
+        "versions": layout.export_versions(quantises=job.target.weight_bits is not None),
+    }
+
+    def make(folder: Path) -> None:
+        model = backbones.load(job.target.graph_dtype).model
+        with merged.merged(model) if merged else nullcontext():
+            export_graphs(
+                model,
+                installed,
+                folder,
+                dtype=job.target.graph_dtype,
+                opset=job.target.opset,
+                names=job.names,
+                serving=job.serving,
+                on_step=lambda text: on_step(f"{job.variant}: {text}"),
+            )
+
+    folder, is_found = run_stage(plan.cache, f"graphs-{job.variant}", inputs, make)
+    if is_found:
+        on_step(f"{job.variant}: graphs are up to date")
+    return folder
 
 
-def _load(args: argparse.Namespace, dtype: str) -> Backbone:
-    """The backbone that the command names."""
-    return load_backbone(args.model, dtype=dtype, revision=args.revision, trust_remote_code=args.trust_remote_code)
+def _target(target: TargetPlan, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> TargetSpec:
+    """Describe a target; for TensorRT, build its engines first."""
+    specs = plan.specs[target.name]
+    if target.name not in TENSORRT:
+        version = layout.versions().get("onnxruntime", "not installed")
+        return TargetSpec(target.name, target.dtype, target.opset, specs, version)
+    jobs = [job for job in plan.engines if job.target == target.name]
+    sources = {job.name: _build_engine(job, plan, graphs, bundle, on_step) for job in jobs}
+    engines = layout.engine_specs(specs, target.name)
+    built_for = EngineInfo.load(bundle / next(iter(engines.values())).path).compute_capability
+    version, rational = runtime_version(target.name), plan.request.rational
+    return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources, rational)
+
+
+def _build_engine(job: EngineJob, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> str:
+    """Build an engine and place it in the bundle; returns the hash of the graph that it was built from."""
+    source = file_sha256(graphs / f"{job.name}.onnx")
+    plugin = plugin_library() if job.options.rational == "plugin" else None
+    inputs = {
+        "graph": [source, file_sha256(graphs / WEIGHTS_FILE)],
+        "ranges": dataclasses.asdict(plan.ranges),
+        "options": dataclasses.asdict(job.options),
+        "versions": layout.engine_versions(runtime_version(job.target), plugin),
+    }
+    text = f"{job.target}: building {job.name}.engine"
+
+    def progress(step: Any) -> None:
+        on_step(text, step.done / step.total if not step.parent else None)
+
+    def make(folder: Path) -> None:
+        engine = folder / f"{job.name}.engine"
+        engine_from_onnx(graphs / f"{job.name}.onnx", engine, job.spec, plan.ranges, job.options, on_progress=progress)
+
+    on_step(text)
+    folder, _ = run_stage(plan.cache, f"engine-{job.target}-{job.name}", inputs, make)
+    layout.place_files(folder, bundle / "engines" / job.target)
+    return source
+
+
+def _lay_out(
+    plan: BuildPlan, targets: list[TargetSpec], graphs: dict[str, Path], backbone: Backbone, bundle: Path
+) -> BundleManifest:
+    """Bring everything but the proof into the bundle."""
+    layout.place_files(graphs[onnx_variant(plan.targets)], bundle)
+    layout.place_tokenizer(backbone, bundle)
+    manifest = layout.new_manifest(
+        plan.backbone,
+        [layout.method_spec(item) for item in plan.tenants.installed],
+        plan.ranges,
+        layout.place_tenants(plan.tenants, bundle, plan.backbone),
+        targets,
+        plan.key,
+    )
+    manifest = layout.with_files(manifest, bundle)
+    manifest.save(bundle)
+    return manifest
 
 
 def _prove(
-    args: argparse.Namespace, bundle: Path, manifest: BundleManifest, backbone: Backbone, steps: Steps
+    plan: BuildPlan, bundle: Path, manifest: BundleManifest, backbone: Backbone, on_step: OnStep
 ) -> BundleManifest:
-    """Validate a bundle that is not published yet; its manifest with parity and report files."""
-    settings = Settings(args.seed, args.new_tokens, args.device)
-    report = validate_bundle(bundle, manifest, backbone, settings, steps, Path(args.output).name)
+    """Validate a bundle that is not published yet; its manifest with parity and report files, saved."""
+    request, output = plan.request, plan.output
+    settings = Settings(request.seed, request.new_tokens, request.device)
+    report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name)
     # how long it took is not part of what was built: equal inputs give equal bytes
     report = dataclasses.replace(report, targets=[dataclasses.replace(t, seconds=0.0) for t in report.targets])
     if report.verdict != "pass":
-        failed = Path(args.output).with_name(f"{Path(args.output).name}-failed-report")
-        where = write_report(report, failed)
-        raise ParityError(f"{failure(report)}. Nothing was written to {args.output}; the report is {where}")
-    steps("writing the report")
+        where = write_report(report, output.with_name(f"{output.name}-failed-report"))
+        raise ParityError(f"{failure(report)}. Nothing was written to {output}; the report is {where}")
+    on_step("writing the report")
     write_report(report, bundle)
-    return dataclasses.replace(layout.with_files(manifest, bundle), parity=parity_from_report(report))
+    manifest = dataclasses.replace(layout.with_files(manifest, bundle), parity=parity_from_report(report))
+    manifest.save(bundle)
+    return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class TargetPlan:
         return QUANTISED.get(self.dtype)
 
 
-def plan_targets(requested: list[str], dtype: str | None, opset: int | None) -> list[TargetPlan]:
+def plan_targets(requested: Sequence[str], dtype: str | None, opset: int | None) -> list[TargetPlan]:
     """Turn ``NAME`` or ``NAME:DTYPE`` into targets.
 
     Args:
@@ -153,7 +154,9 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
         raise IaptError("; ".join(problems))
 
 
-def load_tenants(arguments: list[str], backbone: Any, peft_prompt_format: str = "plain") -> dict[str, Adapter]:
+def load_tenants(
+    arguments: Sequence[str | Path], backbone: Any, peft_prompt_format: str = "plain"
+) -> dict[str, Adapter]:
     """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
 
     Args:
@@ -165,7 +168,7 @@ def load_tenants(arguments: list[str], backbone: Any, peft_prompt_format: str = 
         IaptError: a bad adapter, one for another backbone, or a repeated name.
     """
     tenants: dict[str, Adapter] = {}
-    for argument in arguments:
+    for argument in map(str, arguments):
         name, equals, folder = argument.partition("=")
         path = Path(folder if equals else argument)
         name = name if equals else path.resolve().name

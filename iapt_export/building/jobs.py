@@ -1,0 +1,187 @@
+"""A whole build, decided and checked before long work: what it makes, and the jobs that make it.
+
+Like the build itself, this file may look into every room; nothing but the build imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.native import plugin_library
+from engines.tensorrt.builder import BuildOptions, check_options
+from engines.tensorrt.flavour import check_target, load_tensorrt
+from iapt_export.building import layout as layout
+from iapt_export.building.build_request import BuildRequest
+from iapt_export.building.plan import (
+    TENSORRT,
+    TargetPlan,
+    TenantPlan,
+    check_device,
+    check_ranges,
+    load_tenants,
+    onnx_variant,
+    plan_ranges,
+    plan_targets,
+    plan_tenants,
+)
+from iapt_export.building.stage_cache import check_output, content_key, default_cache
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
+from iapt_export.graphs.export import Serving
+from iapt_export.graphs.interface import ModelShape, graph_specs
+from trainers.decoder.backbone import Backbone
+
+NOT_IN_KEY = ("model", "revision", "trust_remote_code", "adapters", "output", "cache", "prove", "dtype", "opset")
+"""Fields of a request that a build's key leaves out: it hashes what stands at a place, and each target's type and
+opset; a bundle without proof is never up to date."""
+
+
+@dataclass(frozen=True)
+class GraphJob:
+    """ONNX graphs of one variant, exported in one stage."""
+
+    variant: str
+    target: TargetPlan
+    """Any of those that they are for; all have one type and opset."""
+    names: tuple[str, ...]
+    serving: Serving
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """A TensorRT engine, built in one stage."""
+
+    target: str
+    name: str
+    spec: GraphSpec
+    """The interface of the graph that it is built from."""
+    options: BuildOptions
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All that a build will do, decided and checked; it holds the adapters, but not the backbone."""
+
+    request: BuildRequest
+    targets: list[TargetPlan]
+    ranges: Ranges
+    tenants: TenantPlan
+    backbone: BackboneSpec
+    specs: dict[str, dict[str, GraphSpec]]
+    """Target to the interfaces of the graphs that it can use."""
+    graphs: list[GraphJob]
+    engines: list[EngineJob]
+    key: str
+    """Equal keys mean equal bundles."""
+
+    @property
+    def output(self) -> Path:
+        """The bundle's folder."""
+        return Path(self.request.output)
+
+    @property
+    def cache(self) -> Path:
+        """Where stages are kept."""
+        return Path(self.request.cache) if self.request.cache else default_cache()
+
+
+def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
+    """Refuse what can be refused without the backbone.
+
+    Returns:
+        The targets and ranges that are asked for.
+
+    Raises:
+        IaptError: contradicting or unknown settings, an output that is not ours, or engines that this machine
+            cannot build.
+    """
+    check_output(Path(request.output))
+    targets = plan_targets(request.targets, request.dtype, request.opset)
+    check_device(targets, request.device)
+    _check_engines(request, targets)
+    return targets, plan_ranges({name: getattr(request, name) for name in ("batch", "sequence", "past", "tenants")})
+
+
+def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
+    """Decide all that a build will do, before long work.
+
+    Args:
+        request: what is wanted.
+        backbone: the request's, in fp32.
+
+    Raises:
+        IaptError: something in the request, the adapters or this machine does not go together.
+    """
+    targets, ranges = check_request(request)
+    adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
+    tenants = plan_tenants(
+        adapters, backbone.model, merge_lora=request.merge_lora, fold_embeddings=request.fold_embeddings
+    )
+    spec, shape = layout.backbone_spec(backbone), ModelShape.from_config(backbone.model.config)
+    check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
+    specs = {}
+    for target in targets:
+        wanted = graph_specs(tenants.installed, shape, target.graph_dtype, _capacity(target, ranges))
+        specs[target.name] = wanted if target.weight_bits is None else layout.served_graphs(wanted)
+    settings = {name: value for name, value in vars(request).items() if name not in NOT_IN_KEY}
+    settings |= {
+        "targets": [dataclasses.asdict(target) for target in targets],
+        **dataclasses.asdict(ranges),
+    }
+    return BuildPlan(
+        request=request,
+        targets=targets,
+        ranges=ranges,
+        tenants=tenants,
+        backbone=spec,
+        specs=specs,
+        graphs=_graph_jobs(targets, specs, ranges),
+        engines=[
+            EngineJob(target.name, name, specs[target.name][name], _options(request, target))
+            for target in targets
+            if target.name in TENSORRT
+            for name in layout.engine_graphs(specs[target.name])
+        ],
+        key=content_key(layout.build_inputs(spec, adapters, settings)),
+    )
+
+
+def _capacity(target: TargetPlan, ranges: Ranges) -> int | None:
+    """Cache entries of a row that a target's graphs have room for, if that is fixed."""
+    return ranges.past.max if target.name in TENSORRT and target.opset >= 23 else None
+
+
+def _graph_jobs(targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]], ranges: Ranges) -> list[GraphJob]:
+    """One job for each variant: all graphs of the one that the bundle ships, of others those of the engines."""
+    jobs = []
+    shipped = onnx_variant(targets)
+    for variant in dict.fromkeys(target.variant for target in reversed(targets)):
+        own = [target for target in targets if target.variant == variant]
+        chosen = [specs[t.name] if variant == shipped else layout.engine_graphs(specs[t.name]) for t in own]
+        names = tuple(dict.fromkeys(name for graphs in chosen for name in graphs))
+        capacity = next(filter(None, (_capacity(target, ranges) for target in own)), None)
+        # one position more than a step finds, for the entry that it adds
+        positions = ranges.past.max + 1 if "serve" in names else None
+        jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].weight_bits)))
+    return jobs
+
+
+def _options(request: BuildRequest, target: TargetPlan) -> BuildOptions:
+    return BuildOptions(target.name, request.compute_capability, rational=request.rational)
+
+
+def _check_engines(request: BuildRequest, targets: list[TargetPlan]) -> None:
+    """Refuse, before any long work, engines that cannot be built here."""
+    plans = [target for target in targets if target.name in TENSORRT]
+    if request.compute_capability and not plans:
+        raise IaptError("--compute-capability is for TensorRT targets; add --target tensorrt-rtx or leave it out")
+    if request.rational == "plugin" and not plans:
+        raise IaptError("--rational plugin is for TensorRT targets; add --target tensorrt or leave it out")
+    for target in plans:
+        check_options(_options(request, target))
+        check_target(target.name, target.dtype, target.opset, request.compute_capability)
+        load_tensorrt(target.name)
+    if request.rational == "plugin":
+        plugin_library()
