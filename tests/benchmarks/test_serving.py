@@ -154,7 +154,9 @@ def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_tiny_bundle_is_made_measured_and_reported(tmp_path: Path) -> None:
-    folder = save_tiny_backbone(tmp_path / "model", tiny_llama(num_hidden_layers=1, vocab_size=40000))
+    folder = save_tiny_backbone(
+        tmp_path / "model", tiny_llama(num_hidden_layers=1, vocab_size=40000, max_position_embeddings=1024)
+    )
     backbone = load_backbone(str(folder))
     make_bundle(BundlePlan(IAPTConfig(bottleneck=8), tenants=8), backbone, tmp_path / "prepared" / "iapt-8")
     job = Job("session", str(tmp_path / "prepared" / "iapt-8"), rows=2, tokens=5, steps=4, threads=1, tenants=8)
