@@ -19,7 +19,7 @@ from engines.doctor import diagnose
 from engines.native import BODY, KERNEL, OPS_VARIABLE, add_kernels, ops_library
 from engines.onnxruntime.runner import OnnxRuntimeRunner, _array_from_value
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
-from tests.iapt_export.test_rational_op import DEGREES, FORMS, KINDS, SPECIAL, coefficients, model, numbers
+from tests.iapt_export.graphs.test_rational_op import DEGREES, FORMS, KINDS, SPECIAL, coefficients, model, numbers
 from tests.native.built import OPS, needs_ops
 from validation.validate import environment
 

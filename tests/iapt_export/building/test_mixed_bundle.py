@@ -53,7 +53,7 @@ OWNERS = {
     "taste": "lopa",
     "mood": "prompt_tuning",
 }
-METHODS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+METHODS_PAGE = Path(__file__).resolve().parents[3] / "docs" / "methods.md"
 FORMS = ["PROMPT_TUNING", "IAPT", "PREFIX_TUNING", "LOPA", "LAMP"]
 TEXTS = ("the film is a quiet joy", "a dull and noisy story that nobody will remember", "yes")
 

@@ -19,8 +19,8 @@ from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.quantise import BLOCK_SIZE, quantise
 from iapt_export.graphs.save import save_graphs
 from tests.graphs import run_onnx, specs_for, worst
-from tests.iapt_export.test_passes import operators, parse
-from tests.iapt_export.test_serve_passes import two_steps
+from tests.iapt_export.graphs.test_passes import operators, parse
+from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import tiny_gpt2, tiny_llama
 
 WIDTH = 64

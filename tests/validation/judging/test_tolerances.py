@@ -157,7 +157,7 @@ def test_the_table_is_complete() -> None:
         assert [limit.limit for limit in limits if limit] == sorted(limit.limit for limit in limits if limit)
 
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "tolerances"
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "tolerances"
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.metric in CEILINGS], ids=name)

@@ -12,7 +12,7 @@ from engines.serving.session import Request, Session
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, NUM_LAYERS, TinyBuild, run
 from tests.tiny import tiny_llama
-from tests.trainers.test_peft_format import stock
+from tests.trainers.adapters.test_peft_format import stock
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 4}),

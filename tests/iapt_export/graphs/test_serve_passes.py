@@ -19,7 +19,7 @@ from iapt_export.graphs.passes.flatten_heads import FlattenHeadsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
 from tests.bundles import SIZES, random_method
 from tests.graphs import Arrays, run_onnx, worst
-from tests.iapt_export.test_passes import operators, parse
+from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_qwen3
 from trainers.methods.configs import PrefixTuningConfig
 

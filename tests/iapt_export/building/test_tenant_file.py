@@ -11,7 +11,7 @@ from engines.serving.session import Session
 from engines.serving.tenants import read_tenant_file
 from iapt_export.contract.tenant_card import OLDER, TenantCard
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
-from tests.engines.test_serving import request
+from tests.engines.serving.test_serving import request
 from trainers.decoder.backbone import config_fingerprint, load_backbone
 from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, PromptTuningConfig
 

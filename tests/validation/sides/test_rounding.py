@@ -20,7 +20,7 @@ from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, SCALES
 from iapt_export.graphs.quantise import QUANTISED
 from tests.bundles import METHOD, NEW_TOKENS, TinyBuild, run, save_tiny_adapter
-from tests.iapt_export.test_serve_passes import two_steps
+from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.fake_report import passing_report
 from tests.validation.faults import FAULTS, Fault
