@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,12 +19,19 @@ class Request:
     """The instruction's text; or give ``tokens``."""
     tokens: tuple[int, ...] = ()
     """The instruction as token ids, instead of text."""
+    messages: Sequence[Mapping[str, str]] = ()
+    """The instruction as a conversation, instead of one text: ``{"role": ..., "content": ...}`` each, the user's last;
+    for a tenant that was trained with a chat template."""
+    system: str | None = None
+    """A system prompt; None takes the one that the tenant was trained with, an empty text takes none."""
     prompts: np.ndarray | None = None
     """Soft prompts ``[P, D]`` that the client computed, for a tenant whose method takes them (LoPA)."""
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer beside the bundle's end tokens; their text is not part of it."""
     ignore_eos: bool = False
     """Go on to ``max_new_tokens`` whatever is generated (for measurements)."""
 

@@ -65,9 +65,12 @@ class Entry:
         reason = None
         if token in self.eos_token_ids and not self.request.ignore_eos:
             reason = "eos"
+        elif token in self.request.stop_token_ids:
+            reason = "stop"
         elif len(self.tokens) >= self.request.max_new_tokens:
             reason = "length"
-        whole = self.codec.decode(self.tokens) if self.codec else ""
+        spoken = self.tokens[:-1] if reason == "stop" else self.tokens
+        whole = self.codec.decode(spoken) if self.codec else ""
         cut = min((place for stop in self.request.stop if (place := whole.find(stop)) >= 0), default=None)
         if cut is not None:
             whole, reason = whole[:cut], "stop"

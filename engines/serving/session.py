@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.runner import Activated
+from engines.serving.conversation import check_text_fields, encode_request
 from engines.serving.generation import Generation, in_order_of_arrival
 from engines.serving.loading import open_stepper
 from engines.serving.request import Answer, Item, Request, Token
@@ -316,8 +317,8 @@ class Session(Activated):
         backbone, ranges = self.manifest.backbone, self.manifest.ranges
         check_fields(where, request)
         prompt = [operator.index(token) for token in request.tokens]
-        prompt = prompt or self.codec.encode(request.prompt, tenant.prompt_format)
-        wrong = [token for token in prompt if not 0 <= token < backbone.vocab_size]
+        prompt = prompt or encode_request(where, request, tenant, self.codec)
+        wrong = [token for token in (*prompt, *request.stop_token_ids) if not 0 <= token < backbone.vocab_size]
         if wrong:
             raise IaptError(
                 f"{where}: token id {wrong[0]} is out of range; the vocabulary has {backbone.vocab_size} entries"
@@ -373,13 +374,14 @@ def check_fields(where: str, request: Request) -> None:
     Raises:
         IaptError: what was expected, and what came.
     """
+    check_text_fields(where, request)
     if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
         raise IaptError(f"{where}: stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
     if "" in request.stop:
         raise IaptError(f"{where}: a stop text is empty; leave it out")
     if not hasattr(request.max_new_tokens, "__index__") or request.max_new_tokens < 1:
         raise IaptError(f"{where}: max_new_tokens is {request.max_new_tokens}, expected at least 1, a whole number")
-    strange = [token for token in request.tokens if not hasattr(token, "__index__")]
+    strange = [token for token in (*request.tokens, *request.stop_token_ids) if not hasattr(token, "__index__")]
     if strange:
         raise IaptError(f"{where}: {strange[0]!r} is no token id; expected whole numbers")
 

@@ -32,6 +32,10 @@ class Tenant:
     """Cache entries that its rows have before their instruction."""
     prompt_format: str
     trained_form: str
+    system_prompt: str | None = None
+    """What all of its training examples began with; empty for none, None where they differ or did not say."""
+    told: bool = False
+    """Whether a request in another form than training's was said."""
     users: int = 0
     """Requests that were accepted for it and are not finished."""
     removed: bool = False
@@ -97,8 +101,8 @@ class TenantBank:
             name: what to call it; None takes the card's name.
 
         Raises:
-            IaptError: the file is for another backbone or a method that the bundle lacks, or holds other tensors
-                or NaN.
+            IaptError: the file is for another backbone or a method that the bundle lacks, holds other tensors or
+                NaN, or was trained with another end token.
         """
         card, tensors = read_tenant_file(path)
         chosen = name or card.name
@@ -106,6 +110,12 @@ class TenantBank:
             raise IaptError(
                 f"{path} was made for another backbone ({card.backbone}); this bundle's is "
                 f"{self.manifest.backbone.name_or_path}"
+            )
+        ends = self.manifest.backbone.eos_token_ids
+        if card.eos_token_id is not None and card.eos_token_id not in ends:
+            raise IaptError(
+                f"{path}: its answers end with token {card.eos_token_id}, this bundle's with "
+                f"{', '.join(map(str, ends)) or 'none'}, so they would run on; build the bundle again with its adapter"
             )
         method = self._method_of(card, path)
         entries = {}
@@ -140,7 +150,15 @@ class TenantBank:
         if new.name in self.tenants:
             self.remove(new.name)
         card, method = new.card, new.method
-        tenant = Tenant(new.name, method.name, index, method.prompt_length, card.prompt_format, card.trained_form)
+        tenant = Tenant(
+            new.name,
+            method.name,
+            index,
+            method.prompt_length,
+            card.prompt_format,
+            card.trained_form,
+            card.system_prompt,
+        )
         self.tenants[new.name] = self._entries[method.name][index] = tenant
         return tenant
 
@@ -184,7 +202,9 @@ class TenantBank:
 
     def _enter(self, spec: TenantSpec, index: int) -> Tenant:
         length = self.manifest.prompt_length(spec.name)
-        tenant = Tenant(spec.name, spec.method, index, length, spec.prompt_format, spec.trained_form)
+        tenant = Tenant(
+            spec.name, spec.method, index, length, spec.prompt_format, spec.trained_form, spec.system_prompt
+        )
         self.tenants[spec.name] = tenant
         return tenant
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from engines.serving.chat_template import ChatTemplate
 from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.probes import PROBES_FILE, Probes
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
 class TextCodec:
-    """A bundle's tokenizer and chat template; the ids equal those that the trainer's tokenizer gives (tested)."""
+    """A bundle's tokenizer and chat template; its results equal those of the trainer's tokenizer, or it refuses."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, *, check: bool = True) -> None:
+        """Read the tokenizer, and compare it with the bundle's probes.
+
+        Args:
+            bundle: the folder with ``tokenizer.json``.
+            check: compare with the probes, where the bundle has some.
+
+        Raises:
+            BundleError: no tokenizer, no valid template, or a probe whose result is not the recorded one.
+        """
         path = bundle / TOKENIZER_FILE
         if not path.is_file():
             raise BundleError(
@@ -28,76 +37,96 @@ class TextCodec:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._settings = _read_json(bundle / "tokenizer_config.json")
-        self._template = self._load_template(bundle)
+        settings = _read_json(bundle / "tokenizer_config.json")
+        path = bundle / "chat_template.jinja"
+        source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+        self._template = ChatTemplate(source, special_tokens(settings)) if isinstance(source, str) else None
+        if check and (bundle / PROBES_FILE).is_file():
+            self.check_probes(Probes.load(bundle))
 
-    def encode(self, prompt: str, prompt_format: str) -> list[int]:
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], prompt_format: str) -> list[int]:
         """Token ids of an instruction.
 
         Args:
-            prompt: the user's text.
-            prompt_format: ``chat`` puts it as one user message into the chat template, ``plain`` takes it as it is.
+            prompt: the user's text, or for ``chat`` the whole conversation.
+            prompt_format: ``chat`` renders the chat template, in which a text is one user message; ``plain`` takes
+                the text as it is.
 
         Raises:
             IaptError: the prompt is empty, or the bundle has no chat template.
         """
-        if not prompt.strip():
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = messages[-1]["content"]
+        if not text.strip():
             raise IaptError("the prompt is empty; expected an instruction of at least one word")
         if prompt_format == "chat":
-            ids = self._tokenizer.encode(self._rendered(prompt), add_special_tokens=False).ids
+            ids = self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids
         else:
-            ids = self._tokenizer.encode(prompt).ids
+            ids = self._tokenizer.encode(text).ids
         if not ids:
-            raise IaptError(f"the prompt {prompt!r} has no tokens in the bundle's vocabulary")
+            raise IaptError(f"the prompt {text!r} has no tokens in the bundle's vocabulary")
         return ids
+
+    def render(self, messages: Sequence[Mapping[str, str]], date: str | None = None) -> str:
+        """A conversation as the chat template writes it, up to where the answer begins.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            date: what templates that write the date are told; None tells today's, in local time.
+
+        Raises:
+            IaptError: the bundle has no chat template.
+            BundleError: the template refuses the conversation.
+        """
+        if self._template is None:
+            raise IaptError("the adapter expects chat prompts, but the bundle's tokenizer has no chat template")
+        return self._template.render(messages, date)
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _rendered(self, prompt: str) -> str:
-        """The prompt as one user message in the chat template."""
-        if self._template is None:
-            raise IaptError("the adapter expects chat prompts, but the bundle's tokenizer has no chat template")
-        try:
-            return self._template.render(
-                messages=[{"role": "user", "content": prompt}],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens(),
-            )
-        except TemplateError as error:
-            raise BundleError(f"the bundle's chat template failed: {error}") from error
+    def check_probes(self, probes: Probes) -> None:
+        """Compare with what transformers made of texts, conversations and ids when the bundle was built.
 
-    def _load_template(self, bundle: Path) -> Template | None:
-        path = bundle / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.is_file() else self._settings.get("chat_template")
-        if not isinstance(source, str):
-            return None
-        # a template is code of the model's author: sandboxed, and with the settings that transformers renders with
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        Raises:
+            BundleError: the first that differs, with what was expected and what came.
+        """
+        for text in probes.texts:
+            _compare(f"the ids of {text.text!r}", text.ids, self._tokenizer.encode(text.text).ids)
+        for chat in probes.chats:
+            what = f"the conversation {json.dumps(chat.messages, ensure_ascii=False)}"
+            try:
+                rendered = self.render(chat.messages, probes.date)
+            except BundleError:
+                rendered = None
+            _compare(f"the text of {what}", chat.text, rendered)
+            if rendered is not None:
+                _compare(f"the ids of {what}", chat.ids, self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+        for answer in probes.answers:
+            _compare(f"the text of the ids {answer.ids}", answer.text, self.decode(answer.ids))
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a template may call ``bos_token``, ``eos_token``, ... and a model's own, as transformers names them.
+
+    Args:
+        settings: the content of ``tokenizer_config.json`` as transformers saves it.
+    """
+    found = {name: value for name, value in settings.items() if name.endswith("_token")}
+    for named in ("extra_special_tokens", "model_specific_special_tokens"):
+        own = settings.get(named)
+        found |= own if isinstance(own, dict) else {}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _compare(what: str, expected: Any, found: Any) -> None:
+    if expected != found:
+        raise BundleError(
+            f"this machine reads the bundle's text in another way than training did: {what} should be {expected!r} "
+            f"and is {found!r}; install the version of tokenizers that the manifest names, or feed token ids"
         )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-        try:
-            return environment.from_string(source)
-        except TemplateError as error:
-            raise BundleError(f"the bundle's chat template is not valid: {error}") from error
-
-    def _special_tokens(self) -> dict[str, str]:
-        values = {name: self._settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in values.items()
-            if value is not None
-        }
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

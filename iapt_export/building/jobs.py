@@ -6,10 +6,15 @@ Like the build itself, this file may look into every room; nothing but the build
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.native import plugin_library
+from engines.serving.conversation import encode_request
+from engines.serving.request import Request
+from engines.serving.tenants import Tenant
+from engines.serving.text import TextCodec
 from engines.tensorrt.builder import BuildOptions, check_options
 from engines.tensorrt.flavour import check_target, load_tensorrt
 from iapt_export.building import layout as layout
@@ -31,6 +36,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.interface import ModelShape, graph_specs
+from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
 
 NOT_IN_KEY = ("model", "revision", "trust_remote_code", "adapters", "output", "cache", "prove", "dtype", "opset")
@@ -116,10 +122,11 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     """
     targets, ranges = check_request(request)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
+    _check_text(backbone, adapters)
     tenants = plan_tenants(
         adapters, backbone.model, merge_lora=request.merge_lora, fold_embeddings=request.fold_embeddings
     )
-    spec, shape = layout.backbone_spec(backbone), ModelShape.from_config(backbone.model.config)
+    spec, shape = layout.backbone_spec(backbone, adapters.values()), ModelShape.from_config(backbone.model.config)
     check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
     specs = {}
     for target in targets:
@@ -146,6 +153,17 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         ],
         key=content_key(layout.build_inputs(spec, adapters, settings)),
     )
+
+
+def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
+    """Refuse, before the export, a tokenizer or a template with which the bundle could not be served."""
+    with tempfile.TemporaryDirectory() as folder:
+        layout.place_tokenizer(backbone, Path(folder))
+        codec = TextCodec(Path(folder))
+        for name, adapter in adapters.items():
+            config = adapter.config
+            tenant = Tenant(name, None, -1, 0, config.prompt_format, config.peft_type, config.system_prompt)
+            encode_request(f"tenant {name}", Request(name, "Hello"), tenant, codec)
 
 
 def _capacity(target: TargetPlan, ranges: Ranges) -> int | None:

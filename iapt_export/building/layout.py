@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iapt_export import __version__
 from iapt_export.building.plan import TenantPlan
+from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import STAGE_FILE, place
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.manifest import (
@@ -37,6 +38,7 @@ from iapt_export.graphs.installed import Installed, computing_fields
 from iapt_export.graphs.interface import ModelShape, weight_specs
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
+from trainers.decoder.instruction import is_token_id, padding_id
 from trainers.methods.forms import form_name
 
 TENANTS_FOLDER = "tenants"
@@ -56,18 +58,33 @@ BUNDLE_ROOMS = ("trainers", "iapt_export", "engines", "validation")
 """Whose code shapes a bundle and its proof."""
 EXPORT_PACKAGES = ("iapt-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 """Packages whose versions may change what an export writes; ONNX Runtime's quantiser besides, where it is used."""
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+)
 
 
-def backbone_spec(backbone: Any) -> BackboneSpec:
-    """Describe a loaded backbone; hashes all of its weights."""
+def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSpec:
+    """Describe a loaded backbone; hashes all of its weights.
+
+    What ends an answer is the union of what the model's settings, its tokenizer and the adapters' training say.
+    """
     config = backbone.model.config
     shape = ModelShape.from_config(config)
     eos = getattr(backbone.model.generation_config, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
-    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    tokenizer_pad = getattr(backbone.tokenizer, "pad_token_id", None)
-    pad = next((token for token in (tokenizer_pad, config.pad_token_id, *eos_ids) if token is not None), 0)
+    own = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    trained = [adapter.config.eos_token_id for adapter in adapters]
+    ends = dict.fromkeys([*own, getattr(backbone.tokenizer, "eos_token_id", None), *trained])
+    eos_ids = [token for token in ends if is_token_id(token, shape.vocab_size)]
+    pad = padding_id(backbone.tokenizer, shape.vocab_size, config.pad_token_id, *eos_ids)
     return BackboneSpec(
         name_or_path=backbone.name_or_path,
         revision=backbone.revision,
@@ -113,6 +130,8 @@ def tenant_card(name: str, plan: TenantPlan, backbone: BackboneSpec) -> TenantCa
         fingerprint=backbone.fingerprint,
         trained_form=adapter.peft_type,
         prompt_format=adapter.prompt_format,
+        system_prompt=adapter.system_prompt,
+        eos_token_id=adapter.eos_token_id,
         labels=list(adapter.labels),
     )
 
@@ -146,6 +165,7 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneS
         trained_config=dataclasses.asdict(adapter.config.method),
         trained=f"{TENANTS_FOLDER}/{TRAINED_FOLDER}/{name}.safetensors" if trained else None,
         prompt_format=adapter.config.prompt_format,
+        system_prompt=adapter.config.system_prompt,
         labels=list(adapter.config.labels),
         examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
     )
@@ -166,11 +186,12 @@ def place_files(source: Path, bundle: Path) -> None:
 
 
 def place_tokenizer(backbone: Any, bundle: Path) -> None:
-    """Write the model's configuration and tokenizer in Hugging Face's form."""
+    """Write the model's configuration and tokenizer in Hugging Face's form, with probes of the tokenizer."""
     backbone.model.config.save_pretrained(bundle)
     backbone.model.generation_config.save_pretrained(bundle)
     if backbone.tokenizer is not None:
         backbone.tokenizer.save_pretrained(bundle)
+        make_probes(backbone.tokenizer).save(bundle)
 
 
 def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpec]:

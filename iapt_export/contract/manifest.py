@@ -141,6 +141,8 @@ class TenantSpec:
     """The settings that it was trained with."""
     prompt_format: str
     """``chat`` or ``plain``, see the adapter."""
+    system_prompt: str | None = None
+    """What all of its training examples began with; empty for none, None where they differ or did not say."""
     labels: list[str] = field(default_factory=list)
     """The answers of a classification task; empty for free generation."""
     trained: str | None = None

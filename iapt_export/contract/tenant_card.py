@@ -34,6 +34,10 @@ class TenantCard:
     """The method that it was trained with."""
     prompt_format: str
     """``chat`` or ``plain``."""
+    system_prompt: str | None = None
+    """What all of its training examples began with; empty for none, None where they differ or did not say."""
+    eos_token_id: int | None = None
+    """What ended its answers in training, which must be an end token of the bundle; None where it is not known."""
     labels: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 

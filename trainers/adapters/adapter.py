@@ -59,6 +59,10 @@ class AdapterConfig:
     """The backbone's hub commit, if known."""
     prompt_format: Literal["chat", "plain"] = "plain"
     """chat: the instruction is one user message in the tokenizer's chat template; plain: text as it is."""
+    system_prompt: str | None = None
+    """What all training examples began with; empty for no system prompt, None where they differ or it is not known."""
+    eos_token_id: int | None = None
+    """What ended the answers in training; None where it is not known."""
     labels: tuple[str, ...] = ()
     """The answers of a classification task; empty for free generation."""
     peft_type: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from iapt_export.contract.errors import IaptError
 
@@ -59,3 +59,20 @@ def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_for
 def user_message(content: str) -> Message:
     """A text as what a user says."""
     return {"role": "user", "content": content}
+
+
+def padding_id(tokenizer: Any, vocab_size: int, *others: int | None) -> int:
+    """An id that may fill short rows: padding is masked everywhere, so any that the table of embeddings has serves.
+
+    Args:
+        tokenizer: its ``pad_token_id`` and ``eos_token_id`` are tried; checkpoints exist whose pad lies outside.
+        vocab_size: rows of the table.
+        others: tried between the two.
+    """
+    pad, eos = getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    return next((token for token in (pad, *others, eos) if is_token_id(token, vocab_size)), 0)
+
+
+def is_token_id(token: Any, vocab_size: int) -> TypeGuard[int]:
+    """Whether the table of embeddings has that row."""
+    return token is not None and 0 <= token < vocab_size

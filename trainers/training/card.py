@@ -81,7 +81,7 @@ def command_line(run: Run) -> str:
 
 
 def _text(run: Run) -> str:
-    name = PurePath(run.output).name
+    name, system = PurePath(run.output).name, run.adapter.system_prompt
     base = _relative(run.adapter.base_model_name_or_path)
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
     source = _relative(run.config.eval_file) or f"{run.config.holdout:.0%} of the data, held out"
@@ -111,7 +111,8 @@ def _text(run: Run) -> str:
         "## Use",
         f"```sh\niapt-export build --model {_relative(run.model_name)} --adapter {_relative(run.output)} "
         "--output bundle\n```",
-        f"Prompts are given in the `{run.adapter.prompt_format}` format, as in training.",
+        f"Prompts are given in the `{run.adapter.prompt_format}` format, as in training."
+        + (f" Each began with the system prompt {json.dumps(system, ensure_ascii=False)}." if system else ""),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -209,6 +209,13 @@ def pad_instructions(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tens
     return batch["input_ids"], batch["attention_mask"]
 
 
+def shared_system_prompt(examples: Sequence[Example]) -> str | None:
+    """The system prompt that every example begins with; empty where none has one, None where they differ."""
+    firsts = (example.messages[0] for example in examples)
+    found = {message["content"] if message["role"] == "system" else "" for message in firsts}
+    return found.pop() if len(found) == 1 else None
+
+
 def find_labels(examples: Sequence[Example], task: Task) -> tuple[str, ...]:
     """The labels of classification data in sorted order, or none for generation.
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from trainers.decoder.generate import prefill
 from trainers.decoder.insertion import continue_from, read_instruction
+from trainers.decoder.instruction import padding_id
 from trainers.decoder.method import Method, Rows, rows_of
 from trainers.training.config import TrainConfig
 from trainers.training.data import IGNORED, Example, Item, collate, encode_examples, encode_response, pad_instructions
@@ -117,10 +118,10 @@ def evaluate(model: Any, method: Method | None, task: Evaluation, say: Callable[
         say: takes a progress line about every tenth of the way.
     """
     tokenizer, config = task.tokenizer, task.config
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding_id(tokenizer, model.config.vocab_size)
     if method is not None:
         method = copy.deepcopy(method).to(device=model.device, dtype=model.dtype).eval()
-    scorer = Scorer(model, int(pad), rows_of(method), config.eval_batch_size)
+    scorer = Scorer(model, pad, rows_of(method), config.eval_batch_size)
     progress = None if say is None else _tenths(say)
     limits = (config.max_instruction_tokens, None if task.labels else config.max_response_tokens)
     items = encode_examples(tokenizer, task.examples, task.prompt_format, *limits)

@@ -20,13 +20,22 @@ from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, 
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.instruction import resolve_prompt_format
+from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
 from trainers.methods.configs import IAPTConfig, method_name
 from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import CARD_FILE, CURVE_FILE, REPORT_FILE, Run, write_card
 from trainers.training.config import TrainConfig
-from trainers.training.data import Example, collate, encode_examples, find_labels, read_examples, sample, split_holdout
+from trainers.training.data import (
+    Example,
+    collate,
+    encode_examples,
+    find_labels,
+    read_examples,
+    sample,
+    shared_system_prompt,
+    split_holdout,
+)
 from trainers.training.evaluate import Evaluation, Report, evaluate
 from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
 
@@ -196,6 +205,8 @@ def _setup(model_name: str, data: Path, method: Any, config: TrainConfig, work: 
         method=method,
         revision=backbone.revision,
         prompt_format=resolve_prompt_format(backbone.tokenizer, config.prompt_format),
+        system_prompt=shared_system_prompt(training),
+        eos_token_id=backbone.tokenizer.eos_token_id,
         labels=labels,
     )
     held_out = sample(held_out, config.max_eval_examples, config.seed)
@@ -231,7 +242,7 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         args=arguments,
         train_dataset=items,
         eval_dataset=eval_items,
-        data_collator=functools.partial(collate, pad_token_id=_pad(tokenizer)),
+        data_collator=functools.partial(collate, pad_token_id=padding_id(tokenizer, setup.adapter.vocab_size)),
         callbacks=[Progress(say)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -333,8 +344,3 @@ def _load(name: str, config: TrainConfig) -> Backbone:
         revision=config.revision or None,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def _pad(tokenizer: Any) -> int:
-    """Padding is masked everywhere, so any id serves."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

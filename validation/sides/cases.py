@@ -164,7 +164,7 @@ def prompts_from_bundle(
         texts = _texts(bundle, tenant)
         rounds = range(1, -(-per_tenant // len(texts)))
         texts += [f"{text} ({number})" for number in rounds for text in texts]
-        tokenised = [Prompt(tenant.name, text, tuple(codec.encode(text, tenant.prompt_format))) for text in texts]
+        tokenised = [Prompt(tenant.name, text, tuple(_as_trained(codec, tenant, text))) for text in texts]
         fitting = [prompt for prompt in tokenised if len(prompt.tokens) <= longest][:per_tenant]
         if not fitting:
             raise BundleError(
@@ -189,8 +189,17 @@ def example_text(bundle: Path, manifest: BundleManifest, codec: TextCodec) -> li
         token
         for tenant in manifest.tenants
         for text in _texts(bundle, tenant)
-        for token in codec.encode(text, tenant.prompt_format)
+        for token in _as_trained(codec, tenant, text)
     ]
+
+
+def _as_trained(codec: TextCodec, tenant: TenantSpec, text: str) -> list[int]:
+    """A prompt's ids, after the system prompt that the tenant was trained with."""
+    if tenant.prompt_format == "plain" or not tenant.system_prompt:
+        return codec.encode(text, tenant.prompt_format)
+    return codec.encode(
+        [{"role": "system", "content": tenant.system_prompt}, {"role": "user", "content": text}], "chat"
+    )
 
 
 def _texts(bundle: Path, tenant: TenantSpec) -> list[str]:

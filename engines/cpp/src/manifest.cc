@@ -101,6 +101,7 @@ TenantSpec read_tenant(const Json& json, const std::string& where, Problems& pro
   fields.skip("trained_form", kString);
   fields.skip("trained_config", kObject);
   fields.read("prompt_format", spec.prompt_format);
+  fields.read("system_prompt", spec.system_prompt, false);
   fields.skip("labels", kArray, false);
   fields.skip("trained", kString, false, true);
   fields.skip("examples", kString, false, true);

@@ -80,6 +80,15 @@ def test_a_stop_text_ends_the_answer_before_it(
     assert tokens[-1].finish_reason == "stop"
 
 
+def test_a_stop_token_ends_the_answer_before_its_text(codec: TextCodec) -> None:
+    ids = codec.encode("grain oil", "plain")
+    entry = entry_of(codec, Request("nobody", "yes", stop_token_ids=(ids[-1],), ignore_eos=True))
+    tokens = [entry.take(likely(token)) for token in ids]
+    assert [token.finish_reason for token in tokens] == [None] * (len(ids) - 1) + ["stop"]
+    assert [token.token for token in tokens] == ids
+    assert "".join(token.text for token in tokens) == codec.decode(ids[:-1])
+
+
 def test_what_only_looks_like_a_stop_text_is_handed_out(codec: TextCodec) -> None:
     tokens = spoken(codec, "the EN and ENDING", "ENDED")
     assert "".join(token.text for token in tokens) == "the EN and ENDING"

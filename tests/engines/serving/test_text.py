@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from engines.serving.text import TextCodec
+from iapt_export.building.probes import make_probes
 from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.probes import Probes
 from tests.tiny import tiny_tokenizer
 from trainers.decoder.instruction import format_instruction
 
@@ -98,15 +100,86 @@ def test_special_tokens_are_left_out_of_answers(folder: Path) -> None:
         "{{ messages | tojson }}{{ messages | tojson(ensure_ascii=true, indent=2) }}",
         "{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}{{ unk_token }}",
         "  {% set x = 1 %}\n  {% if add_generation_prompt %}\n    é<b>\n  {% endif %}\n",
+        "{% for m in messages %}\n  {% generation %}\n<{{ m.content }}>\n  {% endgeneration %}\n{% endfor %}",
+        "{{ sep_token }}|{{ cls_token }}|{{ mask_token }}|{{ image_token }}|{{ absent_token }}",
+        "{{ dict(a=1) | tojson(separators=(',', ':')) }}{{ strftime_now('%Y') }}",
         "{% set x = namespace(n=0) %}{% for c in messages[0].content %}{% set x.n = x.n + 1 %}{% endfor %}{{ x.n }}",
     ],
-    ids=["loop controls", "tools", "tojson", "special tokens", "white space", "namespace"],
+    ids=[
+        "loop controls",
+        "tools",
+        "tojson",
+        "special tokens",
+        "white space",
+        "generation",
+        "all special tokens",
+        "functions",
+        "namespace",
+    ],
 )
 def test_templates_are_rendered_as_transformers_renders_them(damaged: Path, template: str) -> None:
     (damaged / "chat_template.jinja").write_text(template, encoding="utf-8")
+    extra = {"sep_token": "<s>", "cls_token": "<c>", "mask_token": "<m>", "image_token": "<i>"}
+    AutoTokenizer.from_pretrained(damaged, **extra).save_pretrained(damaged)
     tokenizer = AutoTokenizer.from_pretrained(damaged)
     for text in ("plain words", 'quotes " and <tags> & ünï'):
         assert TextCodec(damaged).encode(text, "chat") == trainers_ids(tokenizer, text, "chat")
+
+
+def test_probes_hold_a_bundles_text_to_what_it_was(damaged: Path) -> None:
+    probes = make_probes(AutoTokenizer.from_pretrained(damaged))
+    probes.save(damaged)
+    assert Probes.load(damaged) == probes
+    TextCodec(damaged)
+    template = damaged / "chat_template.jinja"
+    source = template.read_text(encoding="utf-8")
+    template.write_text(source.replace("You help.", "You hinder."), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"reads the bundle's text in another way .* 'You hinder|You hinder\."):
+        TextCodec(damaged)
+    template.write_text(source, encoding="utf-8")
+    path = damaged / "tokenizer.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**fields, "normalizer": {"type": "Lowercase"}}), encoding="utf-8")
+    with pytest.raises(BundleError, match="the ids of 'The film is a quiet joy"):
+        TextCodec(damaged)
+    path.write_text(json.dumps({**fields, "decoder": {"type": "Fuse"}}), encoding="utf-8")
+    with pytest.raises(BundleError, match="the text of the ids"):
+        TextCodec(damaged)
+
+
+def test_probes_record_what_a_template_refuses(damaged: Path) -> None:
+    (damaged / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ strftime_now('%d') }}hello"
+    )
+    probes = make_probes(AutoTokenizer.from_pretrained(damaged))
+    refused = [chat.messages[0]["role"] == "system" for chat in probes.chats]
+    assert [chat.text is None for chat in probes.chats] == refused
+    assert any(refused)
+    assert {chat.text for chat in probes.chats} == {None, "05 Jan 2026hello"}
+    probes.save(damaged)
+    TextCodec(damaged)
+    (damaged / "chat_template.jinja").write_text("{{ strftime_now('%d') }}hello")
+    with pytest.raises(BundleError, match="should be None and is '05 Jan 2026hello'"):
+        TextCodec(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"schema_version": 9}, "schema_version is 9, this version of iapt-export reads 1; upgrade"),
+        ({"texts": 3}, "probes.texts is 3, expected list"),
+        ({"texts": [{"text": "a"}]}, r"probes.texts\[0\].ids is missing"),
+    ],
+)
+def test_damaged_probes(damaged: Path, change: dict[str, Any], text: str) -> None:
+    make_probes(AutoTokenizer.from_pretrained(damaged)).save(damaged)
+    path = damaged / "probes.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(BundleError, match=text):
+        TextCodec(damaged)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(BundleError, match="cannot be read"):
+        TextCodec(damaged)
 
 
 def test_a_template_in_the_tokenizers_settings_serves_too(damaged: Path) -> None:

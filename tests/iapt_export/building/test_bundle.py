@@ -21,7 +21,7 @@ from iapt_export.building.stage_cache import content_key
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest, Parity
 from iapt_export.graphs.interface import ModelShape, graph_specs, weight_specs
-from tests.bundles import METHOD, TENANTS, TinyBuild
+from tests.bundles import METHOD, TENANTS, TinyBuild, tiny_adapter
 from tests.graphs import installed
 from tests.test_structure import PACKAGES, ROOT, imported_modules
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -54,6 +54,20 @@ def backbone(eos: Any, pad: int | None, tokenizer_pad: int | None, generation_eo
 def test_end_and_padding_tokens(fields: tuple[Any, ...], eos: list[int], pad: int) -> None:
     spec = layout.backbone_spec(backbone(*fields))
     assert (spec.eos_token_ids, spec.pad_token_id) == (eos, pad)
+
+
+def test_every_end_token_that_somebody_means_ends_an_answer() -> None:
+    """The settings' of generation, the tokenizer's, and what training put behind answers; none out of the table."""
+    made = backbone(2, 5, 400)
+    made.tokenizer.eos_token_id = 3
+    adapters = [tiny_adapter(0, eos_token_id=token) for token in (4, 2, None, 320, -1)]
+    spec = layout.backbone_spec(made, adapters)
+    assert (spec.eos_token_ids, spec.pad_token_id) == ([2, 3, 4], 5)
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(320, 5), (-1, 5), (319, 319)])
+def test_a_padding_token_out_of_the_table_is_not_taken(pad: int, expected: int) -> None:
+    assert layout.backbone_spec(backbone(2, 5, pad)).pad_token_id == expected
 
 
 def test_a_backbones_sizes() -> None:

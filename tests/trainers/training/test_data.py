@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from iapt_export.contract.errors import IaptError
 from tests.tiny import tiny_tokenizer
-from trainers.decoder.instruction import format_instruction, resolve_prompt_format
+from trainers.decoder.instruction import format_instruction, padding_id, resolve_prompt_format
 from trainers.training.data import (
     IGNORED,
     Example,
@@ -22,11 +23,31 @@ from trainers.training.data import (
     pad_instructions,
     read_examples,
     sample,
+    shared_system_prompt,
     split_holdout,
 )
 
 CHAT = tiny_tokenizer()
 PLAIN = tiny_tokenizer(chat=False)
+
+
+def test_a_system_prompt_that_all_examples_share() -> None:
+    def example(*system: str) -> Example:
+        return Example(
+            (*({"role": "system", "content": text} for text in system), {"role": "user", "content": "u"}), "a"
+        )
+
+    assert shared_system_prompt([example("s"), example("s")]) == "s"
+    assert shared_system_prompt([example(), example()]) == ""
+    assert shared_system_prompt([example("s"), example()]) is None
+    assert shared_system_prompt([example("s"), example("t")]) is None
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(320, 1), (-1, 1), (None, 1), (7, 7)])
+def test_any_token_of_the_table_pads(pad: int | None, expected: int) -> None:
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=1)
+    assert padding_id(tokenizer, 320) == expected
+    assert padding_id(SimpleNamespace(), 320) == 0
 
 
 def jsonl(path: Path, *records: Any) -> Path:

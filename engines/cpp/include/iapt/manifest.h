@@ -59,6 +59,8 @@ struct TenantSpec {
   std::optional<std::string> method;  // none where it is merged into the backbone's weights
   std::optional<std::string> path;
   std::string prompt_format;  // chat or plain
+  // what all of its training examples began with; empty for none, nothing where they differ or did not say
+  std::optional<std::string> system_prompt;
 };
 
 struct TargetSpec {
