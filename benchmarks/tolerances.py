@@ -25,6 +25,7 @@ import torch
 from engines.serving.loading import cache_kinds
 from engines.serving.session import Session
 from engines.serving.text import TextCodec
+from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.interface import COEFFICIENTS
 from iapt_export.graphs.quantise import QUANTISED
@@ -37,7 +38,7 @@ from validation.sides.cases import prompts_from_bundle
 from validation.sides.recording import leaf_modules, record_row
 from validation.sides.reference import Reference, numpy
 from validation.sides.rounding import unrounded_session, with_rounded_weights
-from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with, step_graphs
+from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with
 from validation.sides.taps import TappedGraph, TappedRunner
 from validation.sides.truth import padded, record_truth
 from validation.validate import environment
@@ -156,7 +157,9 @@ def from_torch(other: Reference, row: Row) -> Iterator[Arrays]:
 def from_session(session: Session, reference: Reference, row: Row) -> Iterator[Arrays]:
     """What ONNX Runtime's graphs compute under the same names, the row beside a longer one of the same tenant."""
     bundle, manifest, target, in_place = session.bundle, session.manifest, session.target, is_in_place(session)
-    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place)}
+    graphs = {
+        name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(target.graphs, in_place=in_place)
+    }
     runners: Any = {
         name: TappedRunner(
             bundle / target.graphs[name].path,
@@ -169,7 +172,7 @@ def from_session(session: Session, reference: Reference, row: Row) -> Iterator[A
     longer = Row(row.tenant, (*row.tokens, *row.tokens[-7:]), row.forced)
     with session_with(bundle, manifest, target, {**session.stepper.runners, **runners}, in_place) as tapped:
         for step in run_steps(tapped, [row, longer], len(row.forced) + 1):
-            seen = {**runners[graph_of(step.number, in_place)].seen, **step.present()}
+            seen = {**runners[graph_of(graphs, step.number, in_place)].seen, **step.present()}
             arrays = {name: own_entries(array[0], step, 0) for name, array in seen.items()}
             yield arrays | {"logits": step.logits[0]}
 

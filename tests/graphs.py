@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from iapt_export.building.layout import with_files
-from iapt_export.contract.manifest import ENGINE_SERVING, BundleManifest, GraphSpec
+from iapt_export.building.layout import engine_graphs, with_files
+from iapt_export.contract.manifest import BundleManifest, GraphSpec
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.installed import Installed, installed_from_manifest
-from iapt_export.graphs.interface import ModelShape, graph_specs
+from iapt_export.graphs.interface import ModelShape
+from iapt_export.graphs.table import graph_specs
 from tests.bundles import METHOD, SIZES, random_method
 from trainers.decoder.generate import prefill
 from trainers.decoder.method import Method, Sizes, rows_of
@@ -62,7 +63,7 @@ def with_engine_graphs(source: Path, copy: Path, model: Any) -> Path:
     manifest = BundleManifest.load(copy)
     methods, capacity = installed_from_manifest(manifest, model), manifest.ranges.past.max
     specs = specs_for(model, methods, capacity=capacity)
-    names = tuple(name for name in specs if name in ("encoder", *ENGINE_SERVING))
+    names = tuple(name for name in specs if name in engine_graphs(specs))
     folder = copy / "graphs"
     folder.mkdir()
     export_graphs(model, methods, folder, dtype="fp32", opset=23, names=names, serving=Serving(capacity=capacity))

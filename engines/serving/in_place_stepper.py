@@ -13,6 +13,7 @@ from engines.runner import NUMPY_TYPES, Arrays, Runner
 from engines.serving.cache import Cache
 from engines.serving.stepper import Instruction, RowCache, Stepper
 from engines.serving.tenants import TenantBank
+from iapt_export.contract.graphs import ENCODER, step_graphs
 from iapt_export.contract.manifest import READS_INSTRUCTION, BundleManifest, TargetSpec
 
 
@@ -38,7 +39,7 @@ class InPlaceStepper(Stepper):
         if self._is_active:
             return
         try:
-            for name in ("encoder", *serving_graphs(self.target)):
+            for name in (ENCODER, *step_graphs(self.target.graphs, in_place=True)):
                 if name in self.runners:
                     self.runners[name].activate()
             self.cache.reserve(self.max_rows, self.capacity)
@@ -112,8 +113,3 @@ class InPlaceStepper(Stepper):
         if spec is None:
             return {}
         return {spec.name: np.zeros((rows, *map(int, spec.shape[1:])), NUMPY_TYPES[spec.dtype])}
-
-
-def serving_graphs(target: TargetSpec) -> tuple[str, str]:
-    """The graphs that read instructions and that go on from them, of a target that has them; they may be one."""
-    return ("serve", "serve") if "serve" in target.graphs else ("serve_prefill", "serve_decode")

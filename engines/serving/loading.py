@@ -7,10 +7,11 @@ from typing import Any
 
 from engines.runner import Runner
 from engines.serving.cache import Cache, HostCache
-from engines.serving.in_place_stepper import InPlaceStepper, serving_graphs
+from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.stepper import ConcatenatedStepper, Stepper
 from engines.serving.tenants import TenantBank
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 
@@ -35,9 +36,7 @@ def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> di
 
 def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
     """Whether a target's cache can be written in place (True), concatenated (False), or both, the better one first."""
-    kinds = [("serve", True)] if device == "cpu" else []
-    kinds += [("serve_prefill", True), ("prefill", False)]
-    return [in_place for graph, in_place in kinds if graph in target.graphs]
+    return [kind for kind in (True, False) if step_graphs(target.graphs, in_place=kind, device=device)]
 
 
 def open_stepper(
@@ -72,7 +71,7 @@ def stepper_over(
     bank = TenantBank(bundle, manifest, target)
     if not in_place:
         return ConcatenatedStepper(manifest, target, bank, runners)
-    serving: list[Any] = [runners[name] for name in serving_graphs(target)]
+    serving: list[Any] = [runners[name] for name in step_graphs(target.graphs, in_place=True)]
     cache: Cache
     if target.name == "onnxruntime":
         cache = HostCache(*serving)

@@ -17,10 +17,9 @@ import numpy as np
 
 from engines.runner import Activated, Arrays, Runner
 from engines.serving.tenants import Tenant, TenantBank, cast
+from iapt_export.contract.graphs import ENCODER, KINDS, step_graphs
 from iapt_export.contract.manifest import SENT_PROMPTS, BundleManifest, TargetSpec, TensorSpec
 
-READING = ("serve", "serve_prefill", "prefill")
-"""The graphs that read instructions; a target has one at least."""
 RowCache = list[tuple[np.ndarray, np.ndarray]]
 """One row's keys and values by layer, ``[H, entries, K]``, prompts first, padding left out."""
 
@@ -108,7 +107,7 @@ class Stepper(Activated):
             chosen = [rows[n] for n in missing]
             feeds = {**left_padded([row.tokens for row in chosen], self.manifest.backbone.pad_token_id)}
             feeds |= {**self.bank.indices([row.tenant for row in chosen]), **self.bank.stacks}
-            prompts[missing] = infer(self.runners["encoder"], feeds)[SENT_PROMPTS]
+            prompts[missing] = infer(self.runners[ENCODER], feeds)[SENT_PROMPTS]
         for n, row in enumerate(rows):
             if row.prompts is not None:
                 prompts[n] = row.prompts
@@ -117,7 +116,7 @@ class Stepper(Activated):
     @property
     def sent_prompts(self) -> TensorSpec | None:
         """The input that takes prompts computed beforehand, if a method has one."""
-        graph = next(self.target.graphs[name] for name in READING if name in self.target.graphs)
+        graph = next(spec for name, spec in self.target.graphs.items() if KINDS[name].reads)
         return next((tensor for tensor in graph.inputs if tensor.name.endswith(f".{SENT_PROMPTS}")), None)
 
 
@@ -134,7 +133,7 @@ class ConcatenatedStepper(Stepper):
 
     def activate(self) -> None:
         """Load the graphs."""
-        for name in ("encoder", "prefill", "decode"):
+        for name in (ENCODER, *step_graphs(self.target.graphs, in_place=False)):
             if name in self.runners:
                 self.runners[name].activate()
 

@@ -33,9 +33,11 @@ from iapt_export.building.plan import (
 )
 from iapt_export.building.stage_cache import check_output, content_key, default_cache
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.graphs import KINDS
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
-from iapt_export.graphs.interface import ModelShape, graph_specs
+from iapt_export.graphs.interface import ModelShape
+from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
 
@@ -181,7 +183,7 @@ def _graph_jobs(targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]
         names = tuple(dict.fromkeys(name for graphs in chosen for name in graphs))
         capacity = next(filter(None, (_capacity(target, ranges) for target in own)), None)
         # one position more than a step finds, for the entry that it adds
-        positions = ranges.past.max + 1 if "serve" in names else None
+        positions = ranges.past.max + 1 if any(KINDS[name].needs_onnxruntime for name in names) else None
         jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].weight_bits)))
     return jobs
 

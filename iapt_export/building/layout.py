@@ -18,8 +18,8 @@ from iapt_export.building.plan import TenantPlan
 from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import STAGE_FILE, place
 from iapt_export.contract.errors import BundleError
+from iapt_export.contract.graphs import ENCODER, step_graphs
 from iapt_export.contract.manifest import (
-    ENGINE_SERVING,
     MANIFEST_FILE,
     BackboneSpec,
     BundleManifest,
@@ -203,13 +203,14 @@ def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpe
 
 def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
     """The graphs that TensorRT engines are built from: over a cache in place, where the opset has what that needs."""
-    stepping = ENGINE_SERVING if set(ENGINE_SERVING) <= specs.keys() else ("prefill", "decode")
-    return tuple(name for name in specs if name in ("encoder", *stepping))
+    steps = step_graphs(specs, in_place=True, device="cuda") or step_graphs(specs, in_place=False)
+    return tuple(name for name in specs if name in (ENCODER, *steps))
 
 
 def served_graphs(specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
     """The graphs that ONNX Runtime serves from; the others are for engines, other readers and comparison."""
-    return {name: spec for name, spec in specs.items() if name in ("serve", "encoder")}
+    steps = step_graphs(specs, in_place=True)
+    return {name: spec for name, spec in specs.items() if name in (ENCODER, *steps)}
 
 
 def new_manifest(

@@ -21,15 +21,6 @@ from iapt_export.contract.schema import read_fields
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
-ENGINE_SERVING = ("serve_prefill", "serve_decode")
-SERVING = ("serve", *ENGINE_SERVING)
-"""Graphs over a cache that is written in place: ONNX Runtime's for both kinds of step, TensorRT's for one each."""
-GRAPHS = ("encoder", "prefill", "decode", *SERVING, "generator")
-"""The graphs that a bundle may have.
-
-``prefill`` and ``decode`` are for any runtime: each step returns a longer cache. ``encoder`` makes LoPA's prompts,
-``generator`` is IAPT's generators alone, for comparison.
-"""
 READS_INSTRUCTION = "reads_instruction"
 """Input of ``serve``, a boolean: whether this step reads instructions or goes on from them."""
 TENANT_INDEX = "tenant_index"
@@ -160,7 +151,7 @@ class TargetSpec:
     dtype: str
     opset: int
     graphs: dict[str, GraphSpec]
-    """Name (see `GRAPHS`) to interface and file."""
+    """Name (see `iapt_export.contract.graphs.KINDS`) to interface and file."""
     runtime_version: str
     """Version of the runtime that built or checked the files."""
     compute_capability: str | None = None

@@ -83,6 +83,11 @@ def in_decode(installed: list[Installed]) -> list[Installed]:
     return [item for item in installed if item.method.in_decode]
 
 
+def generators(installed: list[Installed]) -> list[Installed]:
+    """The methods that generate prompts at every layer, which is what ``generator.onnx`` holds."""
+    return [item for item in installed if item.method.generates]
+
+
 def deploy(adapter: Adapter, backbone: Any, *, fold_embeddings: bool = False) -> Method:
     """The module that is shipped for an adapter; see `trainers.decoder.method.Method.deployed`.
 

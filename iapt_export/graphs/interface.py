@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, GraphSpec, TensorSpec
+from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, TensorSpec
 from iapt_export.graphs.in_place import needs_flag
-from iapt_export.graphs.installed import Installed, in_decode
+from iapt_export.graphs.installed import Installed, generators, in_decode
 from trainers.decoder.insertion import kv_sizes
 
 COEFFICIENTS = ("numerator", "denominator")
@@ -62,102 +62,126 @@ def weight_specs(item: Installed, dtype: str) -> list[TensorSpec]:
     ]
 
 
-def graph_specs(
-    installed: list[Installed], shape: ModelShape, dtype: str, capacity: int | None = None
-) -> dict[str, GraphSpec]:
-    """Interface of the bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
+Tensors = tuple[list[TensorSpec], list[TensorSpec]]
+"""A graph's inputs and outputs."""
 
-    Args:
-        installed: the bundle's methods.
-        shape: the backbone's sizes.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
-        capacity: cache entries of a row in the graphs for TensorRT, which wants a fixed number; None leaves them out.
 
-    Returns:
-        ``prefill``, ``decode`` and ``serve``, ``serve_prefill`` and ``serve_decode`` if asked for, ``encoder`` where a
-        method computes its prompts beforehand, ``generator`` where a method generates prompts at every layer.
-    """
-    tokens = [TensorSpec(name, "int64", ["batch", "sequence"]) for name in ("input_ids", "attention_mask")]
-    logits = TensorSpec("logits", dtype, ["batch", 1, shape.vocab_size])
-    mixed = len(installed) > 1
+@dataclass(frozen=True)
+class Sizing:
+    """What the interfaces of a bundle's graphs are made of."""
 
-    def cache(prefix: str, length: str | int) -> list[TensorSpec]:
-        return _cache_tensors(prefix, length, shape, dtype)
+    installed: list[Installed]
+    shape: ModelShape
+    dtype: str
+    capacity: int | None = None
+    """Cache entries of a row in graphs that want a fixed number."""
 
-    def taken(items: list[Installed]) -> list[TensorSpec]:
-        return [spec for item in items for spec in _method_inputs(item, shape, dtype, mixed)]
+    def hidden(self, name: str, *sizes: int | str) -> TensorSpec:
+        """A tensor ``[batch, ..., D]`` in the graph's type."""
+        return TensorSpec(name, self.dtype, ["batch", *sizes, self.shape.hidden_size])
 
-    decode_inputs = [
-        TensorSpec("input_ids", "int64", ["batch", 1]),
-        TensorSpec("attention_mask", "int64", ["batch", "total"]),
-        TensorSpec("position_ids", "int64", ["batch", 1]),
-        *cache("past_key_values", "past"),
-        *taken(in_decode(installed)),
+    def stepped(self, present: str | int) -> list[TensorSpec]:
+        """What every step returns: logits, and a cache of ``present`` entries."""
+        return [TensorSpec("logits", self.dtype, ["batch", 1, self.shape.vocab_size]), *self.cache("present", present)]
+
+    def cache(self, prefix: str, length: str | int) -> list[TensorSpec]:
+        """Keys and values of every layer, ``length`` entries."""
+        sizes: list[int | str] = ["batch", self.shape.num_kv_heads, length, self.shape.head_dim]
+        return [
+            TensorSpec(f"{prefix}.{layer}.{part}", self.dtype, list(sizes))
+            for layer in range(self.shape.num_layers)
+            for part in ("key", "value")
+        ]
+
+    def taken(self, items: list[Installed]) -> list[TensorSpec]:
+        """What a step takes for methods that act in it."""
+        return [spec for item in items for spec in self._method(item)]
+
+    def stacked(self, item: Installed) -> list[TensorSpec]:
+        """A method's index, and its tenants' weights."""
+        # a size of its own for each method, because each has its own number of tenants
+        stack = f"tenants_{item.name}"
+        weights = weight_specs(item, self.dtype)
+        return [_index(item), *(TensorSpec(f"{item.name}.{w.name}", w.dtype, [stack, *w.shape]) for w in weights)]
+
+    def _method(self, item: Installed) -> list[TensorSpec]:
+        if item.encoder is None:
+            return self.stacked(item)
+        sent = self.hidden(f"{item.name}.{SENT_PROMPTS}", item.method.num_slots)
+        return [_index(item), sent] if len(self.installed) > 1 else [sent]
+
+
+def _whole(*sizes: int | str, names: tuple[str, ...], dtype: str = "int64") -> list[TensorSpec]:
+    return [TensorSpec(name, dtype, list(sizes)) for name in names]
+
+
+def _instruction() -> list[TensorSpec]:
+    return _whole("batch", "sequence", names=("input_ids", "attention_mask"))
+
+
+def prefill(of: Sizing) -> Tensors:
+    """Instruction in, a cache of prompts and instruction out."""
+    return [*_instruction(), *of.taken(of.installed)], of.stepped("present")
+
+
+def decode(of: Sizing) -> Tensors:
+    """A token a row, and a cache that comes back longer by one."""
+    inputs = [
+        *_whole("batch", 1, names=("input_ids",)),
+        *_whole("batch", "total", names=("attention_mask",)),
+        *_whole("batch", 1, names=("position_ids",)),
     ]
-    flag = [TensorSpec(READS_INSTRUCTION, "bool", [])] if needs_flag([item.method for item in installed]) else []
-    serve_inputs = [
-        TensorSpec("input_ids", "int64", ["batch", "sequence"]),
-        TensorSpec("position_ids", "int64", ["batch", "sequence"]),
-        TensorSpec("seqlens_k", "int32", ["batch"]),
-        TensorSpec("total_sequence_length", "int32", []),
-        *cache("past_key_values", "capacity"),
-        *flag,
-        *taken(installed),
+    return [*inputs, *of.cache("past_key_values", "past"), *of.taken(in_decode(of.installed))], of.stepped("total")
+
+
+def serve(of: Sizing) -> Tensors:
+    """Both kinds of step over buffers of any capacity."""
+    inputs = [
+        *_whole("batch", "sequence", names=("input_ids", "position_ids")),
+        *_whole("batch", names=("seqlens_k",), dtype="int32"),
+        *_whole(names=("total_sequence_length",), dtype="int32"),
+        *of.cache("past_key_values", "capacity"),
     ]
-    specs = {
-        "prefill": GraphSpec("prefill.onnx", [*tokens, *taken(installed)], [logits, *cache("present", "present")]),
-        "decode": GraphSpec("decode.onnx", decode_inputs, [logits, *cache("present", "total")]),
-        "serve": GraphSpec("serve.onnx", serve_inputs, [logits, *cache("present", "capacity")]),
-    }
-    if capacity is not None:
-        for name, length, methods in (("prefill", "places", installed), ("decode", 1, in_decode(installed))):
-            inputs = [
-                TensorSpec("input_ids", "int64", ["batch", length]),
-                TensorSpec("position_ids", "int64", ["batch", length]),
-                TensorSpec("seqlens_k", "int32", ["batch"]),
-                *cache("past_key_values", capacity),
-                *taken(methods),
-            ]
-            specs[f"serve_{name}"] = GraphSpec(f"serve_{name}.onnx", inputs, [logits, *cache("present", capacity)])
-    for item in installed:
+    if needs_flag([item.method for item in of.installed]):
+        inputs += _whole(names=(READS_INSTRUCTION,), dtype="bool")
+    return [*inputs, *of.taken(of.installed)], of.stepped("capacity")
+
+
+def serve_prefill(of: Sizing) -> Tensors | None:
+    """Instruction in, over buffers of a fixed capacity."""
+    return _one_step(of, "places", of.installed)
+
+
+def serve_decode(of: Sizing) -> Tensors | None:
+    """A token a row, over the same buffers."""
+    return _one_step(of, 1, in_decode(of.installed))
+
+
+def _one_step(of: Sizing, length: str | int, acting: list[Installed]) -> Tensors | None:
+    if of.capacity is None:
+        return None
+    inputs = [
+        *_whole("batch", length, names=("input_ids", "position_ids")),
+        *_whole("batch", names=("seqlens_k",), dtype="int32"),
+    ]
+    return [*inputs, *of.cache("past_key_values", of.capacity), *of.taken(acting)], of.stepped(of.capacity)
+
+
+def encoder(of: Sizing) -> Tensors | None:
+    """Instruction in, the prompts of a method that computes them beforehand out."""
+    for item in of.installed:
         if item.encoder:
-            made = TensorSpec(SENT_PROMPTS, dtype, ["batch", item.method.num_slots, shape.hidden_size])
-            specs["encoder"] = GraphSpec("encoder.onnx", [*tokens, *_stacked_inputs(item, dtype)], [made])
-    if generated := generators(installed):
-        hidden = TensorSpec("hidden_states", dtype, ["batch", shape.num_layers, "sequence", shape.hidden_size])
-        length = max(item.method.num_slots for item in generated)
-        made = TensorSpec("prompts", dtype, ["batch", shape.num_layers, length, shape.hidden_size])
-        specs["generator"] = GraphSpec("generator.onnx", [hidden, tokens[1], *taken(generated)], [made])
-    return specs
+            return [*_instruction(), *of.stacked(item)], [of.hidden(SENT_PROMPTS, item.method.num_slots)]
+    return None
 
 
-def generators(installed: list[Installed]) -> list[Installed]:
-    """The methods that generate prompts at every layer, which is what ``generator.onnx`` holds."""
-    return [item for item in installed if item.method.generates]
-
-
-def _cache_tensors(prefix: str, length: str | int, shape: ModelShape, dtype: str) -> list[TensorSpec]:
-    sizes: list[int | str] = ["batch", shape.num_kv_heads, length, shape.head_dim]
-    return [
-        TensorSpec(f"{prefix}.{layer}.{part}", dtype, list(sizes))
-        for layer in range(shape.num_layers)
-        for part in ("key", "value")
-    ]
-
-
-def _method_inputs(item: Installed, shape: ModelShape, dtype: str, mixed: bool) -> list[TensorSpec]:
-    """What prefill (and decode, where the method acts there) takes for a method."""
-    if item.encoder is None:
-        return _stacked_inputs(item, dtype)
-    sent = TensorSpec(f"{item.name}.{SENT_PROMPTS}", dtype, ["batch", item.method.num_slots, shape.hidden_size])
-    return [_index(item), sent] if mixed else [sent]
-
-
-def _stacked_inputs(item: Installed, dtype: str) -> list[TensorSpec]:
-    # a size of its own for each method, because each has its own number of tenants
-    stack = f"tenants_{item.name}"
-    weights = weight_specs(item, dtype)
-    return [_index(item), *(TensorSpec(f"{item.name}.{w.name}", w.dtype, [stack, *w.shape]) for w in weights)]
+def generator(of: Sizing) -> Tensors | None:
+    """Every layer's hidden states in, every layer's prompts out."""
+    if not (generated := generators(of.installed)):
+        return None
+    layers, length = of.shape.num_layers, max(item.method.num_slots for item in generated)
+    inputs = [of.hidden("hidden_states", layers, "sequence"), _instruction()[1], *of.taken(generated)]
+    return inputs, [of.hidden("prompts", layers, length)]
 
 
 def _index(item: Installed) -> TensorSpec:

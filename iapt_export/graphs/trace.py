@@ -16,13 +16,14 @@ from torch.export import Dim
 from transformers.masking_utils import sdpa_mask
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import SERVING, GraphSpec, TensorSpec
+from iapt_export.contract.graphs import KINDS
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.attention import attending_with, grouped_attention
 from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
-from iapt_export.graphs.twins import TWINS
+from iapt_export.graphs.table import TABLE
 
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
@@ -40,7 +41,7 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     """Trace one graph of a bundle.
 
     Args:
-        name: one of `iapt_export.contract.manifest.GRAPHS`.
+        name: one of `iapt_export.contract.graphs.KINDS`.
         backbone: the transformers model, in the graph's dtype.
         installed: the bundle's methods.
         spec: the graph's interface; inputs become graph inputs in its order.
@@ -52,11 +53,11 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     Raises:
         IaptError: the backbone's code cannot be traced.
     """
-    twin = TWINS[name](backbone, installed, spec)
+    twin = TABLE[name].twin(backbone, installed, spec)
     num_plain = twin.num_plain
     examples = [_example(tensor) for tensor in spec.inputs]
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
-    attention = in_place_attention if name in SERVING else exportable
+    attention = in_place_attention if KINDS[name].in_place else exportable
     with attention(backbone), _quiet(), torch.no_grad():
         try:
             program = torch.export.export(

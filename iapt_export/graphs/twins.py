@@ -17,8 +17,7 @@ from transformers import DynamicCache
 
 from iapt_export.contract.manifest import READS_INSTRUCTION, GraphSpec
 from iapt_export.graphs.in_place import Step, serve
-from iapt_export.graphs.installed import Installed, in_decode, rows_from_inputs
-from iapt_export.graphs.interface import generators
+from iapt_export.graphs.installed import Installed, generators, in_decode, rows_from_inputs
 from trainers.decoder.insertion import continue_from, last_token, read_instruction
 
 
@@ -142,17 +141,6 @@ class GeneratorTwin(Twin):
         empty = hidden_states.new_zeros(batch, rows.num_slots, width)
         prompts = [rows.slots(layer, empty, hidden_states[:, layer], attention_mask) for layer in range(layers)]
         return (torch.stack(prompts, dim=1),)
-
-
-TWINS: dict[str, type[Twin]] = {
-    "encoder": EncoderTwin,
-    "prefill": PrefillTwin,
-    "decode": DecodeTwin,
-    "serve": ServeTwin,
-    "serve_prefill": ServePrefillTwin,
-    "serve_decode": ServeDecodeTwin,
-    "generator": GeneratorTwin,
-}
 
 
 def flatten(cache: DynamicCache) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from engines.serving.session import Session
 from engines.serving.text import TextCodec
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.graphs import GENERATOR, step_graphs
 from iapt_export.contract.manifest import BundleManifest
 from trainers.methods.forms import FORMS
 from validation.judging.generators import compare_generator
@@ -179,8 +180,8 @@ def compare_target(
 
 def result_name(session: Session) -> str:
     """The target, and which of its graphs where it has two ways to run."""
-    name = session.target.name
-    return name if is_in_place(session) or "serve" not in session.target.graphs else f"{name}, portable graphs"
+    name, has_both = session.target.name, step_graphs(session.target.graphs, in_place=True)
+    return f"{name}, portable graphs" if has_both and not is_in_place(session) else name
 
 
 def _prompt_batches(manifest: BundleManifest, truths: list[Truth]) -> list[tuple[str, list[Truth]]]:
@@ -196,7 +197,7 @@ def _compare_generators(
     session: Session, reference: Reference, truths: list[Truth], errors: Errors, on_step: OnStep
 ) -> None:
     """One prompt of each tenant that has generators, in batches."""
-    if "generator" not in session.target.graphs or is_in_place(session):
+    if GENERATOR not in session.target.graphs or is_in_place(session):
         return
     on_step(f"{session.target.name}: generators")
     manifest = session.manifest

@@ -9,6 +9,7 @@ import torch
 
 from engines.runner import Arrays
 from engines.serving.session import Session
+from iapt_export.contract.graphs import GENERATOR
 from trainers.decoder.insertion import layers_path
 from trainers.decoder.method import Method
 from validation.judging.metrics import cosine, max_abs, relative
@@ -49,7 +50,7 @@ def compare_generator(session: Session, reference: Reference, rows: list[Truth],
     feeds: Arrays = {**bank.stacks, **bank.indices([bank.get(row.prompt.tenant) for row in rows])}
     dtype = next(array.dtype for name, array in feeds.items() if name.endswith(".down_weight"))
     feeds |= {"hidden_states": hidden.astype(dtype), "attention_mask": mask}
-    with session.stepper.runners["generator"] as runner:
+    with session.stepper.runners[GENERATOR] as runner:
         made = runner.infer({t.name: feeds[t.name] for t in runner.spec.inputs})["prompts"].astype(np.float32)
     expected: np.ndarray = np.zeros_like(made)
     for index, array in enumerate(wanted):  # shorter prompts stand at the end, before the instruction
@@ -79,7 +80,7 @@ def _bisection(reference: Reference, case: str, run: _Run, dtype: str) -> Bisect
             source, evidence = _source(reference, run, row, layer, limit.limit)
             finding = Finding(
                 step=0,
-                graph="generator",
+                graph=GENERATOR,
                 tensor=f"{prefix}.{layer}.prompt",
                 layer=layer,
                 part="prompt slots",

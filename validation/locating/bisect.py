@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from engines.serving.session import Session
+from iapt_export.contract.graphs import step_graphs
 from trainers.decoder.insertion import layers_path
 from trainers.decoder.method import rows_of
 from validation.judging.metrics import worst_vector
@@ -23,7 +24,7 @@ from validation.locating.scene import Arrays, Scene, Suspect, own_entries
 from validation.locating.sources import source_of
 from validation.sides.recording import leaf_modules, record_row
 from validation.sides.reference import Reference, numpy
-from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with, step_graphs
+from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with
 from validation.sides.taps import Tap, TappedGraph, TappedRunner, layer_of
 
 OnStep = Callable[[str], None]
@@ -54,7 +55,9 @@ def bisect_target(
     """
     bundle, target, in_place = session.bundle, session.target, is_in_place(session)
     leaves = leaf_modules(reference.model)
-    graphs = {name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(in_place)}
+    graphs = {
+        name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(target.graphs, in_place=in_place)
+    }
     known = set(leaves)
     if not any(graph.module(place) in known for graph in graphs.values() for place in range(len(graph.nodes))):
         return Bisection(case, note="the graphs' nodes do not name their modules; build the bundle again to bisect it")
@@ -75,7 +78,7 @@ def bisect_target(
             on_step(f"{target.name}: bisecting {case}, step {step.number}")
             wanted = [next(recording)[1] for recording in recordings]
             scene.step = step
-            seen = {**runners[graph_of(step.number, in_place)].seen, **step.present()}
+            seen = {**runners[graph_of(graphs, step.number, in_place)].seen, **step.present()}
             suspects, errors = _compare_step(scene, seen, wanted, before)
             if suspects and (suspects[0].is_beyond or (is_wrong and jump is None)):
                 origin = _origin(scene, suspects) if is_wrong else suspects[0]
@@ -104,7 +107,7 @@ def _compare_step(
     errors: list[tuple[str, int | None, float]] = []
     prefix = layers_path(scene.reference.model)
     done: set[str] = set()
-    for tap in [*inputs, *scene.taps[graph_of(number, scene.in_place)]]:
+    for tap in [*inputs, *scene.taps[graph_of(scene.graphs, number, scene.in_place)]]:
         if tap.value in done or any(tap.name not in row for row in wanted):
             continue
         made = [own_entries(seen[tap.name][row], scene.step, row) for row in range(len(scene.rows))]
@@ -165,7 +168,7 @@ def _part(scene: Scene, name: str, row: int, where: tuple[int, ...], shape: tupl
 
 
 def _finding(scene: Scene, suspect: Suspect, seen: Arrays) -> Finding:
-    graph_name = graph_of(suspect.step, scene.in_place)
+    graph_name = graph_of(scene.graphs, suspect.step, scene.in_place)
     graph = scene.graphs[graph_name]
     known = {tap.value for tap in scene.taps[graph_name] if tap.place < suspect.tap.place}
     places = graph.operators_between(suspect.tap, known)

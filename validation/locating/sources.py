@@ -41,7 +41,7 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
     Returns:
         A word (``weight``, ``mask``, ...) and a sentence of evidence.
     """
-    graph = scene.graphs[graph_of(suspect.step, scene.in_place)]
+    graph = scene.graphs[graph_of(scene.graphs, suspect.step, scene.in_place)]
     if suspect.tap.place < 0 or suspect.part == "older entries":
         return "cache", _cache_evidence(scene, suspect)
     if found := _low_precision(scene, suspect, graph, places):

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from engines.runner import Arrays, Runner, check_feeds
 from iapt_export.building.layout import weights_sha256
 from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.graphs import ENCODER, KINDS
 from iapt_export.contract.manifest import BundleManifest, GraphSpec
 from iapt_export.contract.settings import config_from_dict
 from iapt_export.graphs.installed import in_decode, installed_from_manifest, rows_from_inputs
@@ -111,9 +112,9 @@ class TorchRunner(Runner):
             raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
         check_feeds(self.spec, feeds)
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        if self.name == "encoder":
+        if self.name == ENCODER:
             return {"prompts": self._encode(tensors).numpy()}
-        logits, cache = self._prefill(tensors) if self.name == "prefill" else self._decode(tensors)
+        logits, cache = self._prefill(tensors) if KINDS[self.name].reads else self._decode(tensors)
         outputs = {"logits": logits[:, None].numpy()}
         for index, layer in enumerate(cache.layers):
             outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.loading import open_runners, stepper_over
 from engines.serving.session import Session
 from engines.serving.stepper import ConcatenatedStepper, Instruction, RowCache, Stepper
+from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 
@@ -98,14 +99,10 @@ def is_in_place(session: Session) -> bool:
     return isinstance(session.stepper, InPlaceStepper)
 
 
-def step_graphs(in_place: bool) -> tuple[str, ...]:
-    """The graphs that a session steps through."""
-    return ("serve",) if in_place else ("prefill", "decode")
-
-
-def graph_of(step: int, in_place: bool) -> str:
-    """The graph that computes a step."""
-    return "serve" if in_place else "decode" if step else "prefill"
+def graph_of(graphs: Container[str], step: int, in_place: bool) -> str:
+    """Which of these graphs computes a step."""
+    reading, continuing = step_graphs(graphs, in_place=in_place)
+    return continuing if step else reading
 
 
 def session_with(

@@ -21,7 +21,7 @@ from engines.serving.stepper import Instruction, Stepper
 from engines.tensorrt import runner as tensorrt_runner
 from engines.tensorrt.engine_info import EngineInfo, profile_from_spec
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import ENGINE_SERVING, BundleManifest, Range
+from iapt_export.contract.manifest import BundleManifest, Range
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter
 from tests.engines.fake_gpu import FakeCuda, OnnxContext, fake_tensorrt
 from tests.graphs import with_engine_graphs
@@ -105,7 +105,10 @@ def test_rows_join_and_leave_without_a_trace(bundle: Path) -> None:
 
 
 def test_they_are_standard_and_skip_what_a_step_does_not_need(bundle: Path) -> None:
-    graphs = {name: onnx.load(bundle / f"graphs/{name}.onnx", load_external_data=False) for name in ENGINE_SERVING}
+    graphs = {
+        name: onnx.load(bundle / f"graphs/{name}.onnx", load_external_data=False)
+        for name in ("serve_prefill", "serve_decode")
+    }
     for graph in graphs.values():
         assert {node.domain for node in graph.graph.node} <= {"", "ai.iapt"}
         assert [(entry.domain, entry.version) for entry in graph.opset_import if not entry.domain] == [("", 24)]

@@ -20,7 +20,8 @@ from iapt_export.building import layout as layout
 from iapt_export.building.stage_cache import content_key
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest, Parity
-from iapt_export.graphs.interface import ModelShape, graph_specs, weight_specs
+from iapt_export.graphs.interface import ModelShape, weight_specs
+from iapt_export.graphs.table import graph_specs
 from tests.bundles import METHOD, TENANTS, TinyBuild, tiny_adapter
 from tests.graphs import installed
 from tests.test_structure import PACKAGES, ROOT, imported_modules

@@ -13,10 +13,11 @@ import torch
 
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.installed import Installed
-from iapt_export.graphs.interface import ModelShape, graph_specs
+from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.ops.serving_ops import register_schemas
 from iapt_export.graphs.passes.flatten_heads import FlattenHeadsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
+from iapt_export.graphs.table import graph_specs
 from tests.bundles import SIZES, random_method
 from tests.graphs import Arrays, run_onnx, worst
 from tests.iapt_export.graphs.test_passes import operators, parse

@@ -1,0 +1,60 @@
+"""The graphs that a bundle may have, a row each: what a reader asks, so that it compares no names.
+
+Standard library only. How each is made stands in `iapt_export.graphs.table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GraphKind:
+    """What a graph is for."""
+
+    reads: bool = False
+    """It reads instructions."""
+    continues: bool = False
+    """It goes on from them, a token a row."""
+    in_place: bool = False
+    """Its cache is written in place; else each step returns a longer one."""
+    needs_onnxruntime: bool = False
+    """It has operators of ONNX Runtime's own, which are used on the CPU."""
+
+
+ENCODER = "encoder"
+"""Makes the prompts of a method that computes them beforehand."""
+GENERATOR = "generator"
+"""The generators of methods that make prompts at every layer, alone, for comparison."""
+KINDS: dict[str, GraphKind] = {
+    ENCODER: GraphKind(),
+    "prefill": GraphKind(reads=True),
+    "decode": GraphKind(continues=True),
+    "serve": GraphKind(reads=True, continues=True, in_place=True, needs_onnxruntime=True),
+    "serve_prefill": GraphKind(reads=True, in_place=True),
+    "serve_decode": GraphKind(continues=True, in_place=True),
+    GENERATOR: GraphKind(),
+}
+"""Name in a manifest and of the file to what it is for; of graphs for one purpose, the better first."""
+
+
+def step_graphs(names: Container[str], *, in_place: bool, device: str = "cpu") -> tuple[str, ...]:
+    """The graphs that read instructions and that go on from them over one kind of cache.
+
+    Args:
+        names: the graphs that there are.
+        in_place: which kind, see `GraphKind`.
+        device: ``cpu`` or ``cuda``, where they shall run.
+
+    Returns:
+        Two names, which may be equal; none where ``names`` has no such two.
+    """
+    there = {
+        name: kind
+        for name, kind in KINDS.items()
+        if name in names and kind.in_place == in_place and (device == "cpu" or not kind.needs_onnxruntime)
+    }
+    reading = [name for name, kind in there.items() if kind.reads]
+    continuing = [name for name, kind in there.items() if kind.continues]
+    return (reading[0], continuing[0]) if reading and continuing else ()

@@ -1,0 +1,84 @@
+"""Every graph of a bundle in one row: its twin, its interface, its opset and its own passes.
+
+`iapt_export.contract.graphs` says what each is for, to those who run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from iapt_export.contract.graphs import ENCODER, GENERATOR
+from iapt_export.contract.manifest import GraphSpec
+from iapt_export.graphs import interface, twins
+from iapt_export.graphs.installed import Installed
+from iapt_export.graphs.passes import serve_passes
+from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What graphs over a cache in place need to know besides."""
+
+    num_positions: int | None = None
+    """Most cache entries of a row in ``serve.onnx``, which holds its rotary table for as many; None leaves the rotary
+    embedding as it was traced, for any number."""
+    capacity: int | None = None
+    """Cache entries of a row in ``serve_prefill`` and ``serve_decode``; None leaves these graphs out."""
+    weight_bits: int | None = None
+    """4 or 8 to store the backbone's weights in as many; for graphs of fp32. None leaves them in the graphs' type."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """How a graph is made."""
+
+    twin: type[twins.Twin]
+    interface: Callable[[interface.Sizing], interface.Tensors | None]
+    """Its inputs and outputs; None where a bundle has no such graph."""
+    opset: int | None = None
+    """Version of the standard operators, where it is not the build's."""
+    passes: Callable[[Serving], list[ir.passes.PassBase]] = lambda _: []
+    """Passes of this graph alone."""
+
+
+def _serve_passes(serving: Serving) -> list[ir.passes.PassBase]:
+    # int4 keeps the matrices of keys and values in more bits than those of queries
+    return serve_passes(serving.num_positions, packed=serving.weight_bits != 4)
+
+
+def _scatter(_: Serving) -> list[ir.passes.PassBase]:
+    return [UseTensorScatterPass()]
+
+
+TABLE: dict[str, Graph] = {
+    "prefill": Graph(twins.PrefillTwin, interface.prefill),
+    "decode": Graph(twins.DecodeTwin, interface.decode),
+    "serve": Graph(twins.ServeTwin, interface.serve, passes=_serve_passes),
+    "serve_prefill": Graph(twins.ServePrefillTwin, interface.serve_prefill, SCATTER_OPSET, _scatter),
+    "serve_decode": Graph(twins.ServeDecodeTwin, interface.serve_decode, SCATTER_OPSET, _scatter),
+    ENCODER: Graph(twins.EncoderTwin, interface.encoder),
+    GENERATOR: Graph(twins.GeneratorTwin, interface.generator),
+}
+
+
+def graph_specs(
+    installed: list[Installed], shape: interface.ModelShape, dtype: str, capacity: int | None = None
+) -> dict[str, GraphSpec]:
+    """Interfaces of a bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
+
+    Args:
+        installed: the bundle's methods.
+        shape: the backbone's sizes.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        capacity: cache entries of a row in the graphs for TensorRT, which wants a fixed number; None leaves them out.
+
+    Returns:
+        ``prefill``, ``decode`` and ``serve``, ``serve_prefill`` and ``serve_decode`` if asked for, ``encoder`` where a
+        method computes its prompts beforehand, ``generator`` where a method generates prompts at every layer.
+    """
+    sizing = interface.Sizing(installed, shape, dtype, capacity)
+    tensors = {name: graph.interface(sizing) for name, graph in TABLE.items()}
+    return {name: GraphSpec(f"{name}.onnx", *both) for name, both in tensors.items() if both}
