@@ -55,6 +55,7 @@ def execute(run: Run, model: str, splits: Mapping[str, Path], say: Say) -> dict[
     A training that breaks down, as a too large learning rate makes it, is an outcome too.
     """
     from iapt_export.contract.errors import IaptError
+    from trainers.training.config import TrainRequest
     from trainers.training.data import find_labels, read_examples
     from trainers.training.train import evaluate_adapter, train
 
@@ -67,7 +68,7 @@ def execute(run: Run, model: str, splits: Mapping[str, Path], say: Say) -> dict[
     config = dataclasses.replace(config, eval_file=str(splits[run.split]))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            result = train(model, splits["train"], Path(scratch) / "adapter", run.config, config, say=say)
+            result = train(TrainRequest(model, splits["train"], Path(scratch) / "adapter", run.config, config), say=say)
         except IaptError as error:
             if "loss" not in str(error):  # anything but a training that diverged is ours to fix, not to record
                 raise

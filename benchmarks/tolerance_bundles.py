@@ -12,9 +12,8 @@ import dataclasses
 from pathlib import Path
 
 from iapt_export import BuildRequest, build
+from trainers import TrainConfig, TrainRequest, train
 from trainers.methods.configs import config_of
-from trainers.training.config import TrainConfig
-from trainers.training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = TrainConfig(
@@ -49,7 +48,8 @@ def main() -> None:
     for name, (data, rate) in MIXED.items():
         if not (adapters / name).exists():
             config = dataclasses.replace(RUN, learning_rate=rate)
-            train(args.model, args.data / f"{data}.train.jsonl", adapters / name, config_of(name)(), config)
+            examples = args.data / f"{data}.train.jsonl"
+            train(TrainRequest(args.model, examples, adapters / name, config_of(name)(), config))
     folders = {
         "shipped": sorted((ROOT / "examples" / "adapters").iterdir()),
         "mixed": [adapters / name for name in MIXED],

@@ -22,8 +22,7 @@ from prepare_data import prepare  # noqa: E402
 
 from iapt_export.contract.errors import IaptError  # noqa: E402
 from trainers.adapters.adapter import EXAMPLES_FILE  # noqa: E402
-from trainers.methods.configs import IAPTConfig  # noqa: E402
-from trainers.training.config import TrainConfig  # noqa: E402
+from trainers.training.config import TrainConfig, TrainRequest  # noqa: E402
 from trainers.training.train import evaluate_adapter, train  # noqa: E402
 
 BACKBONE = ".cache/smollm2-135m-instruct"
@@ -72,14 +71,8 @@ def run(task: str, model: str, output: Path) -> None:
     """Train one adapter."""
     training, held_out = prepare(task)
     config = replace(TASKS[task], eval_file=_shown(held_out))
-    train(
-        model,
-        _shown(training),
-        _shown(output / task),
-        IAPTConfig(),
-        config=config,
-        command=f"python examples/train_adapters.py {task}",
-    )
+    request = TrainRequest(model, _shown(training), _shown(output / task), config=config)
+    train(request, command=f"python examples/train_adapters.py {task}")
     shutil.copyfile(ROOT / "examples" / "prompts" / f"{task}.jsonl", output / task / EXAMPLES_FILE)
 
 

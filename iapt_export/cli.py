@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train an adapter."""
     from trainers.methods.configs import DEFAULT_METHOD, config_of
-    from trainers.training.config import TrainConfig, configs_from_fields, read_train_file
+    from trainers.training.config import TrainConfig, TrainRequest, configs_from_fields, read_train_file
     from trainers.training.train import train as run
 
     settings = read_train_file(args.config) if args.config else {}
@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
         raise IaptError(f"{', '.join(missing)} is missing; give it as a flag or in the --config file")
     method, config = configs_from_fields(chosen, settings, args.config or "the command line")
     say = (lambda line: None) if args.quiet else None
-    result = run(required["model"], required["data"], required["output"], method, config, say=say)
+    result = run(TrainRequest(**required, method=method, config=config), say=say)
     if args.json:
         _print_json(
             {

@@ -16,7 +16,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import field_help, summary_of
 from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
 from trainers.methods.configs import METHOD_CONFIGS, LoRAConfig, flag_name
-from trainers.training.config import TrainConfig
+from trainers.training.config import TrainConfig, TrainRequest
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
 COMMANDS = {
@@ -241,8 +241,8 @@ def test_the_method_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.Monke
     """The file's method decides which flags there are, unless a flag names another."""
     asked: list[Any] = []
 
-    def train(*arguments: Any, **_: Any) -> Any:
-        asked.append(arguments[3])
+    def train(request: TrainRequest, **_: Any) -> Any:
+        asked.append(request.method)
         raise IaptError("enough seen")
 
     monkeypatch.setattr("trainers.training.train.train", train)

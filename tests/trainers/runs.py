@@ -10,7 +10,7 @@ import pytest
 
 from trainers.adapters.adapter import WEIGHTS_FILE
 from trainers.methods.configs import IAPTConfig
-from trainers.training.config import TrainConfig
+from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.loop import AdapterTrainer
 from trainers.training.train import TrainResult, train
 
@@ -25,7 +25,7 @@ def quiet(_line: str) -> None:
 
 
 def run(backbone: str, data: Path, output: Path, method: Any = METHOD, **fields: Any) -> TrainResult:
-    return train(backbone, data, output, method, dataclasses.replace(RUN, **fields), say=quiet)
+    return train(TrainRequest(backbone, data, output, method, dataclasses.replace(RUN, **fields)), say=quiet)
 
 
 def weights(folder: Path) -> bytes:

@@ -7,13 +7,14 @@ The string below a field is its help text on the command line.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import NAMES_TYPE, choice_problems, raise_problems
 from trainers.decoder.instruction import PromptFormat
+from trainers.methods.configs import IAPTConfig
 
 Precision = Literal["fp32", "bf16"]
 Scheduler = Literal["linear", "cosine", "constant"]
@@ -111,6 +112,22 @@ class TrainConfig:
         if not problems and self.max_steps == 0 and self.num_epochs == 0:
             problems.append("max_steps and num_epochs are both 0, so there is nothing to train; set one of them")
         raise_problems("training configuration", problems)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """An adapter that is wanted: of which backbone, data and method, and how it is trained."""
+
+    model: str
+    """Hugging Face id, local folder, or GGUF file."""
+    data: str | Path
+    """One example a line: instruction/input/output, prompt/completion, or messages."""
+    output: str | Path
+    """Adapter directory to write."""
+    method: Any = field(default_factory=IAPTConfig)
+    """The method's settings, one of `trainers.methods.configs`."""
+    config: TrainConfig = field(default_factory=TrainConfig)
+    """The run's settings."""
 
 
 _AT_LEAST_ONE = (

@@ -16,16 +16,16 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from iapt_export.contract.errors import IaptError
-from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
+from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter, AdapterConfig
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
-from trainers.methods.configs import IAPTConfig, method_name
+from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import CARD_FILE, CURVE_FILE, REPORT_FILE, Run, write_card
-from trainers.training.config import TrainConfig
+from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.data import (
     Example,
     collate,
@@ -60,6 +60,11 @@ class TrainResult:
     seconds: float
     """Wall-clock time of the fit."""
 
+    @property
+    def adapter(self) -> Adapter:
+        """The trained adapter, read from its directory."""
+        return load_adapter(self.output)
+
 
 @dataclass
 class Setup:
@@ -77,37 +82,27 @@ class Setup:
 
 
 def train(
-    model_name: str,
-    data: str | Path,
-    output: str | Path,
-    method: Any = None,
-    config: TrainConfig | None = None,
-    *,
-    say: Callable[[str], None] | None = None,
-    command: str | None = None,
+    request: TrainRequest, *, say: Callable[[str], None] | None = None, command: str | None = None
 ) -> TrainResult:
-    """Train an adapter and write its directory, model card included.
+    """Train an adapter and write its directory, model card included; the package has it as ``trainers.train``.
 
     While it runs, only ``OUTPUT.training`` exists; ``OUTPUT`` appears, or is replaced, when all is done.
 
     Args:
-        model_name: the backbone: Hugging Face id, local folder, or GGUF file.
-        data: JSONL file, see `trainers.training.data`.
-        output: the adapter directory to write.
-        method: the method's fields, one of `trainers.methods.configs`; IAPT with its defaults if None.
-        config: the run's fields; the defaults if None.
+        request: what is wanted.
         say: takes progress lines; prints to stderr if None.
         command: what to name in the card as the command of this run; put together from the settings if None.
 
     Returns:
-        Scores, loss history and times.
+        The adapter with its scores, loss history and times.
 
     Raises:
         IaptError: bad data, an output that is not ours, an earlier run's checkpoints without ``resume``, a
             backbone that cannot be loaded, or a loss that is no number.
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    method, config, output = method or IAPTConfig(), config or TrainConfig(), Path(output)
+    model_name, data, output = request.model, request.data, Path(request.output)
+    method, config = request.method, request.config
     if config.learning_rate == 0:
         config = replace(config, learning_rate=METHODS[method_name(method)].learning_rate)
     work = _check_output(output, config)

@@ -18,6 +18,7 @@ from trainers.adapters.directory import load_adapter
 from trainers.decoder.method import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
+from trainers.training.config import TrainRequest
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 from trainers.training.loop import AdapterTrainer, EpochSampler, PromptTuned
 from trainers.training.train import evaluate_adapter, train
@@ -39,7 +40,7 @@ def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
 def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     config = dataclasses.replace(RUN, base_model_name="org/model", data_note="From nowhere.", baseline=True)
-    result = train(backbone, data, tmp_path / "a", METHOD, config, say=lines.append)
+    result = train(TrainRequest(backbone, data, tmp_path / "a", METHOD, config), say=lines.append)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -24,6 +24,7 @@ from trainers.methods.configs import (
 )
 from trainers.methods.forms import METHODS
 from trainers.methods.iapt import IAPT
+from trainers.training.config import TrainRequest
 from trainers.training.evaluate import ClassificationReport
 from trainers.training.loop import AdapterTrainer, PromptTuned
 from trainers.training.train import evaluate_adapter, train
@@ -137,7 +138,7 @@ def test_learning_rates_and_decay_per_parameter(
     fields: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.1, "warmup_steps": 0, "max_steps": 1}
     lines: list[str] = []
     config = dataclasses.replace(RUN, **fields)
-    train(backbone, data, tmp_path / "a", LAMPConfig(), config, say=lines.append)
+    train(TrainRequest(backbone, data, tmp_path / "a", LAMPConfig(), config), say=lines.append)
     assert made[-1] == {"left": (0.005, 0.1), "singular": (0.1, 0.0), "right": (0.01, 0.1)}
     assert any("learning rate 1.0e-02" in line for line in lines), "the rate that is reported is the plain one"
     run(backbone, data, tmp_path / "b", **fields)
