@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from iapt_export.building.build_request import BuildRequest
 from iapt_export.flags import parser
 from trainers.decoder.method import Sizes
 from trainers.methods.configs import config_of
@@ -99,13 +100,24 @@ def test_extras_exist():
 
 
 def test_python_example_runs(tiny_build, capsys):
-    (example,) = code_blocks("python")
+    example, _ = code_blocks("python")
     for shown, tiny in (("bundle", str(tiny_build.bundle)), ("reviews", "alpha"), ("news", "beta")):
         assert f'"{shown}"' in example
         example = example.replace(f'"{shown}"', repr(tiny))
     exec(compile(example, "README.md", "exec"), {})
     rows = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()}
     assert rows == {"0", "1"}
+
+
+def test_python_example_of_training_and_building_asks_for_what_it_shows(monkeypatch):
+    _, example = code_blocks("python")
+    asked = []
+    monkeypatch.setattr("trainers.train", asked.append, raising=False)
+    monkeypatch.setattr("iapt_export.build", asked.append, raising=False)
+    exec(compile(example, "README.md", "exec"), {})
+    training, building = asked
+    assert building == BuildRequest(model=training.model, adapters=[training.output], output="bundle")
+    assert training.config.num_epochs == 1 and training.data == "reviews.jsonl"
 
 
 def test_the_methods_table_counts_the_parameters_of_smollm2():
