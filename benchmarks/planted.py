@@ -1,30 +1,32 @@
 """Plant faults in a quantised bundle and see which checks catch them: ``python benchmarks/planted.py --help``.
 
-Two comparisons may find them: with activations rounded, whose limits are wide, and without. tests/validation/faults.py
-has more faults, on tiny bundles.
+Two comparisons may find them: with activations rounded, whose limits are wide, and without. The faults are some of
+those that the tests plant in tiny bundles.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
+import pytest
 
-from engines.serving.cache import HostCache
-from engines.serving.in_place_stepper import InPlaceStepper
-from engines.serving.tenants import TenantBank
-from iapt_export.contract.manifest import BundleManifest
-from trainers.decoder.backbone import load_backbone
-from validation.judging.compare import Settings
-from validation.judging.result import TargetResult
-from validation.reporting.summary import summary
-from validation.validate import validate_bundle
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engines.serving.tenants import TenantBank  # noqa: E402
+from iapt_export.contract.manifest import BundleManifest  # noqa: E402
+from tests.validation.faults import instruction_flag_lost, place_off_by_one, stepping  # noqa: E402
+from trainers.decoder.backbone import load_backbone  # noqa: E402
+from validation.judging.compare import Settings  # noqa: E402
+from validation.judging.result import TargetResult  # noqa: E402
+from validation.reporting.summary import summary  # noqa: E402
+from validation.validate import validate_bundle  # noqa: E402
 
 
 def main() -> None:
@@ -32,13 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle of IAPT tenants with the target onnxruntime:int8 or :int4")
     parser.add_argument("--model", help="where the bundle's backbone is now")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tolerances"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "tolerances")
     args = parser.parse_args()
     manifest = BundleManifest.load(args.bundle)
     backbone = load_backbone(args.model or manifest.backbone.name_or_path)
     found = {}
-    for name, fault in FAULTS.items():
-        with fault():
+    for name, plant in FAULTS.items():
+        with pytest.MonkeyPatch.context() as patches:
+            plant(args.bundle, patches)
             report = validate_bundle(args.bundle, manifest, backbone, Settings())
         print(name, summary(report), sep="\n", flush=True)
         found[name] = {target.name: outcome(target) for target in report.targets}
@@ -58,72 +61,34 @@ def outcome(target: TargetResult) -> dict[str, Any]:
     }
 
 
-def other_tenant() -> AbstractContextManager[Any]:
-    """Every row is given the next tenant's weights."""
-    honest = TenantBank.indices
-
-    def indices(self: TenantBank, tenants: Any) -> dict[str, np.ndarray]:
-        return {name: (index + 1) % len(self.tenants) for name, index in honest(self, tenants).items()}
-
-    return patch.object(TenantBank, "indices", indices)
-
-
-def one_row_of_another_tenant() -> AbstractContextManager[Any]:
-    """The first row of each batch alone is."""
+def other_tenant(rows: slice) -> Callable[[Path, pytest.MonkeyPatch], None]:
+    """These rows of a batch have the next tenant's weights."""
     honest = TenantBank.indices
 
     def indices(self: TenantBank, tenants: Any) -> dict[str, np.ndarray]:
         made = honest(self, tenants)
         for index in made.values():
-            index[0] = (index[0] + 1) % len(self.tenants)
+            index[rows] = (index[rows] + 1) % len(self.tenants)
         return made
 
-    return patch.object(TenantBank, "indices", indices)
+    return lambda _, patches: patches.setattr(TenantBank, "indices", indices)
 
 
-def no_prompts() -> AbstractContextManager[Any]:
-    """Instructions are read as if they were generated tokens."""
-    return stepping(lambda arguments, reads: {**arguments, "reads": False})
-
-
-def next_position() -> AbstractContextManager[Any]:
-    """Decode steps turn queries and keys by the next position; they are written where they belong."""
-    return stepping(lambda arguments, reads: {**arguments, "places": arguments["places"] + (not reads)})
-
-
-def stepping(change: Callable[[dict[str, Any], bool], dict[str, Any]]) -> AbstractContextManager[Any]:
-    """Change what a step is given."""
-    honest = InPlaceStepper._run
-
-    def run(self: InPlaceStepper, first: int, ids: Any, places: Any, **rest: Any) -> np.ndarray:
-        return honest(self, **change({"first": first, "ids": ids, "places": places, **rest}, rest["reads"]))
-
-    return patch.object(InPlaceStepper, "_run", run)
-
-
-@contextmanager
-def stale_entry() -> Iterator[None]:
+def stale_values(stepper: Any, step: int) -> None:
     """One layer's newest values are those of the entry before, at every step."""
-    honest = InPlaceStepper.step
-
-    def step(self: InPlaceStepper, tokens: Any) -> np.ndarray:
-        assert isinstance(self.cache, HostCache)
-        values = list(self.cache.buffers.values())[len(self.cache.buffers) // 2 | 1]
-        for row, length in enumerate(self.lengths):
-            values[row, :, length - 1] = values[row, :, length - 2]
-        return honest(self, tokens)
-
-    with patch.object(InPlaceStepper, "step", step):
-        yield
+    buffers = list(stepper.cache.buffers.values())
+    for row, length in enumerate(stepper.lengths):
+        values = buffers[len(buffers) // 2 | 1]
+        values[row, :, length - 1] = values[row, :, length - 2]
 
 
-FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "none": nullcontext,
-    "every row has another tenant's weights": other_tenant,
-    "one row of a batch has": one_row_of_another_tenant,
-    "instructions are read without prompts": no_prompts,
-    "generated tokens are turned by the next position": next_position,
-    "one layer's newest values are stale": stale_entry,
+FAULTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
+    "none": lambda _, patches: None,
+    "every row has another tenant's weights": other_tenant(slice(None)),
+    "one row of a batch has": other_tenant(slice(1)),
+    "instructions are read without prompts": instruction_flag_lost,
+    "generated tokens are turned by the next position": place_off_by_one,
+    "one layer's newest values are stale": stepping(stale_values),
 }
 
 

@@ -1,106 +1,48 @@
-"""The raw records of `benchmarks/quality.py`, one JSON file per finished run, and the data splits they rest on."""
+"""The data splits of `benchmarks/quality.py`, and what its records say: scores and chosen learning rates."""
 
 from __future__ import annotations
 
-import datetime
-import functools
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_plan import MAX_CHARACTERS, Budget, Run, Variant, rates, runs_of, variants
 
-SCHEMA_VERSION = 1
 SPLIT_SEED = 20
 SYSTEM_MESSAGE = "Answer briefly."
-Record = dict[str, Any]
-"""``key``, ``settings``, ``report`` or ``error``, ``seconds``, ``machine``, ``versions``, ``finished``."""
+Records = Mapping[str, Mapping[str, Any]]
+"""A run's key to its record: `Run.summary`, ``accuracy`` or ``loss`` (nats per token) or ``error``, and more."""
 
 
-def record_path(folder: Path, run: Run) -> Path:
-    """Where a run's record lies; the name tells people what it is, the key at its end tells the program."""
-    words = [run.task, run.settings["method"] or "plain", f"seed{run.seed}", run.key]
-    return folder / (".".join(words).lower() + ".json")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def make_record(run: Run, outcome: Mapping[str, Any]) -> Record:
-    """A finished run's record; ``outcome`` has ``report`` or ``error``, and ``seconds``."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "key": run.key,
-        "settings": run.settings,
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **outcome,
-    }
-
-
-def read_records(folder: Path) -> dict[str, Record]:
-    """Key to record, of all records in ``folder``."""
-    found = {}
-    for path in sorted(folder.glob("*.*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("schema_version") == SCHEMA_VERSION:
-            found[record["key"]] = record
-    return found
-
-
-@functools.cache
-def machine() -> str:
-    """The device that trains, in a few words."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
-def score(record: Record | None) -> float | None:
+def score(record: Mapping[str, Any] | None) -> float | None:
     """Accuracy of a classification record, loss per token of a generation record; None if missing or failed."""
-    if record is None or "report" not in record:
-        return None
-    report = record["report"]
-    return float(report["accuracy"] if "accuracy" in report else report["loss"])
+    return None if record is None else record.get("accuracy", record.get("loss"))
 
 
-def rate_scores(variant: Variant, budget: Budget, records: Mapping[str, Record]) -> dict[float, float | None]:
+def rate_scores(variant: Variant, budget: Budget, records: Records) -> dict[float, float | None]:
     """Learning rate to validation accuracy, of a variant; None where the run is missing or failed."""
     runs = [run for run in runs_of("rates", budget, {}) if run.label == variant.label]
     return {run.learning_rate: score(records.get(run.key)) for run in runs}
 
 
-def chosen_rates(budget: Budget, records: Mapping[str, Record]) -> dict[str, float]:
+def chosen_rates(budget: Budget, records: Records) -> dict[str, float]:
     """Label of a variant to the rate with the best validation accuracy, once all its rates were tried.
 
     Among equals the one nearest to the middle wins, and of two equally near the smaller; the smallest where all
     diverged.
     """
+    missing = {run.label for run in runs_of("rates", budget, {}) if run.key not in records}
     chosen = {}
     for variant in variants(budget):
-        tried = rate_scores(variant, budget, records)
-        runs = [run for run in runs_of("rates", budget, {}) if run.label == variant.label]
         order = rates(variant, budget)
-        good = {rate: value for rate, value in tried.items() if value is not None}
-        if all(run.key in records for run in runs):
-            best = max(good.values(), default=0.0)
-            equals = [rate for rate, value in good.items() if value == best] or [order[0]]
+        good = {rate: value for rate, value in rate_scores(variant, budget, records).items() if value is not None}
+        if variant.label not in missing:
+            equals = [rate for rate, value in good.items() if value == max(good.values())] or [order[0]]
             chosen[variant.label] = min(equals, key=lambda rate: (abs(order.index(rate) - len(order) // 2), rate))
     return chosen
 
@@ -119,20 +61,15 @@ def make_splits(training: Path, held_out: Path, folder: Path, budget: Budget) ->
         random.Random(SPLIT_SEED).shuffle(lines)
     # A small task keeps most of its rows for training.
     validation = min(budget.validation_rows, len(rows[training]) // 4)
-    rest = rows[training][validation:]
     parts = {
         "validation": rows[training][:validation],
-        "train": rest[: budget.train_rows or None],
+        "train": rows[training][validation:][: budget.train_rows or None],
         "test": rows[held_out][: budget.test_rows or None],
     }
-    task = training.name.split(".")[0]
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
+    paths = {name: folder / f"{training.name.split('.')[0]}.{name}.jsonl" for name in parts}
     for name, lines in parts.items():
-        paths[name] = folder / f"{task}.{name}.jsonl"
-        temporary = paths[name].with_suffix(".tmp")
-        temporary.write_text("".join(f"{as_messages(line)}\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, paths[name])
+        paths[name].write_text("".join(f"{as_messages(line)}\n" for line in lines), encoding="utf-8")
     return paths
 
 
@@ -160,6 +97,13 @@ class Cell:
     """Test examples behind each score."""
     num_failed: int = 0
     """Seeds whose training diverged."""
+
+    @classmethod
+    def of(cls, runs: Iterable[Run], records: Records, is_loss: bool) -> Cell:
+        """The scores of the runs that are done."""
+        found = [records[run.key] for run in runs if run.key in records]
+        scores = tuple(value for record in found if (value := score(record)) is not None)
+        return cls(scores, is_loss, max((r.get("count", 0) for r in found), default=0), len(found) - len(scores))
 
     @property
     def mean(self) -> float:

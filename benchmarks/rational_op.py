@@ -14,47 +14,73 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+import onnxruntime
+from onnx import helper
 
 from engines.native import KERNEL, add_kernels
 from engines.serving.tenants import TenantBank
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import BundleManifest, TensorSpec
+from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION, RATIONAL
 from iapt_export.graphs.ops.rational_op import rational_function
 from trainers.methods.rational import initial_coefficients
 
 FORMS = ("kernel", "body", "body unfused")
 ELEMENTS = (1024, 65536, 4194304)
-BATCHES = ["1x16", "1x64", "4x64"]
-"""Rows and instruction tokens of the prefills that are timed."""
 
 
 def main() -> None:
     """Time the operator and the prefill; print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle with an IAPT tenant and the target onnxruntime")
-    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--repeat", type=int, default=30, help="turns (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--batches", nargs="+", default=BATCHES, help="ROWSxTOKENS of the prefills (default: %(default)s)"
-    )
+    parser.add_argument("--batches", nargs="+", default=["1x16", "1x64", "4x64"], help="ROWSxTOKENS of the prefills")
     arguments = parser.parse_args()
+    source = np.random.default_rng(0)
+    a, b = (array.astype(np.float32) for array in initial_coefficients("gelu", 5, 4, "B"))
+    inputs = {n: {"x": source.normal(size=(n // 256, 256)).astype(np.float32), "a": a, "b": b} for n in ELEMENTS}
+    manifest = BundleManifest.load(arguments.bundle)
+    graph = str(arguments.bundle / manifest.target("onnxruntime").graphs["prefill"].path)
+    sizes = {batch: map(int, batch.split("x")) for batch in arguments.batches}
+    batches = {batch: prefill_inputs(arguments.bundle, manifest, *size) for batch, size in sizes.items()}
     found = {
         "threads": arguments.threads,
-        "operator_us": {
-            str(count): time_operator(count, arguments.repeat, arguments.threads, 1e6) for count in ELEMENTS
-        },
-        "prefill_ms": time_prefill(arguments.bundle, arguments.batches, arguments.repeat, arguments.threads),
+        "operator_ms": take_turns(operator_model(), inputs, arguments.repeat, arguments.threads),
+        "prefill_ms": take_turns(graph, batches, arguments.repeat, arguments.threads),
     }
     print(json.dumps(found, indent=2))
+
+
+def operator_model() -> bytes:
+    """The operator alone on fp32 ``[rows, 256]``, degrees (5, 4), form B."""
+    sizes: dict[str, list[Any]] = {"x": ["rows", 256], "a": [6], "b": [4], "y": ["rows", 256]}
+    values = {name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in sizes.items()}
+    output = values.pop("y")
+    node = helper.make_node(RATIONAL, list(values), ["y"], domain=DOMAIN, form="B")
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    graph = helper.make_graph([node], "rational", list(values.values()), [output])
+    body = rational_function(6, 4, "B", 23)
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=imports, functions=[body], ir_version=10)
+    return model.SerializeToString()
+
+
+def prefill_inputs(bundle: Path, manifest: BundleManifest, rows: int, length: int) -> dict[str, np.ndarray]:
+    """What prefill reads: arbitrary tokens without padding, of the first tenant."""
+    target = manifest.target("onnxruntime")
+    feeds: dict[str, np.ndarray] = dict(TenantBank(bundle, manifest, target).stacks)
+    for tensor in target.graphs["prefill"].inputs:
+        feeds.setdefault(tensor.name, np.zeros(rows, np.int64))  # indices of tenants
+    vocabulary = manifest.backbone.vocab_size
+    feeds["input_ids"] = np.random.default_rng(0).integers(10, vocabulary, (rows, length))
+    feeds["attention_mask"] = np.ones((rows, length), np.int64)
+    return {tensor.name: feeds[tensor.name] for tensor in target.graphs["prefill"].inputs}
 
 
 def open_session(source: bytes | str, form: str, threads: int) -> Any:
@@ -63,87 +89,37 @@ def open_session(source: bytes | str, form: str, threads: int) -> Any:
     Raises:
         IaptError: the kernel is not built.
     """
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     if form == "body unfused":
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    if form == "kernel":
-        used = add_kernels(options)
-        if used != KERNEL:
-            raise IaptError(f"the kernel is not used but the {used}; run 'make cpp' first")
+    if form == "kernel" and (used := add_kernels(options)) != KERNEL:
+        raise IaptError(f"the kernel is not used but the {used}; run 'make cpp' first")
     return onnxruntime.InferenceSession(source, options)
 
 
-def time_operator(count: int, repeat: int, threads: int, unit: float) -> dict[str, Any]:
-    """The operator alone on ``count`` values of fp32, degrees (5, 4), form B."""
-    a, b = (array.astype(np.float32) for array in initial_coefficients("gelu", 5, 4, "B"))
-    node = helper.make_node(RATIONAL, ["x", "a", "b"], ["y"], domain=DOMAIN, form="B")
-    sizes: dict[str, list[Any]] = {"x": ["rows", 256], "a": [6], "b": [4]}
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes["x"])
-    imports = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    body = rational_function(6, 4, "B", 23)
-    graph = helper.make_graph([node], "rational", inputs, [output])
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=imports, functions=[body], ir_version=10)
-    sessions = {form: open_session(model.SerializeToString(), form, threads) for form in FORMS}
-    x = np.random.default_rng(0).normal(size=(count // 256, 256)).astype(np.float32)
-    calls = {form: partial(session.run, None, {"x": x, "a": a, "b": b}) for form, session in sessions.items()}
-    return take_turns(calls, repeat, unit)
-
-
-def time_prefill(bundle: Path, batches: Sequence[str], repeat: int, threads: int) -> dict[str, dict[str, Any]]:
-    """The bundle's prefill graph, rows of its first tenant."""
-    manifest = BundleManifest.load(bundle)
-    target = manifest.target("onnxruntime")
-    graph = target.graphs["prefill"]
-    weights = TenantBank(bundle, manifest, target).stacks
-    sessions = {form: open_session(str(bundle / graph.path), form, threads) for form in FORMS}
-    found = {}
-    for batch in batches:
-        rows, length = map(int, batch.split("x"))
-        feeds = {
-            tensor.name: weights.get(tensor.name, tokens(tensor, rows, length, manifest.backbone.vocab_size))
-            for tensor in graph.inputs
-        }
-        calls = {form: partial(session.run, None, feeds) for form, session in sessions.items()}
-        found[batch] = take_turns(calls, repeat, 1e3)
-    return found
-
-
-def tokens(tensor: TensorSpec, rows: int, length: int, vocabulary: int) -> np.ndarray:
-    """Instructions of arbitrary tokens, without padding, of the first tenant."""
-    if tensor.name == "input_ids":
-        return np.random.default_rng(0).integers(10, vocabulary, (rows, length))
-    return np.ones((rows, length), np.int64) if tensor.name == "attention_mask" else np.zeros(rows, np.int64)
-
-
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeat: int, unit: float) -> dict[str, Any]:
-    """Time every call ``repeat`` times, in turns that each begin with another call.
-
-    Args:
-        calls: one call per form, the kernel among them.
-        repeat: number of turns.
-        unit: 1e3 for milliseconds.
+def take_turns(source: bytes | str, inputs: Mapping[Any, Any], repeat: int, threads: int) -> dict[str, dict[str, Any]]:
+    """Time a graph in each form ``repeat`` times, in turns that each begin with another form.
 
     Returns:
-        each form's median time in ``unit`` and, under ``saved_percent``, what the kernel saves against each other form:
-        the median over the turns and the bounds of its 95 % interval, by order statistics.
+        For each of the inputs every form's median time in ms and, under ``saved_percent``, what the kernel saves
+        against each other form: see `median_with_bounds`.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(repeat + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            started = time.process_time()
-            calls[name]()
-            times[name].append(time.process_time() - started)
-    timed = {name: np.array(seconds[1:]) for name, seconds in times.items()}  # the first turn warms up
-    found: dict[str, Any] = {name: round(float(np.median(seconds)) * unit, 3) for name, seconds in timed.items()}
-    found["saved_percent"] = {
-        name: median_with_bounds(100 * (1 - timed["kernel"] / timed[name])) for name in names if name != "kernel"
-    }
+    sessions = [open_session(source, form, threads) for form in FORMS]
+    found: dict[str, dict[str, Any]] = {}
+    for name, feeds in inputs.items():
+        times = np.zeros((repeat + 1, len(FORMS)))
+        for turn in range(repeat + 1):
+            for place in range(len(FORMS)):
+                form = (turn + place) % len(FORMS)
+                started = time.process_time()
+                sessions[form].run(None, feeds)
+                times[turn, form] = 1e3 * (time.process_time() - started)
+        times = times[1:]  # the first turn warms up
+        saved = {form: median_with_bounds(100 * (1 - times[:, 0] / times[:, FORMS.index(form)])) for form in FORMS[1:]}
+        medians = dict(zip(FORMS, np.round(np.median(times, axis=0), 4).tolist(), strict=True))
+        found[str(name)] = {**medians, "saved_percent": saved}
     return found
 
 

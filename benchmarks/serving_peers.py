@@ -1,11 +1,8 @@
-"""One peer in a process and an environment of its own, measured whenever it is asked.
+"""One peer in a process and an environment of its own: ``PYTHON benchmarks/serving_peers.py '{"peer": "genai", ...}'``.
 
-    PYTHON benchmarks/serving_peers.py '{"peer": "genai", "model": "DIR", "rows": 8, "tokens": 128, ...}'
-
-loads, and for each line on stdin prints one line of JSON: milliseconds of a prefill and of each decode step, and the
-peak of memory. Every peer reads the same random tokens and writes as many, greedily, and none stops early. Standard
-library and the peer's own package only, so that it runs where this project is not installed; `session` alone imports
-it.
+Loads, measures twice, and prints the second as JSON: milliseconds of a prefill and of a decode step, and memory. Every
+peer reads the same random tokens and writes as many, greedily, and none stops early. Standard library and the peer's
+own package only, so that it runs where this project is not installed; `session` alone imports it.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured."""
+    """What is measured; the fields of the JSON."""
 
     peer: str
     model: str
@@ -53,8 +51,7 @@ def session(job: Job) -> tuple[Step, Step]:
     from engines.serving.session import Session
     from engines.serving.stepper import Instruction
 
-    opened = Session.open(job.model, verify=False)
-    stepper = opened.stepper
+    stepper = Session.open(job.model, verify=False).stepper
     stepper.runners["serve"].threads = job.threads  # type: ignore[attr-defined]
     stepper.activate()
     names = list(stepper.bank.tenants)
@@ -89,8 +86,7 @@ def genai(job: Job) -> tuple[Step, Step]:
     import onnxruntime_genai as og  # type: ignore[import-not-found, unused-ignore]
 
     config = og.Config(job.model)
-    options = {"intra_op_num_threads": job.threads}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": job.threads}}}}))
     model = og.Model(config)
     length = job.tokens + job.steps + 2
     last: dict[str, Any] = {}
@@ -105,31 +101,32 @@ def genai(job: Job) -> tuple[Step, Step]:
     return prefill, lambda: last["generator"].generate_next_token()
 
 
-def _torch_steps(job: Job, model: Any, **named: Any) -> tuple[Step, Step]:
+def _torch_steps(job: Job, call: Callable[..., Any]) -> tuple[Step, Step]:
+    """Greedy steps of a model that returns ``logits`` and ``past_key_values``."""
     import torch
 
     torch.set_num_threads(job.threads)
-    ids = torch.tensor(job.prompts())
-    last: dict[str, Any] = {}
+    last: dict[str, Any] = {"cache": None, "length": 0}
 
     @torch.inference_mode()
+    def step(tokens: Any) -> None:
+        length = last["length"] + tokens.shape[1]
+        made = call(input_ids=tokens, past_key_values=last["cache"], use_cache=True, length=length)
+        last.update(cache=made.past_key_values, tokens=made.logits[:, -1:].argmax(-1), length=length)
+
     def prefill() -> None:
-        made = model(input_ids=ids, use_cache=True, logits_to_keep=1, **named)
-        last.update(cache=made.past_key_values, tokens=made.logits[:, -1:].argmax(-1))
+        last.update(cache=None, length=0)
+        step(torch.tensor(job.prompts()))
 
-    @torch.inference_mode()
-    def decode() -> None:
-        made = model(input_ids=last["tokens"], past_key_values=last["cache"], use_cache=True, **named)
-        last.update(cache=made.past_key_values, tokens=made.logits[:, -1:].argmax(-1))
-
-    return prefill, decode
+    return prefill, lambda: step(last["tokens"])
 
 
 def transformers(job: Job) -> tuple[Step, Step]:
     """transformers, eager."""
     from transformers import AutoModelForCausalLM
 
-    return _torch_steps(job, AutoModelForCausalLM.from_pretrained(job.model, dtype="float32").eval())
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype="float32").eval()
+    return _torch_steps(job, lambda length, **inputs: model(logits_to_keep=1, **inputs))
 
 
 def peft(job: Job) -> tuple[Step, Step]:
@@ -142,8 +139,9 @@ def peft(job: Job) -> tuple[Step, Step]:
     model = get_peft_model(backbone, config, adapter_name="tenant0")
     for number in range(1, job.tenants):
         model.add_adapter(f"tenant{number}", config)
+    model.eval()
     names = [f"tenant{row % max(job.tenants, 1)}" for row in range(job.rows)]
-    return _torch_steps(job, model.eval(), adapter_names=names)
+    return _torch_steps(job, lambda length, **inputs: model(logits_to_keep=1, adapter_names=names, **inputs))
 
 
 def optimum(job: Job) -> tuple[Step, Step]:
@@ -155,30 +153,25 @@ def optimum(job: Job) -> tuple[Step, Step]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     model = ORTModelForCausalLM.from_pretrained(job.model, session_options=options)
-    ids = torch.tensor(job.prompts())
-    last: dict[str, Any] = {}
 
-    def run(tokens: Any, past: Any, total: int) -> None:
-        mask = torch.ones(job.rows, total, dtype=torch.long)
-        positions = mask.cumsum(-1)[:, -tokens.shape[1] :] - 1
-        made = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
-        )
-        last.update(cache=made.past_key_values, tokens=made.logits[:, -1:].argmax(-1), total=total)
+    def call(length: int, input_ids: Any, **inputs: Any) -> Any:
+        mask = torch.ones(job.rows, length, dtype=torch.long)
+        positions = mask.cumsum(-1)[:, -input_ids.shape[1] :] - 1
+        return model(input_ids=input_ids, attention_mask=mask, position_ids=positions, **inputs)
 
-    return lambda: run(ids, None, job.tokens), lambda: run(last["tokens"], last["cache"], last["total"] + 1)
+    return _torch_steps(job, call)
 
 
 PEERS = {each.__name__: each for each in (session, base, genai, transformers, peft, optimum)}
 
 
-def measure(job: Job, prefill: Step, decode: Step) -> dict[str, Any]:
-    """Time a prefill, and the decode steps after the first."""
+def measure(job: Job, prefill: Step, decode: Step) -> dict[str, float]:
+    """Time a prefill, and the median of the decode steps after the first."""
     prefill_ms = _timed(prefill)
     decode()
-    steps = [_timed(decode) for _ in range(job.steps - 1)]
-    sizes = needed_mib(job) if job.peer == "session" else {}
-    return {"prefill_ms": prefill_ms, "decode_ms": steps, "peak_mib": peak_mib(), **sizes}
+    decode_ms = statistics.median(_timed(decode) for _ in range(job.steps - 1))
+    made = {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "peak_mib": peak_mib()}
+    return {**made, **needed_mib(job)} if job.peer == "session" else made
 
 
 def peak_mib() -> float:
@@ -188,13 +181,18 @@ def peak_mib() -> float:
 
 
 def needed_mib(job: Job) -> dict[str, float]:
-    """What a bundle cannot do without: one copy of its weights, its tenants', and the cache entries in use."""
+    """What a bundle cannot do without: the weights of its graph, its tenants', and the cache entries in use."""
+    import onnx
+
     folder = Path(job.model)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    (target,) = manifest["targets"]
-    past = [x for x in target["graphs"]["serve"]["inputs"] if x["name"].startswith("past_key_values.")]
-    entry = sum(heads * width * 4 for _, heads, _, width in (tensor["shape"] for tensor in past))
-    weights = sum(path.stat().st_size for pattern in ("*.data", "tenants/*") for path in folder.glob(pattern))
+    graph = onnx.load(folder / "serve.onnx", load_external_data=False).graph
+    stored = [
+        {entry.key: int(entry.value) for entry in x.external_data if entry.key != "location"} for x in graph.initializer
+    ]
+    weights = sum({entry["offset"]: entry["length"] for entry in stored if entry}.values())
+    weights += sum(path.stat().st_size for path in folder.glob("tenants/*"))
+    past = [x.type.tensor_type.shape.dim for x in graph.input if x.name.startswith("past_key_values.")]
+    entry = sum(shape[1].dim_value * shape[3].dim_value * 4 for shape in past)
     return {"weights_mib": weights / 2**20, "cache_mib": job.rows * (job.tokens + job.steps) * entry / 2**20}
 
 
@@ -205,16 +203,16 @@ def _timed(action: Step) -> float:
 
 
 def main() -> None:
-    """Load and answer until stdin ends."""
+    """Load, warm up, measure."""
     fields = json.loads(sys.argv[1])
     if fields["peer"] not in PEERS:
         sys.exit(f"peer {fields['peer']!r} is not known; use one of {', '.join(PEERS)}")
     job = Job(**{**fields, "modules": tuple(fields.get("modules", ()))})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    prefill, decode = PEERS[job.peer](job)
-    for _ in sys.stdin:
-        print(json.dumps(measure(job, prefill, decode)), file=answers, flush=True)
+    steps = PEERS[job.peer](job)
+    measure(job, *steps)
+    print(json.dumps(measure(job, *steps)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

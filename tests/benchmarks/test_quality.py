@@ -4,50 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import quality
+from benchmarks.pages import append_record, read_records
 from benchmarks.quality_plan import (
     ABLATED_ON,
     BUDGETS,
-    CLASSIFICATION,
-    GENERATION,
     MAX_CHARACTERS,
     METHOD_VARIANTS,
     NUM_PARAMETERS,
     PHASES,
     TASKS,
-    all_runs,
+    count_parameters,
     rates,
     runs_of,
     variants,
 )
-from benchmarks.quality_records import (
-    SYSTEM_MESSAGE,
-    Cell,
-    as_messages,
-    chosen_rates,
-    make_record,
-    make_splits,
-    read_records,
-    record_path,
-    write_json,
-)
-from benchmarks.quality_report import BY_HAND, average_ranks, comparisons, main_cells, ranks, write_report
+from benchmarks.quality_records import SYSTEM_MESSAGE, Cell, as_messages, chosen_rates, make_splits
+from benchmarks.quality_tables import average_ranks, difference_table, draw, main_cells, ranks, tables
 from trainers.methods.configs import METHOD_CONFIGS, method_name
+from trainers.training.evaluate import ClassificationReport, GenerationReport
 
 SMALL = BUDGETS["small"]
 LABELS = [variant.label for variant in METHOD_VARIANTS]
 
 
 def fake_outcome(run, accuracy=0.75, loss=2.0):
-    seconds = {"total": 60.0}
-    if run.task in GENERATION:
-        return {"report": {"count": 100, "tokens": 900, "loss": loss, "perplexity": 7.0}, "seconds": seconds}
-    return {"report": {"count": 100, "accuracy": accuracy, "majority_accuracy": 0.5}, "seconds": seconds}
+    if run.task.is_generation:
+        return {"count": 100, "loss": loss}
+    return {"count": 100, "accuracy": accuracy, "majority_accuracy": 0.5}
 
 
 def fake_records(budget=SMALL, accuracy=lambda run: 0.75, loss=lambda run: 2.0, phases=PHASES):
@@ -55,18 +43,20 @@ def fake_records(budget=SMALL, accuracy=lambda run: 0.75, loss=lambda run: 2.0, 
     records = {}
     for phase in phases:
         for run in runs_of(phase, budget, chosen_rates(budget, records)):
-            records.setdefault(run.key, make_record(run, fake_outcome(run, accuracy(run), loss(run))))
+            records.setdefault(run.key, {**run.summary, **fake_outcome(run, accuracy(run), loss(run))})
     return records
+
+
+def all_keys(budget):
+    return {run.key for phase in PHASES for run in runs_of(phase, budget, {})}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_plan_is_complete(name):
     budget = BUDGETS[name]
     assert {method_name(variant.config) for variant in variants(budget)} == set(METHOD_CONFIGS)
-    for phase, tasks in (("main", CLASSIFICATION), ("generation", GENERATION)):
-        runs = runs_of(phase, budget, {})
-        wanted = {(v.label, task, seed) for v in variants(budget) for task in tasks for seed in range(budget.seeds)}
-        assert {(run.label, run.task, run.seed) for run in runs} == wanted
+    wanted = {(v.label, task, seed) for v in variants(budget) for task in TASKS for seed in range(budget.seeds)}
+    assert {(run.label, run.task, run.seed) for run in runs_of("main", budget, {})} == wanted
     configs = [run.config for run in runs_of("ablations", budget, {}) if run.task == ABLATED_ON[0] and run.seed == 0]
     assert {config.prompt_length for config in configs} == {1, 2, 4, 8}
     assert {config.pooling for config in configs} == {"attention", "mean", "max"}
@@ -84,11 +74,10 @@ def test_keys_are_unique_within_a_phase(name):
 def test_an_ablation_shares_the_main_comparisons_run():
     own = {run.key for run in runs_of("main", SMALL, {}) if run.label == "IAPT" and run.task in ABLATED_ON}
     assert own <= {run.key for run in runs_of("ablations", SMALL, {})}
-    keys = [run.key for run in all_runs(SMALL, {})]
-    assert len(keys) == len(set(keys))
+    assert sum(len(runs_of(phase, SMALL, {})) for phase in PHASES) - len(own) == len(all_keys(SMALL))
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"seed": 9}, {"split": "validation"}, {"task": "sarcasm"}])
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"seed": 9}, {"split": "validation"}, {"task": TASKS[1]}])
 def test_every_setting_counts_in_the_key(change):
     run = runs_of("main", SMALL, {})[0]
     assert dataclasses.replace(run, **change).key != run.key
@@ -97,7 +86,7 @@ def test_every_setting_counts_in_the_key(change):
 
 def test_budgets_are_matched_where_claimed():
     for variant in variants(BUDGETS["full"]):
-        assert (abs(variant.num_parameters / NUM_PARAMETERS - 1) <= 0.1) == variant.is_matched, variant.label
+        assert (abs(count_parameters(variant.config) / NUM_PARAMETERS - 1) <= 0.1) == variant.is_matched, variant.label
 
 
 def test_every_method_tries_as_many_rates():
@@ -122,7 +111,7 @@ def test_a_diverged_rate_is_not_chosen():
     records = {}
     for run in runs_of("rates", SMALL, {}):
         last = run.learning_rate == rates(next(v for v in METHOD_VARIANTS if v.label == run.label), SMALL)[-1]
-        records[run.key] = make_record(run, fake_outcome(run) if last else {"error": "loss", "seconds": {"total": 1.0}})
+        records[run.key] = fake_outcome(run) if last else {"error": "the loss became nan"}
     chosen = chosen_rates(SMALL, records)
     assert chosen == {variant.label: rates(variant, SMALL)[-1] for variant in METHOD_VARIANTS}
 
@@ -176,7 +165,7 @@ def driver(tmp_path, monkeypatch):
             return fake_outcome(run)
 
         monkeypatch.setattr(quality, "execute", execute)
-        folders = ["--results", str(tmp_path / "results"), "--splits", str(tmp_path / "splits")]
+        folders = ["--results", str(tmp_path / "results.jsonl"), "--splits", str(tmp_path / "splits")]
         return quality.main(["run", "--budget", "smoke", *folders, *words]), done
 
     return drive
@@ -189,10 +178,11 @@ def test_a_second_run_goes_on_where_the_first_stopped(driver, tmp_path, capsys):
     code, second = driver()
     assert code == 0
     keys = [run.key for run in first + second]
-    assert len(keys) == len(set(keys)) == len(all_runs(BUDGETS["smoke"], {}))
-    assert "left" in capsys.readouterr().out
+    assert len(keys) == len(set(keys)) and set(keys) == all_keys(BUDGETS["smoke"])
     assert driver() == (0, [])
-    assert len(read_records(tmp_path / "results")) == len(keys)
+    records = read_records(tmp_path / "results.jsonl")
+    assert [record["key"] for record in records] == keys
+    assert all(record["seconds"] >= 0 and record["machine"] and record["versions"]["torch"] for record in records)
 
 
 def test_later_phases_wait_for_the_rates(driver):
@@ -225,95 +215,89 @@ def test_ranks_share_places_and_turn_round_for_loss():
     assert average_ranks(cells)["a"] == pytest.approx((1 + 1 + 1 + 3) / 4)
 
 
-def test_report_says_where_iapt_loses(tmp_path):
+def test_a_difference_is_bold_beyond_twice_its_error():
     levels = {"IAPT": 0.60, "LoRA": 0.90, "ADePT": 0.40}
     records = fake_records(
         accuracy=lambda run: levels.get(run.label, 0.62) + 0.01 * run.seed,
         loss=lambda run: 3.0 - levels.get(run.label, 0.62) + 0.01 * run.seed,
     )
-    groups = comparisons(SMALL, records, TASKS[0])
-    assert groups["ahead"] == ["LoRA (+30.0)"]
-    assert groups["behind"] == ["ADePT (-20.0)"]
-    assert len(groups["open"]) == len(LABELS) - 3
-    write_report(SMALL, records, tmp_path / "results.md")
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "| IAPT | 58,161 | 60.5 ± 0.7 |" in text
-    assert "| **90.5 ± 0.7** |" in text
-    assert (
-        "first is LoRA with 90.5 ± 0.7; IAPT's rank is 8 of 9. IAPT loses to: LoRA (+30.0). IAPT beats: ADePT" in text
-    )
-    assert f"{len(records)} of {len(records)} runs are done" in text
-    assert "SST-2" not in text
-    for image in re.findall(r"\]\((images/[^)]+)\)", text):
-        assert (tmp_path / image).stat().st_size > 5000
+    text = difference_table(main_cells(SMALL, records))
+    assert "| LoRA | **+30.0** | **+30.0** | **+30.0** | **+0.300** |" in text
+    assert "| ADePT | **-20.0** | **-20.0** | **-20.0** | **-0.200** |" in text
+    assert "| DePT | +2.0 | +2.0 | +2.0 | **+0.020** |" in text
+    text = tables(SMALL, records)["comparison"]
+    assert "| IAPT | 58,161 | 60.5 ± 0.7 |" in text and "| **90.5 ± 0.7** |" in text
 
 
-@pytest.mark.parametrize(
-    ("own", "first", "average"),
-    [(0.95, "met", "met"), (0.60, "missed on", "missed; as high or higher: ADePT")],
-)
-def test_report_says_whether_the_goals_are_met(own, first, average, tmp_path):
-    levels = {"IAPT": own, "LoRA": 0.90, "ADePT": 0.80, "Prompt tuning, 32 tokens": 0.2}
-    records = fake_records(
-        accuracy=lambda run: levels.get(run.label, 0.3) + 0.01 * run.seed,
-        loss=lambda run: 3.0 - levels.get(run.label, 0.3) + 0.01 * run.seed,
-    )
-    write_report(SMALL, records, tmp_path / "results.md")
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert f"among the methods of its budget on every task**: {first}" in text
-    assert f"Ahead of every prompt-tuning sibling on average**: {average}" in text
-
-
-def test_losses_of_one_seed_decide_nothing(tmp_path):
+def test_losses_of_one_seed_decide_nothing():
     one = dataclasses.replace(SMALL, seeds=1)
-    records = fake_records(one, accuracy=lambda run: 0.95 if run.label == "IAPT" else 0.5)
-    write_report(one, records, tmp_path / "results.md")
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "on every task**: met. Not decided, for want of seeds: Alpaca-style answers." in text
-    assert "1 seed, 3 learning rates" in text
+    records = fake_records(one, loss=lambda run: 1.0 if run.label == "IAPT" else 2.0)
+    assert "| LoRA | +0.0 | +0.0 | +0.0 | -1.000 |" in difference_table(main_cells(one, records))
 
 
-def test_methods_that_share_the_first_place_are_all_named(tmp_path):
+def test_methods_that_share_the_first_place_are_all_bold():
     levels = {"IAPT": 0.9, "LoRA": 0.9, "ADePT": 0.9}
-    write_report(SMALL, fake_records(accuracy=lambda run: levels.get(run.label, 0.3)), tmp_path / "results.md")
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "first is IAPT and LoRA and ADePT with 90.0 ± 0.0; IAPT's rank is 2 of 9" in text
+    text = tables(SMALL, fake_records(accuracy=lambda run: levels.get(run.label, 0.3)))["comparison"]
     assert text.count("**90.0 ± 0.0**") == 9  # three methods on three tasks
 
 
-def test_what_is_written_by_hand_stays(tmp_path):
-    page = tmp_path / "results.md"
-    write_report(SMALL, {}, page)
-    page.write_text(page.read_text(encoding="utf-8") + f"\n{BY_HAND}\n\nBecause.\n", encoding="utf-8")
+def page_with(path, names):
+    blocks = "\n".join(f"<!-- table {name} -->\nOLD\n<!-- end -->\n\nBecause of {name}." for name in names)
+    path.write_text(f"# Results\n\n{blocks}\n", encoding="utf-8")
+    return path
+
+
+def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
+    records = fake_records()
+    for record in records.values():
+        append_record(tmp_path / "results.jsonl", {**record, "seconds": 60.0})
+    page = page_with(tmp_path / "results.md", tables(SMALL, records))
+    words = ["report", "--results", str(tmp_path / "results.jsonl"), "--page", str(page)]
     for _ in range(2):
-        write_report(SMALL, fake_records(phases=["baseline"]), page)
+        assert quality.main(words) == 0
         text = page.read_text(encoding="utf-8")
-        assert text.endswith(f"\n\n{BY_HAND}\n\nBecause.\n") and text.count("# Results") == 1
+        assert all(
+            content in text and f"Because of {name}." in text for name, content in tables(SMALL, records).items()
+        )
+        assert "OLD" not in text and text.count("| IAPT |") == 3
+    assert f"{len(records)} of {len(records)} runs are done" in capsys.readouterr().out
+    for image in ("main", "ablations", "rates"):
+        assert (tmp_path / "images" / f"results-{image}.png").stat().st_size > 5000
+    page_with(page, ["rates", "other"])
+    with pytest.raises(SystemExit, match=r"differ in the tables ablation .*, differences, other$"):
+        quality.main(words)
 
 
-def test_report_of_an_unfinished_plan(tmp_path):
-    for phases in ([], ["baseline", "rates"]):
-        records = fake_records(phases=phases)
-        write_report(SMALL, records, tmp_path / "results.md")
-        text = (tmp_path / "results.md").read_text(encoding="utf-8")
-        assert f"{len(records)} of {len(all_runs(SMALL, {}))} runs are done" in text
-        assert "not measured yet" in text
+@pytest.mark.parametrize("phases", [[], ["baseline", "rates"]])
+def test_tables_of_an_unfinished_plan(phases, tmp_path):
+    records = fake_records(phases=phases)
+    text = tables(SMALL, records)["comparison"]
+    assert "| IAPT | 58,161 | – | – | – | – | – |" in text
+    draw(SMALL, records, tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
-def test_report_takes_the_last_runs_plan(driver, tmp_path):
-    driver("--only", "baseline", "--steps", "3")
-    assert quality.main(["report", "--results", str(tmp_path / "results"), "--output", str(tmp_path / "r.md")]) == 0
-    assert "Plan `smoke`" in (tmp_path / "r.md").read_text(encoding="utf-8")
-    with pytest.raises(SystemExit, match="run the plan first"):
-        quality.main(["report", "--results", str(tmp_path / "none")])
+def test_a_record_keeps_what_was_measured():
+    report = ClassificationReport(("a", "b"), 10, 0.6, 0.5, {"a": 1.0}, ((5, 0), (4, 1)))
+    shares = {"accuracy": 0.6, "majority_accuracy": 0.5, "top_label_share": 0.9}
+    assert quality.figures(report) == {"count": 10, **shares}
+    assert quality.figures(GenerationReport(3, 30, 1.5, 4.48)) == {"count": 3, "loss": 1.5}
 
 
-def test_records_are_read_back(tmp_path):
+def test_a_diverged_training_is_an_outcome_and_nothing_else_is(monkeypatch):
+    from iapt_export.contract.errors import IaptError
+    from trainers.training import train as training
+    from trainers.training.loop import DivergedError
+
     run = runs_of("main", SMALL, {})[0]
-    record = make_record(run, fake_outcome(run))
-    write_json(record_path(tmp_path, run), record)
-    write_json(tmp_path / quality.PLAN_FILE, {"budget": "small"})
-    assert read_records(tmp_path) == {run.key: json.loads(json.dumps(record))}
+
+    def fail(error):
+        monkeypatch.setattr(training, "train", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+        return quality.execute(run, "model", {"train": Path("t"), "test": Path("e")}, print)
+
+    assert fail(DivergedError("the loss became nan at step 3")) == {"error": "the loss became nan at step 3"}
+    with pytest.raises(IaptError, match="the loss of the file"):
+        fail(IaptError("the loss of the file"))
 
 
 def test_main_cells_follow_the_chosen_rates():

@@ -28,6 +28,10 @@ MEGABATCH = 50
 """Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
 
 
+class DivergedError(IaptError):
+    """The loss is no number any more."""
+
+
 class PromptTuned(nn.Module):
     """A frozen backbone and a method as one module that returns a loss."""
 
@@ -157,11 +161,11 @@ class AdapterTrainer(Trainer):
         """One batch, forward and backward.
 
         Raises:
-            IaptError: the loss is NaN or infinite.
+            DivergedError: the loss is NaN or infinite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise IaptError(
+            raise DivergedError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}; try a lower learning_rate "
                 f"(now {self.args.learning_rate:g}), more warmup_steps or a smaller max_grad_norm"
             )

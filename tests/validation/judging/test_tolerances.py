@@ -158,19 +158,26 @@ def test_the_table_is_complete() -> None:
 
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "tolerances"
+RECORDS = {"fp32": ("fp32", "fp32-cases")}
+"""Files that say what was measured in a type; the type's own by default."""
+
+
+def worst(row: Tolerance, *names: str) -> float:
+    """The largest figure that the records have for a row's stage and metric."""
+    stages = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["stages"] for name in names]
+    found = [each[row.stage] for each in stages if row.stage in each]
+    few = (row.stage, row.dtype) == ("generator", "fp32")  # one batch through the graph of the generators alone
+    assert sum(stage["samples"] for stage in found) >= (1 if few else 5)
+    return max(stage[row.metric]["worst"] for stage in found)
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.metric in CEILINGS], ids=name)
 def test_what_was_measured_passes_with_room_to_spare(row: Tolerance) -> None:
     """The recorded noise of real hidden states stays below the limit, and not a hundredfold below."""
-    samples = json.loads((RESULTS / f"{row.dtype}.json").read_text(encoding="utf-8"))["samples"]
-    if row.stage not in samples:
-        pytest.skip("the generator graph's noise in fp32 stands in a report, not among these samples")
-    figures = [sample[row.metric] for sample in samples[row.stage]]
-    assert len(figures) >= 5
-    assert max(figures) < row.limit / 1.5
+    figure = worst(row, *RECORDS.get(row.dtype, (row.dtype,)))
+    assert figure < row.limit / 1.5
     if row.metric == "relative":
-        assert max(figures) > row.limit / 500, "so wide a limit was not measured but guessed"
+        assert figure > row.limit / 500, "so wide a limit was not measured but guessed"
 
 
 FP32 = [row for row in TABLE if row.dtype == "fp32" and row.metric in CEILINGS and row.stage != "generator"]
@@ -180,9 +187,7 @@ FP32 = [row for row in TABLE if row.dtype == "fp32" and row.metric in CEILINGS a
 @pytest.mark.parametrize("row", FP32, ids=name)
 @pytest.mark.parametrize("dtype", BITS)
 def test_rounded_weights_on_both_sides_need_no_more_than_fp32(row: Tolerance, dtype: str) -> None:
-    samples = json.loads((RESULTS / f"{dtype}-unrounded.json").read_text(encoding="utf-8"))["samples"]
-    figures = [sample[row.metric] for sample in samples[row.stage]]
-    assert len(figures) >= 5 and max(figures) < row.limit / 1.5
+    assert worst(row, f"{dtype}-unrounded") < row.limit / 1.5
 
 
 def test_looking_up() -> None:

@@ -1,0 +1,212 @@
+"""The tables and plots of ``docs/results.md``, from the records of `benchmarks/quality.py`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import MUTED, OTHER, OWN, figure, table
+from benchmarks.quality_plan import (
+    ABLATED_ON,
+    IAPT,
+    NUM_PARAMETERS,
+    TASKS,
+    Budget,
+    Task,
+    ablations,
+    count_parameters,
+    runs_of,
+    variants,
+)
+from benchmarks.quality_records import Cell, Records, chosen_rates, rate_scores, score
+
+Cells = Mapping[str, Mapping[str, Cell]]
+"""A line's label to a task's name to scores."""
+SIZES = ("prompt_length", "bottleneck", "rank", "alpha", "head_width", "max_length", "init_length", "window")
+"""The fields that decide how many parameters a method has."""
+
+
+def tables(budget: Budget, records: Records) -> dict[str, str]:
+    """All tables by name."""
+    cells = main_cells(budget, records)
+    return {
+        "budgets": budget_table(budget),
+        "comparison": main_table(budget, records),
+        "differences": difference_table(cells),
+        **{f"ablation {name}": ablation_table(name, budget, records) for name in ablations(budget)},
+        "rates": rate_table(budget, records),
+    }
+
+
+def main_cells(budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
+    """The scores of the main comparison; none for a method whose rate was not yet chosen."""
+    chosen = chosen_rates(budget, records)
+    runs = [run for run in runs_of("main", budget, chosen) if run.label in chosen]
+    return {
+        variant.label: {
+            task.name: Cell.of(
+                [run for run in runs if (run.label, run.task) == (variant.label, task)], records, task.is_generation
+            )
+            for task in TASKS
+        }
+        for variant in variants(budget)
+    }
+
+
+def ablation_cells(name: str, budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
+    """The scores of an ablation's lines."""
+    runs = runs_of("ablations", budget, chosen_rates(budget, records))
+    return {
+        label: {
+            task.name: Cell.of([run for run in runs if (run.config, run.task) == (config, task)], records, False)
+            for task in ABLATED_ON
+        }
+        for label, config in ablations(budget)[name].items()
+    }
+
+
+def baselines(budget: Budget, records: Records) -> dict[str, Mapping[str, Any]]:
+    """Task name to the plain backbone's record, where there is one."""
+    return {run.task.name: records[run.key] for run in runs_of("baseline", budget, {}) if run.key in records}
+
+
+def ranks(cells: Cells, task: Task) -> dict[str, float]:
+    """Label to rank on a task, 1 the best; equals share the mean of their ranks. Unmeasured labels have none."""
+    sign = 1 if task.is_generation else -1
+    means = {label: sign * row[task.name].mean for label, row in cells.items() if row[task.name].scores}
+    values = list(means.values())
+    better = {value: sum(other < value for other in values) for value in values}
+    return {label: better[value] + (values.count(value) + 1) / 2 for label, value in means.items()}
+
+
+def average_ranks(cells: Cells) -> dict[str, float]:
+    """Label to mean rank over the tasks on which every label was measured; without such a task empty."""
+    found = [ranks(cells, task) for task in TASKS if all(row[task.name].scores for row in cells.values())]
+    return {label: statistics.fmean(rank[label] for rank in found) for label in cells} if found else {}
+
+
+def main_table(budget: Budget, records: Records) -> str:
+    """Methods by tasks, the best mean in bold, with average ranks; then the plain backbone and the commonest label."""
+    cells, plain = main_cells(budget, records), baselines(budget, records)
+    mean_ranks, rows = average_ranks(cells), []
+    placed = {task.name: ranks(cells, task) for task in TASKS}
+    for variant in variants(budget):
+        row = [variant.label, f"{count_parameters(variant.config):,}"]
+        for name, cell in cells[variant.label].items():
+            is_first = variant.label in placed[name] and placed[name][variant.label] == min(placed[name].values())
+            row.append(f"**{cell}**" if is_first else str(cell))
+        rows.append([*row, f"{mean_ranks[variant.label]:.1f}" if mean_ranks else "–"])
+    zero, majority = ["plain backbone (zero-shot)", "0"], ["most frequent label", ""]
+    for task in TASKS:
+        record = plain.get(task.name, {})
+        value, share = score(record), record.get("majority_accuracy")
+        zero.append(str(Cell((value,) if value is not None else (), task.is_generation)))
+        majority.append(f"{share * 100:.1f}" if share is not None else "")
+    titles = (f"{task.title}{' (loss)' if task.is_generation else ''}" for task in TASKS)
+    return table(["", "parameters", *titles, "rank"], [*rows, [*zero, ""], [*majority, ""]])
+
+
+def difference_table(cells: Cells) -> str:
+    """How much better each method is than IAPT; bold from twice the standard error on, as if independent."""
+    rows = []
+    for label in (label for label in cells if label != "IAPT"):
+        row = [label]
+        for task in TASKS:
+            own, other = cells["IAPT"][task.name], cells[label][task.name]
+            gain = (own.mean - other.mean) if task.is_generation else 100 * (other.mean - own.mean)
+            text = f"{gain:+z.{3 if task.is_generation else 1}f}" if own.scores and other.scores else "–"
+            error = (1 if task.is_generation else 100) * math.hypot(own.error, other.error)
+            row.append(f"**{text}**" if abs(gain) >= 2 * error else text)
+        rows.append(row)
+    return table(["beside IAPT", *(f"{t.title}{' (nats saved)' * t.is_generation}" for t in TASKS)], rows)
+
+
+def budget_table(budget: Budget) -> str:
+    """Fields and parameters of each method."""
+    rows = []
+    for variant in variants(budget):
+        count, given = count_parameters(variant.config), vars(variant.config)
+        fields = ", ".join(f"{name} {given[name]}" for name in SIZES if name in given)
+        share = f"{100 * count / NUM_PARAMETERS:.0f} %" if variant.is_matched else "not matched"
+        rows.append([variant.label, fields, f"{count:,}", share])
+    return table(["method", "fields", "parameters", "of the budget"], rows)
+
+
+def rate_table(budget: Budget, records: Records) -> str:
+    """Validation accuracy at each rate tried, the chosen one in bold."""
+    chosen, rows = chosen_rates(budget, records), []
+    for variant in variants(budget):
+        row = [variant.label]
+        for rate, value in rate_scores(variant, budget, records).items():
+            text = f"{rate:.2g}: {'–' if value is None else f'{value * 100:.1f}'}"
+            row.append(f"**{text}**" if chosen.get(variant.label) == rate else text)
+        rows.append(row)
+    return table(["method", *["rate: accuracy"] * budget.num_rates], rows)
+
+
+def ablation_table(name: str, budget: Budget, records: Records) -> str:
+    """One ablation's scores and parameters."""
+    cells, configs = ablation_cells(name, budget, records), ablations(budget)[name]
+    rows = [[line, f"{count_parameters(configs[line]):,}", *map(str, cells[line].values())] for line in configs]
+    return table([name, "parameters", *(task.title for task in ABLATED_ON)], rows)
+
+
+def draw(budget: Budget, records: Records, folder: Path) -> None:
+    """All plots. Every seed is a dot, the mean a bar through them; IAPT's dots are square."""
+    cells, plain = main_cells(budget, records), baselines(budget, records)
+    size = (11, 0.32 * len(cells) + 1.2)
+    with figure(folder / "results-main.png", size, 1, len(TASKS), sharey=True) as (panels,):
+        for axes, task in zip(panels, TASKS, strict=True):
+            _rows(axes, [(label, row[task.name]) for label, row in cells.items()], ("IAPT",))
+            if (level := score(plain.get(task.name))) is not None:
+                axes.axvline(level * (1 if task.is_generation else 100), color=MUTED, linestyle="--", linewidth=1)
+            axes.set_title(task.title)
+            axes.set_xlabel("loss per token" if task.is_generation else "accuracy, %")
+        panels[0].invert_yaxis()
+    lines, size = ablations(budget), (3 * len(ablations(budget)), 2 * len(ABLATED_ON) + 0.4)
+    with figure(folder / "results-ablations.png", size, len(ABLATED_ON), len(lines), sharex="row") as panels:
+        for row, task in zip(panels, ABLATED_ON, strict=True):
+            for axes, (name, configs) in zip(row, lines.items(), strict=True):
+                scores = ablation_cells(name, budget, records)
+                own = [label for label, config in configs.items() if config == IAPT]
+                _rows(axes, [(label, scores[label][task.name]) for label in configs], own)
+                axes.invert_yaxis()
+                axes.set_title(f"{name}\n{task.title}")
+                axes.set_xlabel("accuracy, %")
+    draw_rates(budget, records, folder / "results-rates.png")
+
+
+def draw_rates(budget: Budget, records: Records, path: Path, columns: int = 5) -> None:
+    """Validation accuracy over the learning rate, a small panel per method."""
+    rows = -(-len(variants(budget)) // columns)
+    with figure(path, (11, 1.9 * rows + 0.3), rows, columns, sharey=True) as panels:
+        for axes, variant in zip(panels.flat, variants(budget), strict=False):
+            scores = rate_scores(variant, budget, records).items()
+            points = [(rate, value * 100) for rate, value in scores if value is not None]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), "o-", color=OWN if variant.config == IAPT else OTHER, markersize=4
+                )
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            axes.set_xticks([rate for rate, _ in points], [f"{rate:.1g}" for rate, _ in points])
+            axes.set_title(variant.label, fontsize=8)
+        for axes in panels.flat[len(variants(budget)) :]:
+            axes.set_visible(False)
+        for row in panels:
+            row[0].set_ylabel("accuracy, %")
+
+
+def _rows(axes: Any, lines: Sequence[tuple[str, Cell]], own: Sequence[str]) -> None:
+    """Dots and a mean bar for each line, from the top down."""
+    for place, (label, cell) in enumerate(lines):
+        colour, values = OWN if label in own else OTHER, [value * (1 if cell.is_loss else 100) for value in cell.scores]
+        axes.plot(values, [place] * len(values), "s" if label in own else "o", color=colour, alpha=0.6, markersize=5)
+        if values:
+            axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
+    axes.set_yticks(range(len(lines)), [label for label, _ in lines])
+    axes.grid(axis="x", color="#d0d7de", linewidth=0.6)
+    axes.set_axisbelow(True)
