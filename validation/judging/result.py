@@ -25,6 +25,8 @@ class Check:
     """Metric to the limit that was applied."""
     detail: str = ""
     """Where the worst element lies, or why the check failed."""
+    part: str = ""
+    """``keys`` or ``values``, which a cache stage holds to its limits apart; else empty."""
 
 
 @dataclass(frozen=True)

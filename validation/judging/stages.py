@@ -42,11 +42,13 @@ class Errors:
     by_step: list[float] = field(default_factory=list)
     counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1))
 
-    def judge(self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "") -> None:
+    def judge(
+        self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "", part: str = ""
+    ) -> None:
         """Add a check of ``measured`` against the table's limit for the stage."""
         rows = tolerances(stage, dtype)
         passed = all(row.holds(measured[row.metric]) for row in rows)
-        self.checks.append(Check(stage, case, passed, measured, {row.metric: row.limit for row in rows}, detail))
+        self.checks.append(Check(stage, case, passed, measured, {row.metric: row.limit for row in rows}, detail, part))
 
     def layers(self, part: str, errors: list[float]) -> None:
         """Keep the worst error of each layer over all cases."""
@@ -142,7 +144,7 @@ def _compare_cache(step: Step, wanted: list[RowCache], stage: str, case: str, dt
         errors.layers(name, by_layer)
         worst_layer = int(np.argmax(by_layer))
         detail = f"{name}s, worst in layer {worst_layer}"
-        errors.judge(stage, case, dtype, {"relative": by_layer[worst_layer]}, detail)
+        errors.judge(stage, case, dtype, {"relative": by_layer[worst_layer]}, detail, f"{name}s")
 
 
 def _entries_error(made: np.ndarray, wanted: np.ndarray, dtype: str) -> float:

@@ -47,8 +47,8 @@ def _suite(report: Report, target: TargetResult) -> ElementTree.Element:
 
 
 def _test(target: str, check: Check) -> ElementTree.Element:
-    part = f", {check.detail.split(',')[0]}" if check.stage.endswith("cache") else ""  # keys and values apart
-    test = ElementTree.Element("testcase", classname=_text(target), name=_text(f"{check.stage}: {check.case}{part}"))
+    name = f"{check.stage}: {', '.join(filter(None, (check.case, check.part)))}"
+    test = ElementTree.Element("testcase", classname=_text(target), name=_text(name))
     if not check.passed:
         figures = ", ".join(
             f"{name} {check.measured[name]:.3g}, allowed {limit:.3g}" for name, limit in check.limits.items()
