@@ -132,13 +132,15 @@ def _target(target: TargetPlan, plan: BuildPlan, graphs: Path, bundle: Path, on_
     specs = plan.specs[target.name]
     if target.name not in TENSORRT:
         version = layout.versions().get("onnxruntime", "not installed")
-        return TargetSpec(target.name, target.dtype, target.opset, specs, version)
+        notes = layout.pass_notes(graphs, specs)
+        return TargetSpec(target.name, target.dtype, target.opset, specs, version, passes=notes)
     jobs = [job for job in plan.engines if job.target == target.name]
     sources = {job.name: _build_engine(job, plan, graphs, bundle, on_step) for job in jobs}
     engines = layout.engine_specs(specs, target.name)
     built_for = EngineInfo.load(bundle / next(iter(engines.values())).path).compute_capability
     version, rational = runtime_version(target.name), plan.request.rational
-    return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources, rational)
+    notes = layout.pass_notes(graphs, engines)
+    return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources, rational, notes)
 
 
 def _build_engine(job: EngineJob, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> str:

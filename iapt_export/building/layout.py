@@ -34,6 +34,7 @@ from iapt_export.contract.manifest import (
     verify_files,
 )
 from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.graphs.export import PASSES_FILE
 from iapt_export.graphs.installed import Installed, computing_fields
 from iapt_export.graphs.interface import ModelShape, weight_specs
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
@@ -181,8 +182,14 @@ def place_files(source: Path, bundle: Path) -> None:
     """Bring a finished stage's files into the bundle."""
     bundle.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.name != STAGE_FILE:
+        if path.name not in (STAGE_FILE, PASSES_FILE):
             place(path, bundle)
+
+
+def pass_notes(graphs: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What the passes over these graphs say, as the manifest has it."""
+    notes = json.loads((graphs / PASSES_FILE).read_text(encoding="utf-8"))
+    return {name: notes[name] for name in names}
 
 
 def place_tokenizer(backbone: Any, bundle: Path) -> None:

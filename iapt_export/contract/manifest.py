@@ -160,6 +160,8 @@ class TargetSpec:
     """Hash of the ONNX file that each engine was built from."""
     rational: str = "function"
     """``plugin`` where engines need our TensorRT plugin; ONNX Runtime chooses its form when it loads a graph."""
+    passes: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Graph to pass over it to what that did, or why it did nothing; for people."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec
@@ -16,6 +20,10 @@ from iapt_export.graphs.save import save_graphs
 from iapt_export.graphs.table import TABLE, graph_specs
 from iapt_export.graphs.table import Serving as Serving
 from iapt_export.graphs.trace import trace_graph
+
+LOGGER = logging.getLogger("iapt_export")
+PASSES_FILE = "passes.json"
+"""Beside the graphs: graph to pass to what it did, or why it did nothing."""
 
 
 def export_graphs(
@@ -29,7 +37,7 @@ def export_graphs(
     serving: Serving | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphSpec]:
-    """Write the graphs (``prefill.onnx``, ``decode.onnx``, ...) and their shared ``weights.data``.
+    """Write the graphs (``prefill.onnx``, ``decode.onnx``, ...), their shared ``weights.data``, and ``passes.json``.
 
     Args:
         backbone: the transformers model, loaded in ``dtype``.
@@ -51,7 +59,8 @@ def export_graphs(
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
     specs = graph_specs(installed, ModelShape.from_config(backbone.config), dtype, serving.capacity)
-    models = {}
+    models: dict[str, ir.Model] = {}
+    notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)
     for name in names or specs:
         on_step(f"tracing {name}.onnx")
@@ -60,7 +69,26 @@ def export_graphs(
         own = TABLE[name].passes(serving)
         own += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
         passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, own)
-        models[name] = passes(model).model
+        models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")
     save_graphs(models, folder)
+    (folder / PASSES_FILE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
     return specs
+
+
+def run_passes(name: str, passes: ir.passes.Sequential, model: ir.Model) -> tuple[ir.Model, dict[str, str]]:
+    """Run one pass after the other, and log what each says.
+
+    One by one and not all in a call, which would wrap an `IaptError` in an error of its own.
+
+    Returns:
+        The last pass's model; pass to what it did, or why it did nothing, of the passes that say it.
+    """
+    notes = {}
+    for step in passes.passes:
+        result = step(model)
+        model, title = result.model, type(step).__name__.removesuffix("Pass")
+        if note := str(getattr(step, "note", "")):
+            notes[title] = note
+        LOGGER.info("%s.onnx: %s: %s", name, title, note or ("changed" if result.modified else "nothing to do"))
+    return model, notes

@@ -146,6 +146,7 @@ TargetSpec read_target(const Json& json, const std::string& where, Problems& pro
   fields.read("runtime_version", spec.runtime_version);
   fields.skip("compute_capability", kString, false, true);
   fields.skip("source_sha256", kObject, false);
+  fields.skip("passes", kObject, false);
   spec.rational = "function";
   fields.read("rational", spec.rational, false);
   fields.refuse_unknown();

@@ -1,7 +1,7 @@
 """The graph passes that make a traced model fit to ship, in the one list in which they run.
 
-Each pass states what it requires and ensures in its docstring; library passes come from onnx_ir and
-onnxscript, the rest from the files beside this one.
+Each pass states what it requires and ensures in its docstring, and checks what can be checked (``requires``,
+``ensures``); ``note`` says what it did. Library passes come from onnx_ir and onnxscript, the rest from the files here.
 """
 
 from __future__ import annotations

@@ -16,17 +16,20 @@ class FoldTransposesPass(ir.passes.InPlacePass):
     The new tensor is computed when it is written, so that no copy of the model stays in memory.
     """
 
+    note = ""
+
+    def ensures(self, model: ir.Model) -> None:
+        """No weight of one use is transposed at run time."""
+        if left := [node.name for node in model.graph if _transposed_weight(node)]:
+            raise ir.passes.PostconditionError(f"weights are still transposed by {', '.join(map(str, left))}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
+        count = 0
         for node in list(model.graph):
-            if node.op_type != "Transpose" or node.domain:
-                continue
-            weight = node.inputs[0]
-            if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+            if not (weight := _transposed_weight(node)):
                 continue
             tensor = weight.const_value
-            if tensor is None or len(tensor.shape) != 2 or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
-                continue
+            assert tensor is not None
             folded = ir.Value(
                 name=f"{weight.name}.transposed",
                 shape=ir.Shape(reversed(tensor.shape.numpy())),
@@ -37,8 +40,19 @@ class FoldTransposesPass(ir.passes.InPlacePass):
             node.outputs[0].replace_all_uses_with(folded)
             model.graph.remove(node, safe=True)
             del model.graph.initializers[str(weight.name)]
-            modified = True
-        return ir.passes.PassResult(model, modified)
+            count += 1
+        self.note = f"{count} weights are stored transposed"
+        return ir.passes.PassResult(model, count > 0)
+
+
+def _transposed_weight(node: ir.Node) -> ir.Value | None:
+    """The matrix that a node transposes and that nothing else uses."""
+    if node.op_type != "Transpose" or node.domain or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+        return None
+    weight = node.inputs[0]
+    if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+        return None
+    return weight if weight.const_value is not None and len(weight.const_value.shape) == 2 else None
 
 
 def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:

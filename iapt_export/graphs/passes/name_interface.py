@@ -22,6 +22,13 @@ class NameInterfacePass(ir.passes.InPlacePass):
         super().__init__()
         self.spec = spec
 
+    def ensures(self, model: ir.Model) -> None:
+        """Inputs and outputs bear the interface's names."""
+        for values, tensors in ((model.graph.inputs, self.spec.inputs), (model.graph.outputs, self.spec.outputs)):
+            names = [tensor.name for tensor in tensors]
+            if [value.name for value in values] != names:
+                raise ir.passes.PostconditionError(f"{self.spec.path}: names are not {', '.join(names)}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         for kind, values, tensors in (

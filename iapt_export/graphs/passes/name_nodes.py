@@ -21,6 +21,17 @@ class NameNodesPass(ir.passes.InPlacePass):
     unique, and depend on nothing but modules, operators and their order.
     """
 
+    def requires(self, model: ir.Model) -> None:
+        """The exporter's notes on modules are there."""
+        if len(model.graph) and not any(SCOPES in node.metadata_props for node in model.graph.all_nodes()):
+            raise ir.passes.PreconditionError(f"no node has {SCOPES}, so no module is known; run before it is cleared")
+
+    def ensures(self, model: ir.Model) -> None:
+        """Names are unique."""
+        names = Counter(node.name for node in model.graph.all_nodes())
+        if twice := [str(name) for name, count in names.items() if count > 1]:
+            raise ir.passes.PostconditionError(f"several nodes are called {', '.join(twice)}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         seen: Counter[str] = Counter()
         for node in model.graph.all_nodes():

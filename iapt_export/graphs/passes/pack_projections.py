@@ -22,11 +22,24 @@ class PackProjectionsPass(ir.passes.InPlacePass):
     three apart.
     """
 
+    note = ""
+
+    def ensures(self, model: ir.Model) -> None:
+        """An attention takes three inputs, or one packed."""
+        for node in model.graph:
+            if _is_attention(node) and sum(value is None for value in node.inputs[:3]) not in (0, 2):
+                raise ir.passes.PostconditionError(f"{node.name} takes neither query, key and value nor one packed")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        attentions = [node for node in graph if (node.domain, node.op_type) == (MICROSOFT, ATTENTION)]
+        attentions = [node for node in graph if _is_attention(node)]
         count = sum(_pack(graph, node) for node in attentions)
+        self.note = f"{count} of {len(attentions)} attentions take one product"
         return ir.passes.PassResult(model, count > 0)
+
+
+def _is_attention(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (MICROSOFT, ATTENTION)
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> bool:

@@ -11,6 +11,8 @@ from iapt_export.graphs.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS
 BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
 """End the names of what stands for a weight: its values as products take them, as a lookup takes them, its scales."""
 
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 
 class QuantiseWeightsPass(ir.passes.InPlacePass):
     """Replace products with constant matrices by ``MatMulNBits``, and the embedding by ``GatherBlockQuantized``.
@@ -24,18 +26,34 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         super().__init__()
         self.bits = bits
         self.kept: list[str] = []
+        self.note = ""
+
+    def requires(self, model: ir.Model) -> None:
+        """Weights of products are fp32."""
+        weights = [node.inputs[1] for node in _products(model.graph)]
+        halves = [w.name for w in weights if w and w.is_initializer() and w.dtype in HALVES and len(w.shape or ()) == 2]
+        if halves:
+            raise ir.passes.PreconditionError(f"{halves[0]} and {len(halves) - 1} more weights are not fp32")
+
+    def ensures(self, model: ir.Model) -> None:
+        """No matrix of a product is left in fp32 but those that are named as kept."""
+        left = [node.inputs[1] for node in _products(model.graph) if _is_matrix(node.inputs[1])]
+        if names := [str(value.name) for value in left if value and value.name not in self.kept]:
+            raise ir.passes.PostconditionError(f"{', '.join(names)} are still fp32")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         tables = [value for value in graph.initializers.values() if _is_embedding(value)]
         count = sum(self._embedding(graph, table) for table in tables)
-        for node in list(graph):
-            if node.op_type in ("MatMul", "Gemm") and not node.domain and _is_matrix(node.inputs[1]):
+        for node in _products(graph):
+            if _is_matrix(node.inputs[1]):
                 count += self._product(graph, node)
         for name in [name for name, value in graph.initializers.items() if not value.uses()]:
             del graph.initializers[name]
         if count:
             model.opset_imports[MICROSOFT] = 1
+        kept = f", kept {', '.join(self.kept)}" if self.kept else ""
+        self.note = f"{count} products and lookups in {self.bits} bits{kept}"
         return ir.passes.PassResult(model, count > 0)
 
     def _embedding(self, graph: ir.Graph, table: ir.Value) -> int:
@@ -75,6 +93,10 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         values = _constant(graph, f"{weight.name}{BLOCKS}", blocks.values)
         _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}{SCALES}", blocks.scales)))
         return 1
+
+
+def _products(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.op_type in ("MatMul", "Gemm") and not node.domain]
 
 
 def _nbits(node: ir.Node, blocks: Blocks, values: ir.Value, scales: ir.Value) -> ir.Node:

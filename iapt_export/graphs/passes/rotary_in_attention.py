@@ -34,9 +34,25 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
         self.num_positions = num_positions
         self.reason = ""
 
+    @property
+    def note(self) -> str:
+        """What was done."""
+        return self.reason or f"attention turns queries and keys by a table of {self.num_positions} positions"
+
+    def requires(self, model: ir.Model) -> None:
+        """There are positions to pick from the table by."""
+        if _attentions(model.graph) and all(value.name != POSITIONS for value in model.graph.inputs):
+            raise ir.passes.PreconditionError(f"the graph has no input {POSITIONS}")
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every attention turns what it reads, or there is a reason why none does."""
+        turning = {bool(node.attributes.get_int("do_rotary", 0)) for node in _attentions(model.graph)}
+        if turning - {not self.reason}:
+            raise ir.passes.PostconditionError("some attentions turn queries and keys, others do not")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        attentions = [node for node in graph if (node.domain, node.op_type) == (MICROSOFT, ATTENTION)]
+        attentions = _attentions(graph)
         turned = [_turned(node) for node in attentions]
         found = [pair for pair in turned if pair]
         self.reason = _unfit(attentions, found)
@@ -101,6 +117,10 @@ def _unfit(attentions: list[ir.Node], found: list[tuple[ir.Node, ir.Node]]) -> s
     if unfit := [width for width in widths if not isinstance(width, int) or width % HEAD_MULTIPLE]:
         return f"heads are {unfit[0]} wide, and {ATTENTION} turns multiples of {HEAD_MULTIPLE}"
     return ""
+
+
+def _attentions(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if (node.domain, node.op_type) == (MICROSOFT, ATTENTION)]
 
 
 def _cos_sin(rotary: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -19,9 +19,23 @@ class SinkIntoIfPass(ir.passes.InPlacePass):
     marker's result; these and all others stay where every step computes them.
     """
 
+    note = ""
+
+    def requires(self, model: ir.Model) -> None:
+        """All markers ask one input of the graph."""
+        flags = {node.inputs[2] for node in _markers(model.graph)}
+        if len(flags) > 1 or not flags <= set(model.graph.inputs):
+            raise ir.passes.PreconditionError("markers do not share one flag that is an input of the graph")
+
+    def ensures(self, model: ir.Model) -> None:
+        """No marker is left."""
+        if left := [str(node.name) for node in model.graph.all_nodes() if _is_marker(node)]:
+            raise ir.passes.PostconditionError(f"markers are left: {', '.join(left)}")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        markers = [node for node in graph if (node.domain, node.op_type) == (MARKER_DOMAIN, MARKER)]
+        markers = _markers(graph)
+        self.note = f"{len(markers)} places are computed only while instructions are read"
         if not markers:
             return ir.passes.PassResult(model, False)
         owners = _owners(graph, markers)
@@ -39,6 +53,14 @@ class SinkIntoIfPass(ir.passes.InPlacePass):
         model.opset_imports.pop(MARKER_DOMAIN, None)
         TopologicalSortPass()(model)
         return ir.passes.PassResult(model, True)
+
+
+def _is_marker(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (MARKER_DOMAIN, MARKER)
+
+
+def _markers(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if _is_marker(node)]
 
 
 def _owners(graph: ir.Graph, markers: list[ir.Node]) -> dict[ir.Node, frozenset[ir.Node]]:

@@ -16,11 +16,24 @@ class UseTensorScatterPass(ir.passes.InPlacePass):
     tracing domain is left; what is written is the buffers' axis 2.
     """
 
+    note = ""
+
+    def requires(self, model: ir.Model) -> None:
+        """The graph was traced in the opset before."""
+        if (opset := model.opset_imports.get("")) != SCATTER_OPSET - 1:
+            raise ir.passes.PreconditionError(f"the graph has opset {opset}, expected {SCATTER_OPSET - 1}")
+
+    def ensures(self, model: ir.Model) -> None:
+        """No node of the tracing domain is left."""
+        if any(node.domain == MARKER_DOMAIN for node in model.graph.all_nodes()):
+            raise ir.passes.PostconditionError(f"nodes of {MARKER_DOMAIN} are left")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        for node in model.graph:
-            if (node.domain, node.op_type) == (MARKER_DOMAIN, SCATTER):
-                node.domain = ""
-                node.attributes["axis"] = ir.AttrInt64("axis", 2)
+        writes = [node for node in model.graph if (node.domain, node.op_type) == (MARKER_DOMAIN, SCATTER)]
+        for node in writes:
+            node.domain = ""
+            node.attributes["axis"] = ir.AttrInt64("axis", 2)
+        self.note = f"{len(writes)} writes into the cache"
         model.opset_imports.pop(MARKER_DOMAIN, None)
         model.opset_imports[""] = SCATTER_OPSET
         return ir.passes.PassResult(model, True)

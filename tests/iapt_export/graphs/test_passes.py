@@ -19,6 +19,7 @@ from iapt_export.graphs.passes.fold_constants import MAX_ELEMENTS, FoldConstants
 from iapt_export.graphs.passes.fold_transposes import FoldTransposesPass
 from iapt_export.graphs.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.graphs.passes.name_interface import NameInterfacePass
+from iapt_export.graphs.passes.name_nodes import SCOPES
 from tests.graphs import run_onnx
 
 
@@ -235,7 +236,10 @@ def test_the_pipeline_is_one_list_that_ends_with_the_check() -> None:
     names = [type(step).__name__ for step in pipeline.passes]
     assert names[-1] == "CheckPass" and names.count("CheckPass") == 1
     assert names.index("FuseOpset23Pass") < names.index("NameInterfacePass") < names.index("AddRationalBodyPass")
-    model = pipeline(traced()).model
+    model = traced()
+    for node in model.graph:
+        node.metadata_props[SCOPES] = "['', 'backbone', 'node']"
+    model = pipeline(model).model
     assert np.array_equal(
         run(model, input_ids=np.ones((2, 3), np.int64), bias=np.ones((2, 1), np.float32)), np.full((2, 3), 2.0)
     )
