@@ -126,7 +126,11 @@ def test_a_bundles_files_and_tenants(tiny_build: TinyBuild) -> None:
     assert found == {"manifest.json", *manifest.files}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= found
     assert {"prefill.onnx", "decode.onnx", "generator.onnx", "weights.data", "report.json", "report.html"} <= found
-    assert "stage.json" not in found and not any(name.endswith(".tmp") for name in found)
+    assert found.isdisjoint({"stage.json", "passes.json"}) and not any(name.endswith(".tmp") for name in found)
+    notes = manifest.target().passes
+    assert notes.keys() == manifest.target().graphs.keys()
+    assert notes["prefill"]["AddRationalBody"] == "degrees (5, 4) form B"
+    assert "attentions take one product" in notes["serve"]["PackProjections"]
 
 
 def test_a_manifest_says_what_was_measured(tiny_build: TinyBuild) -> None:
