@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
+from trainers.decoder.checkpoint import check_loading, read_warnings
+from trainers.decoder.gguf_config import gguf_config
+from trainers.decoder.gguf_file import GgufFile
+from trainers.decoder.gguf_tokenizer import gguf_tokenizer
+from trainers.decoder.gguf_weights import gguf_state_dict
 
 FINGERPRINT_FIELDS = (
     "model_type",
@@ -69,40 +73,77 @@ def load_backbone(
         trust_remote_code: run code from the model's repository; off unless the user asks.
 
     Raises:
-        IaptError: nothing usable stands there.
+        IaptError: nothing usable stands there; its weights are missing, left over or of another shape; or a GGUF
+            field or tensor has no place in transformers' model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise IaptError(f"dtype {dtype!r} is not known; use one of {', '.join(dtypes)}")
     source, gguf_file = _locate(name_or_path)
-    arguments = {"gguf_file": gguf_file} if gguf_file else {}
-    if revision:
-        arguments["revision"] = revision
+    options = {"revision": revision} if revision else {}
     try:
-        with _quiet(logging):
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtypes[dtype], trust_remote_code=trust_remote_code, **arguments
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError, ImportError) as error:
+        with read_warnings():
+            if gguf_file:
+                model, tokenizer = _load_gguf(Path(source) / gguf_file, dtypes[dtype])
+            else:
+                model, tokenizer = _load_folder(source, dtypes[dtype], trust_remote_code, options)
+    except (OSError, ValueError, ImportError, StrictDataclassError, SafetensorError) as error:
         raise IaptError(
             f"the backbone {name_or_path!r} could not be loaded: {_first_line(error)} "
             "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"
         ) from error
-    if gguf_file:
-        _forget_quantisation(model)
     model.requires_grad_(False)
     return Backbone(model.eval(), tokenizer, name_or_path, revision)
 
 
+def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict[str, str]) -> tuple[Any, Any]:
+    """Model and tokenizer of a hub id or a folder; weights from safetensors alone, which run no code."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # not ignored: found in ``info``, where all of them are
+        output_loading_info=True,
+        **options,
+    )
+    check_loading(info, source)
+    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file: its fields and tensors are read here, its words by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = GgufFile(path)
+    config = gguf_config(file)
+    tokenizer = gguf_tokenizer(file)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=gguf_state_dict(file, empty, dtype),
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    check_loading(info, str(path))
+    return model, tokenizer
+
+
 def save_backbone(backbone: Backbone, folder: Path) -> None:
     """Write weights (safetensors), config and tokenizer, so that later loads take a second instead of twenty."""
-    backbone.model.save_pretrained(folder)
-    backbone.tokenizer.save_pretrained(folder)
+    with read_warnings():
+        backbone.model.save_pretrained(folder)
+        backbone.tokenizer.save_pretrained(folder)
 
 
 def _locate(name_or_path: str) -> tuple[str, str | None]:
@@ -125,28 +166,7 @@ def _locate(name_or_path: str) -> tuple[str, str | None]:
     return name_or_path, None
 
 
-def _forget_quantisation(model: Any) -> None:
-    """GGUF weights are dequantised on load; drop the marks that make transformers refuse to save them."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    with contextlib.suppress(AttributeError):
-        del model.config.quantization_config
-
-
-@contextlib.contextmanager
-def _quiet(logging: Any) -> Any:
-    """Silence transformers' progress bars and warnings while loading; ours tell the story."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of an error's text, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

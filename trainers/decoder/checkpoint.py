@@ -1,0 +1,90 @@
+"""Load a model so that it is the one in the checkpoint: every weight there, none left over, no warning unread."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from iapt_export.contract.errors import IaptError
+
+EXPECTED_WARNINGS = (
+    "Using the explicit factor",  # yarn: llama.cpp and the file mean the explicit factor too
+    "we recommend the use of this field over `original_max_position_embeddings`",  # longrope: both give one factor
+)
+"""Parts of warnings that were read and say nothing that a user must know."""
+
+MAX_NAMED = 8
+"""Weights named in an error; the rest are counted."""
+
+
+def check_loading(info: dict[str, Any], name: str) -> None:
+    """Refuse a model whose weights are not those of its checkpoint.
+
+    Args:
+        info: what ``from_pretrained(…, output_loading_info=True)`` returns beside the model. Tied weights that are
+            stored once are not counted as missing there.
+        name: of the checkpoint, for the text.
+
+    Raises:
+        IaptError: weights that the checkpoint lacks (transformers draws them at random, others each time), that the
+            model has no place for, or that have another shape; all named.
+    """
+    problems = []
+    if missing := sorted(info["missing_keys"]):
+        problems.append(f"these are missing and would be drawn at random: {_named(missing)}")
+    if unused := sorted(info["unexpected_keys"]):
+        problems.append(f"these have no place in the model: {_named(unused)}")
+    if mismatched := sorted((item[0], *map(tuple, item[1:3])) for item in info["mismatched_keys"]):
+        shapes = [f"{key} {list(stored)}, expected {list(wanted)}" for key, stored, wanted in mismatched]
+        problems.append(f"these have another shape than its configuration says: {_named(shapes)}")
+    if errors := info.get("error_msgs"):
+        problems.append("; ".join(map(str, errors)))
+    if problems:
+        raise IaptError(
+            f"the weights of {name!r} do not fill its model: {'. '.join(problems)}. "
+            "Download the checkpoint again, or check that its configuration belongs to it"
+        )
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextlib.contextmanager
+def read_warnings() -> Iterator[None]:
+    """Catch what transformers logs, show no progress bars, and pass the warnings on when the loading went well.
+
+    Where it fails, the error says what the warnings would have said.
+    """
+    from transformers.utils import logging as theirs
+
+    logger = logging.getLogger("transformers")
+    caught = _Caught(logging.WARNING)
+    handlers, level, bars = logger.handlers, logger.level, theirs.is_progress_bar_enabled()
+    logger.handlers = [caught]
+    logger.setLevel(logging.WARNING)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+        logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
+    for text in dict.fromkeys(caught.texts):
+        if not any(part in text for part in EXPECTED_WARNINGS):
+            logging.getLogger(__name__).warning("transformers says: %s", text)
+
+
+class _Caught(logging.Handler):
+    """Keeps the texts of what is logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
