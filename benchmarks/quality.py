@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.pages import MODEL, RESULTS, append_record, read_records  # noqa: E402
-from benchmarks.quality_plan import BUDGETS, PHASES, TASKS, Budget, Run, runs_of, variants  # noqa: E402
+from benchmarks.quality_plan import BUDGETS, PHASES, TASKS, VARIANTS, Budget, Run, runs_of  # noqa: E402
 from benchmarks.quality_records import chosen_rates, make_splits, score  # noqa: E402
 from benchmarks.quality_tables import draw, tables  # noqa: E402
 
@@ -84,7 +84,7 @@ def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits:
     """Do a phase's missing runs."""
     done = {record["key"]: record for record in read_records(arguments.results)}
     chosen = chosen_rates(budget, done)
-    missing = [variant.label for variant in variants(budget) if variant.label not in chosen]
+    missing = [variant.label for variant in VARIANTS if variant.label not in chosen]
     if phase not in ("baseline", "rates") and missing:
         sys.exit(f"no learning rate was chosen yet for {', '.join(missing)}; run the phase 'rates' first")
     left = [run for run in runs_of(phase, budget, chosen) if run.key not in done]

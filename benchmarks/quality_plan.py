@@ -16,17 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainers.decoder.method import Sizes
-from trainers.methods.configs import (
-    ADePTConfig,
-    DePTConfig,
-    IAPTConfig,
-    LAMPConfig,
-    LoPAConfig,
-    LoRAConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    method_name,
-)
+from trainers.methods import configs
 from trainers.methods.forms import METHODS
 from trainers.training.config import TrainConfig
 
@@ -56,27 +46,25 @@ class Variant:
     """Whether its parameters are meant to come near `NUM_PARAMETERS`."""
 
 
-IAPT = IAPTConfig(bottleneck=45)
+IAPT = configs.IAPTConfig(bottleneck=45)
 OWN = Variant("IAPT", IAPT, 3e-3)
-METHOD_VARIANTS = (
+VARIANTS = (
     OWN,
-    Variant("LoRA", LoRAConfig(rank=1, alpha=2.0), 1e-3),
-    Variant("P-tuning v2", PrefixTuningConfig(prompt_length=5), 1e-2),
-    Variant("ADePT", ADePTConfig(prompt_length=20, bottleneck=39), 3e-2),
-    Variant("DePT", DePTConfig(prompt_length=20, rank=70, max_length=MAX_TOKENS), 3e-2),
-    Variant("LoPA", LoPAConfig(prompt_length=10, rank=4, head_width=14), 1e-3),
-    Variant("LAMP (our reading)", LAMPConfig(init_length=100, rank=85, window=5), 3e-3),
-    Variant("Prompt tuning, 4 tokens", PromptTuningConfig(prompt_length=4), 1e-2, is_matched=False),
-    Variant("Prompt tuning, 32 tokens", PromptTuningConfig(prompt_length=32), 1e-2, is_matched=False),
+    Variant("LoRA", configs.LoRAConfig(rank=1, alpha=2.0), 1e-3),
+    Variant("P-tuning v2", configs.PrefixTuningConfig(prompt_length=5), 1e-2),
+    Variant("ADePT", configs.ADePTConfig(prompt_length=20, bottleneck=39), 3e-2),
+    Variant("DePT", configs.DePTConfig(prompt_length=20, rank=70, max_length=MAX_TOKENS), 3e-2),
+    Variant("LoPA", configs.LoPAConfig(prompt_length=10, rank=4, head_width=14), 1e-3),
+    Variant("LAMP (our reading)", configs.LAMPConfig(init_length=100, rank=85, window=5), 3e-3),
+    Variant("Prompt tuning, 4 tokens", configs.PromptTuningConfig(prompt_length=4), 1e-2, is_matched=False),
+    Variant("Prompt tuning, 32 tokens", configs.PromptTuningConfig(prompt_length=32), 1e-2, is_matched=False),
 )
 """The main comparison. The last two have IAPT's number of soft tokens, and 8 times that."""
-PROMPT_100 = Variant("Prompt tuning, 100 tokens", PromptTuningConfig(prompt_length=100), 1e-2)
-"""The budget as plain prompt tuning; its length makes it too slow for the small plan."""
 
-ABLATIONS: dict[str, dict[str, IAPTConfig]] = {
+ABLATIONS: dict[str, dict[str, configs.IAPTConfig]] = {
     "activation": {
         "rational, learned": IAPT,
-        **{name: dataclasses.replace(IAPT, activation=name) for name in ("gelu", "relu", "silu", "tanh")},
+        **{name: dataclasses.replace(IAPT, activation=name) for name in ("gelu", "relu")},
     },
     "pooling": {"self-attention": IAPT, **{name: dataclasses.replace(IAPT, pooling=name) for name in ("mean", "max")}},
     "prompt length": {str(n): dataclasses.replace(IAPT, prompt_length=n) for n in (1, 2, 4, 8)},
@@ -84,7 +72,6 @@ ABLATIONS: dict[str, dict[str, IAPTConfig]] = {
 }
 """The paper's three and our choice of input, with the initial values that go with it; projections are shared by all
 layers in all. IAPT itself is in each: it is trained once."""
-SMALL_LEAVES_OUT = ("silu", "tanh")
 
 
 @dataclass(frozen=True)
@@ -117,8 +104,6 @@ class Budget:
     train_rows: int
     validation_rows: int
     test_rows: int
-    batch_size: int = 8
-    warmup_steps: int = 10
 
 
 BUDGETS = {
@@ -150,8 +135,8 @@ class Run:
         return TrainConfig(
             learning_rate=self.learning_rate,
             max_steps=self.budget.steps,
-            batch_size=self.budget.batch_size,
-            warmup_steps=min(self.budget.warmup_steps, self.budget.steps // 2),
+            batch_size=8,
+            warmup_steps=min(10, self.budget.steps // 2),
             max_instruction_tokens=MAX_TOKENS,
             max_response_tokens=MAX_RESPONSE_TOKENS,
             prompt_format="chat",
@@ -178,7 +163,11 @@ class Run:
             settings |= {"method": None, "tokens": [MAX_TOKENS, MAX_RESPONSE_TOKENS]}
         else:
             train = changed_fields(self.train_config)
-            settings |= {"method": method_name(self.config), "fields": changed_fields(self.config), "train": train}
+            settings |= {
+                "method": configs.method_name(self.config),
+                "fields": changed_fields(self.config),
+                "train": train,
+            }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -186,14 +175,14 @@ class Run:
         """What a record says of the run, for people; the key tells it apart from all others."""
         about: dict[str, Any] = {"key": self.key, "task": self.task.name, "split": self.split, "method": None}
         if self.config is not None:
-            about |= {"method": method_name(self.config), "fields": changed_fields(self.config)}
+            about |= {"method": configs.method_name(self.config), "fields": changed_fields(self.config)}
             about |= {"learning_rate": self.learning_rate, "seed": self.seed, "steps": self.budget.steps}
         return about
 
 
 def count_parameters(config: Any) -> int:
     """Trained numbers that a method's configuration asks for on the backbone."""
-    return sum(math.prod(shape) for shape in METHODS[method_name(config)].shapes(config, SIZES).values())
+    return sum(math.prod(shape) for shape in METHODS[configs.method_name(config)].shapes(config, SIZES).values())
 
 
 def changed_fields(config: Any) -> dict[str, Any]:
@@ -202,24 +191,10 @@ def changed_fields(config: Any) -> dict[str, Any]:
     return {field.name: value for field, value in given if value != field.default}
 
 
-def variants(budget: Budget) -> tuple[Variant, ...]:
-    """The methods of the main comparison."""
-    return (*METHOD_VARIANTS, PROMPT_100) if budget.name == "full" else METHOD_VARIANTS
-
-
 def rates(variant: Variant, budget: Budget) -> tuple[float, ...]:
     """The learning rates that are tried for a method: as many for each, around its centre."""
     middle = budget.num_rates // 2
     return tuple(float(f"{variant.centre * 3.0 ** (index - middle):.3g}") for index in range(budget.num_rates))
-
-
-def ablations(budget: Budget) -> dict[str, dict[str, IAPTConfig]]:
-    """Name of an ablation to its lines: label to configuration."""
-    left_out = () if budget.name == "full" else SMALL_LEAVES_OUT
-    return {
-        name: {label: config for label, config in lines.items() if label not in left_out}
-        for name, lines in ABLATIONS.items()
-    }
 
 
 def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run]:
@@ -235,15 +210,15 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
         found = chosen.get(variant.label, variant.centre) if rate is None else rate
         return Run(phase, task, variant.label, variant.config, found, seed, split, budget)
 
-    listed, seeds = variants(budget), range(budget.seeds)
+    seeds = range(budget.seeds)
     if phase == "baseline":
         return [run(task, Variant("plain backbone", None, 0.0), 0) for task in TASKS]
     if phase == "rates":
-        return [run(TUNED_ON, v, 0, rate, "validation") for v in listed for rate in rates(v, budget)]
+        return [run(TUNED_ON, v, 0, rate, "validation") for v in VARIANTS for rate in rates(v, budget)]
     if phase == "main":
-        return [run(task, v, seed) for seed in seeds for task in TASKS for v in listed]
+        return [run(task, v, seed) for seed in seeds for task in TASKS for v in VARIANTS]
     assert phase == "ablations"
     rate = chosen.get(OWN.label, OWN.centre)
-    configs = dict.fromkeys(config for lines in ablations(budget).values() for config in lines.values())
+    configs = dict.fromkeys(config for lines in ABLATIONS.values() for config in lines.values())
     names = [Variant(f"ablation {changed_fields(config)}", config, OWN.centre) for config in configs]
     return [run(task, variant, seed, rate) for seed in seeds for task in ABLATED_ON for variant in names]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_plan import MAX_CHARACTERS, Budget, Run, Variant, rates, runs_of, variants
+from benchmarks.quality_plan import MAX_CHARACTERS, VARIANTS, Budget, Run, Variant, rates, runs_of
 
 SPLIT_SEED = 20
 SYSTEM_MESSAGE = "Answer briefly."
@@ -38,7 +38,7 @@ def chosen_rates(budget: Budget, records: Records) -> dict[str, float]:
     """
     missing = {run.label for run in runs_of("rates", budget, {}) if run.key not in records}
     chosen = {}
-    for variant in variants(budget):
+    for variant in VARIANTS:
         order = rates(variant, budget)
         good = {rate: value for rate, value in rate_scores(variant, budget, records).items() if value is not None}
         if variant.label not in missing:

@@ -11,32 +11,28 @@ from typing import Any
 from benchmarks.pages import MUTED, OTHER, OWN, figure, table
 from benchmarks.quality_plan import (
     ABLATED_ON,
+    ABLATIONS,
     IAPT,
-    NUM_PARAMETERS,
     TASKS,
+    VARIANTS,
     Budget,
     Task,
-    ablations,
     count_parameters,
     runs_of,
-    variants,
 )
 from benchmarks.quality_records import Cell, Records, chosen_rates, rate_scores, score
 
 Cells = Mapping[str, Mapping[str, Cell]]
 """A line's label to a task's name to scores."""
-SIZES = ("prompt_length", "bottleneck", "rank", "alpha", "head_width", "max_length", "init_length", "window")
-"""The fields that decide how many parameters a method has."""
 
 
 def tables(budget: Budget, records: Records) -> dict[str, str]:
     """All tables by name."""
     cells = main_cells(budget, records)
     return {
-        "budgets": budget_table(budget),
         "comparison": main_table(budget, records),
         "differences": difference_table(cells),
-        **{f"ablation {name}": ablation_table(name, budget, records) for name in ablations(budget)},
+        **{f"ablation {name}": ablation_table(name, budget, records) for name in ABLATIONS},
         "rates": rate_table(budget, records),
     }
 
@@ -52,7 +48,7 @@ def main_cells(budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
             )
             for task in TASKS
         }
-        for variant in variants(budget)
+        for variant in VARIANTS
     }
 
 
@@ -64,7 +60,7 @@ def ablation_cells(name: str, budget: Budget, records: Records) -> dict[str, dic
             task.name: Cell.of([run for run in runs if (run.config, run.task) == (config, task)], records, False)
             for task in ABLATED_ON
         }
-        for label, config in ablations(budget)[name].items()
+        for label, config in ABLATIONS[name].items()
     }
 
 
@@ -93,7 +89,7 @@ def main_table(budget: Budget, records: Records) -> str:
     cells, plain = main_cells(budget, records), baselines(budget, records)
     mean_ranks, rows = average_ranks(cells), []
     placed = {task.name: ranks(cells, task) for task in TASKS}
-    for variant in variants(budget):
+    for variant in VARIANTS:
         row = [variant.label, f"{count_parameters(variant.config):,}"]
         for name, cell in cells[variant.label].items():
             is_first = variant.label in placed[name] and placed[name][variant.label] == min(placed[name].values())
@@ -124,21 +120,10 @@ def difference_table(cells: Cells) -> str:
     return table(["beside IAPT", *(f"{t.title}{' (nats saved)' * t.is_generation}" for t in TASKS)], rows)
 
 
-def budget_table(budget: Budget) -> str:
-    """Fields and parameters of each method."""
-    rows = []
-    for variant in variants(budget):
-        count, given = count_parameters(variant.config), vars(variant.config)
-        fields = ", ".join(f"{name} {given[name]}" for name in SIZES if name in given)
-        share = f"{100 * count / NUM_PARAMETERS:.0f} %" if variant.is_matched else "not matched"
-        rows.append([variant.label, fields, f"{count:,}", share])
-    return table(["method", "fields", "parameters", "of the budget"], rows)
-
-
 def rate_table(budget: Budget, records: Records) -> str:
     """Validation accuracy at each rate tried, the chosen one in bold."""
     chosen, rows = chosen_rates(budget, records), []
-    for variant in variants(budget):
+    for variant in VARIANTS:
         row = [variant.label]
         for rate, value in rate_scores(variant, budget, records).items():
             text = f"{rate:.2g}: {'–' if value is None else f'{value * 100:.1f}'}"
@@ -149,7 +134,7 @@ def rate_table(budget: Budget, records: Records) -> str:
 
 def ablation_table(name: str, budget: Budget, records: Records) -> str:
     """One ablation's scores and parameters."""
-    cells, configs = ablation_cells(name, budget, records), ablations(budget)[name]
+    cells, configs = ablation_cells(name, budget, records), ABLATIONS[name]
     rows = [[line, f"{count_parameters(configs[line]):,}", *map(str, cells[line].values())] for line in configs]
     return table([name, "parameters", *(task.title for task in ABLATED_ON)], rows)
 
@@ -166,38 +151,16 @@ def draw(budget: Budget, records: Records, folder: Path) -> None:
             axes.set_title(task.title)
             axes.set_xlabel("loss per token" if task.is_generation else "accuracy, %")
         panels[0].invert_yaxis()
-    lines, size = ablations(budget), (3 * len(ablations(budget)), 2 * len(ABLATED_ON) + 0.4)
-    with figure(folder / "results-ablations.png", size, len(ABLATED_ON), len(lines), sharex="row") as panels:
+    size = (3 * len(ABLATIONS), 2 * len(ABLATED_ON) + 0.4)
+    with figure(folder / "results-ablations.png", size, len(ABLATED_ON), len(ABLATIONS), sharex="row") as panels:
         for row, task in zip(panels, ABLATED_ON, strict=True):
-            for axes, (name, configs) in zip(row, lines.items(), strict=True):
+            for axes, (name, configs) in zip(row, ABLATIONS.items(), strict=True):
                 scores = ablation_cells(name, budget, records)
                 own = [label for label, config in configs.items() if config == IAPT]
                 _rows(axes, [(label, scores[label][task.name]) for label in configs], own)
                 axes.invert_yaxis()
                 axes.set_title(f"{name}\n{task.title}")
                 axes.set_xlabel("accuracy, %")
-    draw_rates(budget, records, folder / "results-rates.png")
-
-
-def draw_rates(budget: Budget, records: Records, path: Path, columns: int = 5) -> None:
-    """Validation accuracy over the learning rate, a small panel per method."""
-    rows = -(-len(variants(budget)) // columns)
-    with figure(path, (11, 1.9 * rows + 0.3), rows, columns, sharey=True) as panels:
-        for axes, variant in zip(panels.flat, variants(budget), strict=False):
-            scores = rate_scores(variant, budget, records).items()
-            points = [(rate, value * 100) for rate, value in scores if value is not None]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), "o-", color=OWN if variant.config == IAPT else OTHER, markersize=4
-                )
-            axes.set_xscale("log")
-            axes.minorticks_off()
-            axes.set_xticks([rate for rate, _ in points], [f"{rate:.1g}" for rate, _ in points])
-            axes.set_title(variant.label, fontsize=8)
-        for axes in panels.flat[len(variants(budget)) :]:
-            axes.set_visible(False)
-        for row in panels:
-            row[0].set_ylabel("accuracy, %")
 
 
 def _rows(axes: Any, lines: Sequence[tuple[str, Cell]], own: Sequence[str]) -> None:

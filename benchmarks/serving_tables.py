@@ -37,39 +37,32 @@ BATCHES = {
 class Goal(NamedTuple):
     """How much faster one case should be than another: the other's milliseconds over its own."""
 
-    text: str
     figure: str
     """``decode`` or ``prefill``."""
+    text: str
     own: str
     other: str
-    rows: int
-    at_least: float | None = None
-    """None where the ratio is shown without a goal."""
+    one: float | None = None
+    """At least so much with one row; None where the ratio is shown without a goal."""
+    eight: float | None = None
+    """The same with eight rows."""
 
 
 GOALS = (
-    Goal("8 rows of 8 tenants against no tenant", "decode", "iapt-8", "plain", 8, 0.97),
-    Goal("a row of a tenant against no tenant", "decode", "iapt-8", "plain", 1),
-    Goal("8 rows of 64 installed tenants against no tenant", "decode", "iapt-64", "plain", 8, 0.97),
-    Goal("against genai, fp32", "decode", "plain", "genai-fp32", 1, 1.0),
-    Goal("against genai, fp32", "decode", "plain", "genai-fp32", 8, 1.1),
-    Goal("against genai, int4", "decode", "plain-int4", "genai-int4", 1, 0.95),
-    Goal("against genai, int4", "decode", "plain-int4", "genai-int4", 8, 0.95),
-    Goal("with 8 tenants against genai without, fp32", "decode", "iapt-8", "genai-fp32", 8),
-    Goal("against genai, fp32", "prefill", "plain", "genai-fp32", 1, 0.95),
-    Goal("against genai, fp32", "prefill", "plain", "genai-fp32", 8),
-    Goal("against LoRA of seven projections, same session", "decode", "iapt-8", "lora-all", 8, 1.3),
-    Goal("against LoRA of seven projections, same session", "decode", "iapt-8", "lora-all", 1),
-    Goal("against LoRA of q and v, same session", "decode", "iapt-8", "lora-qv", 1),
-    Goal("against LoRA of q and v, same session", "decode", "iapt-8", "lora-qv", 8),
-    Goal("against LoRA of q and v, same session", "prefill", "iapt-8", "lora-qv", 8),
-    Goal("against LoRA of seven projections, same session", "prefill", "iapt-8", "lora-all", 8, 1.1),
-    Goal("against PEFT's mixed batch, seven projections", "decode", "iapt-8", "peft-all", 8, 3.0),
-    Goal("against PEFT's mixed batch, q and v", "decode", "iapt-8", "peft-qv", 8),
-    Goal("IAPT's prefill against no tenant", "prefill", "iapt-8", "plain", 1, 1 / 1.05),
-    Goal("IAPT's prefill against no tenant", "prefill", "iapt-8", "plain", 8, 1 / 1.05),
-    Goal("with bottleneck 64", "prefill", "iapt-narrow", "plain", 1),
-    Goal("with bottleneck 64", "prefill", "iapt-narrow", "plain", 8),
+    Goal("decode", "8 tenants against no tenant", "iapt-8", "plain", None, 0.97),
+    Goal("decode", "64 installed tenants against no tenant", "iapt-64", "plain", None, 0.97),
+    Goal("decode", "against genai, fp32", "plain", "genai-fp32", 1.0, 1.1),
+    Goal("decode", "against genai, int4", "plain-int4", "genai-int4", 0.95, 0.95),
+    Goal("decode", "with 8 tenants against genai without, fp32", "iapt-8", "genai-fp32"),
+    Goal("decode", "against LoRA of seven projections, same session", "iapt-8", "lora-all", None, 1.3),
+    Goal("decode", "against LoRA of q and v, same session", "iapt-8", "lora-qv"),
+    Goal("decode", "against PEFT's mixed batch, seven projections", "iapt-8", "peft-all", None, 3.0),
+    Goal("decode", "against PEFT's mixed batch, q and v", "iapt-8", "peft-qv"),
+    Goal("prefill", "against genai, fp32", "plain", "genai-fp32", 0.95),
+    Goal("prefill", "8 tenants against no tenant", "iapt-8", "plain", 1 / 1.05, 1 / 1.05),
+    Goal("prefill", "the same with bottleneck 64", "iapt-narrow", "plain"),
+    Goal("prefill", "against LoRA of seven projections, same session", "iapt-8", "lora-all", None, 1.1),
+    Goal("prefill", "against LoRA of q and v, same session", "iapt-8", "lora-qv"),
 )
 MEMORY_GOAL = 1.2
 """Peak memory beyond the runtime's own, over one copy of the weights and the cache in use."""
@@ -80,6 +73,7 @@ TRACE_GOAL = 1.7
 FLAT_MIB = 32.0
 """How much a soak's memory may grow after its first fifth."""
 ADD_GOAL_MS = 50
+VERDICT = {True: "met", False: "missed"}
 
 
 def of(records: Records, kind: str) -> list[Mapping[str, Any]]:
@@ -87,77 +81,75 @@ def of(records: Records, kind: str) -> list[Mapping[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
-def measured(records: Records, name: str, rows: int) -> list[Figures]:
-    """A case's figures, a round each, in order; an empty one where it failed or was left out."""
-    cases = [record["cases"].get(name, {}) for record in of(records, "round") if record["rows"] == rows]
-    return [{} if "error" in case else case for case in cases]
+def cases(records: Records, name: str, rows: int) -> list[Figures]:
+    """A case's figures, a round each, in order; empty ones where it failed or was left out."""
+    found = [record["cases"].get(name, {}) for record in of(records, "round") if record["rows"] == rows]
+    return [{} if "error" in case else case for case in found]
 
 
 def typical(records: Records, name: str, rows: int) -> Figures:
     """Medians over rounds; empty where the case was not measured."""
-    found = [figures for figures in measured(records, name, rows) if figures]
+    found = [figures for figures in cases(records, name, rows) if figures]
     return {key: median(figures[key] for figures in found) for key in found[0]} if found else {}
 
 
-def ratios(records: Records, goal: Goal) -> list[float]:
-    """How much faster a goal's own case is, in each round that has both, sorted."""
-    key = f"{goal.figure}_ms"
-    pairs = zip(measured(records, goal.own, goal.rows), measured(records, goal.other, goal.rows), strict=True)
-    return sorted(other[key] / own[key] for own, other in pairs if own and other)
+def ratios(records: Records, goal: Goal, rows: int) -> list[float]:
+    """How much faster a goal's own case is, in each round that has both."""
+    pairs = zip(cases(records, goal.own, rows), cases(records, goal.other, rows), strict=True)
+    return [other[f"{goal.figure}_ms"] / own[f"{goal.figure}_ms"] for own, other in pairs if own and other]
 
 
-def memory(records: Records, rows: int) -> float:
-    """The plain backbone's peak beyond the runtime's own, over what it cannot do without; NaN if not measured."""
+def memory(records: Records, rows: int) -> list[float]:
+    """The plain backbone's peak beyond the runtime's own, over what it cannot do without; empty if not measured."""
     own, base = typical(records, "plain", rows), typical(records, "base", rows)
-    return (own["peak_mib"] - base["peak_mib"]) / (own["weights_mib"] + own["cache_mib"]) if own and base else NAN
+    return [(own["peak_mib"] - base["peak_mib"]) / (own["weights_mib"] + own["cache_mib"])] if own and base else []
 
 
-def tenant_cost(records: Records) -> float:
-    """Memory of a tenant more over its weights, from 8 to 64 tenants; NaN if not measured."""
+def tenant_cost(records: Records) -> list[float]:
+    """Memory of a tenant more over its weights, from 8 to 64 tenants; empty if not measured."""
     few, many = typical(records, "iapt-8", 8), typical(records, "iapt-64", 8)
-    if not few or not many:
-        return NAN
-    return (many["peak_mib"] - few["peak_mib"]) / (many["weights_mib"] - few["weights_mib"])
-
-
-NAN = float("nan")
+    gain = {key: many[key] - few[key] for key in ("peak_mib", "weights_mib")} if few and many else {}
+    return [gain["peak_mib"] / gain["weights_mib"]] if gain else []
 
 
 def goal_rows(records: Records) -> Iterator[list[str]]:
     """What was measured beside what was wanted."""
 
-    def row(what: str, rows: int, goal: str, shown: str, is_met: bool | None) -> list[str]:
-        verdict = "" if is_met is None else "met" if is_met else "missed"
-        return [what, str(rows), goal, shown, verdict] if shown else [what, str(rows), goal, "not measured", ""]
+    def least(what: str, rows: int, limit: float | None, found: Sequence[float]) -> list[str]:
+        if not found:
+            return [what, str(rows), "none" if limit is None else f"at least {limit:.2f}", "not measured", ""]
+        shown = f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+        if limit is None:
+            return [what, str(rows), "none", shown, ""]
+        return [what, str(rows), f"at least {limit:.2f}", shown, VERDICT[median(found) >= limit]]
 
-    def ratio(what: str, rows: int, at_least: float | None, found: Sequence[float], digits: int = 2) -> list[str]:
-        shown = f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else ""
-        if at_least is None:
-            return row(what, rows, "none", shown, None)
-        return row(what, rows, f"at least {at_least:.{digits}f}", shown, bool(found) and median(found) >= at_least)
+    def most(what: str, rows: int, limit: float, found: Sequence[float]) -> list[str]:
+        shown, verdict = (f"{found[0]:.2f}", VERDICT[found[0] <= limit]) if found else ("not measured", "")
+        return [what, str(rows), f"at most {limit}", shown, verdict]
 
     for goal in GOALS:
-        yield ratio(f"{goal.figure}: {goal.text}", goal.rows, goal.at_least, ratios(records, goal))
+        for rows, limit in ((1, goal.one), (8, goal.eight)):
+            yield least(f"{goal.figure}: {goal.text}", rows, limit, ratios(records, goal, rows))
     for rows in (1, 8):
-        made, what = memory(records, rows), "peak memory beyond the runtime's, over weights and cache"
-        yield row(what, rows, f"at most {MEMORY_GOAL}", f"{made:.2f}" if made == made else "", made <= MEMORY_GOAL)
-    cost = tenant_cost(records)
-    shown = f"{cost:.2f}" if cost == cost else ""
-    yield row("memory of one more tenant, over its weights", 8, f"at most {TENANT_GOAL}", shown, cost <= TENANT_GOAL)
-    batches = [record["batches"] for record in of(records, "trace")]
+        what = "peak memory beyond the runtime's, over weights and cache"
+        yield most(what, rows, MEMORY_GOAL, memory(records, rows))
+    yield most("memory of one more tenant, over its weights", 8, TENANT_GOAL, tenant_cost(records))
     for kind in ("static", "whole"):
+        batches = [record["batches"] for record in of(records, "trace")]
         gains = [each["continuous"]["tokens_per_s"] / each[kind]["tokens_per_s"] for each in batches]
-        yield ratio(f"throughput: continuous batches over {BATCHES[kind]}", 8, TRACE_GOAL, gains, 1)
+        yield least(f"throughput: continuous batches over {BATCHES[kind]}", 8, TRACE_GOAL, gains)
     for soak in of(records, "soak")[-1:]:
         wrong, lost, grown = len(soak["wrong"]), len(soak["lost"]), growth(soak)
-        shown = f"{lost} lost, {wrong} wrong, {grown:+.0f} MiB"
         is_met = not wrong and not lost and grown <= FLAT_MIB
-        yield row(f"soak of {soak['minutes']:.0f} minutes", 8, "none lost, none wrong, flat memory", shown, is_met)
-        for name, where in (("idle_add_ms", "to an idle session"), ("add_ms", "during the soak")):
-            late = soak[name]
-            shown = f"{late['median']:.1f} ms ({late['p99']:.0f} in the 99th percentile, {late['largest']:.0f} at most)"
-            is_met = late["median"] <= ADD_GOAL_MS
-            yield row(f"a tenant added {where}: median", 8, f"at most {ADD_GOAL_MS} ms", shown, is_met)
+        shown = [f"{lost} lost, {wrong} wrong, {grown:+.0f} MiB", VERDICT[is_met]]
+        yield [f"soak of {soak['minutes']:.0f} minutes", "8", "none lost, none wrong, flat memory", *shown]
+        for key, where in (("idle_add_ms", "to an idle session"), ("add_ms", "during the soak")):
+            late = soak[key]
+            shown = [
+                f"{late['median']:.1f} ms ({late['p99']:.0f} in the 99th percentile, {late['largest']:.0f} at most)"
+            ]
+            shown.append(VERDICT[late["median"] <= ADD_GOAL_MS])
+            yield [f"a tenant added {where}: median", "8", f"at most {ADD_GOAL_MS} ms", *shown]
 
 
 def growth(soak: Mapping[str, Any]) -> float:
@@ -169,15 +161,15 @@ def growth(soak: Mapping[str, Any]) -> float:
 
 def case_rows(records: Records) -> Iterator[list[str]]:
     """The figures of every case, or why there are none."""
-    for rows in sorted({record["rows"] for record in of(records, "round")}):
+    for rows in (1, 8):
         for name, title in TITLES.items():
-            found = typical(records, name, rows)
-            if found:
-                times = (f"{found['prefill_ms']:.0f}", f"{found['decode_ms']:.1f}")
-                yield [title, str(rows), *times, f"{rows / found['decode_ms'] * 1e3:.0f}", f"{found['peak_mib']:.0f}"]
+            if found := typical(records, name, rows):
+                speed = rows / found["decode_ms"] * 1e3
+                shown = [f"{found['prefill_ms']:.0f}", f"{found['decode_ms']:.1f}", f"{speed:.0f}"]
+                yield [title, str(rows), *shown, f"{found['peak_mib']:.0f}"]
             else:
-                cases = [record["cases"].get(name, {}) for record in of(records, "round") if record["rows"] == rows]
-                errors = [case["error"] for case in cases if "error" in case]
+                rounds = [record["cases"].get(name, {}) for record in of(records, "round") if record["rows"] == rows]
+                errors = [case["error"] for case in rounds if "error" in case]
                 yield [title, str(rows), *(errors[-1:] or ["not measured"]), "", "", ""]
 
 
@@ -198,19 +190,13 @@ def tables(records: Records) -> dict[str, str]:
 
 def draw(records: Records, folder: Path) -> None:
     """Tokens a second of decode steps, a panel for each number of rows; and a soak's memory over minutes."""
-    sizes = sorted({record["rows"] for record in of(records, "round")})
-    speeds = {
-        (name, rows): rows / found["decode_ms"] * 1e3
-        for name in TITLES
-        for rows in sizes
-        if (found := typical(records, name, rows))
-    }
-    names = [name for name in TITLES if any((name, rows) in speeds for rows in sizes)][::-1]
-    size = (10, 0.32 * len(names) + 1.2)
-    with figure(folder / "serving.png", size, 1, len(sizes), sharey=True) as (panels,):
-        for axes, rows in zip(panels, sizes, strict=True):
-            colours = [OWN if TITLES[name].startswith("ours") else OTHER for name in names]
-            axes.barh([TITLES[name] for name in names], [speeds.get((name, rows), 0) for name in names], color=colours)
+    names = list(TITLES)[::-1]
+    colours = [OWN if TITLES[name].startswith("ours") else OTHER for name in names]
+    with figure(folder / "serving.png", (10, 0.32 * len(names) + 1.2), 1, 2, sharey=True) as (panels,):
+        for axes, rows in zip(panels, (1, 8), strict=True):
+            found = [typical(records, name, rows) for name in names]
+            speeds = [rows / figures["decode_ms"] * 1e3 if figures else 0 for figures in found]
+            axes.barh([TITLES[name] for name in names], speeds, color=colours)
             axes.set_title(f"{rows} row{'s' if rows > 1 else ''}")
             axes.set_xlabel("tokens a second")
     for soak in of(records, "soak")[-1:]:

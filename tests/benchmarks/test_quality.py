@@ -14,14 +14,13 @@ from benchmarks.quality_plan import (
     ABLATED_ON,
     BUDGETS,
     MAX_CHARACTERS,
-    METHOD_VARIANTS,
     NUM_PARAMETERS,
     PHASES,
     TASKS,
+    VARIANTS,
     count_parameters,
     rates,
     runs_of,
-    variants,
 )
 from benchmarks.quality_records import SYSTEM_MESSAGE, Cell, as_messages, chosen_rates, make_splits
 from benchmarks.quality_tables import average_ranks, difference_table, draw, main_cells, ranks, tables
@@ -29,7 +28,7 @@ from trainers.methods.configs import METHOD_CONFIGS, method_name
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 
 SMALL = BUDGETS["small"]
-LABELS = [variant.label for variant in METHOD_VARIANTS]
+LABELS = [variant.label for variant in VARIANTS]
 
 
 def fake_outcome(run, accuracy=0.75, loss=2.0):
@@ -54,8 +53,8 @@ def all_keys(budget):
 @pytest.mark.parametrize("name", BUDGETS)
 def test_plan_is_complete(name):
     budget = BUDGETS[name]
-    assert {method_name(variant.config) for variant in variants(budget)} == set(METHOD_CONFIGS)
-    wanted = {(v.label, task, seed) for v in variants(budget) for task in TASKS for seed in range(budget.seeds)}
+    assert {method_name(variant.config) for variant in VARIANTS} == set(METHOD_CONFIGS)
+    wanted = {(v.label, task, seed) for v in VARIANTS for task in TASKS for seed in range(budget.seeds)}
     assert {(run.label, run.task, run.seed) for run in runs_of("main", budget, {})} == wanted
     configs = [run.config for run in runs_of("ablations", budget, {}) if run.task == ABLATED_ON[0] and run.seed == 0]
     assert {config.prompt_length for config in configs} == {1, 2, 4, 8}
@@ -85,24 +84,24 @@ def test_every_setting_counts_in_the_key(change):
 
 
 def test_budgets_are_matched_where_claimed():
-    for variant in variants(BUDGETS["full"]):
+    for variant in VARIANTS:
         assert (abs(count_parameters(variant.config) / NUM_PARAMETERS - 1) <= 0.1) == variant.is_matched, variant.label
 
 
 def test_every_method_tries_as_many_rates():
     for budget in BUDGETS.values():
-        for variant in variants(budget):
+        for variant in VARIANTS:
             tried = rates(variant, budget)
             assert len(set(tried)) == budget.num_rates
             assert tried[budget.num_rates // 2] == variant.centre
 
 
 def test_the_best_validation_accuracy_chooses_the_rate():
-    best = {label: rates(variant, SMALL)[0] for label, variant in zip(LABELS, METHOD_VARIANTS, strict=True)}
+    best = {label: rates(variant, SMALL)[0] for label, variant in zip(LABELS, VARIANTS, strict=True)}
     records = fake_records(phases=["rates"], accuracy=lambda run: 0.9 if run.learning_rate == best[run.label] else 0.8)
     assert chosen_rates(SMALL, records) == best
     equal = fake_records(phases=["rates"])
-    assert chosen_rates(SMALL, equal) == {variant.label: variant.centre for variant in METHOD_VARIANTS}
+    assert chosen_rates(SMALL, equal) == {variant.label: variant.centre for variant in VARIANTS}
     equal.popitem()
     assert LABELS[-1] not in chosen_rates(SMALL, equal)
 
@@ -110,10 +109,10 @@ def test_the_best_validation_accuracy_chooses_the_rate():
 def test_a_diverged_rate_is_not_chosen():
     records = {}
     for run in runs_of("rates", SMALL, {}):
-        last = run.learning_rate == rates(next(v for v in METHOD_VARIANTS if v.label == run.label), SMALL)[-1]
+        last = run.learning_rate == rates(next(v for v in VARIANTS if v.label == run.label), SMALL)[-1]
         records[run.key] = fake_outcome(run) if last else {"error": "the loss became nan"}
     chosen = chosen_rates(SMALL, records)
-    assert chosen == {variant.label: rates(variant, SMALL)[-1] for variant in METHOD_VARIANTS}
+    assert chosen == {variant.label: rates(variant, SMALL)[-1] for variant in VARIANTS}
 
 
 def write_rows(path: Path, count: int, start: int) -> Path:
@@ -259,9 +258,9 @@ def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
         assert all(
             content in text and f"Because of {name}." in text for name, content in tables(SMALL, records).items()
         )
-        assert "OLD" not in text and text.count("| IAPT |") == 3
+        assert "OLD" not in text and text.count("| IAPT |") == 2
     assert f"{len(records)} of {len(records)} runs are done" in capsys.readouterr().out
-    for image in ("main", "ablations", "rates"):
+    for image in ("main", "ablations"):
         assert (tmp_path / "images" / f"results-{image}.png").stat().st_size > 5000
     page_with(page, ["rates", "other"])
     with pytest.raises(SystemExit, match=r"differ in the tables ablation .*, differences, other$"):
@@ -274,7 +273,7 @@ def test_tables_of_an_unfinished_plan(phases, tmp_path):
     text = tables(SMALL, records)["comparison"]
     assert "| IAPT | 58,161 | – | – | – | – | – |" in text
     draw(SMALL, records, tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_a_record_keeps_what_was_measured():

@@ -1,14 +1,15 @@
-"""Plant faults in a quantised bundle and see which checks catch them: ``python benchmarks/planted.py --help``.
+"""Plant faults in a real, quantised bundle and see which checks catch them.
 
-Two comparisons may find them: with activations rounded, whose limits are wide, and without. The faults are some of
-those that the tests plant in tiny bundles.
+    python -m tests.validation.planted BUNDLE
+
+Two comparisons may find them: with activations rounded, whose limits are wide, and without. Tiny bundles are tested
+with more faults; this says what is found where weights and activations are a trained model's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from engines.serving.tenants import TenantBank
+from iapt_export.contract.manifest import BundleManifest
+from tests.validation.faults import instruction_flag_lost, place_off_by_one, stepping
+from trainers.decoder.backbone import load_backbone
+from validation.judging.compare import Settings
+from validation.judging.result import TargetResult
+from validation.reporting.summary import summary
+from validation.validate import validate_bundle
 
-from engines.serving.tenants import TenantBank  # noqa: E402
-from iapt_export.contract.manifest import BundleManifest  # noqa: E402
-from tests.validation.faults import instruction_flag_lost, place_off_by_one, stepping  # noqa: E402
-from trainers.decoder.backbone import load_backbone  # noqa: E402
-from validation.judging.compare import Settings  # noqa: E402
-from validation.judging.result import TargetResult  # noqa: E402
-from validation.reporting.summary import summary  # noqa: E402
-from validation.validate import validate_bundle  # noqa: E402
+RESULTS = Path("benchmarks/results/tolerances")
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle of IAPT tenants with the target onnxruntime:int8 or :int4")
     parser.add_argument("--model", help="where the bundle's backbone is now")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "tolerances")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     manifest = BundleManifest.load(args.bundle)
     backbone = load_backbone(args.model or manifest.backbone.name_or_path)
