@@ -104,7 +104,7 @@ REFUSED = {
     "no words": (TinyFile("llama", {"tokenizer.ggml.tokens": None}), "of the kind 'gpt2' with 0 words"),
     "end token": (
         TinyFile("llama", {"tokenizer.ggml.eos_token_id": 400}),
-        "names 400 as its eos token, and has 320 words",
+        "names 400 as its eos token, and has 320",
     ),
     "gemma's space": (
         replace(
@@ -132,7 +132,8 @@ def test_train_and_build_refuse_alike(tmp_path: Path, capsys: pytest.CaptureFixt
     write(good, TinyFile("llama"))
     write(bad, TinyFile("llama", {"logit_scale": 2.0}))
     data = tmp_path / "data.jsonl"
-    data.write_text((json.dumps({"instruction": "a film", "output": "yes"}) + "\n") * 20)
+    examples = [{"instruction": f"film {number}", "output": "yes"} for number in range(20)]
+    data.write_text("\n".join(map(json.dumps, examples)))
     train = ["train", "--method", "prompt-tuning", "--data", str(data), "--output", str(tmp_path / "adapter")]
     with pytest.raises(SystemExit):
         main([*train, "--model", str(bad)])
@@ -175,7 +176,7 @@ def test_llama3_factors_of_one_are_no_scaling() -> None:
 
 
 def test_quantised_weights_are_the_files(tmp_path: Path) -> None:
-    """Each format that llama.cpp's tools write most is dequantised to gguf-py's numbers, rows in transformers' order."""
+    """Formats that llama.cpp's tools write often become gguf-py's numbers."""
     for kind in (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16):
         file = TinyFile("qwen2", quantised=kind)
         weights: dict[str, Any] = load_backbone(str(write(tmp_path / "tiny.gguf", file))).model.state_dict()

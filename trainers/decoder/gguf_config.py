@@ -13,70 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.gguf_file import GgufFile
+from trainers.decoder.gguf_file import Fields, GgufFile
 from trainers.decoder.gguf_rope import head_width, rope_parameters
 from trainers.decoder.gguf_tokenizer import SPECIAL_TOKENS
 
 Config = dict[str, Any]
 
-NO_MEANING = ("tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual")
-"""Fields that llama.cpp does not compute with: notes of the converter. Residuals of StableLM go by its tensors."""
-
-NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.sliding_window": 0}
-"""Fields that may be there with this value alone, which leaves the decoder as it is."""
-
-
 HEAD_DIM = ("llama", "qwen3", "gemma2", "gemma3")
 """Architectures whose configuration always states the width of a head."""
-
-
-class Fields:
-    """The fields of one file's architecture, each taken once; what nobody took is refused."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self.file = file
-        prefix = f"{file.architecture}."
-        self._left = {name.removeprefix(prefix): v for name, v in file.fields.items() if name.startswith(prefix)}
-
-    def take(self, name: str, default: Any = None) -> Any:
-        """The value of a field, or the default where the file has none.
-
-        Raises:
-            IaptError: the field holds a list whose items differ, one a layer.
-        """
-        value = self._left.pop(name, default)
-        if isinstance(value, list) and value and name != "attention.sliding_window_pattern":
-            if any(item != value[0] for item in value):
-                raise self.refusal(name, f"differs from layer to layer ({value[:8]}…)")
-            return value[0]
-        return value
-
-    def need(self, name: str) -> Any:
-        """The value of a field that must be there."""
-        value = self.take(name)
-        if value is None:
-            raise IaptError(
-                f"{self.file.path} lacks the field {self.file.architecture}.{name}; "
-                "the file is not whole, download or convert it again"
-            )
-        return value
-
-    def refuse_rest(self) -> None:
-        """Refuse fields that nobody took and that may change the answer.
-
-        Raises:
-            IaptError: naming the first such field and its value.
-        """
-        for name, value in self._left.items():
-            if name not in NO_MEANING and (name not in NEUTRAL or NEUTRAL[name] != value):
-                raise self.refusal(name, f"is {value!r}, which transformers' configuration cannot hold here")
-
-    def refusal(self, name: str, problem: str) -> IaptError:
-        """The error that names a field which no configuration holds."""
-        return IaptError(
-            f"{self.file.path}: the field {self.file.architecture}.{name} {problem}; without it the model would "
-            "answer differently. Give the model's Hugging Face folder instead of the GGUF file"
-        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +149,7 @@ def gguf_config(file: GgufFile) -> Any:
         width, turned = head_width(fields, config["hidden_size"], config["num_attention_heads"])
         if file.architecture in HEAD_DIM or width * config["num_attention_heads"] != config["hidden_size"]:
             config["head_dim"] = width
-        config["rope_parameters"] = rope_parameters(fields, file, config["max_position_embeddings"], width, turned)
+        config["rope_parameters"] = rope_parameters(fields, config["max_position_embeddings"], width, turned)
     config |= family.special(fields, config)
     fields.refuse_rest()
     return AutoConfig.for_model(family.model_type, **config)

@@ -8,15 +8,12 @@ tensor ``rope_freqs.weight``, in which converters write the ramp of Llama 3.1.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.gguf_file import GgufFile
-
-if TYPE_CHECKING:
-    from trainers.decoder.gguf_config import Fields
+from trainers.decoder.gguf_file import Fields
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTOR_TENSORS = {"llama": (FREQS, LONG, SHORT), "phi3": (LONG, SHORT)}
@@ -46,10 +43,11 @@ def head_width(fields: Fields, hidden: int, heads: int) -> tuple[int, int]:
     return width, turned
 
 
-def rope_parameters(fields: Fields, file: GgufFile, context: int, width: int, turned: int) -> dict[str, Any]:
+def rope_parameters(fields: Fields, context: int, width: int, turned: int) -> dict[str, Any]:
     """Transformers' ``rope_parameters`` (for gemma3, those of the layers without a window).
 
     Args:
+        fields: of the file; those of the rotation are taken.
         context: the longest text the file claims.
         width: of a head.
         turned: how many of its numbers turn.
@@ -57,6 +55,7 @@ def rope_parameters(fields: Fields, file: GgufFile, context: int, width: int, tu
     Raises:
         IaptError: a scaling that this family's configuration cannot hold.
     """
+    file = fields.file
     base = float(fields.take("rope.freq_base", 10000.0))
     found: dict[str, Any] = {"rope_theta": base}
     if file.architecture in PARTIAL:
