@@ -3,7 +3,7 @@
 transformers has a reader of its own. It drops, without a word, rope scaling, ``rope_freqs``, biases, partial
 rotary, soft caps and some rope bases, and so loads another model than the file holds. Here each field of the
 architecture is either carried into the configuration or refused by its name; llama.cpp is the judge in
-tests/trainers/test_gguf_truth.py. Names of fields: github.com/ggml-org/ggml, docs/gguf.md.
+tests/trainers/decoder/test_gguf_truth.py. Names of fields: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations

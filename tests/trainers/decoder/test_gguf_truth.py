@@ -1,4 +1,4 @@
-"""GGUF files answer as llama.cpp does with them; its answers stand in tests/golden, see `tests.trainers.llama_cpp`."""
+"""GGUF files answer as llama.cpp does, whose answers stand in tests/golden (see `tests.trainers.decoder.llama_cpp`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.tiny import VOCABULARY
-from tests.trainers.gguf_cases import CASES, TOKENS
-from tests.trainers.gguf_files import TinyFile, write
-from tests.trainers.gguf_texts import TEXT_CASES, TEXTS
-from tests.trainers.llama_cpp import EVERY, GOLDEN, last_log_probabilities, token_ids
+from tests.trainers.decoder.gguf_cases import CASES, TOKENS
+from tests.trainers.decoder.gguf_files import TinyFile, write
+from tests.trainers.decoder.gguf_texts import TEXT_CASES, TEXTS
+from tests.trainers.decoder.llama_cpp import EVERY, GOLDEN, last_log_probabilities, token_ids
 from trainers.decoder.backbone import load_backbone, save_backbone
 
 RECORD = json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.trainers.gguf_files import CONTEXT, LAYERS, Shape, TinyFile, random_tensors
+from tests.trainers.decoder.gguf_files import CONTEXT, LAYERS, Shape, TinyFile, random_tensors
 
 TOKENS = tuple(int(token) for token in np.random.default_rng(7).integers(2, 290, 96))
 """What both sides read, longer than the windows and original contexts below."""

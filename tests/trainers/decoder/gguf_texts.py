@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tests.trainers.gguf_files import TinyFile, random_tensors
+from tests.trainers.decoder.gguf_files import TinyFile, random_tensors
 from trainers.decoder.gguf_tokenizer import AS_TRANSFORMERS, DIGITS_APART, LIKE_QWEN2
 
 TEXTS = (

@@ -14,9 +14,9 @@ import pytest
 
 from iapt_export.cli import main
 from iapt_export.contract.errors import IaptError
-from tests.trainers.gguf_cases import LINEAR, YARN
-from tests.trainers.gguf_files import TinyFile, write
-from tests.trainers.gguf_texts import TEXT_CASES
+from tests.trainers.decoder.gguf_cases import LINEAR, YARN
+from tests.trainers.decoder.gguf_files import TinyFile, write
+from tests.trainers.decoder.gguf_texts import TEXT_CASES
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.gguf_rope import llama3_parameters
 

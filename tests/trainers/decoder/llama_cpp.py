@@ -1,4 +1,4 @@
-"""llama.cpp as the judge of GGUF files, and the record of what it said: ``python -m tests.trainers.llama_cpp``.
+"""llama.cpp as the judge of GGUF files, and the record of what it said: ``python -m tests.trainers.decoder.llama_cpp``.
 
 The package ``xllamacpp`` brings llama.cpp. Where it is not installed, tests compare with the record; where it is, they
 check the record too.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "gguf_llama_cpp.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "gguf_llama_cpp.json"
 EVERY = 4
 """Every fourth log-probability is recorded."""
 CONTEXT = 256
@@ -73,9 +73,9 @@ def record() -> dict[str, Any]:
     import xllamacpp
 
     from tests.tiny import VOCABULARY
-    from tests.trainers.gguf_cases import CASES, TOKENS
-    from tests.trainers.gguf_files import write
-    from tests.trainers.gguf_texts import TEXT_CASES, TEXTS
+    from tests.trainers.decoder.gguf_cases import CASES, TOKENS
+    from tests.trainers.decoder.gguf_files import write
+    from tests.trainers.decoder.gguf_texts import TEXT_CASES, TEXTS
 
     found: dict[str, Any] = {"xllamacpp": xllamacpp.__version__, "every": EVERY, "models": {}, "texts": {}}
     with tempfile.TemporaryDirectory() as folder:
