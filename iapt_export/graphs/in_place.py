@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import iapt_export.graphs.ops.serving_ops  # noqa: F401  (registers torch.ops.iapt.attend_in_place and instruction_only)
-from iapt_export.graphs.attention import attending_with, grouped_attention
+from trainers.decoder.attention import attending_with, grouped_attention, read_options
 from trainers.decoder.insertion import decoder_layers, hooked, projected, selected
 from trainers.decoder.method import Method, Part, Rows
 
@@ -91,7 +91,7 @@ class _Layout:
         self.is_instruction = ((place >= slots) & (place <= step.seqlens_k[:, None])).long()
 
     def embed(self, input_ids: Tensor, embeddings: Tensor) -> Tensor:
-        """Embeddings of the tokens, zeros in the slots."""
+        """Embeddings of the tokens, and in the slots the soft prompts of methods that have one, else zeros."""
         for part in self.rows.parts:
             changed = part.method.embed(part.weights, input_ids, embeddings, self.is_instruction)
             if changed is not embeddings:
@@ -99,7 +99,12 @@ class _Layout:
                 embeddings = changed if part.method.in_decode else self.only(changed, embeddings)
         if self.rows.num_slots == 0:
             return embeddings
-        return self.only(embeddings.masked_fill(self.is_slot[..., None], 0), embeddings)
+        changed = embeddings.masked_fill(self.is_slot[..., None], 0)
+        for part in self.rows.parts:
+            prompt = part.method.soft_prompt(part.weights)
+            if prompt is not None:
+                changed = self._replaced(part, changed, changed, 1, _always(prompt))
+        return self.only(changed, embeddings)
 
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """Put what each method makes into its rows' slots."""
@@ -155,6 +160,10 @@ class _Layout:
         return torch.ops.iapt.set_first(target, made, length, axis)
 
 
+def _always(prompt: Tensor) -> Callable[[Part, Tensor], Tensor]:
+    return lambda _part, own: prompt.expand_as(own)
+
+
 class _PassThrough(DynamicCache):
     """Hands new keys and values on to the attention, which owns the buffers."""
 
@@ -189,19 +198,25 @@ def in_place_attention(backbone: Any) -> AbstractContextManager[None]:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float | None = None, **rest: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Any,
+    scaling: float | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Attention of ``query [B, heads, T, K]`` over the cache and ``key, value [B, H, T, K]``."""
     step, layer = _steps[-1], int(module.layer_idx)  # type: ignore[arg-type]
     batch, heads, length, width = query.shape
-    window = int(rest.get("sliding_window") or -1)
+    options = read_options(module, arguments)
     past = step.past[2 * layer : 2 * layer + 2]
     if step.total is None:
         begin = step.position_ids[:, 0]
         keys, values = (torch.ops.iapt.tensor_scatter(*pair, begin) for pair in zip(past, (key, value), strict=True))
         step.present[2 * layer], step.present[2 * layer + 1] = keys, values
-        seen = _seen(step.position_ids, past[0].shape[2], window)
-        return grouped_attention(module, query, keys, values, seen, scaling)
+        seen = _seen(step.position_ids, past[0].shape[2], options.window)
+        return grouped_attention(module, query, keys, values, seen, scaling, **arguments)
 
     def flat(states: Tensor) -> Tensor:
         return states.transpose(1, 2).reshape(batch, length, -1)
@@ -212,8 +227,9 @@ def _attend(
         flat(value),
         past,
         [step.seqlens_k, step.total],
-        float(scaling if scaling is not None else width**-0.5),
-        window,
+        [] if options.sinks is None else [options.sinks],
+        [float(scaling if scaling is not None else width**-0.5), options.softcap],
+        options.window,
     )
     return mixed.reshape(batch, length, heads, width), None
 

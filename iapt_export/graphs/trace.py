@@ -13,17 +13,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.export import Dim
-from transformers.masking_utils import sdpa_mask
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
-from iapt_export.graphs.attention import attending_with, grouped_attention
 from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
 from iapt_export.graphs.table import TABLE
+from trainers.decoder.attention import attending_with, grouped_attention, mask_by_position
 
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
@@ -86,7 +85,7 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
 
 def exportable(backbone: Any) -> AbstractContextManager[None]:
     """Give a backbone an attention that exports to one node with grouped key/value heads, while the context is open."""
-    return attending_with(backbone, "iapt_export", grouped_attention, sdpa_mask)
+    return attending_with(backbone, "iapt_export", grouped_attention, mask_by_position)
 
 
 def _first_line(error: BaseException) -> str:

@@ -112,6 +112,7 @@ def read_instruction(
     rows = rows.prepared(backbone, input_ids, readable)
     embeddings = rows.embed(input_ids, backbone.get_input_embeddings()(input_ids), readable)  # [B, T, D]
     count = rows.num_slots
+    prompts = rows.prompts(embeddings.new_zeros(embeddings.shape[0], count, embeddings.shape[2]))  # [B, P, D]
     mask = torch.cat([rows.slot_mask(attention_mask), attention_mask], dim=1)  # [B, P+T]
     cache = past_key_values
     if rows.changes_cache and cache is None:
@@ -135,9 +136,7 @@ def read_instruction(
         stack.enter_context(projected(backbone, rows))
         stack.enter_context(selected(backbone, select))
         return backbone(
-            inputs_embeds=torch.cat(
-                [embeddings.new_zeros(embeddings.shape[0], count, embeddings.shape[2]), embeddings], 1
-            ),
+            inputs_embeds=torch.cat([prompts, embeddings], dim=1) if count else embeddings,
             attention_mask=mask,
             position_ids=positions(mask),
             past_key_values=cache,

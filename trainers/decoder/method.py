@@ -2,12 +2,13 @@
 
 A method overrides what it changes and inherits "unchanged" for the rest:
 
-    expanded   what all layers read, made of the weights alone                 (IAPT, P-tuning v2)
-    prepare    anything it must know of the instruction beforehand             (LoPA)
-    embed      the embeddings of the tokens                                    (ADePT, DePT)
-    slots      the hidden states of the P prompt slots, right before a layer   (IAPT at every layer; prompt tuning at 0)
-    key_value  the keys and values of the slots inside a layer, after RoPE     (P-tuning v2)
-    project    the output of a linear layer                                    (LoRA)
+    expanded     what all layers read, made of the weights alone                 (IAPT, P-tuning v2)
+    prepare      anything it must know of the instruction beforehand             (LoPA)
+    embed        the embeddings of the tokens                                    (ADePT, DePT)
+    soft_prompt  what stands before the embedded tokens, in the P prompt slots   (prompt tuning and its kin)
+    slots        the hidden states of the P prompt slots, right before a layer   (IAPT)
+    key_value    the keys and values of the slots inside a layer, after RoPE     (P-tuning v2)
+    project      the output of a linear layer                                    (LoRA)
 
 All are pure functions of ``weights``: name to tensor, each with a leading axis of 1 (one adapter for all rows)
 or B (each row its own tenant's). The trained module and the exported graph so run the same lines.
@@ -152,14 +153,22 @@ class Method(nn.Module):
         """Embeddings ``[B, T, D]`` of ``input_ids [B, T]``; ``mask [B, T]`` is nonzero at instruction tokens."""
         return embeddings
 
+    def soft_prompt(self, weights: Weights) -> Tensor | None:
+        """``[1 or B, P, D]`` before the embedded tokens; None where the slots begin as zeros.
+
+        The backbone treats it as its embeddings: some scale them (Granite) or normalise them (Bloom) before layer 0, as
+        they do in PEFT.
+        """
+        return None
+
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """What stands in the prompt slots right before ``layer``.
 
         Args:
             weights: this method's tensors.
             layer: index of the layer.
-            slots: ``[B, P, D]``, what the layer before made of its slots; before layer 0 zeros, or the learned
-                absolute positions of a backbone that has such (GPT-2).
+            slots: ``[B, P, D]``, what the layer before made of its slots; before layer 0 what the backbone made of
+                `soft_prompt`, or of zeros.
             tokens: ``[B, T, D]``, the hidden states of the tokens right before the layer.
             mask: ``[B, T]``, nonzero at instruction tokens (never padding, never the response).
 
@@ -239,6 +248,16 @@ class Rows:
             changed = part.method.embed(part.weights, input_ids, embeddings, mask)
             embeddings = part.choose(changed, embeddings)
         return embeddings
+
+    def prompts(self, slots: Tensor) -> Tensor:
+        """``slots [B, P, D]`` with what `Method.soft_prompt` gives; methods with fewer slots fill the last ones."""
+        for part in self.parts:
+            prompt = part.method.soft_prompt(part.weights)
+            if prompt is not None:
+                empty = self.num_slots - part.method.num_slots
+                made = prompt.to(slots.dtype).expand(slots.shape[0], -1, -1)
+                slots = part.choose(torch.cat([slots[:, :empty], made], dim=1) if empty else made, slots)
+        return slots
 
     def slots(self, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `Method.slots`; methods with fewer slots see the last ones."""

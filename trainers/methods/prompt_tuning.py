@@ -21,10 +21,6 @@ class SoftPrompt(Method):
         """The prompt ``[1 or B, P, D]``."""
         return weights["prompt"]
 
-    def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The prompt before layer 0, added to learned absolute positions where the backbone has them."""
-        return slots + self.soft_prompt(weights) if layer == 0 else slots
-
     def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
         """Begin with real tokens' embeddings, see `initial_prompt`."""
         initial = initial_prompt(self.config, self.config.prompt_length, backbone, tokenizer, instruction)

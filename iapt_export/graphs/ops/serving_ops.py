@@ -41,7 +41,8 @@ def attend_in_place(
     value: Tensor,
     past: list[Tensor],
     lengths: list[Tensor],
-    scale: float,
+    sinks: list[Tensor],
+    factors: list[float],
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over a cache; exists for tracing only.
@@ -52,7 +53,8 @@ def attend_in_place(
         value: ``[B, T, H K]``.
         past: key and value buffers ``[B, H, C, K]``.
         lengths: each row's entries after this step less one ``[B]``, and the most of them; int32.
-        scale: factor of the scores.
+        sinks: a score for each head that only takes part in the softmax ``[heads]``; none or one.
+        factors: of the scores, and the soft cap that they run against, 0 for none.
         window: entries that are seen, -1 for all.
 
     Returns:
@@ -122,6 +124,7 @@ def register_schemas() -> None:
                 parameter("total_sequence_length", "tensor(int32)"),
                 *(parameter(name, "T", param_option=optional) for name in ("cos_cache", "sin_cache")),
                 parameter("position_ids", "tensor(int64)", param_option=optional),
+                *(parameter(name, "T", param_option=optional) for name in ("attention_bias", "head_sink")),
             ],
             outputs=[parameter(name, "T") for name in ("output", "present_key", "present_value")],
             type_constraints=[("T", floats, "")],
@@ -129,6 +132,7 @@ def register_schemas() -> None:
                 schema.Attribute("num_heads", schema.AttrType.INT, "query heads"),
                 schema.Attribute("kv_num_heads", schema.AttrType.INT, "key and value heads"),
                 schema.Attribute("scale", schema.AttrType.FLOAT, "factor of the scores"),
+                schema.Attribute("softcap", onnx.helper.make_attribute("softcap", 0.0), "bound of the scores, 0: none"),
                 schema.Attribute("local_window_size", schema.AttrType.INT, "entries that are seen, -1 for all"),
                 schema.Attribute("do_rotary", onnx.helper.make_attribute("do_rotary", 0), "1: turn query and key"),
                 schema.Attribute(
@@ -167,17 +171,23 @@ def translation_table() -> dict[Any, Any]:
     register_schemas()
     microsoft, marker, standard = values.Opset(MICROSOFT, 1), values.Opset(MARKER_DOMAIN, 1), onnxscript.opset20
 
-    def attention(query: Any, key: Any, value: Any, past: Any, lengths: Any, scale: float, window: int) -> Any:
+    def attention(
+        query: Any, key: Any, value: Any, past: Any, lengths: Any, sinks: Any, factors: Any, window: int
+    ) -> Any:
         kv_heads, head_dim = past[0].shape[1], past[0].shape[3]
+        scale, softcap = factors
+        sink = [None, None, None, None, *sinks] if sinks else []  # behind the rotary table, positions and bias
         return microsoft.GroupQueryAttention(
             query,
             key,
             value,
             *past,
             *lengths,
+            *sink,
             num_heads=query.shape[2] // head_dim,
             kv_num_heads=kv_heads,
             scale=scale,
+            softcap=softcap,
             local_window_size=window,
         )
 

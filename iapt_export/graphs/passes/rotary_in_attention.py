@@ -164,7 +164,7 @@ def _evaluate(
 
 
 def _absorb(attention: ir.Node, query: ir.Node, key: ir.Node, tables: list[ir.Value]) -> None:
-    attention.resize_inputs(FIRST_TABLE + len(tables))
+    attention.resize_inputs(max(len(attention.inputs), FIRST_TABLE + len(tables)))  # a sink may stand behind
     for place, value in enumerate([query.inputs[0], key.inputs[0]]):
         attention.replace_input_with(place, value)
     for place, value in enumerate(tables):

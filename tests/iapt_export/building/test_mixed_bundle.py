@@ -303,7 +303,7 @@ SABOTAGES = {
     "a path swapped": lambda b: edit_tenant(b, "mood", path="tenants/topics.safetensors"),
     "a row of no method": lambda b: edit_tenant(b, "topics", method=None),
     "a method's rows are nobody's": lambda b: between(b, "prefill.onnx", "prefix_tuning.tenant_index", "Min", -1),
-    "a method takes all rows": lambda b: between(b, "prefill.onnx", "prompt_tuning.tenant_index", "Max", 0),
+    "a method takes all rows": lambda b: between(b, "prefill.onnx", "lopa.tenant_index", "Max", 0),
     "encoder reads padding": lambda b: between(b, "encoder.onnx", "attention_mask", "Max", 1),
 }
 

@@ -1,0 +1,186 @@
+"""Attention of ours in a transformers backbone.
+
+Two things differ from what transformers does by itself. Masks are made of positions, which count real tokens, and not
+of places in a padded row: a sliding window then sees the same tokens whatever stands beside a row. And nothing that a
+model asks of its attention is left out: soft caps and sinks are computed, what is not known is refused by name.
+
+Shapes: B batch, T tokens, S keys, N query heads, H key/value heads, K width of queries and keys, V width of values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from iapt_export.contract.errors import IaptError
+
+EAGER = "iapt_by_position"
+"""What the attention in PyTorch is registered under."""
+HARMLESS = frozenset(
+    (
+        "cache_position",
+        "dropout",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    )
+)
+"""Arguments that change nothing in a frozen decoder's attention; position ids were used before it is called."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model asks of its attention beside queries, keys, values, mask and scale."""
+
+    window: int = -1
+    """Entries that a token sees, itself included; -1 for all. Where there is a mask, it holds the window already."""
+    softcap: float = 0.0
+    """Scores become ``softcap * tanh(scores / softcap)``; 0 leaves them (Gemma 2)."""
+    sinks: Tensor | None = None
+    """``[N]``, a score that takes its share of each head's softmax and gives nothing (GPT-OSS)."""
+
+
+def read_options(module: nn.Module, arguments: dict[str, Any]) -> Options:
+    """Sort the arguments of an attention call.
+
+    Raises:
+        IaptError: one that is not known has a value, so that leaving it out could change the answer.
+    """
+    known = {"sliding_window", "softcap", "s_aux", "is_causal"}
+    given = {name for name, value in arguments.items() if value is not None}
+    if arguments.get("is_causal") is False:
+        raise IaptError(f"{type(module).__name__} attends in both directions; only causal decoders are supported")
+    if strange := sorted(given - known - HARMLESS):
+        raise IaptError(
+            f"{type(module).__name__} asks its attention for {', '.join(strange)}, which is not carried out here; "
+            "leaving it out would change the answers, so this model is not supported"
+        )
+    return Options(
+        window=int(arguments.get("sliding_window") or -1),
+        softcap=float(arguments.get("softcap") or 0.0),
+        sinks=arguments.get("s_aux"),
+    )
+
+
+def mask_by_position(
+    *,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    **rest: Any,
+) -> Tensor | None:
+    """The boolean mask ``[B, 1, T, S]`` as transformers makes it, asked for positions instead of places.
+
+    Args:
+        mask_function: transformers' rule ``(batch, head, query, key) -> may see``.
+        attention_mask: ``[B, S]``, 1 at real entries, wherever padding stands.
+        rest: see `transformers.masking_utils.sdpa_mask`.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2:
+        position = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
+
+        def by_place(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return mask_function(batch, head, position[batch, query], position[batch, key])
+
+        return sdpa_mask(mask_function=by_place, attention_mask=attention_mask, **rest)
+    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **rest)
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **arguments: Any
+) -> tuple[Tensor, None]:
+    """PyTorch's attention: transformers' own function where scaled dot products are all there is."""
+    scaling = arguments.pop("scaling", None)
+    options = read_options(module, arguments)
+    if options.softcap or options.sinks is not None:
+        return explicit_attention(query, key, value, mask, scaling, options), None
+    return sdpa_attention_forward(module, query, key, value, mask, *args, scaling=scaling, **arguments)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Attention over ``query [B, N, T, K]`` and ``key, value [B, H, S, K]``, which export does not repeat."""
+    options = read_options(module, arguments)
+    if options.softcap or options.sinks is not None:
+        return explicit_attention(query, key, value, attention_mask, scaling, options), None
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return mixed.transpose(1, 2), None
+
+
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, options: Options
+) -> Tensor:
+    """Attention in single operators, which every runtime has: ``[B, T, N, V]``.
+
+    Args:
+        query: ``[B, N, T, K]``.
+        key: ``[B, H, S, K]``.
+        value: ``[B, H, S, V]``.
+        mask: ``[B, 1, T, S]`` booleans; None is causal.
+        scaling: factor of the scores; None is ``K ** -0.5``.
+        options: soft cap and sinks.
+    """
+    batch, heads, length, width = query.shape
+    groups, entries = key.shape[1], key.shape[2]
+    if mask is None:
+        place = torch.arange(entries, device=query.device)
+        mask = (place <= place[-length:, None])[None, None]
+    queries = query.reshape(batch, groups, heads // groups, length, width)
+    scores = (queries @ key[:, :, None].transpose(-1, -2)) * (width**-0.5 if scaling is None else scaling)
+    if options.softcap:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min).float()  # [B, H, G, T, S]
+    if options.sinks is not None:
+        sinks = options.sinks.reshape(1, groups, -1, 1, 1).expand(batch, -1, -1, length, -1).float()
+        shares = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        shares = scores.softmax(dim=-1)
+    mixed = shares.to(value.dtype) @ value[:, :, None]  # [B, H, G, T, V]
+    return mixed.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2)
+
+
+def use_own_attention(backbone: Any) -> None:
+    """Let a backbone attend as above from now on; one whose code attends by itself stays as it is."""
+    AttentionInterface.register(EAGER, _eager)
+    AttentionMaskInterface.register(EAGER, mask_by_position)
+    backbone.set_attn_implementation(EAGER)
+
+
+@contextlib.contextmanager
+def attending_with(backbone: Any, name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """Replace a backbone's attention while the context is open.
+
+    Args:
+        backbone: a causal LM of transformers.
+        name: what to register the two functions under.
+        attend: as transformers' attention functions.
+        mask: as transformers' mask functions; makes what ``attend`` gets as its mask.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)

@@ -1,0 +1,226 @@
+"""What can be done with a decoder: supported, supported with a restriction, or refused, each with its reason.
+
+A configuration says too little: two fields of one name mean different things in two families. So the model's own code
+is run once on tensors without data ("meta"), which takes a second at most, whatever the model's size, and what it asks of
+its attention and leaves in its cache is read off: how many heads it caches, of which width, which windows it masks,
+whether its code attends by itself. Nothing is loaded and nothing computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+from iapt_export.contract.errors import IaptError
+from trainers.decoder.attention import Options, read_options
+
+TRIAL = "iapt_trial"
+NUM_TOKENS, NUM_PLACES = 6, 2**20
+"""Tokens of the trial, and places at which a mask's rule is asked."""
+OTHER_RULE = 0
+"""Stands for a mask that is neither causal nor a window."""
+PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj", "mpt", "xglm"}
+"""Families whose code attends by itself, and whose rows are tested not to depend on padding."""
+PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+"""Kinds of layers whose cache is keys and values alone."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a trial of a decoder's code has shown."""
+
+    refusal: str = ""
+    """Why it cannot be used at all, a sentence; empty where it can."""
+    restrictions: tuple[str, ...] = ()
+    """What works in another way than usual, a sentence each."""
+    in_place: bool = True
+    """Whether graphs over a cache that is written in place are possible; else the portable graphs serve alone."""
+    num_kv_heads: int = 0
+    """H, heads of the cache."""
+    key_width: int = 0
+    """Width of a cached key."""
+    value_width: int = 0
+    """Width of a cached value."""
+    max_positions: int | None = None
+    """Most positions where fewer than the configuration says; None leaves its number."""
+
+
+@dataclass
+class _Trial:
+    """What is noted while a model runs without data."""
+
+    calls: list[tuple[int, Options, int]] = field(default_factory=list)
+    """Layer, what its attention is asked for, and the window of the mask that it gets."""
+    strange: str = ""
+    """The first argument of an attention call that is not known."""
+
+    def attend(self, module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
+        arguments.pop("scaling", None)
+        try:
+            options = read_options(module, arguments)
+        except IaptError as error:
+            self.strange, options = str(error), Options()
+        self.calls.append((int(getattr(module, "layer_idx", -1)), options, getattr(mask, "iapt_window", -1)))
+        batch, heads, length, _ = query.shape
+        return query.new_empty(batch, length, heads, value.shape[-1]), None
+
+    @staticmethod
+    def mask(*, mask_function: Any, batch_size: int, q_length: int, kv_length: int, **_: Any) -> Tensor:
+        tagged = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+        tagged.iapt_window = _window_of(mask_function)  # type: ignore[attr-defined]
+        return tagged
+
+
+_known: dict[str, Family] = {}
+
+
+def family_of(model: Any) -> Family:
+    """What can be done with a decoder, whose weights may be on the meta device.
+
+    Args:
+        model: a causal LM of transformers; it is not changed.
+    """
+    key = f"{type(model).__module__}.{type(model).__qualname__} {json.dumps(model.config.to_dict(), default=str)}"
+    if key not in _known:
+        with torch.device("meta"):
+            trial_model = type(model)(copy.deepcopy(model.config)).eval()
+        _known[key] = _examined(trial_model)
+    return _known[key]
+
+
+def check_family(model: Any, name: str = "") -> Family:
+    """`family_of`, refusing what cannot be used.
+
+    Raises:
+        IaptError: with the reason.
+    """
+    family = family_of(model)
+    if family.refusal:
+        raise IaptError(f"{name or model.config.model_type} is not supported: {family.refusal}")
+    return family
+
+
+def freeze_rotary(model: Any) -> None:
+    """Keep rotary factors that depend on the longest row of a batch (longrope) at those of the original length."""
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind == "longrope":
+            module.rope_type = "longrope within the original length"
+            module.inv_freq.copy_(module.original_inv_freq)
+
+
+def _examined(model: Any) -> Family:
+    if reason := _told_by_configuration(model):
+        return Family(refusal=reason)
+    width, hidden = model.get_input_embeddings().weight.shape[1], model.config.get_text_config().hidden_size
+    if width != hidden:
+        return Family(
+            refusal=f"its embeddings are {width} wide and its layers {hidden}; soft prompts need one width for both"
+        )
+    freeze_rotary(model)
+    trial = _Trial()
+    cache = DynamicCache()
+    AttentionInterface.register(TRIAL, trial.attend)
+    AttentionMaskInterface.register(TRIAL, trial.mask)
+    try:
+        model.set_attn_implementation(TRIAL)
+        use_traceable_experts(model)
+        with torch.no_grad():
+            model(
+                inputs_embeds=torch.empty(1, NUM_TOKENS, width, device="meta"),
+                attention_mask=torch.ones(1, NUM_TOKENS, dtype=torch.int64, device="meta"),
+                past_key_values=cache,
+                use_cache=True,
+            )
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return Family(refusal=f"its code cannot be followed without data, which export needs: {_first_line(error)}")
+    if trial.strange:
+        return Family(refusal=trial.strange)
+    return _judged(model, trial, cache)
+
+
+def _told_by_configuration(model: Any) -> str:
+    """Why a decoder is refused, where its configuration or class says so."""
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        return "it is an encoder and a decoder; only decoders are"
+    kinds = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
+    if getattr(model, "_is_stateful", False) or kinds:
+        what = ", ".join(sorted(kinds)) or "a recurrent state"
+        return f"its layers keep other state than keys and values ({what}), which no cache here holds"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
+    if any("dynamic" in str(rope.get("rope_type")) for rope in ropes):
+        return "its rotary factors change with the longest row (dynamic NTK); a rope_type of linear or yarn does not"
+    return ""
+
+
+def _judged(model: Any, trial: _Trial, cache: DynamicCache) -> Family:
+    """The verdict on what a trial noted."""
+    config = model.config.get_text_config()
+    num_layers = config.num_hidden_layers
+    entries = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+    if len(entries) != num_layers:
+        return Family(refusal=f"{num_layers} layers share {len(entries)} caches; each layer must have its own")
+    shapes = {(*layer.keys.shape[1:], *layer.values.shape[1:]) for layer in entries}
+    if len(shapes) > 1 or any(len(shape) != 6 or shape[0] != shape[3] or shape[1] != NUM_TOKENS for shape in shapes):
+        return Family(refusal="its layers cache keys and values of several shapes; all layers must have one")
+    ((heads, _, key_width, _, _, value_width),) = shapes
+    limit = _original_length(config)
+    reasons = []
+    if [layer for layer, *_ in trial.calls] != list(range(num_layers)):
+        if config.model_type not in PROVEN:
+            return Family(
+                refusal="its code attends by itself instead of through transformers' attention interface, so nothing "
+                "says what a row sees beside padding"
+            )
+        reasons.append("its code attends by itself, in a way that a cache written in place cannot follow")
+    elif any(window != options.window for _, options, window in trial.calls):
+        reasons.append("its masks are more than what its attention is told, which a cache in place needs")
+    if key_width != value_width:
+        reasons.append(f"it caches keys of {key_width} and values of {value_width} numbers")
+    elif key_width % 8:
+        reasons.append(f"its heads are {key_width} wide, and attention over a cache in place takes multiples of 8")
+    restrictions = [f"{reason}: portable graphs only" for reason in reasons]
+    if limit is not None:
+        restrictions.append(f"rotary factors are those of up to {limit} positions (longrope): a row may have no more")
+    return Family("", tuple(restrictions), not reasons, heads, key_width, value_width, limit)
+
+
+def use_traceable_experts(model: Any) -> None:
+    """Let mixtures of experts compute with batched products, which a graph can hold; others stay as they are."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+
+
+def _original_length(config: Any) -> int | None:
+    """Positions up to which longrope's first set of factors holds; None for other rotary embeddings."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return int(rope["original_max_position_embeddings"])
+
+
+def _window_of(mask_function: Any) -> int:
+    """Entries that a token sees by a mask's rule: -1 for all before it, `OTHER_RULE` where that is no window."""
+    place = torch.arange(2 * NUM_PLACES)
+    query = torch.tensor(NUM_PLACES)
+    try:
+        seen = mask_function(torch.tensor(0), torch.tensor(0), query, place)
+    except RuntimeError:  # a rule that reads tensors of the batch
+        return OTHER_RULE
+    count = int(seen.sum())
+    if not torch.equal(seen, (place <= query) & (place > query - count)):
+        return OTHER_RULE
+    return -1 if count > NUM_PLACES else count
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
