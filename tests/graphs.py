@@ -54,7 +54,7 @@ def specs_for(
     model: Any, methods: list[Installed], dtype: str = "fp32", capacity: int | None = None
 ) -> dict[str, GraphSpec]:
     """The interfaces of the graphs of a backbone with these methods."""
-    return graph_specs(methods, ModelShape.from_config(model.config), dtype, capacity)
+    return graph_specs(methods, ModelShape.of(model), dtype, capacity)
 
 
 def with_engine_graphs(source: Path, copy: Path, model: Any) -> Path:

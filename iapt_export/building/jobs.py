@@ -40,6 +40,7 @@ from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
+from trainers.decoder.family import Family, check_family
 
 NOT_IN_KEY = ("model", "revision", "trust_remote_code", "adapters", "output", "cache", "prove", "dtype", "opset")
 """Fields of a request that a build's key leaves out: it hashes what stands at a place, and each target's type and
@@ -123,16 +124,21 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         IaptError: something in the request, the adapters or this machine does not go together.
     """
     targets, ranges = check_request(request)
+    family = check_family(backbone.model, request.model)
+    _check_targets(targets, family)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
     _check_text(backbone, adapters)
     tenants = plan_tenants(
         adapters, backbone.model, merge_lora=request.merge_lora, fold_embeddings=request.fold_embeddings
     )
-    spec, shape = layout.backbone_spec(backbone, adapters.values()), ModelShape.from_config(backbone.model.config)
+    spec, shape = layout.backbone_spec(backbone, adapters.values()), ModelShape.of(backbone.model)
     check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
     specs = {}
     for target in targets:
-        wanted = graph_specs(tenants.installed, shape, target.graph_dtype, _capacity(target, ranges))
+        capacity = _capacity(target, ranges) if family.in_place else None
+        wanted = graph_specs(tenants.installed, shape, target.graph_dtype, capacity)
+        if not family.in_place:
+            del wanted["serve"]
         specs[target.name] = wanted if target.weight_bits is None else layout.served_graphs(wanted)
     settings = {name: value for name, value in vars(request).items() if name not in NOT_IN_KEY}
     settings |= {
@@ -166,6 +172,16 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
             config = adapter.config
             tenant = Tenant(name, None, -1, 0, config.prompt_format, config.peft_type, config.system_prompt)
             encode_request(f"tenant {name}", Request(name, "Hello"), tenant, codec)
+
+
+def _check_targets(targets: list[TargetPlan], family: Family) -> None:
+    """Refuse targets that need graphs which a family cannot have."""
+    quantised = [target.dtype for target in targets if target.weight_bits is not None]
+    if quantised and not family.in_place:
+        raise IaptError(
+            f"{quantised[0]} is for graphs over a cache that is written in place, which this backbone cannot have: "
+            f"{'; '.join(family.restrictions)}. Build for onnxruntime:fp32"
+        )
 
 
 def _capacity(target: TargetPlan, ranges: Ranges) -> int | None:

@@ -77,8 +77,8 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
 
     What ends an answer is the union of what the model's settings, its tokenizer and the adapters' training say.
     """
-    config = backbone.model.config
-    shape = ModelShape.from_config(config)
+    config = backbone.model.config.get_text_config()
+    shape = ModelShape.of(backbone.model)
     eos = getattr(backbone.model.generation_config, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
     own = [] if eos is None else eos if isinstance(eos, list) else [eos]

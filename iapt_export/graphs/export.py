@@ -58,7 +58,7 @@ def export_graphs(
     if opset not in OPSETS:
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
-    specs = graph_specs(installed, ModelShape.from_config(backbone.config), dtype, serving.capacity)
+    specs = graph_specs(installed, ModelShape.of(backbone), dtype, serving.capacity)
     models: dict[str, ir.Model] = {}
     notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, TensorSpec
 from iapt_export.graphs.in_place import needs_flag
 from iapt_export.graphs.installed import Installed, generators, in_decode
-from trainers.decoder.insertion import kv_sizes
+from trainers.decoder.family import check_family
 
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""
@@ -30,27 +29,21 @@ class ModelShape:
     max_positions: int
 
     @classmethod
-    def from_config(cls, config: Any) -> ModelShape:
-        """Read the sizes from a transformers config, under whichever names the architecture gives them.
+    def of(cls, model: Any) -> ModelShape:
+        """The sizes of a transformers model: those of its cache as `trainers.decoder.family` sees them.
 
         Raises:
-            IaptError: a size is missing, so this is not a decoder-only model with plain attention.
+            IaptError: the model's family is not supported.
         """
-        names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
-        heads, width, layers, vocab = (getattr(config, name, 0) for name in names)
-        if not all(isinstance(size, int) and size > 0 for size in (heads, width, layers, vocab)):
-            raise IaptError(
-                f"the backbone's config ({type(config).__name__}) states no hidden_size, num_hidden_layers, "
-                "num_attention_heads or vocab_size; only decoder-only language models can be exported"
-            )
-        num_kv_heads, head_dim = kv_sizes(config)
+        family = check_family(model)
+        config = model.config.get_text_config()
         return cls(
-            hidden_size=width,
-            num_layers=layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            vocab_size=vocab,
-            max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=family.num_kv_heads,
+            head_dim=family.head_dim,
+            vocab_size=config.vocab_size,
+            max_positions=family.max_positions or getattr(config, "max_position_embeddings", None) or 2**31,
         )
 
 

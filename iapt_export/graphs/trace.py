@@ -22,7 +22,7 @@ from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
 from iapt_export.graphs.table import TABLE
-from trainers.decoder.attention import attending_with, grouped_attention, mask_by_position
+from trainers.decoder.attention import attending_with, grouped_attention, mask_by_position, traceable_experts
 
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
@@ -57,7 +57,7 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     examples = [_example(tensor) for tensor in spec.inputs]
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
     attention = in_place_attention if KINDS[name].in_place else exportable
-    with attention(backbone), _quiet(), torch.no_grad():
+    with attention(backbone), traceable_experts(backbone), _quiet(), torch.no_grad():
         try:
             program = torch.export.export(
                 twin.eval(),

@@ -136,7 +136,7 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
     Raises:
         IaptError: width, depth or fingerprint differ.
     """
-    config = backbone.model.config
+    config = backbone.model.config.get_text_config()
     problems = [
         f"{name} is {mine} in the adapter and {theirs} in the backbone"
         for name, mine, theirs in (

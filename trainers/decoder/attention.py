@@ -160,10 +160,17 @@ def explicit_attention(
 
 
 def use_own_attention(backbone: Any) -> None:
-    """Let a backbone attend as above from now on; one whose code attends by itself stays as it is."""
+    """Let a backbone attend as above from now on, in a second call as well; one that attends by itself stays as it is.
+
+    Rotary factors that depend on the longest row of a batch (longrope) are kept at those of the original length.
+    """
     AttentionInterface.register(EAGER, _eager)
     AttentionMaskInterface.register(EAGER, mask_by_position)
     backbone.set_attn_implementation(EAGER)
+    for module in backbone.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module.rope_type = "longrope, the factors of the original length"
+            module.inv_freq.copy_(module.original_inv_freq)
 
 
 @contextlib.contextmanager
@@ -184,3 +191,17 @@ def attending_with(backbone: Any, name: str, attend: Callable[..., Any], mask: C
         yield
     finally:
         backbone.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def traceable_experts(backbone: Any) -> Iterator[None]:
+    """Let mixtures of experts compute with batched products, which a graph can hold, while the context is open."""
+    if not backbone._can_set_experts_implementation():
+        yield
+        return
+    before = backbone.get_experts_implementation()
+    backbone.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        backbone.set_experts_implementation(before)

@@ -44,6 +44,11 @@ class Backbone:
     revision: str | None = None
     """The hub commit asked for, if any."""
 
+    def __post_init__(self) -> None:
+        from trainers.decoder.attention import use_own_attention
+
+        use_own_attention(self.model)
+
     @property
     def fingerprint(self) -> str:
         """See `config_fingerprint`."""
@@ -52,6 +57,7 @@ class Backbone:
 
 def config_fingerprint(config: Any) -> str:
     """Sixteen hex digits over the architecture fields of a transformers config."""
+    config = config.get_text_config()
     fields = {name: getattr(config, name, None) for name in FINGERPRINT_FIELDS}
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """What can be done with a decoder: supported, supported with a restriction, or refused, each with its reason.
 
 A configuration says too little: two fields of one name mean different things in two families. So the model's own code
-is run once on tensors without data ("meta"), which takes a second at most, whatever the model's size, and what it asks of
+is run once on tensors without data ("meta"), which takes a second at most, whatever the model's size. What it asks of
 its attention and leaves in its cache is read off: how many heads it caches, of which width, which windows it masks,
 whether its code attends by itself. Nothing is loaded and nothing computed.
 """
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.attention import Options, read_options
+from trainers.decoder.attention import Options, read_options, traceable_experts, use_own_attention
 
 TRIAL = "iapt_trial"
 NUM_TOKENS, NUM_PLACES = 6, 2**20
@@ -44,10 +44,8 @@ class Family:
     """Whether graphs over a cache that is written in place are possible; else the portable graphs serve alone."""
     num_kv_heads: int = 0
     """H, heads of the cache."""
-    key_width: int = 0
-    """Width of a cached key."""
-    value_width: int = 0
-    """Width of a cached value."""
+    head_dim: int = 0
+    """K, width of a cached key or value."""
     max_positions: int | None = None
     """Most positions where fewer than the configuration says; None leaves its number."""
 
@@ -107,15 +105,6 @@ def check_family(model: Any, name: str = "") -> Family:
     return family
 
 
-def freeze_rotary(model: Any) -> None:
-    """Keep rotary factors that depend on the longest row of a batch (longrope) at those of the original length."""
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if kind == "longrope":
-            module.rope_type = "longrope within the original length"
-            module.inv_freq.copy_(module.original_inv_freq)
-
-
 def _examined(model: Any) -> Family:
     if reason := _told_by_configuration(model):
         return Family(refusal=reason)
@@ -124,15 +113,14 @@ def _examined(model: Any) -> Family:
         return Family(
             refusal=f"its embeddings are {width} wide and its layers {hidden}; soft prompts need one width for both"
         )
-    freeze_rotary(model)
+    use_own_attention(model)
     trial = _Trial()
     cache = DynamicCache()
     AttentionInterface.register(TRIAL, trial.attend)
     AttentionMaskInterface.register(TRIAL, trial.mask)
     try:
         model.set_attn_implementation(TRIAL)
-        use_traceable_experts(model)
-        with torch.no_grad():
+        with torch.no_grad(), traceable_experts(model):
             model(
                 inputs_embeds=torch.empty(1, NUM_TOKENS, width, device="meta"),
                 attention_mask=torch.ones(1, NUM_TOKENS, dtype=torch.int64, device="meta"),
@@ -185,19 +173,13 @@ def _judged(model: Any, trial: _Trial, cache: DynamicCache) -> Family:
     elif any(window != options.window for _, options, window in trial.calls):
         reasons.append("its masks are more than what its attention is told, which a cache in place needs")
     if key_width != value_width:
-        reasons.append(f"it caches keys of {key_width} and values of {value_width} numbers")
-    elif key_width % 8:
+        return Family(refusal=f"it caches keys of {key_width} and values of {value_width} numbers (latent attention)")
+    if key_width % 8:
         reasons.append(f"its heads are {key_width} wide, and attention over a cache in place takes multiples of 8")
     restrictions = [f"{reason}: portable graphs only" for reason in reasons]
     if limit is not None:
         restrictions.append(f"rotary factors are those of up to {limit} positions (longrope): a row may have no more")
-    return Family("", tuple(restrictions), not reasons, heads, key_width, value_width, limit)
-
-
-def use_traceable_experts(model: Any) -> None:
-    """Let mixtures of experts compute with batched products, which a graph can hold; others stay as they are."""
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("batched_mm")
+    return Family("", tuple(restrictions), not reasons, heads, key_width, limit)
 
 
 def _original_length(config: Any) -> int | None:

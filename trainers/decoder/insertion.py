@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
+from trainers.decoder.family import family_of
 from trainers.decoder.method import Rows, Sizes
 
 
@@ -32,7 +33,7 @@ def layers_path(backbone: Any) -> str:
     Raises:
         IaptError: no list of ``config.num_hidden_layers`` modules exists.
     """
-    num_layers = backbone.config.num_hidden_layers
+    num_layers = backbone.config.get_text_config().num_hidden_layers
     lists = [
         name
         for name, module in backbone.named_modules()
@@ -48,24 +49,17 @@ def layers_path(backbone: Any) -> str:
 
 def sizes_of(backbone: Any) -> Sizes:
     """The sizes that methods' tensors depend on, linear layers included."""
-    config = backbone.config
-    num_kv_heads, head_dim = kv_sizes(config)
+    config = backbone.config.get_text_config()
+    family = family_of(backbone)
     return Sizes(
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_kv_heads=family.num_kv_heads,
+        head_dim=family.head_dim,
         vocab_size=config.vocab_size,
         linears=_common_linears(decoder_layers(backbone)),
         layers_path=layers_path(backbone),
     )
-
-
-def kv_sizes(config: Any) -> tuple[int, int]:
-    """Key/value heads H and head width K of a transformers config, which states them only where they are unusual."""
-    heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def _common_linears(layers: nn.ModuleList) -> dict[str, tuple[int, int]]:

@@ -19,6 +19,7 @@ from iapt_export.contract.errors import IaptError
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter, AdapterConfig
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.family import check_family
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
@@ -333,9 +334,11 @@ def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command
 
 
 def _load(name: str, config: TrainConfig) -> Backbone:
-    return load_backbone(
+    backbone = load_backbone(
         name,
         dtype=config.precision,
         revision=config.revision or None,
         trust_remote_code=config.trust_remote_code,
     )
+    check_family(backbone.model, name)
+    return backbone

@@ -117,7 +117,7 @@ def _recorded(model: Any, method: Any, seen: dict[str, Tensor], wrong: Hypothesi
     names = {name: model.get_submodule(name) for name in leaf_modules(model)}
     leaves = {module: name for name, module in names.items()}
     inside: list[str] = []
-    num_heads = model.config.num_attention_heads
+    num_heads = model.config.get_text_config().num_attention_heads
     call, attend = nn.Module.__call__, F.scaled_dot_product_attention
 
     def recorded_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

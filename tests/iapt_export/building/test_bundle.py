@@ -72,7 +72,7 @@ def test_a_padding_token_out_of_the_table_is_not_taken(pad: int, expected: int) 
 
 
 def test_a_backbones_sizes() -> None:
-    shapes = {name: ModelShape.from_config(make().config) for name, make in ARCHITECTURES.items()}
+    shapes = {name: ModelShape.of(make()) for name, make in ARCHITECTURES.items()}
     assert shapes["llama"] == ModelShape(32, 3, 2, 8, 320, 256)
     assert shapes["gpt2"] == ModelShape(32, 3, 4, 8, 320, 256)
     assert shapes["qwen3"].head_dim == 16

@@ -165,7 +165,7 @@ def served(model: Any, methods: list[Installed], folder: Path, num_positions: in
 
 def two_steps(model: Any, path: Path, limit: float = LIMIT) -> None:
     """Hold reading prompts of `LENGTHS` tokens, and one token more, against PyTorch."""
-    sizes = ModelShape.from_config(model.config)
+    sizes = ModelShape.of(model)
     source = np.random.default_rng(0)
     ids = source.integers(2, sizes.vocab_size, (len(LENGTHS), max(LENGTHS) + 1))
     ends = np.array(LENGTHS, np.int32)

@@ -1,0 +1,161 @@
+"""Tiny random models of many decoder families, with small windows and cache lengths, where mistakes show.
+
+What is expected of each stands beside it: ``in place``, ``portable`` (no graph over a cache in place), or ``refused``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+WIDE: dict[str, Any] = {"initializer_range": 0.2}
+"""Weights are drawn wider than usual, so that outputs differ enough for comparisons to mean something."""
+LLAMA = SIZES | TOKENS | WIDE
+GPT: dict[str, Any] = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+GPT |= {"bos_token_id": 0, "eos_token_id": 1} | WIDE
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+NARROW = {"head_dim": 16}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+LATENT = {
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    """Rotary parameters of a kind, stretched four times from 32 positions."""
+    own = {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 32}
+    return {"rope_parameters": own | fields}
+
+
+LLAMA3 = rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+LONGROPE = rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8)
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FALCON = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FALCON |= {"bos_token_id": 0, "eos_token_id": 1} | WIDE
+
+IN_PLACE, PORTABLE, REFUSED = "in place", "portable", "refused"
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (IN_PLACE, "Llama", LLAMA),
+    "llama-llama3": (IN_PLACE, "Llama", LLAMA | LLAMA3),
+    "llama-yarn": (IN_PLACE, "Llama", LLAMA | rope("yarn")),
+    "llama-longrope": (IN_PLACE, "Llama", LLAMA | LONGROPE),
+    "mistral": (IN_PLACE, "Mistral", LLAMA | {"sliding_window": 8}),
+    "ministral": (IN_PLACE, "Ministral", LLAMA | NARROW | ALTERNATING),
+    "ministral3": (IN_PLACE, "Ministral3", LLAMA | NARROW),
+    "qwen2-window": (
+        IN_PLACE,
+        "Qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": (IN_PLACE, "Qwen3", LLAMA | NARROW),
+    "qwen2_moe": (IN_PLACE, "Qwen2Moe", LLAMA | EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3_moe": (IN_PLACE, "Qwen3Moe", LLAMA | NARROW | EXPERTS),
+    "mixtral": (IN_PLACE, "Mixtral", LLAMA | {"num_local_experts": 4}),
+    "olmoe": (IN_PLACE, "Olmoe", LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gemma": (IN_PLACE, "Gemma", LLAMA | NARROW),
+    "gemma2": (
+        IN_PLACE,
+        "Gemma2",
+        LLAMA
+        | NARROW
+        | {
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3_text": (IN_PLACE, "Gemma3Text", LLAMA | NARROW | ALTERNATING | {"query_pre_attn_scalar": 16}),
+    "phi": (IN_PLACE, "Phi", LLAMA | {"num_key_value_heads": 4}),
+    "phi3": (IN_PLACE, "Phi3", LLAMA),
+    "phi3-longrope": (IN_PLACE, "Phi3", LLAMA | LONGROPE | {"original_max_position_embeddings": 32}),
+    "opt": (IN_PLACE, "OPT", LLAMA | {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}),
+    "gpt2": (IN_PLACE, "GPT2", GPT),
+    "gpt_neox": (IN_PLACE, "GPTNeoX", LLAMA),
+    "gpt_bigcode": (IN_PLACE, "GPTBigCode", GPT | {"multi_query": True}),
+    "stablelm": (IN_PLACE, "StableLm", LLAMA),
+    "granite": (
+        IN_PLACE,
+        "Granite",
+        LLAMA
+        | {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "olmo": (IN_PLACE, "Olmo", LLAMA),
+    "olmo2": (IN_PLACE, "Olmo2", LLAMA),
+    "olmo3": (IN_PLACE, "Olmo3", LLAMA | ALTERNATING),
+    "smollm3": (IN_PLACE, "SmolLM3", LLAMA | {"no_rope_layers": [1, 0]}),
+    "cohere": (IN_PLACE, "Cohere", LLAMA | {"logit_scale": 0.5}),
+    "cohere2": (IN_PLACE, "Cohere2", LLAMA | ALTERNATING | {"logit_scale": 0.5}),
+    "gpt_oss": (
+        IN_PLACE,
+        "GptOss",
+        LLAMA | NARROW | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "glm": (IN_PLACE, "Glm", LLAMA | NARROW | {"partial_rotary_factor": 0.5}),
+    "glm4": (IN_PLACE, "Glm4", LLAMA | NARROW | {"partial_rotary_factor": 0.5}),
+    "nemotron": (IN_PLACE, "Nemotron", LLAMA | NARROW),
+    "biogpt": (IN_PLACE, "BioGpt", LLAMA),
+    "persimmon": (IN_PLACE, "Persimmon", LLAMA),
+    "bitnet": (IN_PLACE, "BitNet", LLAMA),
+    "gptj": (PORTABLE, "GPTJ", GPT | {"rotary_dim": 8}),
+    "codegen": (PORTABLE, "CodeGen", GPT | {"rotary_dim": 8}),
+    "bloom": (PORTABLE, "Bloom", TOKENS | WIDE | {"vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "falcon-7b-like": (PORTABLE, "Falcon", FALCON | {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon-40b-like": (PORTABLE, "Falcon", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-rw-alibi": (PORTABLE, "Falcon", FALCON | {"multi_query": False, "alibi": True}),
+    "diffllama": (PORTABLE, "DiffLlama", LLAMA | NARROW),
+    "heads-of-12": (PORTABLE, "Llama", LLAMA | {"head_dim": 12}),
+    "llama-dynamic": (REFUSED, "Llama", LLAMA | rope("dynamic")),
+    "opt-350m-like": (REFUSED, "OPT", LLAMA | {"ffn_dim": 96, "word_embed_proj_dim": 32}),
+    "gpt_neo": (
+        REFUSED,
+        "GPTNeo",
+        TOKENS
+        | {"vocab_size": 320, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 8}
+        | {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
+    ),
+    "deepseek_v2": (REFUSED, "DeepseekV2", LLAMA | LATENT),
+    "deepseek_v3": (REFUSED, "DeepseekV3", LLAMA | LATENT),
+    "lfm2": (REFUSED, "Lfm2", LLAMA | {"layer_types": ["conv", "full_attention"]}),
+    "mamba": (REFUSED, "Mamba", TOKENS | {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}),
+    "falcon_h1": (REFUSED, "FalconH1", LLAMA | MAMBA | {"mamba_d_ssm": 128}),
+    "bamba": (REFUSED, "Bamba", LLAMA | MAMBA | {"attn_layer_indices": [1]}),
+    "rwkv": (REFUSED, "Rwkv", {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 256}),
+}
+
+
+def tiny_family(name: str, seed: int = 0) -> Any:
+    """A model of a family with random weights; two calls with one seed give equal models."""
+    _, config, fields = FAMILIES[name]
+    torch.manual_seed(seed)
+    fields = {key: list(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return AutoModelForCausalLM.from_config(getattr(transformers, f"{config}Config")(**fields)).eval()

@@ -1,0 +1,117 @@
+"""Families against the outside truth: stock transformers for the plain backbone, stock PEFT for a soft prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from iapt_export.contract.errors import IaptError
+from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
+from trainers.decoder.attention import read_options, use_own_attention
+from trainers.decoder.family import check_family, family_of
+from trainers.decoder.generate import greedy, prefill
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import rows_of
+from trainers.methods.configs import PromptTuningConfig
+from trainers.methods.forms import new_method
+
+SUPPORTED = [name for name, (expected, *_) in FAMILIES.items() if expected != REFUSED]
+LONG = torch.arange(5, 25)[None]
+SHORT = LONG[:, :3]
+REASONS = {
+    "llama-dynamic": "dynamic NTK",
+    "opt-350m-like": "32 wide and its layers 64",
+    "gpt_neo": "attends by itself",
+    "deepseek_v2": "keys of 16 and values of 8",
+    "deepseek_v3": "keys of 16 and values of 8",
+    "lfm2": "other state than keys and values (conv)",
+    "mamba": "other state than keys and values",
+    "falcon_h1": "other state than keys and values",
+    "bamba": "other state than keys and values",
+    "rwkv": "other state than keys and values",
+}
+
+
+def soft_prompt(model: Any) -> Any:
+    method = new_method(PromptTuningConfig(prompt_length=4), sizes_of(model)).eval()
+    method.get_parameter("prompt").data.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    return method
+
+
+@torch.no_grad()
+def answer_of_peft(name: str, prompt: torch.Tensor) -> torch.Tensor:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt))
+    model = peft.get_peft_model(tiny_family(name), config).eval()
+    model.prompt_encoder["default"].embedding.weight.data.copy_(prompt)
+    return model(input_ids=LONG, attention_mask=torch.ones_like(LONG)).logits[0, -1]
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_verdict_on_a_family(name):
+    expected, *_ = FAMILIES[name]
+    family = family_of(tiny_family(name))
+    assert (REFUSED if family.refusal else IN_PLACE if family.in_place else "portable") == expected
+    assert REASONS.get(name, "") in family.refusal
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_answers_are_those_of_transformers_and_peft(name):
+    stock = tiny_family(name)
+    fed = {"attention_mask": torch.ones_like(LONG), "pad_token_id": 1, "eos_token_id": None}
+    wanted = stock.generate(LONG, max_new_tokens=8, min_new_tokens=8, do_sample=False, **fed)[0, LONG.shape[1] :]
+    model = tiny_family(name)
+    use_own_attention(model)
+    got, _ = greedy(model, rows_of(None), LONG, torch.ones_like(LONG), max_new_tokens=8)
+    assert got[0] == wanted.tolist()
+    method = soft_prompt(model)
+    logits, _ = prefill(model, rows_of(method), LONG, torch.ones_like(LONG))
+    assert difference(logits[0], answer_of_peft(name, method.get_parameter("prompt").data)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_row_does_not_see_what_stands_beside_it(name):
+    """Padding is a hole between prompt and tokens; a window must not count it."""
+    model = tiny_family(name)
+    use_own_attention(model)
+    rows = rows_of(soft_prompt(model))
+    alone, _ = prefill(model, rows, SHORT, torch.ones_like(SHORT))
+    missing = LONG.shape[1] - SHORT.shape[1]
+    ids = torch.cat([torch.cat([torch.ones(1, missing).long(), SHORT], dim=1), LONG])
+    mask = torch.ones_like(ids)
+    mask[0, :missing] = 0
+    together, _ = prefill(model, rows, ids, mask)
+    assert difference(together[0], alone[0]) < 1e-5
+
+
+def test_the_refusal_names_model_and_reason():
+    with pytest.raises(IaptError, match=r"models/mamba is not supported: its layers keep other state"):
+        check_family(tiny_family("mamba"), "models/mamba")
+
+
+def test_an_encoder_is_refused():
+    model = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8, vocab_size=64))
+    assert "it is an encoder and a decoder" in family_of(model).refusal
+
+
+def test_longrope_keeps_the_factors_of_the_original_length():
+    family = family_of(tiny_family("phi3-longrope"))
+    assert family.max_positions == 32
+    assert family.restrictions == ("rotary factors are those of up to 32 positions (longrope): a row may have no more",)
+
+
+def test_what_attention_does_not_know_is_refused_by_name():
+    module = torch.nn.Identity()
+    with pytest.raises(IaptError, match="Identity asks its attention for position_bias, which is not carried out"):
+        read_options(module, {"position_bias": torch.zeros(1), "dropout": 0.0, "head_mask": None})
+    with pytest.raises(IaptError, match="attends in both directions"):
+        read_options(module, {"is_causal": False})
+    options = read_options(module, {"sliding_window": 8, "softcap": 5.0, "position_ids": torch.zeros(1)})
+    assert (options.window, options.softcap, options.sinks) == (8, 5.0, None)
