@@ -23,6 +23,7 @@ from iapt_export.contract.manifest import BundleManifest, Parity
 from iapt_export.graphs.interface import ModelShape, weight_specs
 from iapt_export.graphs.table import graph_specs
 from tests.bundles import METHOD, TENANTS, TinyBuild, tiny_adapter
+from tests.families import tiny_family
 from tests.graphs import installed
 from tests.test_structure import PACKAGES, ROOT, imported_modules
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -78,11 +79,9 @@ def test_a_backbones_sizes() -> None:
     assert shapes["qwen3"].head_dim == 16
 
 
-def test_a_config_without_sizes_is_no_decoder() -> None:
-    with pytest.raises(
-        IaptError, match="states no hidden_size, num_hidden_layers, num_attention_heads or vocab_size; o"
-    ):
-        ModelShape.from_config(SimpleNamespace(hidden_size=32))
+def test_a_family_that_is_not_supported_has_no_sizes() -> None:
+    with pytest.raises(IaptError, match="mamba is not supported: its layers keep other state than keys and values"):
+        ModelShape.of(tiny_family("mamba"))
 
 
 def test_the_hash_of_weights_sees_every_bit_and_name() -> None:
