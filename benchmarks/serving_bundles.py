@@ -6,7 +6,7 @@ anything but timing use ``iapt-export build``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ PAST = 512
 class BundlePlan:
     """One bundle to measure."""
 
-    method: Any = field(default_factory=IAPTConfig)
+    method: Any = IAPTConfig()  # noqa: RUF009 (frozen)
     tenants: int = 8
     dtype: str = "fp32"
     merged: bool = False
@@ -50,13 +50,7 @@ BUNDLES = {
 
 
 def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
-    """Write one bundle.
-
-    Args:
-        plan: which.
-        backbone: in fp32.
-        output: must not exist; adapters and stages are kept beside it.
-    """
+    """Write one bundle to ``output``, which must not exist; adapters and stages are kept beside it."""
     adapters = []
     for number in range(plan.tenants):
         adapter = _random_adapter(number, plan.method, backbone)

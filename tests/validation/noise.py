@@ -1,4 +1,4 @@
-"""Measure the honest noise that the table of tolerances is made of: ``python benchmarks/tolerances.py --help``.
+"""Measure the honest noise that the table of tolerances is made of: ``python -m tests.validation.noise --help``.
 
 fp32, int8 and int4 are ONNX Runtime against PyTorch in fp32: whole validations of bundles, and each stage at each step
 of the bundles' example prompts. For int8 and int4 the latter runs without rounding of activations, against PyTorch with
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.pages import RESULTS, brief
 from engines.serving.loading import cache_kinds
 from engines.serving.session import Session
 from engines.serving.text import TextCodec
@@ -52,7 +51,7 @@ TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 METRICS = ("relative", "kl", "agreement")
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Measure one type and write its records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="whose target onnxruntime has the type")
@@ -61,8 +60,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3, help="whole validations of each bundle")
-    parser.add_argument("--output", type=Path, default=RESULTS / "tolerances")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tolerances"))
+    args = parser.parse_args(words)
     cases, steps = ("", "-unrounded") if args.dtype in QUANTISED else ("-cases", "")
     judged: list[Any] = []
     sampled: list[Any] = []
@@ -106,7 +105,7 @@ def summarised(samples: Samples) -> dict[str, dict[str, Any]]:
         for name, values in metrics.items():
             middle = {"mean": fmean(values)} if name == "agreement" else {"median": median(values)}
             middle["worst"] = min(values) if name == "agreement" else max(values)
-            stages[stage][name] = {key: brief(value) for key, value in middle.items()}
+            stages[stage][name] = {key: float(f"{value:.6g}") for key, value in middle.items()}
     return stages
 
 

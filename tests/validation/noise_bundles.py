@@ -1,4 +1,4 @@
-"""Make the bundles that `benchmarks/tolerances.py` measures: ``python -m benchmarks.tolerance_bundles OUTPUT``.
+"""Make the bundles that `noise` measures: ``python -m tests.validation.noise_bundles OUTPUT``.
 
 ``shipped/DTYPE`` has the example adapters, ``mixed/DTYPE`` one shortly trained adapter of every method. They are not
 validated, because limits that refuse them are what is to be found out. Needs the data of ``examples/prepare_data.py``.
@@ -15,7 +15,7 @@ from iapt_export import BuildRequest, build
 from trainers import TrainConfig, TrainRequest, train
 from trainers.methods.configs import config_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = TrainConfig(
     max_steps=60,
     batch_size=8,
