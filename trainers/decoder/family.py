@@ -26,7 +26,7 @@ NUM_TOKENS, NUM_PLACES = 6, 2**20
 """Tokens of the trial, and places at which a mask's rule is asked."""
 OTHER_RULE = 0
 """Stands for a mask that is neither causal nor a window."""
-PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj", "mpt", "xglm"}
+PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj"}
 """Families whose code attends by itself, and whose rows are tested not to depend on padding."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers whose cache is keys and values alone."""

@@ -62,23 +62,27 @@ def test_the_verdict_on_a_family(name):
     assert REASONS.get(name, "") in family.refusal
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_answers_are_those_of_transformers_and_peft(name):
-    stock = tiny_family(name)
+def tokens_agree(name: str) -> bool:
+    """Whether the plain backbone's greedy tokens are those of stock transformers."""
     fed = {"attention_mask": torch.ones_like(LONG), "pad_token_id": 1, "eos_token_id": None}
-    wanted = stock.generate(LONG, max_new_tokens=8, min_new_tokens=8, do_sample=False, **fed)[0, LONG.shape[1] :]
+    stock = tiny_family(name).generate(LONG, max_new_tokens=8, min_new_tokens=8, do_sample=False, **fed)
     model = tiny_family(name)
     use_own_attention(model)
-    got, _ = greedy(model, rows_of(None), LONG, torch.ones_like(LONG), max_new_tokens=8)
-    assert got[0] == wanted.tolist()
+    tokens, _ = greedy(model, rows_of(None), LONG, torch.ones_like(LONG), max_new_tokens=8)
+    return tokens[0] == stock[0, LONG.shape[1] :].tolist()
+
+
+def error_to_peft(name: str) -> float:
+    """Difference of the last logits behind a soft prompt, relative to the largest."""
+    model = tiny_family(name)
+    use_own_attention(model)
     method = soft_prompt(model)
     logits, _ = prefill(model, rows_of(method), LONG, torch.ones_like(LONG))
-    assert difference(logits[0], answer_of_peft(name, method.get_parameter("prompt").data)) < 1e-5
+    return difference(logits[0], answer_of_peft(name, method.get_parameter("prompt").data))
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_a_row_does_not_see_what_stands_beside_it(name):
-    """Padding is a hole between prompt and tokens; a window must not count it."""
+def error_beside_a_long_row(name: str) -> float:
+    """The same for a short row that padding separates from its prompt; a window must not count the hole."""
     model = tiny_family(name)
     use_own_attention(model)
     rows = rows_of(soft_prompt(model))
@@ -88,7 +92,14 @@ def test_a_row_does_not_see_what_stands_beside_it(name):
     mask = torch.ones_like(ids)
     mask[0, :missing] = 0
     together, _ = prefill(model, rows, ids, mask)
-    assert difference(together[0], alone[0]) < 1e-5
+    return difference(together[0], alone[0])
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_answers_are_those_of_transformers_and_peft(name):
+    assert tokens_agree(name)
+    assert error_to_peft(name) < 1e-5
+    assert error_beside_a_long_row(name) < 1e-5
 
 
 def test_the_refusal_names_model_and_reason():
