@@ -69,7 +69,7 @@ def measure(
         times: list[list[float]] = [[] for _ in requests]
         start = time.perf_counter()
         for token in session.stream(requests):
-            times[token.row].append(time.perf_counter() - start)
+            times[token.index].append(time.perf_counter() - start)
         if number:
             rounds.append(np.array(times))
     first = np.concatenate([times[:, 0] for times in rounds])

@@ -130,9 +130,9 @@ def generate(args: argparse.Namespace) -> None:
     streams = len(requests) == 1 and not args.json
     with Session.open(args.bundle, args.target, device=args.device) as session:
         for token in session.stream(requests):
-            texts[token.row] += token.text
-            ids[token.row].append(token.token)
-            reasons[token.row] = token.finish_reason
+            texts[token.index] += token.text
+            ids[token.index].append(token.token)
+            reasons[token.index] = token.finish_reason
             if streams:
                 print(token.text, end="", flush=True)
     if args.json:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engines.serving.renamed import renamed
 from engines.serving.sampling import Sampling
 
 
+@renamed(prompts="soft_prompts")
 @dataclass(frozen=True)
 class Request:
     """One instruction for one tenant."""
@@ -24,8 +26,8 @@ class Request:
     for a tenant that was trained with a chat template."""
     system: str | None = None
     """A system prompt; None takes the one that the tenant was trained with, an empty text takes none."""
-    prompts: np.ndarray | None = None
-    """Soft prompts ``[P, D]`` that the client computed, for a tenant whose method takes them (LoPA)."""
+    soft_prompts: np.ndarray | None = None
+    """``[P, D]``, which the client computed, for a tenant whose method takes them (LoPA)."""
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
@@ -36,11 +38,12 @@ class Request:
     """Go on to ``max_new_tokens`` whatever is generated (for measurements)."""
 
 
+@renamed(row="index")
 @dataclass(frozen=True)
 class Token:
     """One generated token."""
 
-    row: int
+    index: int
     """Number of the request among those that were given together."""
     step: int
     token: int
@@ -54,11 +57,12 @@ Item = Token | Exception | None
 """What a request gets: a token, its failure, or None where it was cancelled and dropped."""
 
 
+@renamed(row="index")
 @dataclass(frozen=True)
 class Answer:
     """All that was generated for one request."""
 
-    row: int
+    index: int
     tokens: list[int]
     """Token ids, the end token included."""
     text: str

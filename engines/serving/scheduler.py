@@ -42,7 +42,7 @@ class Entry:
     """None where the bundle has no tokenizer: its answers are token ids without text."""
     eos_token_ids: frozenset[int]
     random: np.random.Generator
-    prompts: np.ndarray | None = None
+    soft_prompts: np.ndarray | None = None
     """What the client sent, as it was when it was checked."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -121,7 +121,7 @@ class Scheduler:
             logits = self.stepper.step([entry.tokens[-1] for entry in self.running])
             yield from self._advance(logits, 0)
         if joining := self._joining(before):
-            instructions = [Instruction(entry.tenant, entry.instruction, entry.prompts) for entry in joining]
+            instructions = [Instruction(entry.tenant, entry.instruction, entry.soft_prompts) for entry in joining]
             first = len(self.running)
             self.running += joining
             yield from self._advance(self.stepper.read(instructions), first)

@@ -163,7 +163,7 @@ class Session(Activated):
                 generation.cancel()
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
-        """Tokens of all requests as they come; ``Token.row`` is a request's number. Takes requests as `generate` does.
+        """Tokens of all requests as they come; ``Token.index`` is a request's number. Takes them as `generate` does.
 
         Raises:
             IaptError: a request that cannot be answered, see `submit`; the others are cancelled.
@@ -175,7 +175,7 @@ class Session(Activated):
 
         Args:
             request: the request.
-            number: what its tokens carry as ``row``.
+            number: what its tokens carry as ``index``.
             timeout: seconds to wait while the queue is full; None waits as long as it takes, 0 not at all.
 
         Returns:
@@ -349,7 +349,7 @@ class Session(Activated):
             self.codec if has_text else None,
             frozenset(backbone.eos_token_ids),
             np.random.default_rng(request.sampling.seed),
-            None if request.prompts is None else self._checked(where, tenant, request.prompts),
+            None if request.soft_prompts is None else self._checked(where, tenant, request.soft_prompts),
         )
 
     def _checked(self, where: str, tenant: Tenant, prompts: np.ndarray) -> np.ndarray:

@@ -30,8 +30,8 @@ class Instruction:
 
     tenant: Tenant
     tokens: Sequence[int]
-    prompts: np.ndarray | None = None
-    """Soft prompts ``[P, D]`` that a client computed, for a tenant whose method takes them."""
+    soft_prompts: np.ndarray | None = None
+    """``[P, D]``, which a client computed, for a tenant whose method takes them."""
 
 
 class Stepper(Activated):
@@ -102,15 +102,15 @@ class Stepper(Activated):
             return {}
         method = spec.name.removesuffix(f".{SENT_PROMPTS}")
         prompts = np.zeros((len(rows), *map(int, spec.shape[1:])), dtype=np.float32)
-        missing = [n for n, row in enumerate(rows) if row.tenant.method == method and row.prompts is None]
+        missing = [n for n, row in enumerate(rows) if row.tenant.method == method and row.soft_prompts is None]
         if missing:
             chosen = [rows[n] for n in missing]
             feeds = {**left_padded([row.tokens for row in chosen], self.manifest.backbone.pad_token_id)}
             feeds |= {**self.bank.indices([row.tenant for row in chosen]), **self.bank.stacks}
             prompts[missing] = infer(self.runners[ENCODER], feeds)[SENT_PROMPTS]
         for n, row in enumerate(rows):
-            if row.prompts is not None:
-                prompts[n] = row.prompts
+            if row.soft_prompts is not None:
+                prompts[n] = row.soft_prompts
         return {spec.name: cast(prompts, spec.dtype)}
 
     @property

@@ -23,7 +23,7 @@ int main(int argc, char** argv) {
     }
     std::vector<std::string> answers(requests.size());
     session.stream(requests, [&](const iapt::Token& token) {  // called as each token comes, rows in turn
-      answers[token.row] += token.text;
+      answers[token.index] += token.text;
     });
     for (size_t row = 0; row < requests.size(); ++row) {
       std::cout << requests[row].tenant << ": " << answers[row] << "\n";

@@ -11,6 +11,6 @@ requests = [Request(tenant, prompt, max_new_tokens=8) for tenant, prompt in zip(
 answers = [""] * len(requests)
 with Session.open(bundle) as session:
     for token in session.stream(requests):  # as each token comes, rows in turn
-        answers[token.row] += token.text
+        answers[token.index] += token.text
 for request, answer in zip(requests, answers, strict=True):
     print(f"{request.tenant}: {answer}")

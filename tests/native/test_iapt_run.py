@@ -87,7 +87,7 @@ def test_token_ids_need_no_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.
 
     with Session.open(tiny_build.bundle) as session:
         requests = [Request("beta", tokens=tokens, max_new_tokens=9) for tokens in ((5, 6, 7), (9,))]
-        expected = [answer.tokens for answer in sorted(session.generate(requests), key=lambda answer: answer.row)]
+        expected = [answer.tokens for answer in sorted(session.generate(requests), key=lambda answer: answer.index)]
     monkeypatch.setenv("IAPT_GENAI_LIBRARY", str(tmp_path / "elsewhere.so"))
     flags = [tiny_build.bundle, "--tenant=beta", "--max-new-tokens=9"]
     found = answers(*flags, "--tokens=5,6,7", "--tokens=9")

@@ -136,9 +136,9 @@ void run(const Arguments& arguments) {
   std::vector<std::vector<int64_t>> ids(requests.size());
   const bool streams = requests.size() == 1 && !arguments.json && speaks;
   session.stream(requests, [&](const iapt::Token& token) {
-    texts[token.row] += token.text;
-    ids[token.row].push_back(token.token);
-    reasons[token.row] = token.finish_reason;
+    texts[token.index] += token.text;
+    ids[token.index].push_back(token.token);
+    reasons[token.index] = token.finish_reason;
     if (streams) std::cout << token.text << std::flush;
   });
   if (arguments.json) {

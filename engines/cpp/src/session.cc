@@ -69,7 +69,7 @@ void Session::stream(const std::vector<Request>& requests, const std::function<v
 
 std::vector<std::vector<int64_t>> Session::generate(const std::vector<Request>& requests) {
   std::vector<std::vector<int64_t>> answers(requests.size());
-  stream(requests, [&](const Token& token) { answers[token.row].push_back(token.token); });
+  stream(requests, [&](const Token& token) { answers[token.index].push_back(token.token); });
   return answers;
 }
 

@@ -148,6 +148,6 @@ def test_an_endless_source_is_answered(tiny_build: TinyBuild, call: str) -> None
 
     with Session.open(tiny_build.bundle, verify=False, max_waiting=2) as session:
         answers = getattr(session, call)(endless())
-        rows = {each.row for each in itertools.islice(answers, 40)}
+        rows = {each.index for each in itertools.islice(answers, 40)}
         answers.close()
     assert len(rows) >= 20 and len(taken) <= max(rows) + 1 + session.stepper.max_rows + 2

@@ -51,7 +51,7 @@ def test_any_mix_gives_what_each_request_gives_alone(session: Session) -> None:
     alone = [next(iter(session.generate([one]))).tokens for one in requests]
     together = list(session.generate(requests))
     assert [answer.tokens for answer in together] == alone
-    assert [answer.row for answer in together] == list(range(30))
+    assert [answer.index for answer in together] == list(range(30))
     assert {answer.finish_reason for answer in together} == {"length"}
 
 
@@ -128,7 +128,7 @@ def test_a_bad_request_leaves_the_others_alone(session: Session) -> None:
         (request(1, 1000), "cache entries"),
         (Request("alpha", tokens=(2**40,)), "is out of range"),
         (Request("alpha", tokens=(3,), stop=("",)), "a stop text is empty"),
-        (Request("alpha", tokens=(3,), prompts=np.zeros((4, 32))), "which makes its own prompts; send none"),
+        (Request("alpha", tokens=(3,), soft_prompts=np.zeros((4, 32))), "which makes its own prompts; send none"),
     ]:
         with pytest.raises(IaptError, match=text):
             session.submit(bad)

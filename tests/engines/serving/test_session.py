@@ -71,14 +71,14 @@ def test_each_row_ends_at_its_own_end_token(session: Session) -> None:
     with with_eos(session.bundle, eos) as stopping:
         tokens = list(stopping.stream(requests))
     for row, wanted in enumerate(free):
-        mine = [token for token in tokens if token.row == row]
+        mine = [token for token in tokens if token.index == row]
         end = wanted.index(eos) + 1 if eos in wanted else LENGTH
         assert [token.token for token in mine] == wanted[:end]
         assert [token.step for token in mine] == list(range(end))
         reasons = [token.finish_reason for token in mine]
         assert reasons == [None] * (end - 1) + ["eos" if eos in wanted else "length"]
-    assert len([t for t in tokens if t.row == 0]) <= 4
-    assert any(len([t for t in tokens if t.row == row]) == LENGTH for row in range(8)), "not all rows end early"
+    assert len([t for t in tokens if t.index == 0]) <= 4
+    assert any(len([t for t in tokens if t.index == row]) == LENGTH for row in range(8)), "not all rows end early"
 
 
 def test_any_of_several_end_tokens_ends_a_row(session: Session) -> None:
@@ -100,8 +100,8 @@ def test_streamed_text_is_the_answers_text(session: Session) -> None:
     texts = [""] * 8
     tokens: list[list[int]] = [[] for _ in range(8)]
     for token in session.stream(mixed(sampling=Sampling(temperature=3.0))):
-        texts[token.row] += token.text
-        tokens[token.row].append(token.token)
+        texts[token.index] += token.text
+        tokens[token.index].append(token.token)
     assert texts == [session.codec.decode(row) for row in tokens]
 
 

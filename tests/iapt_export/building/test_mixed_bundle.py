@@ -210,7 +210,7 @@ def test_prompts_that_the_client_computed(build: TinyBuild, session: Session, ba
     tokens = session.codec.encode(TEXTS[1], "plain")
     sent = sent_prompts(build, backbone, tokens)
     made, own, other, lacking = (
-        Request("taste", tokens=tuple(tokens), prompts=prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        Request("taste", tokens=tuple(tokens), soft_prompts=prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
         for prompts in (None, sent, -sent, np.zeros_like(sent))
     )
     wanted = tokens_of(session, [made])[0]
@@ -227,7 +227,7 @@ def test_a_client_without_torch_computes_them_as_the_docs_say(build: TinyBuild, 
     names: dict[str, Any] = {"ids": ids, "Request": Request}
     exec(recipe.replace('"bundle/', f'"{build.bundle}/').replace("NAME", "taste"), names)
     sent, made = names["request"], Request("taste", tokens=tuple(ids))
-    assert sent.prompts.shape == (6, 32)
+    assert sent.soft_prompts.shape == (6, 32)
     assert tokens_of(session, [sent]) == tokens_of(session, [made])
 
 
@@ -236,7 +236,7 @@ def test_the_encoder_does_not_run_where_it_is_not_needed(
 ) -> None:
     tokens = session.codec.encode(TEXTS[0], "plain")
     sent = sent_prompts(build, backbone, tokens)
-    taste = Request("taste", tokens=tuple(tokens), prompts=sent, max_new_tokens=2)
+    taste = Request("taste", tokens=tuple(tokens), soft_prompts=sent, max_new_tokens=2)
     rows = [taste, Request("movies", TEXTS[1], max_new_tokens=2)]
     wanted = tokens_of(session, rows)
     counted: list[int] = []
@@ -271,7 +271,7 @@ SHAPE = "expected [6, 32]"
 )
 def test_bad_sent_prompts(session: Session, tenant: str, prompts: np.ndarray, text: str) -> None:
     with pytest.raises(IaptError) as caught:
-        tokens_of(session, [Request("movies", "yes"), Request(tenant, "yes", prompts=prompts)])
+        tokens_of(session, [Request("movies", "yes"), Request(tenant, "yes", soft_prompts=prompts)])
     assert str(caught.value) == text
 
 

@@ -31,7 +31,7 @@ struct Request {
 
 // One generated token of one row.
 struct Token {
-  size_t row = 0;  // position of the request in the batch
+  size_t index = 0;  // number of the request among those that were given together
   int64_t step = 0;
   int64_t token = 0;
   std::string text;           // what this token adds; empty without a tokenizer, and while a character is incomplete
