@@ -45,7 +45,8 @@ def llama3_factors(original: int, factor: float = 8.0, width: int = 16, base: fl
     return np.array(found, np.float32)
 
 
-def _longrope(family: str, original: int) -> TinyFile:
+def _longrope(family: str) -> TinyFile:
+    """Read within the original length: longer rows are refused, see `trainers.decoder.family`."""
     tensors = {
         "rope_factors_short.weight": np.linspace(1, 2, 8, dtype=np.float32),
         "rope_factors_long.weight": np.linspace(1, 8, 8, dtype=np.float32),
@@ -54,7 +55,7 @@ def _longrope(family: str, original: int) -> TinyFile:
         "context_length": 1024,
         "rope.scaling.type": "longrope",
         "rope.scaling.attn_factor": 1.19,
-        "rope.scaling.original_context_length": original,
+        "rope.scaling.original_context_length": CONTEXT,
     }
     return TinyFile(family, fields, tensors)
 
@@ -73,8 +74,7 @@ CASES: dict[str, TinyFile] = {
     "llama yarn betas": TinyFile("llama", {**YARN, "rope.scaling.yarn_beta_fast": 2.0}),
     "llama yarn attention factor": TinyFile("llama", {**YARN, "rope.scaling.attn_factor": 0.8}),
     "llama rope_freqs": TinyFile("llama", tensors={"rope_freqs.weight": llama3_factors(64)}),
-    "llama longrope short": _longrope("llama", CONTEXT),
-    "llama longrope long": _longrope("llama", 64),
+    "llama longrope": _longrope("llama"),
     "llama q k v biases": _biases("llama", ("attn_q", "attn_k", "attn_v")),
     "llama all biases": _biases(
         "llama", ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -91,17 +91,19 @@ CASES: dict[str, TinyFile] = {
     "qwen3": TinyFile("qwen3"),
     "qwen3 head width": TinyFile("qwen3", shape=WIDE),
     "qwen3 yarn": TinyFile("qwen3", YARN),
+    "qwen3 linear": TinyFile("qwen3", LINEAR),
     "phi3": TinyFile("phi3"),
     "phi3 partial rotary": TinyFile("phi3", {"rope.dimension_count": 12}),
-    "phi3 longrope short": _longrope("phi3", CONTEXT),
-    "phi3 longrope long": _longrope("phi3", 64),
+    "phi3 longrope": _longrope("phi3"),
     "phi3 tied": _without(TinyFile("phi3"), "output.weight"),
     "gemma2": TinyFile("gemma2"),
     "gemma2 soft caps": TinyFile("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma2 head width and window": TinyFile("gemma2", {"attention.sliding_window": 8}, shape=WIDE),
+    "gemma2 linear": TinyFile("gemma2", LINEAR),
     "gemma3": TinyFile("gemma3"),
     "gemma3 linear": TinyFile("gemma3", {**LINEAR, "rope.freq_base": 1000000.0}, layers=6),
     "gemma3 window": TinyFile("gemma3", {"attention.sliding_window": 8}, layers=7),
+    "gemma3 yarn": TinyFile("gemma3", YARN, layers=6),
     "gemma3 soft cap": TinyFile("gemma3", {"final_logit_softcapping": 3.0}),
     "gpt2": TinyFile("gpt2"),
     "gpt2 context": TinyFile(
@@ -114,7 +116,11 @@ CASES: dict[str, TinyFile] = {
     "stablelm full rotary": TinyFile("stablelm", {"rope.dimension_count": 16}),
     "stablelm biases": _biases("stablelm", ("attn_q", "attn_k", "attn_v")),
     "stablelm parallel": _without(TinyFile("stablelm"), "ffn_norm.weight", "ffn_norm.bias"),
+    "stablelm linear": TinyFile("stablelm", LINEAR),
+    "stablelm yarn": TinyFile("stablelm", {**YARN, "rope.dimension_count": 16}),
     "starcoder2": TinyFile("starcoder2"),
+    "starcoder2 linear": TinyFile("starcoder2", LINEAR),
+    "starcoder2 yarn": TinyFile("starcoder2", YARN),
     "starcoder2 rope base": TinyFile("starcoder2", {"rope.freq_base": 100000.0}),
     "starcoder2 without q k v biases": _without(TinyFile("starcoder2"), "attn_q.bias", "attn_k.bias", "attn_v.bias"),
 }

@@ -58,7 +58,11 @@ def write(path: Path, file: TinyFile) -> Path:
     fields = {"general.name": "tiny", **_fields(file), **_vocabulary(file.chat), **file.fields}
     for name, value in fields.items():
         if value is not None:
-            _add(writer, name if name.startswith(("general.", "tokenizer.")) else f"{file.family}.{name}", value)
+            _add(
+                writer,
+                name if name.startswith(("general.", "tokenizer.", "split.")) else f"{file.family}.{name}",
+                value,
+            )
     for name, array in {**random_tensors(file), **file.tensors}.items():
         if array is None:
             continue

@@ -113,7 +113,7 @@ REFUSED = {
         ),
         "tokenizer.ggml.add_space_prefix is not false, and transformers' gemma2",
     ),
-    "one of several parts": (TinyFile("llama", {"general.split": 1, "split.count": 2}), "the field llama.split.count"),
+    "one of several parts": (TinyFile("llama", {"split.count": 2}), "is one of 2 parts; join them with llama.cpp's"),
 }
 """Name to a file and a part of what is said about it."""
 
