@@ -16,6 +16,10 @@ from iapt_export.contract.manifest import GraphSpec
 
 ONNX_BFLOAT16 = 16
 """``onnx.TensorProto.BFLOAT16``; the onnx package is no need of a deployment machine."""
+FAULTY_VERSIONS = {
+    "1.23.0": "its Attention-23 is wrong where several query heads share a key head (logits off by 0.84 of the largest)"
+}
+"""Releases of ONNX Runtime that compute something else without a word."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -38,7 +42,8 @@ class OnnxRuntimeRunner(Runner):
         """Load the graph.
 
         Raises:
-            NotRunnableError: ONNX Runtime is not installed or lacks the device's provider.
+            NotRunnableError: ONNX Runtime is not installed, lacks the device's provider, or is a release that is known
+                to compute wrongly.
             IaptError: ONNX Runtime refuses the file.
         """
         if self._session is not None:
@@ -47,6 +52,11 @@ class OnnxRuntimeRunner(Runner):
             import onnxruntime
         except ImportError as error:
             raise NotRunnableError("ONNX Runtime is not installed; try: pip install onnxruntime") from error
+        if reason := FAULTY_VERSIONS.get(onnxruntime.__version__):
+            raise NotRunnableError(
+                f"ONNX Runtime {onnxruntime.__version__} gives wrong answers: {reason}; "
+                "expected 1.23.1 or newer: pip install --upgrade onnxruntime"
+            )
         provider = PROVIDERS.get(self.device)
         available = onnxruntime.get_available_providers()
         if provider not in available:

@@ -132,14 +132,14 @@ class TenantSpec:
     """The settings that it was trained with."""
     prompt_format: str
     """``chat`` or ``plain``, see the adapter."""
-    system_prompt: str | None = None
-    """What all of its training examples began with; empty for none, None where they differ or did not say."""
     labels: list[str] = field(default_factory=list)
     """The answers of a classification task; empty for free generation."""
     trained: str | None = None
     """Its weights as they were trained, where they are not shipped as they are; validation compares with them."""
     examples: str | None = None
     """JSONL with a ``prompt`` on each line: inputs that the tenant was made for, used by validation."""
+    system_prompt: str | None = None
+    """What all of its training examples began with; empty for none, None where they differ or did not say."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def load_backbone(
                 model, tokenizer = _load_gguf(Path(source) / gguf_file, dtypes[dtype])
             else:
                 model, tokenizer = _load_folder(source, dtypes[dtype], trust_remote_code, options)
-    except (OSError, ValueError, ImportError, StrictDataclassError, SafetensorError) as error:
+    except (OSError, ValueError, AssertionError, ImportError, StrictDataclassError, SafetensorError) as error:
         raise IaptError(
             f"the backbone {name_or_path!r} could not be loaded: {_first_line(error)} "
             "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"

@@ -92,7 +92,8 @@ def rational_function(num_numerator: int, num_denominator: int, form: str, opset
         lines += ["tail = Mul (s, inner)"]
     else:
         lines += [*_horner("v", b, "inner"), "signed = Mul (v, inner)", "tail = Abs (signed)"]
-    lines += ["one = Constant <value_float = 1.0> ()", "bottom = Add (one, tail)"]
+    # a tensor, because tools that fold constants (polygraphy, onnxslim) turn `value_float` into a double
+    lines += ["one = Constant <value = float {1.0}> ()", "bottom = Add (one, tail)"]
     lines += ["ratio = Div (top, bottom)", "y = CastLike (ratio, x)"]
     body = "\n  ".join(lines)
     return onnx.parser.parse_function(

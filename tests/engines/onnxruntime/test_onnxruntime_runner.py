@@ -132,6 +132,18 @@ def test_onnx_runtime_is_not_installed(graph: Any, monkeypatch: pytest.MonkeyPat
         OnnxRuntimeRunner(path, spec()).activate()
 
 
+def test_a_release_that_computes_wrongly_is_refused(graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.0")
+    with pytest.raises(NotRunnableError) as caught:
+        OnnxRuntimeRunner(graph(), spec()).activate()
+    assert str(caught.value) == (
+        "ONNX Runtime 1.23.0 gives wrong answers: its Attention-23 is wrong where several query heads share a key head "
+        "(logits off by 0.84 of the largest); expected 1.23.1 or newer: pip install --upgrade onnxruntime"
+    )
+
+
 @pytest.mark.parametrize("data", [b"", b"not a graph", None])
 def test_a_file_that_is_no_graph(tmp_path: Path, data: bytes | None) -> None:
     path = tmp_path / "graph.onnx"

@@ -42,6 +42,13 @@ def test_missing_head_is_refused(tmp_path: Path) -> None:
     assert "these are missing and would be drawn at random: lm_head.weight. Download the checkpoint again" in said
 
 
+def test_a_padding_token_out_of_the_table_is_one_sentence(tmp_path: Path) -> None:
+    folder = save_tiny_backbone(tmp_path)
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(fields | {"pad_token_id": 400}), encoding="utf-8")
+    assert "Padding_idx must be within num_embeddings" in refusal(str(folder))
+
+
 def test_tied_head_is_no_missing_weight(tmp_path: Path) -> None:
     model = load_backbone(str(save_tiny_backbone(tmp_path))).model
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
