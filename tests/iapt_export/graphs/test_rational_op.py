@@ -207,3 +207,11 @@ def test_registering_twice_does_nothing() -> None:
     schema: Any = onnx.defs.get_schema(RATIONAL, DOMAIN_VERSION, DOMAIN)
     assert [parameter.name for parameter in schema.inputs] == ["x", "numerator", "denominator"]
     assert list(op.translation_table()) == [torch.ops.iapt.rational.default]
+
+
+@pytest.mark.parametrize("form", ["A", "B"])
+def test_the_body_holds_a_float_tensor_that_folding_tools_leave_alone(form):
+    """They turn `value_float` into a double, see findings/value-float-becomes-double.sh."""
+    constants = [node for node in op.rational_function(6, 5, form, 23).node if node.op_type == "Constant"]
+    held = {attribute.name: attribute for node in constants for attribute in node.attribute}
+    assert "value_float" not in held and held["value"].t.data_type == onnx.TensorProto.FLOAT
