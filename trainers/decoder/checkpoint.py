@@ -61,16 +61,19 @@ def read_warnings() -> Iterator[None]:
     """
     from transformers.utils import logging as theirs
 
-    logger = logging.getLogger("transformers")
+    logger = theirs.get_logger("transformers")
     caught = _Caught(logging.WARNING)
-    handlers, level, bars = logger.handlers, logger.level, theirs.is_progress_bar_enabled()
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    bars = theirs.is_progress_bar_enabled()
     logger.handlers = [caught]
+    logger.propagate = False  # transformers lets it propagate where the environment has CI set
     logger.setLevel(logging.WARNING)
     theirs.disable_progress_bar()
     try:
         yield
     finally:
         logger.handlers = handlers
+        logger.propagate = propagate
         logger.setLevel(level)
         if bars:
             theirs.enable_progress_bar()
