@@ -1,12 +1,14 @@
 #include "iapt/session.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "stepper.h"
 
 namespace iapt {
 
 struct Session::Row {
+  size_t index;  // the request's number
   const Request* request;
   std::vector<int64_t> prompt;
   Random random;
@@ -39,28 +41,36 @@ std::string Session::rational() const { return stepper_->rational(); }
 
 void Session::stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token) {
   std::vector<Row> rows;
-  for (size_t index = 0; index < requests.size(); ++index) rows.push_back(make_row(index, requests[index]));
-  check(rows);
+  for (size_t index = 0; index < requests.size(); ++index) {
+    rows.push_back(make_row(index, requests[index]));
+    check(rows.back());
+  }
+  const auto most = static_cast<size_t>(manifest_->ranges.batch.max);
+  for (size_t first = 0; first < rows.size(); first += most) {
+    run(rows.data() + first, std::min(most, rows.size() - first), on_token);
+  }
+}
+
+// One batch, until its last row has ended.
+void Session::run(Row* rows, size_t count, const std::function<void(const Token&)>& on_token) {
   Prompts prompts;
   Names tenants;
   int64_t capacity = 0;
-  for (const Row& row : rows) {
-    prompts.push_back(row.prompt);
-    tenants.push_back(row.request->tenant);
-    capacity = std::max(capacity, static_cast<int64_t>(row.prompt.size()));
+  for (size_t row = 0; row < count; ++row) {
+    prompts.push_back(rows[row].prompt);
+    tenants.push_back(rows[row].request->tenant);
+    capacity = std::max(capacity, entries_of(rows[row]));
   }
-  int64_t longest_answer = 0;
-  for (const Row& row : rows) longest_answer = std::max(longest_answer, row.request->max_new_tokens);
-  Tensor logits = stepper_->prefill(prompts, tenants, manifest_->num_slots() + capacity + longest_answer);
+  Tensor logits = stepper_->prefill(prompts, tenants, capacity);
   for (int64_t step = 0;; ++step) {
-    std::vector<int64_t> chosen(rows.size(), manifest_->backbone.pad_token_id);
+    std::vector<int64_t> chosen(count, manifest_->backbone.pad_token_id);
     bool all_done = true;
-    for (size_t index = 0; index < rows.size(); ++index) {
-      Row& row = rows[index];
-      if (row.done) continue;
-      chosen[index] = choose(logits.row_as_float(index), row.request->sampling, row.random);
-      on_token(advance(index, row, step, chosen[index]));
-      all_done = all_done && row.done;
+    for (size_t row = 0; row < count; ++row) {
+      if (rows[row].done) continue;
+      chosen[row] = choose(logits.row_as_float(row), rows[row].request->sampling, rows[row].random);
+      on_token(advance(rows[row], step, chosen[row]));
+      if (rows[row].done) stepper_->leave(row);
+      all_done = all_done && rows[row].done;
     }
     if (all_done) return;
     logits = stepper_->decode(chosen);
@@ -90,37 +100,39 @@ Session::Row Session::make_row(size_t index, const Request& request) {
     }
   }
   if (request.max_new_tokens < 1) {
-    throw Error(where + "max_new_tokens is " + std::to_string(request.max_new_tokens) + ", expected at least 1");
+    throw Error(where + "max_new_tokens is " + std::to_string(request.max_new_tokens) + ", expected at least 1, a whole number");
   }
-  return Row{&request, std::move(prompt), Random(request.sampling.seed), {}, "", false};
+  return Row{index, &request, std::move(prompt), Random(request.sampling.seed), {}, "", false};
 }
 
-void Session::check(const std::vector<Row>& rows) const {
-  const Ranges& ranges = manifest_->ranges;
-  const auto count = static_cast<int64_t>(rows.size());
-  if (count < 1 || count > ranges.batch.max) {
-    throw Error(std::to_string(count) + " requests in one batch; this bundle takes 1 to " +
-                std::to_string(ranges.batch.max) + " (send fewer at a time, or build with a larger --batch)");
+void Session::check(const Row& row) const {
+  const auto where = "request " + std::to_string(row.index);
+  const Range& sequence = manifest_->ranges.sequence;
+  const auto length = static_cast<int64_t>(row.prompt.size());
+  const std::string has = where + ": the prompt has " + std::to_string(length) + " tokens; this bundle takes at ";
+  if (length > sequence.max) {
+    throw Error(has + "most " + std::to_string(sequence.max) + " (shorten it, or build with a larger --sequence)");
   }
-  int64_t longest = 0, answer = 0;
-  for (const Row& row : rows) {
-    longest = std::max(longest, static_cast<int64_t>(row.prompt.size()));
-    answer = std::max(answer, row.request->max_new_tokens);
+  if (length < sequence.min) {
+    throw Error(has + "least " + std::to_string(sequence.min) + " (build with a smaller --sequence)");
   }
-  if (longest > ranges.sequence.max) {
-    throw Error("a prompt has " + std::to_string(longest) + " tokens; this bundle takes at most " +
-                std::to_string(ranges.sequence.max) + " (shorten it, or build with a larger --sequence)");
-  }
-  const int64_t slots = manifest_->num_slots();
-  // compared without adding, since an answer's length may be any number
-  if (answer > ranges.past.max - slots - longest + 1) {
-    throw Error("the batch needs more cache entries (" + std::to_string(slots) + " prompt, " + std::to_string(longest) +
-                " instruction, " + std::to_string(answer) + " new tokens) than this bundle's " +
-                std::to_string(ranges.past.max) + " (lower --max-new-tokens, or build with a larger --past)");
+  const int64_t needed = entries_of(row), capacity = manifest_->ranges.past.max;
+  if (needed > capacity) {
+    throw Error(where + " needs " + std::to_string(needed) + " cache entries (" +
+                std::to_string(manifest_->prompt_length(row.request->tenant)) + " prompt, " + std::to_string(length) +
+                " instruction, the rest new tokens); this bundle has " + std::to_string(capacity) +
+                " (lower --max-new-tokens, or build with a larger --past)");
   }
 }
 
-Token Session::advance(size_t index, Row& row, int64_t step, int64_t token) {
+// Cache entries of a row: its tenant's prompts, the instruction, and all generated tokens but the last.
+int64_t Session::entries_of(const Row& row) const {
+  const int64_t read = manifest_->prompt_length(row.request->tenant) + static_cast<int64_t>(row.prompt.size());
+  const int64_t most = std::numeric_limits<int64_t>::max() - read;  // an answer's length may be any number
+  return read + std::min(row.request->max_new_tokens - 1, most);
+}
+
+Token Session::advance(Row& row, int64_t step, int64_t token) {
   row.tokens.push_back(token);
   const auto& ends = manifest_->backbone.eos_token_ids;
   std::string reason;
@@ -130,7 +142,7 @@ Token Session::advance(size_t index, Row& row, int64_t step, int64_t token) {
     reason = "length";
   }
   row.done = !reason.empty();
-  return Token{index, step, token, new_text(row, row.done), reason};
+  return Token{row.index, step, token, new_text(row, row.done), reason};
 }
 
 // What the latest token adds; a character whose bytes are not all there yet waits for the next token.

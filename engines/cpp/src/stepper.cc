@@ -67,6 +67,7 @@ class ConcatenatingStepper final : public Stepper {
     Tensors feeds = left_padded(prompts, manifest_.backbone.pad_token_id);
     feeds.merge(tenant_feeds_.feeds(graph, tenants, feeds));
     tenants_ = tenants;
+    running_.assign(prompts.size(), true);
     const int64_t slots = manifest_.num_slots();
     const auto length = static_cast<int64_t>(longest_of(prompts));
     masks_.assign(prompts.size(), {});
@@ -82,8 +83,9 @@ class ConcatenatingStepper final : public Stepper {
   Tensor decode(const std::vector<int64_t>& tokens) override {
     const auto batch = static_cast<int64_t>(tokens.size());
     std::vector<int64_t> all, positions;
-    for (auto& mask : masks_) {
-      mask.push_back(1);
+    for (size_t row = 0; row < masks_.size(); ++row) {
+      auto& mask = masks_[row];
+      mask.push_back(running_[row] ? 1 : 0);
       all.insert(all.end(), mask.begin(), mask.end());
       positions.push_back(std::count(mask.begin(), mask.end(), 1) - 1);
     }
@@ -133,6 +135,7 @@ class InPlaceStepper final : public Stepper {
   Tensor prefill(const Prompts& prompts, const Names& tenants, int64_t capacity) override {
     const size_t batch = prompts.size();
     tenants_ = tenants;
+    running_.assign(batch, true);
     lengths_.clear();
     for (size_t row = 0; row < batch; ++row) {
       lengths_.push_back(manifest_.prompt_length(tenants[row]) + static_cast<int64_t>(prompts[row].size()));
@@ -150,8 +153,11 @@ class InPlaceStepper final : public Stepper {
   }
 
   Tensor decode(const std::vector<int64_t>& tokens) override {
-    const std::vector<int64_t> places = lengths_;  // the new entry stands after the last one
-    for (int64_t& length : lengths_) ++length;
+    std::vector<int64_t> places;
+    for (size_t row = 0; row < lengths_.size(); ++row) {  // the new entry stands after the last one
+      if (running_[row]) ++lengths_[row];
+      places.push_back(lengths_[row] - 1);
+    }
     return step(tokens, places, 1, false);
   }
 

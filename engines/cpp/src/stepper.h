@@ -23,7 +23,12 @@ class Stepper {
   virtual Tensor prefill(const Prompts& prompts, const Names& tenants, int64_t capacity) = 0;
   // One step of the batch for one token a row. Returns logits [B, 1, V].
   virtual Tensor decode(const std::vector<int64_t>& tokens) = 0;
+  // A row has ended: it keeps its number, takes no more cache entries, and what it computes means nothing.
+  void leave(size_t row) { running_[row] = false; }
   virtual std::string rational() const = 0;
+
+ protected:
+  std::vector<bool> running_;  // the rows of the batch
 };
 
 // What both kinds share: the tenants' weights, and which entry of its method's stack each row uses.

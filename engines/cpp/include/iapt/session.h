@@ -59,8 +59,9 @@ class Session {
   // Which form of ai.iapt::Rational runs.
   std::string rational() const;
 
-  // Answers a batch of requests, token by token; rows end on their own. Throws Error: an unknown tenant, an empty or too
-  // long prompt, too many rows, or a row that would outgrow the cache.
+  // Answers requests token by token, as many in a batch as the bundle takes; rows end on their own. All are checked before
+  // the first one is read. Throws Error: an unknown tenant, an empty, too short or too long prompt, a token id out of
+  // range, or a request that can never fit into the cache.
   void stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token);
   // The token ids of every row's answer, its end token included.
   std::vector<std::vector<int64_t>> generate(const std::vector<Request>& requests);
@@ -69,8 +70,10 @@ class Session {
   struct Row;
   Session(std::filesystem::path bundle, BundleManifest manifest, const SessionOptions& options);
   Row make_row(size_t index, const Request& request);
-  void check(const std::vector<Row>& rows) const;
-  Token advance(size_t index, Row& row, int64_t step, int64_t token);
+  void check(const Row& row) const;
+  int64_t entries_of(const Row& row) const;
+  void run(Row* rows, size_t count, const std::function<void(const Token&)>& on_token);
+  Token advance(Row& row, int64_t step, int64_t token);
   std::string new_text(Row& row, bool is_final);
   const TextCodec* codec();
 

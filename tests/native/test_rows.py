@@ -1,0 +1,111 @@
+"""Rows of tenants with prompts of different lengths: C++ and Python answer the same, and refuse the same, over each cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from engines.serving.session import Request, Session
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest
+from tests.bundles import TinyBuild, run, save_tiny_adapter
+from tests.native.built import ROWS, needs_runner
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import PrefixTuningConfig, PromptTuningConfig
+
+CONFIGS = {"short": PromptTuningConfig(prompt_length=2), "long": PrefixTuningConfig(prompt_length=9)}
+LONGEST, CAPACITY, BATCH = 96, 160, 8
+"""Of the tiny bundle's ranges."""
+MOST = {name: CAPACITY - config.prompt_length - LONGEST + 1 for name, config in CONFIGS.items()}
+"""New tokens after the longest instruction, with which a tenant's row fills the cache."""
+
+Row = tuple[str, int, list[int]]
+
+pytestmark = needs_runner
+both_caches = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "portable"])
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
+    root = tmp_path_factory.mktemp("rows")
+    fingerprint = load_backbone(str(tiny_build.model)).fingerprint
+    adapters = {
+        name: save_tiny_adapter(root / name, seed, fingerprint, config)
+        for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+    build = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
+    outcome = run(*build.arguments(build.bundle), "--new-tokens=2")
+    assert outcome.code == 0, outcome.err
+    return build.bundle
+
+
+def ids(length: int) -> list[int]:
+    return [5 + n % 50 for n in range(length)]
+
+
+def from_python(bundle: Path, in_place: bool, rows: list[Row]) -> list[list[int]]:
+    requests = [Request(name, tokens=tuple(ids), max_new_tokens=n, ignore_eos=True) for name, n, ids in rows]
+    with Session.open(bundle, in_place=in_place) as session:
+        return [answer.tokens for answer in session.generate(requests)]
+
+
+def answer_rows(bundle: Path, in_place: bool, rows: list[Row]) -> subprocess.CompletedProcess[str]:
+    words = [word for name, n, ids in rows for word in (name, str(n), " ".join(map(str, ids)))]
+    command = [str(ROWS), str(bundle), str(int(in_place)), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@both_caches
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("short", MOST["short"], ids(LONGEST))],
+        [("long", MOST["long"], ids(LONGEST))],
+        [("short", 1, ids(LONGEST)), ("long", 120, ids(3)), ("short", 7, ids(20))],
+        [("long", 1 + n, ids(1 + 3 * n)) for n in range(BATCH + 3)],
+    ],
+    ids=["short fills the cache", "long fills the cache", "rows end early", "more rows than a batch"],
+)
+def test_equal_answers(bundle: Path, in_place: bool, rows: list[Row]) -> None:
+    wanted = from_python(bundle, in_place, rows)
+    assert [len(answer) for answer in wanted] == [n for _, n, _ in rows]
+    outcome = answer_rows(bundle, in_place, rows)
+    assert outcome.returncode == 0, outcome.stderr
+    assert [[int(word) for word in line.split()] for line in outcome.stdout.splitlines()] == wanted
+
+
+@both_caches
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("short", MOST["short"] + 1, ids(LONGEST)),
+        ("long", MOST["long"] + 1, ids(LONGEST)),
+        ("short", CAPACITY, ids(5)),
+        ("short", 1, ids(LONGEST + 1)),
+        ("short", 0, ids(5)),
+        ("short", 1, [5, 10**6]),
+    ],
+    ids=str,
+)
+def test_equal_refusals(bundle: Path, in_place: bool, row: Row) -> None:
+    fine = ("long", 2, ids(5))
+    with pytest.raises(IaptError) as refused:
+        from_python(bundle, in_place, [fine, row])
+    outcome = answer_rows(bundle, in_place, [fine, row])
+    assert outcome.returncode == 1 and outcome.stdout == ""
+    assert outcome.stderr.strip() == str(refused.value)
+
+
+@both_caches
+def test_too_short_an_instruction(bundle: Path, in_place: bool, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = BundleManifest.load(copy)
+    sequence = dataclasses.replace(manifest.ranges.sequence, min=4)
+    dataclasses.replace(manifest, ranges=dataclasses.replace(manifest.ranges, sequence=sequence)).save(copy)
+    with pytest.raises(IaptError, match="has 3 tokens; this bundle takes at least 4") as refused:
+        from_python(copy, in_place, [("long", 2, ids(3))])
+    assert answer_rows(copy, in_place, [("long", 2, ids(3))]).stderr.strip() == str(refused.value)
