@@ -72,33 +72,3 @@ def gradients(method: Method, ids: Tensor, mask: Tensor) -> dict[str, float]:
     output = read_instruction(tiny_llama(), rows_of(method.train()), ids, mask)
     output.logits[:, -1].log_softmax(dim=-1)[:, 5].sum().backward()
     return {name: float(parameter.grad.abs().max()) for name, parameter in method.named_parameters()}
-
-
-class Exported(torch.nn.Module):
-    """What a graph does before its first layer: prepare, embed, and fill the slots, each row with its own weights."""
-
-    def __init__(self, method: Method, model: Any) -> None:
-        super().__init__()
-        self.method, self.model = method, model
-
-    def forward(self, weights: dict[str, Tensor], input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        weights = self.method.prepare(weights, self.model, input_ids, mask)
-        embeddings = self.model.get_input_embeddings()(input_ids)
-        tokens = self.method.embed(weights, input_ids, embeddings, mask)
-        slots = embeddings.new_zeros(embeddings.shape[0], self.method.num_slots, embeddings.shape[2])
-        return tokens, self.method.slots(weights, 0, slots, tokens, mask)
-
-
-def check_traceable(
-    method: Method, model: Any, weights: dict[str, Tensor], ids: Tensor, mask: Tensor, shared: tuple[str, ...] = ()
-) -> None:
-    """A graph traced with one batch and length computes another; tensors in ``shared`` have no row axis."""
-    batch, length = torch.export.Dim("B"), torch.export.Dim("T")
-    module = Exported(method, model)
-    shapes = {name: {} if name in shared else {0: batch} for name in weights}
-    tokens = {0: batch, 1: length}
-    program = torch.export.export(module, (weights, ids, mask), dynamic_shapes=(shapes, tokens, tokens))
-    fewer = {name: tensor if name in shared else tensor[:1] for name, tensor in weights.items()}
-    other = (fewer, ids[:1, :4].clone(), mask[:1, :4].clone())
-    for got, expected in zip(program.module()(*other), module(*other), strict=True):
-        torch.testing.assert_close(got, expected)

@@ -12,15 +12,12 @@ from torch import Tensor
 from tests.tiny import padded, tiny_gpt2, tiny_llama
 from tests.trainers.methods_tiny import (
     LENGTHS,
-    check_traceable,
     count,
-    gradients,
     greedy_by_hand,
     greedy_tokens,
     last_logits,
     logits_by_hand,
     real_rows,
-    stacked,
     trained,
 )
 from trainers.decoder.insertion import read_instruction, sizes_of
@@ -124,19 +121,6 @@ def test_training_offsets_responses_as_serving_does(decode_offset: bool) -> None
     torch.testing.assert_close(output.logits[0, 4:], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("decode_offset", [False, True])
-def test_folded_equals_unfolded(decode_offset: bool) -> None:
-    model = tiny_llama()
-    method = adept(model, decode_offset=decode_offset)
-    table = folded(method, model)
-    ids, mask = padded(LENGTHS)
-    torch.testing.assert_close(
-        last_logits(model, table, ids, mask), last_logits(model, method, ids, mask), atol=1e-5, rtol=1e-5
-    )
-    assert table.get_parameter("table").shape == (320, 32)
-    assert hash(table.config) == hash(folded(method, model).config)
-
-
 def test_tied_head_keeps_its_table() -> None:
     model = tiny_llama()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -147,17 +131,6 @@ def test_tied_head_keeps_its_table() -> None:
     greedy_tokens(model, folded(method, model), ids, mask)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert torch.equal(model.get_output_embeddings().weight, before)
-
-
-@pytest.mark.parametrize("fold", [False, True])
-def test_every_row_its_own_adapter(fold: bool) -> None:
-    model = tiny_llama()
-    methods = [adept(model, seed, decode_offset=True) for seed in range(3)]
-    modules = [folded(method, model) for method in methods] if fold else methods
-    ids, mask = padded(LENGTHS)
-    together = greedy_tokens(model, stacked(modules), ids, mask)
-    assert together == [greedy_tokens(model, method, ids, mask)[row] for row, method in enumerate(modules)]
-    assert together != greedy_tokens(model, modules[0], ids, mask)
 
 
 def test_rows_are_read_out_of_a_bank() -> None:
@@ -172,28 +145,9 @@ def test_rows_are_read_out_of_a_bank() -> None:
     assert greedy_tokens(model, rows, ids, mask) == expected
 
 
-def test_gradients_reach_every_tensor() -> None:
-    method = adept(tiny_llama())
-    assert all(value > 0 for value in gradients(method, *padded(LENGTHS, "left")).values())
-    assert set(method.learning_rate_factors()) < set(dict(method.named_parameters()))
-
-
 def test_embeddings_keep_their_type() -> None:
     model = tiny_llama()
     method = folded(adept(model), model)
     ids, mask = padded(LENGTHS)
     embeddings = model.get_input_embeddings()(ids).bfloat16()
     assert method.embed(method.weights(), ids, embeddings, mask).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("decode_offset", [False, True])
-def test_traceable(decode_offset: bool) -> None:
-    model = tiny_llama()
-    methods = [adept(model, seed, decode_offset=decode_offset) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    check_traceable(methods[0], model, stacked(list(methods)).parts[0].weights, ids, mask)
-    tables = [folded(method, model) for method in methods]
-    weights = stacked(list(tables)).parts[0].weights
-    check_traceable(tables[0], model, weights, ids, mask)
-    bank = {**weights, "table_row": torch.tensor([2, 1, 0])}
-    check_traceable(tables[0], model, bank, ids, mask, shared=("table",))

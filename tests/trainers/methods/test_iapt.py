@@ -168,19 +168,6 @@ def test_mean_and_max_are_adaptive_pooling(parts: int) -> None:
         assert torch.allclose(made, reference(u.transpose(1, 2), parts).transpose(1, 2), atol=1e-6)
 
 
-def test_one_tenant_per_row() -> None:
-    """Weights with a leading batch give each row what its own generator gives it."""
-    modules = [generator(seed) for seed in (1, 2)]
-    stacked = {
-        name: torch.stack([dict(m.named_parameters())[name] for m in modules])
-        for name, _ in modules[0].named_parameters()
-    }
-    hidden, mask = torch.randn(2, 5, HIDDEN), torch.ones(2, 5)
-    mixed = modules[0].slots(modules[0].expanded(stacked), 2, torch.zeros(2, 4, HIDDEN), hidden, mask)
-    for row, module in enumerate(modules):
-        assert torch.allclose(mixed[row], prompts(module, 2, hidden, mask)[row], atol=1e-6)
-
-
 def test_sharing_groups_choose_their_projection() -> None:
     module = generator(sharing="groups", num_groups=3)
     hidden, mask = torch.randn(1, 5, HIDDEN), torch.ones(1, 5)

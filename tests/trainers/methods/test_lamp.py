@@ -12,14 +12,11 @@ from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_llama, tiny_tokenizer
 from tests.trainers.methods_tiny import (
     LENGTHS,
-    check_traceable,
     count,
-    gradients,
     greedy_by_hand,
     greedy_tokens,
     last_logits,
     real_rows,
-    stacked,
     trained,
 )
 from trainers.decoder.insertion import sizes_of
@@ -117,25 +114,3 @@ def test_prompt_of_zeros_stays_finite() -> None:
 def test_rank_above_the_width_is_an_error() -> None:
     with pytest.raises(IaptError, match="rank=33 is more than the backbone's hidden width of 32"):
         LAMP(LAMPConfig(rank=33), Sizes(32, 3))
-
-
-def test_every_row_its_own_adapter() -> None:
-    model = tiny_llama()
-    methods = [lamp(model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    together = last_logits(model, stacked(list(methods)), ids, mask)
-    for row, method in enumerate(methods):
-        torch.testing.assert_close(together[row], last_logits(model, method, ids, mask)[row], atol=1e-5, rtol=1e-5)
-
-
-def test_gradients_reach_every_tensor() -> None:
-    method = lamp(tiny_llama())
-    assert all(value > 0 for value in gradients(method, *padded(LENGTHS, "left")).values())
-    assert set(method.learning_rate_factors()) < set(dict(method.named_parameters()))
-
-
-def test_traceable() -> None:
-    model = tiny_llama()
-    methods = [lamp(model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    check_traceable(methods[0], model, stacked(list(methods)).parts[0].weights, ids, mask)

@@ -12,13 +12,10 @@ from torch import Tensor
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.trainers.methods_tiny import (
     LENGTHS,
-    check_traceable,
-    gradients,
     greedy_by_hand,
     greedy_tokens,
     last_logits,
     real_rows,
-    stacked,
     trained,
 )
 from trainers.decoder.insertion import read_instruction, sizes_of
@@ -143,27 +140,3 @@ def test_starts_at_real_tokens() -> None:
     assert initial is not None
     prompts = method.prepare(method.weights(), model, *padded(LENGTHS))["prompts"].detach()
     torch.testing.assert_close(prompts, initial.expand(3, -1, -1), atol=0.05, rtol=0.05)
-
-
-def test_every_row_its_own_adapter() -> None:
-    model = tiny_llama()
-    methods = [lopa(model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    together = last_logits(model, stacked(list(methods)), ids, mask)
-    for row, method in enumerate(methods):
-        torch.testing.assert_close(together[row], last_logits(model, method, ids, mask)[row], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(together, last_logits(model, methods[0], ids, mask), atol=1e-2)
-
-
-def test_gradients_reach_every_tensor_and_nothing_else() -> None:
-    method = lopa(tiny_llama())
-    assert all(value > 0 for value in gradients(method, *padded(LENGTHS, "left")).values())
-    assert set(method.learning_rate_factors()) < set(dict(method.named_parameters()))
-
-
-def test_traceable() -> None:
-    model = tiny_llama()
-    methods = [lopa(model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    check_traceable(methods[0], model, stacked(list(methods)).parts[0].weights, ids, mask)
-    check_traceable(methods[0].deployed(), model, {"prompts": torch.randn(3, 4, 32)}, ids, mask)

@@ -9,10 +9,10 @@ import torch
 
 from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen2
-from tests.trainers.methods_tiny import LENGTHS, count, greedy_tokens, real_rows, stacked, trained
-from trainers.decoder.generate import decode, prefill
+from tests.trainers.methods_tiny import LENGTHS, count, greedy_tokens, real_rows, trained
+from trainers.decoder.generate import prefill
 from trainers.decoder.insertion import continue_from, read_instruction, sizes_of
-from trainers.decoder.method import Method, Sizes, Weights, rows_of
+from trainers.decoder.method import Sizes, rows_of
 from trainers.methods.configs import LoRAConfig
 from trainers.methods.lora import LoRA, targets, tensor_name
 
@@ -163,23 +163,6 @@ def test_generated_tokens_are_treated_too() -> None:
                 tokens.append(token)
 
 
-def test_rows_may_be_of_different_tenants() -> None:
-    model = tiny_llama()
-    config = LoRAConfig(rank=4, target_modules=SEVEN)
-    methods: list[Method] = [trained(LoRA, config, model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    rows = stacked(methods)
-    logits, cache = prefill(model, rows, ids, mask)
-    token = logits.argmax(dim=-1)
-    longer = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
-    step = decode(model, rows, token, longer, cache)
-    for row, method in enumerate(methods):
-        own, own_cache = prefill(model, rows_of(method), ids, mask)
-        torch.testing.assert_close(logits[row], own[row], atol=1e-4, rtol=1e-4)
-        own_step = decode(model, rows_of(method), token, longer, own_cache)
-        torch.testing.assert_close(step[row], own_step[row], atol=1e-4, rtol=1e-4)
-
-
 def test_last_names_match_as_in_peft_and_full_names_too() -> None:
     sizes = sizes_of(tiny_gpt2())
     assert targets(("c_proj",), sizes) == ("attn.c_proj", "mlp.c_proj")
@@ -195,33 +178,6 @@ def test_unknown_target_module() -> None:
         LoRA(LoRAConfig(target_modules=("q_proj", "c_fc")), sizes_of(tiny_gpt2()))
     with pytest.raises(IaptError, match="use some of none"):
         LoRA(LoRAConfig(), Sizes(8, 2))
-
-
-def test_traced_graphs_take_other_batches_and_lengths() -> None:
-    model = tiny_llama()
-    config = LoRAConfig(rank=4, target_modules=SEVEN)
-    methods: list[Method] = [trained(LoRA, config, model, seed) for seed in range(3)]
-
-    class Exported(torch.nn.Module):
-        """Logits of an instruction, each row with its own weights."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, weights: Weights, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            rows = rows_of(methods[0])
-            rows.parts[0].weights = weights
-            return read_instruction(self.model, rows, ids, mask).logits
-
-    ids, mask = padded(LENGTHS)
-    weights = {name: tensor.detach() for name, tensor in stacked(methods).parts[0].weights.items()}
-    batch, length = torch.export.Dim("B", max=64), torch.export.Dim("T", max=64)
-    shapes = ({name: {0: batch} for name in weights}, {0: batch, 1: length}, {0: batch, 1: length})
-    program = torch.export.export(Exported(), (weights, ids, mask), dynamic_shapes=shapes)
-    fewer = {name: tensor[:2] for name, tensor in weights.items()}
-    ids, mask = padded([4, 2])
-    torch.testing.assert_close(program.module()(fewer, ids, mask), Exported()(fewer, ids, mask), atol=1e-4, rtol=1e-4)
 
 
 def test_continuing_without_lora_is_another_function() -> None:

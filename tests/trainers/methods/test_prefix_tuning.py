@@ -12,15 +12,13 @@ from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 from tests.trainers.methods_tiny import (
     LENGTHS,
     count,
-    gradients,
     greedy_tokens,
     last_logits,
     real_rows,
-    stacked,
     trained,
 )
-from trainers.decoder.insertion import read_instruction, sizes_of
-from trainers.decoder.method import Method, Sizes, Weights, rows_of
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import Sizes
 from trainers.methods.configs import INITIAL_TEXT, PrefixTuningConfig
 from trainers.methods.prefix_tuning import PrefixTuning, from_table, initial_prefix, to_table
 
@@ -83,22 +81,6 @@ def test_generation_goes_on_behind_the_prefix() -> None:
             tokens.append(token)
 
 
-def test_rows_may_be_of_different_tenants() -> None:
-    model = tiny_llama()
-    methods: list[Method] = [trained(PrefixTuning, CONFIG, model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    got = last_logits(model, stacked(methods), ids, mask)
-    for row, method in enumerate(methods):
-        torch.testing.assert_close(got[row], last_logits(model, method, ids, mask)[row], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("config", [CONFIG, PROJECTED])
-def test_every_tensor_gets_a_finite_gradient(config: PrefixTuningConfig) -> None:
-    ids, mask = padded(LENGTHS)
-    found = gradients(trained(PrefixTuning, config, tiny_llama()), ids, mask)
-    assert all(0 < value < float("inf") for value in found.values()), found
-
-
 def test_deployed_is_the_same_function_without_the_network() -> None:
     model = tiny_llama()
     method = trained(PrefixTuning, PROJECTED, model)
@@ -144,37 +126,3 @@ def test_projection_learns_slower() -> None:
     sizes = sizes_of(tiny_llama())
     assert set(PrefixTuning(PROJECTED, sizes).learning_rate_factors().values()) == {0.1}
     assert PrefixTuning(CONFIG, sizes).learning_rate_factors() == {}
-
-
-@pytest.mark.parametrize("per_row", [False, True])
-def test_traced_graph_takes_other_batches_and_lengths(per_row: bool) -> None:
-    model = tiny_llama()
-    method = trained(PrefixTuning, CONFIG, model)
-
-    class Exported(torch.nn.Module):
-        """Logits of an instruction, the weights given."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, weights: Weights, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            rows = rows_of(method)
-            rows.parts[0].weights = weights
-            return read_instruction(self.model, rows, ids, mask).logits
-
-    ids, mask = padded(LENGTHS)
-    weights = {name: tensor.detach() for name, tensor in method.weights().items()}
-    if per_row:
-        weights = {name: torch.cat([tensor, 2 * tensor, 3 * tensor]) for name, tensor in weights.items()}
-    batch, length = torch.export.Dim("B", max=64), torch.export.Dim("T", max=64)
-    tokens = {0: batch, 1: length}
-    program = torch.export.export(
-        Exported(),
-        (weights, ids, mask),
-        dynamic_shapes=({name: {0: batch} if per_row else {} for name in weights}, tokens, tokens),
-        prefer_deferred_runtime_asserts_over_guards=True,  # as the exporter does
-    )
-    fewer = {name: tensor[:2] if per_row else tensor for name, tensor in weights.items()}
-    ids, mask = padded([4, 2])
-    torch.testing.assert_close(program.module()(fewer, ids, mask), Exported()(fewer, ids, mask), atol=1e-4, rtol=1e-4)

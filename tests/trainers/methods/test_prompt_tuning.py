@@ -10,15 +10,12 @@ import torch
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.trainers.methods_tiny import (
     LENGTHS,
-    check_traceable,
     count,
-    gradients,
     greedy_by_hand,
     greedy_tokens,
     last_logits,
     logits_by_hand,
     real_rows,
-    stacked,
     trained,
 )
 from trainers.decoder.insertion import read_instruction, sizes_of
@@ -67,16 +64,6 @@ def test_generates_as_the_prompt_before_the_input(side: str) -> None:
     assert greedy_tokens(model, method, ids, mask) == generated
 
 
-def test_every_row_its_own_adapter() -> None:
-    model = tiny_llama()
-    methods = [prompt_tuning(model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    together = last_logits(model, stacked(list(methods)), ids, mask)
-    for row, method in enumerate(methods):
-        torch.testing.assert_close(together[row], last_logits(model, method, ids, mask)[row], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(together, last_logits(model, methods[0], ids, mask), atol=1e-2)
-
-
 def test_initial_prompt_of_words_repeats_them_after_the_first_token_of_instructions() -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     words = tokenizer("a dull film", add_special_tokens=False)["input_ids"]
@@ -106,14 +93,3 @@ def test_initial_prompt_of_the_vocabulary_and_of_noise() -> None:
     noise.start(model, tiny_tokenizer(), [7, 8])
     assert torch.equal(noise.get_parameter("prompt"), before)
     assert float(before.std()) == pytest.approx(0.02, rel=0.05)
-
-
-def test_gradients_reach_the_prompt() -> None:
-    assert gradients(prompt_tuning(tiny_llama()), *padded(LENGTHS, "left"))["prompt"] > 0
-
-
-def test_traceable() -> None:
-    model = tiny_llama()
-    methods = [prompt_tuning(model, seed) for seed in range(3)]
-    ids, mask = padded(LENGTHS)
-    check_traceable(methods[0], model, stacked(list(methods)).parts[0].weights, ids, mask)
