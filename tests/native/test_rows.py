@@ -1,4 +1,4 @@
-"""Rows of tenants with prompts of different lengths: C++ and Python answer the same, and refuse the same, over each cache."""
+"""Tenants with prompts of different lengths: C++ and Python answer the same, and refuse the same, over each cache."""
 
 from __future__ import annotations
 
