@@ -13,7 +13,7 @@
 int main(int argc, char** argv) {
   try {
     iapt::SessionOptions options;
-    options.portable = std::string(argv[2]) == "0";
+    options.in_place = std::string(argv[2]) == "1";
     auto session = iapt::Session::open(argv[1], options);
     std::vector<iapt::Request> requests;
     for (int i = 3; i + 2 < argc; i += 3) {

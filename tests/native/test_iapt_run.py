@@ -113,8 +113,7 @@ def test_the_form_of_the_operator_is_told(tiny_build: TinyBuild, monkeypatch: py
     [
         (["--tenant=delta"], "tenant 'delta' is not in this bundle; its tenants are alpha, beta, gamma"),
         (["--target=tensorrt"], "target 'tensorrt' is not in this bundle, which has onnxruntime"),
-        (["--device=cuda"], "device 'cuda' is not available in this ONNX Runtime; use --device cpu"),
-        (["--device=tpu"], "device 'tpu' is not known; use cpu or cuda"),
+        (["--device=cuda"], "CPUExecutionProvider; use --device cpu, or link its GPU build on a machine with"),
         (["--tokens=99999"], "request 1: token id 99999 is out of range; the vocabulary has"),
         (["--max-new-tokens=0"], "request 0: max_new_tokens is 0, expected at least 1"),
         (["--max-new-tokens=9223372036854775807"], "needs 9223372036854775807 cache entries (4 prompt, 1 "),
@@ -127,6 +126,46 @@ def test_bad_requests(tiny_build: TinyBuild, flags: list[str], text: str) -> Non
     outcome = iapt_run(tiny_build.bundle, "--tenant=alpha", "--tokens=5", *flags)
     assert outcome.returncode == 1 and text in outcome.stderr, outcome.stderr
     assert outcome.stdout == ""
+
+
+@needs_runner
+@needs_tokenizer
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tenant=delta"],
+        ["--target=tensorrt"],
+        ["--device=cuda"],
+        ["--max-new-tokens=0"],
+        ["--max-new-tokens=160"],
+        ["--top-p=1.5"],
+        ["--prompt= "],
+        ["--prompt=" + "film " * 99],
+    ],
+    ids=str,
+)
+def test_the_same_refusals_as_python(tiny_build: TinyBuild, flags: list[str]) -> None:
+    command = [tiny_build.bundle, "--tenant=alpha", "--prompt=the film", *flags]
+    wanted, made = run("generate", *command).err, iapt_run(*command).stderr
+    problem = wanted.removeprefix("iapt-export: error: ").split(";")[0].strip()  # remedies differ: pip or a linker
+    assert made.startswith(f"iapt_run: error: {problem}"), (wanted, made)
+
+
+@needs_runner
+def test_a_target_without_the_graphs_of_a_cache(tiny_bundle: Path) -> None:
+    from engines.serving.session import Session
+    from iapt_export.contract.errors import IaptError
+
+    (target,) = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))["targets"]
+    for name in ("prefill", "decode"):
+        del target["graphs"][name]
+    change_manifest(tiny_bundle, targets=[target])
+    with pytest.raises(IaptError, match="has no graph for that cache on device cpu; its graphs: ") as refused:
+        Session.open(tiny_bundle, in_place=False)
+    made = iapt_run(tiny_bundle, "--tenant=alpha", "--tokens=5", "--portable").stderr
+    (problem, names), (wanted, those) = (text.strip().split("graphs: ") for text in (made, str(refused.value)))
+    assert problem == f"iapt_run: error: {wanted}"
+    assert sorted(names.split(", ")) == sorted(those.split(", "))
 
 
 @needs_runner
@@ -214,7 +253,10 @@ def test_a_tenant_that_computes_nan_gives_no_tokens(tiny_bundle: Path, sampling:
     save_file(tensors, path, card.to_metadata())
     rehash(tiny_bundle)
     outcome = iapt_run(tiny_bundle, "--tenant=alpha", "--tokens=5", *sampling)
-    assert outcome.returncode == 1 and "its logits hold NaN or infinity" in outcome.stderr
+    assert (
+        outcome.returncode == 1
+        and "request 0 of tenant alpha failed: its logits hold NaN or infinity" in outcome.stderr
+    )
     assert iapt_run(tiny_bundle, "--tenant=gamma", "--tokens=5", *sampling).returncode == 0
 
 

@@ -77,7 +77,7 @@ Arguments parse(int argc, char** argv) {
     }
     if (word == "--json") found.json = true;
     else if (word == "--verbose") found.verbose = true;
-    else if (word == "--portable") found.session.portable = true;
+    else if (word == "--portable") found.session.in_place = false;
     else if (word == "--tenant") found.tenant = value();
     else if (word == "--prompt") found.prompts.push_back(value());
     else if (word == "--tokens") found.tokens.push_back(value());

@@ -4,6 +4,7 @@
 #include <fstream>
 #include <iterator>
 
+#include "iapt/graphs.h"
 #include "json_fields.h"
 #include "sha256.h"
 
@@ -150,9 +151,8 @@ TargetSpec read_target(const Json& json, const std::string& where, Problems& pro
   spec.rational = "function";
   fields.read("rational", spec.rational, false);
   fields.refuse_unknown();
-  const auto has = [&](const char* name) { return spec.graphs.count(name) > 0; };
-  if (!has("serve") && !(has("serve_prefill") && has("serve_decode")) && !(has("prefill") && has("decode"))) {
-    fields.problem(".graphs has neither serve nor serve_prefill and serve_decode nor prefill and decode");
+  if (!step_graphs(spec.graphs, true) && !step_graphs(spec.graphs, false)) {
+    fields.problem(".graphs has none that read instructions and go on from them");
   }
   return spec;
 }
@@ -245,7 +245,7 @@ template <typename Items>
 std::string names_of(const Items& items) {
   Problems names;
   for (const auto& item : items) names.push_back(item.name);
-  return joined(names, ", ");
+  return names.empty() ? "none" : joined(names, ", ");
 }
 
 }  // namespace

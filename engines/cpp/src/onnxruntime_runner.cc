@@ -49,13 +49,12 @@ class OnnxRuntimeRunner final : public Runner {
  public:
   OnnxRuntimeRunner(const std::filesystem::path& path, const GraphSpec& graph, const RunnerOptions& options)
       : graph_(graph), on_gpu_(options.device == "cuda") {
-    if (options.device != "cpu" && options.device != "cuda") {
-      throw Error("device '" + options.device + "' is not known; use cpu or cuda");
-    }
+    refuse_faulty();
+    check_device(options.device);
     try {
       Ort::SessionOptions session;
       session.SetIntraOpNumThreads(options.threads > 0 ? options.threads : available_processors());
-      if (on_gpu_) add_cuda(session);
+      if (on_gpu_) session.AppendExecutionProvider_CUDA_V2(*Ort::CUDAProviderOptions());
       add_kernels(session);
       session_ = Ort::Session(environment(), path.c_str(), session);
     } catch (const Ort::Exception& error) {
@@ -92,14 +91,26 @@ class OnnxRuntimeRunner final : public Runner {
   }
 
  private:
-  static void add_cuda(Ort::SessionOptions& session) {
-    const auto available = Ort::GetAvailableProviders();
-    if (std::find(available.begin(), available.end(), "CUDAExecutionProvider") == available.end()) {
-      throw Error(
-          "device 'cuda' is not available in this ONNX Runtime; use --device cpu, or link its GPU build on a machine "
-          "with an NVIDIA GPU");
+  // The releases that engines/onnxruntime/runner.py refuses.
+  static void refuse_faulty() {
+    if (Ort::GetVersionString() != "1.23.0") return;
+    throw Error(
+        "ONNX Runtime 1.23.0 gives wrong answers: its Attention-23 is wrong where several query heads share a key head; "
+        "expected 1.23.1 or newer");
+  }
+
+  static void check_device(const std::string& device) {
+    std::string offered;
+    for (const auto& provider : Ort::GetAvailableProviders()) {
+      if (provider == (device == "cpu"    ? "CPUExecutionProvider"
+                       : device == "cuda" ? "CUDAExecutionProvider"
+                                          : "")) {
+        return;
+      }
+      offered += (offered.empty() ? "" : ", ") + provider;
     }
-    session.AppendExecutionProvider_CUDA_V2(*Ort::CUDAProviderOptions());
+    throw Error("device '" + device + "' is not available: this ONNX Runtime offers " + offered +
+                "; use --device cpu, or link its GPU build on a machine with an NVIDIA GPU");
   }
 
   // Our kernel of ai.iapt::Rational where it lies beside this program; the graph's function body otherwise.

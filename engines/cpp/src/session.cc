@@ -20,13 +20,8 @@ struct Session::Row {
 Session::Session(std::filesystem::path bundle, BundleManifest manifest, const SessionOptions& options)
     : bundle_(std::move(bundle)),
       manifest_(std::make_unique<const BundleManifest>(std::move(manifest))),
-      target_(&manifest_->target(options.target)) {
-  const bool has_serve = target_->graphs.count("serve") > 0, has_prefill = target_->graphs.count("prefill") > 0;
-  // ONNX Runtime's buffers of the cache in place stand in the host's memory
-  const bool keeps_portable = has_prefill && (options.portable || options.runner.device != "cpu");
-  const bool in_place = (has_serve && !keeps_portable) || target_->graphs.count("serve_prefill") > 0;
-  stepper_ = (in_place ? in_place_stepper : concatenating_stepper)(bundle_, *manifest_, *target_, options.runner);
-}
+      target_(&manifest_->target(options.target)),
+      stepper_(open_stepper(bundle_, *manifest_, *target_, options.runner, options.in_place)) {}
 
 Session::Session(Session&&) noexcept = default;
 Session::~Session() = default;
@@ -53,27 +48,25 @@ void Session::stream(const std::vector<Request>& requests, const std::function<v
 
 // One batch, until its last row has ended.
 void Session::run(Row* rows, size_t count, const std::function<void(const Token&)>& on_token) {
-  Prompts prompts;
-  Names tenants;
+  Instructions instructions;
   int64_t capacity = 0;
   for (size_t row = 0; row < count; ++row) {
-    prompts.push_back(rows[row].prompt);
-    tenants.push_back(rows[row].request->tenant);
+    instructions.push_back({rows[row].request->tenant, rows[row].prompt});
     capacity = std::max(capacity, entries_of(rows[row]));
   }
-  Tensor logits = stepper_->prefill(prompts, tenants, capacity);
+  Tensor logits = stepper_->read(instructions, capacity);
   for (int64_t step = 0;; ++step) {
     std::vector<int64_t> chosen(count, manifest_->backbone.pad_token_id);
     bool all_done = true;
     for (size_t row = 0; row < count; ++row) {
       if (rows[row].done) continue;
-      chosen[row] = choose(logits.row_as_float(row), rows[row].request->sampling, rows[row].random);
+      chosen[row] = next_token(rows[row], logits.row_as_float(row));
       on_token(advance(rows[row], step, chosen[row]));
       if (rows[row].done) stepper_->leave(row);
       all_done = all_done && rows[row].done;
     }
     if (all_done) return;
-    logits = stepper_->decode(chosen);
+    logits = stepper_->step(chosen);
   }
 }
 
@@ -122,6 +115,14 @@ void Session::check(const Row& row) const {
                 std::to_string(manifest_->prompt_length(row.request->tenant)) + " prompt, " + std::to_string(length) +
                 " instruction, the rest new tokens); this bundle has " + std::to_string(capacity) +
                 " (lower --max-new-tokens, or build with a larger --past)");
+  }
+}
+
+int64_t Session::next_token(Row& row, const std::vector<float>& logits) {
+  try {
+    return choose(logits, row.request->sampling, row.random);
+  } catch (const Error& error) {
+    throw Error("request " + std::to_string(row.index) + " of tenant " + row.request->tenant + " failed: " + error.what());
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "iapt/graphs.h"
 #include "tenants.h"
 
 namespace iapt {
@@ -29,58 +30,64 @@ Tensor rows_of(const Tensor& tensor, const std::vector<size_t>& rows) {
   return made;
 }
 
-size_t longest_of(const Prompts& prompts) {
+size_t longest_of(const Instructions& rows) {
   size_t longest = 0;
-  for (const auto& prompt : prompts) longest = std::max(longest, prompt.size());
+  for (const auto& row : rows) longest = std::max(longest, row.tokens.size());
   return longest;
 }
 
+Names tenants_of(const Instructions& rows) {
+  Names names;
+  for (const auto& row : rows) names.push_back(row.tenant);
+  return names;
+}
+
 // input_ids and attention_mask [B, T], padded on the left.
-Tensors left_padded(const Prompts& prompts, int64_t pad) {
-  const size_t length = longest_of(prompts);
-  const std::vector<int64_t> shape{static_cast<int64_t>(prompts.size()), static_cast<int64_t>(length)};
+Tensors left_padded(const Instructions& rows, int64_t pad) {
+  const size_t length = longest_of(rows);
+  const std::vector<int64_t> shape{static_cast<int64_t>(rows.size()), static_cast<int64_t>(length)};
   Tensor ids("int64", shape), mask("int64", shape);
   std::fill_n(ids.as<int64_t>(), ids.count(), pad);
-  for (size_t row = 0; row < prompts.size(); ++row) {
-    const size_t at = row * length + length - prompts[row].size();
-    std::copy(prompts[row].begin(), prompts[row].end(), ids.as<int64_t>() + at);
-    std::fill_n(mask.as<int64_t>() + at, prompts[row].size(), 1);
+  for (size_t row = 0; row < rows.size(); ++row) {
+    const auto& tokens = rows[row].tokens;
+    const size_t at = row * length + length - tokens.size();
+    std::copy(tokens.begin(), tokens.end(), ids.as<int64_t>() + at);
+    std::fill_n(mask.as<int64_t>() + at, tokens.size(), 1);
   }
   return {{"input_ids", ids}, {"attention_mask", mask}};
 }
 
 // The cache grows by one entry a step: standard operators, any runtime.
-class ConcatenatingStepper final : public Stepper {
+class ConcatenatedStepper final : public Stepper {
  public:
-  ConcatenatingStepper(const std::filesystem::path& bundle, const BundleManifest& manifest, const TargetSpec& target,
-                       const RunnerOptions& options)
+  ConcatenatedStepper(const std::filesystem::path& bundle, const BundleManifest& manifest, const TargetSpec& target,
+                      const StepGraphs& graphs, const RunnerOptions& options)
       : manifest_(manifest),
-        target_(target),
+        graphs_(graphs),
         tenant_feeds_(bundle, manifest, target, options),
-        prefill_(open_runner(bundle, target, target.graphs.at("prefill"), options)),
-        decode_(open_runner(bundle, target, target.graphs.at("decode"), options)) {}
+        reader_(open_runner(bundle, target, *graphs.reads, options)),
+        stepper_(open_runner(bundle, target, *graphs.continues, options)) {}
 
-  std::string rational() const override { return prefill_->rational(); }
+  std::string rational() const override { return reader_->rational(); }
 
-  Tensor prefill(const Prompts& prompts, const Names& tenants, int64_t) override {
-    const GraphSpec& graph = target_.graphs.at("prefill");
-    Tensors feeds = left_padded(prompts, manifest_.backbone.pad_token_id);
-    feeds.merge(tenant_feeds_.feeds(graph, tenants, feeds));
-    tenants_ = tenants;
-    running_.assign(prompts.size(), true);
+  Tensor read(const Instructions& rows, int64_t) override {
+    tenants_ = tenants_of(rows);
+    running_.assign(rows.size(), true);
+    Tensors feeds = left_padded(rows, manifest_.backbone.pad_token_id);
+    feeds.merge(tenant_feeds_.feeds(*graphs_.reads, tenants_, feeds));
     const int64_t slots = manifest_.num_slots();
-    const auto length = static_cast<int64_t>(longest_of(prompts));
-    masks_.assign(prompts.size(), {});
-    for (size_t row = 0; row < prompts.size(); ++row) {  // a tenant with fewer prompts leaves the first slots empty
+    const auto length = static_cast<int64_t>(longest_of(rows));
+    masks_.assign(rows.size(), {});
+    for (size_t row = 0; row < rows.size(); ++row) {  // a tenant with fewer prompts leaves the first slots empty
       masks_[row].assign(static_cast<size_t>(slots), 0);
-      std::fill_n(masks_[row].rbegin(), manifest_.prompt_length(tenants[row]), 1);
-      masks_[row].resize(static_cast<size_t>(slots + length) - prompts[row].size(), 0);
+      std::fill_n(masks_[row].rbegin(), manifest_.prompt_length(rows[row].tenant), 1);
+      masks_[row].resize(static_cast<size_t>(slots + length) - rows[row].tokens.size(), 0);
       masks_[row].resize(static_cast<size_t>(slots + length), 1);
     }
-    return keep_cache(prefill_->infer(feeds));
+    return keep_cache(reader_->infer(feeds));
   }
 
-  Tensor decode(const std::vector<int64_t>& tokens) override {
+  Tensor step(const std::vector<int64_t>& tokens) override {
     const auto batch = static_cast<int64_t>(tokens.size());
     std::vector<int64_t> all, positions;
     for (size_t row = 0; row < masks_.size(); ++row) {
@@ -93,8 +100,8 @@ class ConcatenatingStepper final : public Stepper {
     feeds["input_ids"] = int64_tensor({batch, 1}, tokens);
     feeds["attention_mask"] = int64_tensor({batch, static_cast<int64_t>(masks_[0].size())}, all);
     feeds["position_ids"] = int64_tensor({batch, 1}, positions);
-    feeds.merge(tenant_feeds_.feeds(target_.graphs.at("decode"), tenants_, {}));
-    return keep_cache(decode_->infer(feeds));
+    feeds.merge(tenant_feeds_.feeds(*graphs_.continues, tenants_, {}));
+    return keep_cache(stepper_->infer(feeds));
   }
 
  private:
@@ -108,9 +115,9 @@ class ConcatenatingStepper final : public Stepper {
   }
 
   const BundleManifest& manifest_;
-  const TargetSpec& target_;
+  StepGraphs graphs_;
   TenantFeeds tenant_feeds_;
-  std::unique_ptr<Runner> prefill_, decode_;
+  std::unique_ptr<Runner> reader_, stepper_;
   Names tenants_;
   std::vector<std::vector<int64_t>> masks_;  // of every row over the cache, prompt slots first
   Tensors cache_;
@@ -121,48 +128,48 @@ class ConcatenatingStepper final : public Stepper {
 class InPlaceStepper final : public Stepper {
  public:
   InPlaceStepper(const std::filesystem::path& bundle, const BundleManifest& manifest, const TargetSpec& target,
-                 const RunnerOptions& options)
+                 const StepGraphs& graphs, const RunnerOptions& options)
       : manifest_(manifest),
-        graph_(target.graphs.at(target.graphs.count("serve") > 0 ? "serve" : "serve_prefill")),
+        graph_(*graphs.reads),
         tenant_feeds_(bundle, manifest, target, options),
         reader_(open_runner(bundle, target, graph_, options)),
-        stepper_(target.graphs.count("serve") > 0
-                     ? reader_
-                     : open_runner(bundle, target, target.graphs.at("serve_decode"), options)) {}
+        stepper_(graphs.continues == graphs.reads ? reader_
+                                                  : open_runner(bundle, target, *graphs.continues, options)) {}
 
   std::string rational() const override { return reader_->rational(); }
 
-  Tensor prefill(const Prompts& prompts, const Names& tenants, int64_t capacity) override {
-    const size_t batch = prompts.size();
-    tenants_ = tenants;
+  Tensor read(const Instructions& rows, int64_t capacity) override {
+    const size_t batch = rows.size();
+    tenants_ = tenants_of(rows);
     running_.assign(batch, true);
     lengths_.clear();
-    for (size_t row = 0; row < batch; ++row) {
-      lengths_.push_back(manifest_.prompt_length(tenants[row]) + static_cast<int64_t>(prompts[row].size()));
+    for (const auto& row : rows) {
+      lengths_.push_back(manifest_.prompt_length(row.tenant) + static_cast<int64_t>(row.tokens.size()));
     }
     const int64_t length = *std::max_element(lengths_.begin(), lengths_.end());
     std::vector<int64_t> ids(batch * length, manifest_.backbone.pad_token_id), places(batch * length);
     for (size_t row = 0; row < batch; ++row) {
-      const int64_t slots = lengths_[row] - static_cast<int64_t>(prompts[row].size());
-      std::copy(prompts[row].begin(), prompts[row].end(), ids.begin() + row * length + slots);
+      const auto& tokens = rows[row].tokens;
+      const int64_t slots = lengths_[row] - static_cast<int64_t>(tokens.size());
+      std::copy(tokens.begin(), tokens.end(), ids.begin() + row * length + slots);
       for (int64_t place = 0; place < length; ++place) places[row * length + place] = place;
     }
     make_buffers(static_cast<int64_t>(batch), std::max(capacity, length));
-    weights_ = tenant_feeds_.feeds(graph_, tenants, left_padded(prompts, manifest_.backbone.pad_token_id));
-    return step(ids, places, length, true);
+    weights_ = tenant_feeds_.feeds(graph_, tenants_, left_padded(rows, manifest_.backbone.pad_token_id));
+    return run(ids, places, length, true);
   }
 
-  Tensor decode(const std::vector<int64_t>& tokens) override {
+  Tensor step(const std::vector<int64_t>& tokens) override {
     std::vector<int64_t> places;
     for (size_t row = 0; row < lengths_.size(); ++row) {  // the new entry stands after the last one
       if (running_[row]) ++lengths_[row];
       places.push_back(lengths_[row] - 1);
     }
-    return step(tokens, places, 1, false);
+    return run(tokens, places, 1, false);
   }
 
  private:
-  Tensor step(const std::vector<int64_t>& ids, const std::vector<int64_t>& places, int64_t length, bool reads) {
+  Tensor run(const std::vector<int64_t>& ids, const std::vector<int64_t>& places, int64_t length, bool reads) {
     const auto batch = static_cast<int64_t>(lengths_.size());
     Tensors feeds = weights_;
     feeds["input_ids"] = int64_tensor({batch, length}, ids);
@@ -216,7 +223,7 @@ Tensor int64_tensor(std::vector<int64_t> shape, const std::vector<int64_t>& valu
 TenantFeeds::TenantFeeds(const std::filesystem::path& bundle, const BundleManifest& manifest, const TargetSpec& target,
                          const RunnerOptions& options)
     : manifest_(manifest), weights_(load_tenants(bundle, manifest, target)) {
-  const auto encoder = target.graphs.find("encoder");
+  const auto encoder = target.graphs.find(std::string(kEncoder));
   if (encoder != target.graphs.end()) encoder_ = open_runner(bundle, target, encoder->second, options);
 }
 
@@ -266,14 +273,21 @@ void TenantFeeds::add_prompts(const GraphSpec& graph, const Names& tenants, cons
   }
 }
 
-std::unique_ptr<Stepper> concatenating_stepper(const std::filesystem::path& bundle, const BundleManifest& manifest,
-                                               const TargetSpec& target, const RunnerOptions& options) {
-  return std::make_unique<ConcatenatingStepper>(bundle, manifest, target, options);
-}
-
-std::unique_ptr<Stepper> in_place_stepper(const std::filesystem::path& bundle, const BundleManifest& manifest,
-                                          const TargetSpec& target, const RunnerOptions& options) {
-  return std::make_unique<InPlaceStepper>(bundle, manifest, target, options);
+std::unique_ptr<Stepper> open_stepper(const std::filesystem::path& bundle, const BundleManifest& manifest,
+                                      const TargetSpec& target, const RunnerOptions& options,
+                                      std::optional<bool> in_place) {
+  if (in_place.value_or(true)) {
+    const auto graphs = step_graphs(target.graphs, true, options.device);
+    if (graphs) return std::make_unique<InPlaceStepper>(bundle, manifest, target, *graphs, options);
+  }
+  if (!in_place.value_or(false)) {
+    const auto graphs = step_graphs(target.graphs, false, options.device);
+    if (graphs) return std::make_unique<ConcatenatedStepper>(bundle, manifest, target, *graphs, options);
+  }
+  std::string names;
+  for (const auto& [name, graph] : target.graphs) names += (names.empty() ? "" : ", ") + name;
+  throw Error("target " + target.name + " has no graph for that cache on device " + options.device +
+              "; its graphs: " + names);
 }
 
 }  // namespace iapt

@@ -17,13 +17,22 @@ std::vector<int64_t> sizes_of(const TensorSpec& spec) {
   return sizes;
 }
 
+std::string shown(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
 Tensors load_tenant(const std::filesystem::path& bundle, const TenantSpec& tenant, const MethodSpec& method) {
   if (!tenant.path) throw Error("tenant " + tenant.name + " is of method " + method.name + " but names no weights file");
   Tensors tensors = read_safetensors(bundle / *tenant.path);
   for (const TensorSpec& weight : method.weights) {
     const auto found = tensors.find(weight.name);
-    if (found == tensors.end() || found->second.shape != sizes_of(weight)) {
-      throw Error("tenant " + tenant.name + ": " + weight.name + " is missing or of another shape than the bundle expects");
+    const auto expected = sizes_of(weight);
+    if (found == tensors.end() || found->second.shape != expected) {
+      throw Error("tenant " + tenant.name + ": " + weight.name + " has " +
+                  (found == tensors.end() ? "nothing" : "shape " + shown(found->second.shape)) +
+                  ", the bundle expects " + shown(expected));
     }
     const Tensor wide = cast(found->second, "fp32");
     const auto* values = wide.as<float>();

@@ -41,8 +41,10 @@ struct Token {
 struct SessionOptions {
   std::string target;  // empty takes the bundle's first
   RunnerOptions runner;
-  bool verify = true;    // check every file's hash first
-  bool portable = false;  // run prefill and decode even where the bundle has the graph over a cache in place
+  bool verify = true;  // check every file's hash first
+  // The cache that is written in place, or the one that each step concatenates (the portable graphs prefill and decode);
+  // nothing takes the first where target and device have it.
+  std::optional<bool> in_place;
 };
 
 class Stepper;
@@ -73,6 +75,7 @@ class Session {
   void check(const Row& row) const;
   int64_t entries_of(const Row& row) const;
   void run(Row* rows, size_t count, const std::function<void(const Token&)>& on_token);
+  static int64_t next_token(Row& row, const std::vector<float>& logits);
   Token advance(Row& row, int64_t step, int64_t token);
   std::string new_text(Row& row, bool is_final);
   const TextCodec* codec();

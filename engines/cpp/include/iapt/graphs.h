@@ -1,0 +1,49 @@
+// The graphs that a bundle may have, a row each: the table of iapt_export/contract/graphs.py, with the same words. A test
+// compares the two.
+#ifndef IAPT_GRAPHS_H_
+#define IAPT_GRAPHS_H_
+
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "iapt/manifest.h"
+
+namespace iapt {
+
+// What a graph is for.
+struct GraphKind {
+  std::string_view name;   // in a manifest
+  bool reads;              // it reads instructions
+  bool continues;          // it goes on from them, a token a row
+  bool in_place;           // its cache is written in place; else each step returns a longer one
+  bool needs_onnxruntime;  // it has operators of ONNX Runtime's own, which are used on the CPU
+};
+
+// Of graphs for one purpose, the better first.
+inline constexpr GraphKind kGraphKinds[] = {
+    {"encoder", false, false, false, false},  // makes the prompts of a method that computes them beforehand
+    {"prefill", true, false, false, false},
+    {"decode", false, true, false, false},
+    {"serve", true, true, true, true},
+    {"serve_prefill", true, false, true, false},
+    {"serve_decode", false, true, true, false},
+    {"generator", false, false, false, false},  // makes prompts at every layer, alone, for comparison
+};
+inline constexpr std::string_view kEncoder = "encoder";
+
+// Two graphs of a target, which may be one and the same.
+struct StepGraphs {
+  const GraphSpec *reads, *continues;
+};
+
+// The graphs that read instructions and that go on from them over one kind of cache, none where `graphs` has no such two.
+//   in_place  which kind, see GraphKind
+//   device    cpu or cuda, where they shall run
+std::optional<StepGraphs> step_graphs(const std::map<std::string, GraphSpec>& graphs, bool in_place,
+                                      const std::string& device = "cpu");
+
+}  // namespace iapt
+
+#endif  // IAPT_GRAPHS_H_
