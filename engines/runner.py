@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from types import TracebackType
-from typing import Self
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import GraphSpec
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
+from iapt_export.contract.types import TENSOR_TYPES
 
 Arrays = dict[str, np.ndarray]
+"""Named arrays on the host."""
 
-NUMPY_TYPES = {
-    "int64": "int64",
-    "int32": "int32",
-    "bool": "bool",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
-"""Tensor types of the manifest to NumPy's names (``bfloat16`` comes with ml_dtypes)."""
+
+@functools.cache
+def numpy_type(dtype: str) -> np.dtype[Any]:
+    """NumPy's type for one of the manifest, such as ``fp16``; bf16 comes with ml_dtypes."""
+    if dtype == "bf16":
+        import ml_dtypes
+
+        dtype_of_bf16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return dtype_of_bf16
+    return np.dtype(TENSOR_TYPES[dtype])
+
+
+class Array(Protocol):
+    """An array that knows where it lives: NumPy's on the host, a runner's own elsewhere, such as in a GPU's memory.
+
+    Parts ``array[row]``, ``array[first:last]``, ``array[row, :, :entries]`` share its memory; ``array[...] = other``
+    copies where it lives, and ``numpy.array(array)`` to the host.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+
+NOWHERE: Mapping[str, Array] = MappingProxyType({})
 
 
 class Activated(ABC):
@@ -56,36 +84,53 @@ class Runner(Activated):
     """The graph's interface."""
 
     @abstractmethod
-    def infer(self, feeds: Arrays) -> Arrays:
+    def infer(self, feeds: Mapping[str, Array], into: Mapping[str, Array] = NOWHERE) -> dict[str, Any]:
         """Run the graph once.
 
         Args:
-            feeds: every input by name, of the manifest's types and shapes.
+            feeds: every input by name, of the manifest's types and shapes; others are left alone. A read-only array
+                says that its content stays as it is while the same object is fed, so that a runner may keep what it
+                made of it, such as an upload.
+            into: outputs that are written to memory which is there already, for example an input's own.
 
         Returns:
-            Every output by name.
+            Every output by name: the array given in ``into``, or a new one on the host.
 
         Raises:
-            IaptError: the runner is not active, or an input is missing, unknown, or of another type or shape.
+            IaptError: the runner is not active, an input is missing or of another type or shape, or the runtime
+                fails.
+        """
+
+    @abstractmethod
+    def zeros(self, dtype: str, shape: Sequence[int]) -> Array:
+        """Zeros where this runner wants to find what stays between its calls; they live until it is deactivated.
+
+        Args:
+            dtype: a type of the manifest, such as ``fp16``.
+            shape: sizes of the axes.
         """
 
 
-def check_feeds(spec: GraphSpec, feeds: Arrays) -> None:
-    """Check inputs against a graph's interface: names, types, ranks, fixed sizes, equal dynamic sizes.
+def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array], inputs: Sequence[TensorSpec] | None = None) -> None:
+    """Check inputs against a graph's interface: types, ranks, fixed sizes, equal dynamic sizes.
+
+    Args:
+        spec: the graph.
+        feeds: arrays by name; those that the graph does not take are left alone.
+        inputs: which of the graph's inputs; None checks all.
 
     Raises:
         IaptError: with every problem listed.
     """
-    problems = [f"input {tensor.name} is missing" for tensor in spec.inputs if tensor.name not in feeds]
-    known = {tensor.name for tensor in spec.inputs}
-    problems += [f"input {name} is not known" for name in feeds if name not in known]
+    problems = []
     sizes: dict[str, int] = {}
-    for tensor in spec.inputs:
+    for tensor in spec.inputs if inputs is None else inputs:
         array = feeds.get(tensor.name)
         if array is None:
+            problems.append(f"input {tensor.name} is missing")
             continue
-        if array.dtype.name != NUMPY_TYPES[tensor.dtype]:
-            problems.append(f"input {tensor.name} is {array.dtype.name}, expected {NUMPY_TYPES[tensor.dtype]}")
+        if array.dtype != numpy_type(tensor.dtype):
+            problems.append(f"input {tensor.name} is {array.dtype.name}, expected {TENSOR_TYPES[tensor.dtype]}")
         if len(array.shape) != len(tensor.shape):
             problems.append(f"input {tensor.name} has shape {array.shape}, expected {tensor.shape}")
             continue

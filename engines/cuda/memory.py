@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,38 +27,120 @@ def load_cuda() -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class DeviceArray:
-    """A C-contiguous array in a GPU's memory, which somebody else owns."""
+Plane = tuple[int, int, int]
+"""Bytes from row to row, bytes of a row, and rows, as CUDA's two-dimensional copies take them."""
 
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+
+class DeviceArray:
+    """An array in a GPU's memory, which its stream owns; see `engines.runner.Array`.
+
+    Parts may have gaps along their first axis. Copies are done when the call returns.
+    """
+
+    def __init__(
+        self,
+        stream: CudaStream,
+        address: int,
+        shape: Sequence[int],
+        dtype: np.dtype[Any],
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        self.stream = stream
+        self.address = address
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.strides = tuple(strides) if strides is not None else _contiguous_strides(self.shape, dtype.itemsize)
+        """Bytes between neighbours along each axis."""
 
     @property
-    def num_bytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def is_contiguous(self) -> bool:
+        """Whether it has no gaps."""
+        return self.strides == _contiguous_strides(self.shape, self.dtype.itemsize)
 
-    def rows(self, first: int, count: int) -> DeviceArray:
-        """A part of its first axis."""
-        width = self.num_bytes // self.shape[0]
-        return DeviceArray(self.address + first * width, (count, *self.shape[1:]), self.dtype)
+    def __getitem__(self, key: Any) -> DeviceArray:
+        keys = key if isinstance(key, tuple) else (key,)
+        if len(keys) > len(self.shape):
+            raise IndexError(f"{len(keys)} indices for an array of shape {self.shape}")
+        address, shape, strides = self.address, [], []
+        for axis, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
+            part = keys[axis] if axis < len(keys) else slice(None)
+            if isinstance(part, slice):
+                first, last, step = part.indices(size)
+                if step != 1:
+                    raise IndexError(f"a part of a GPU's array takes neighbours only, got step {step}")
+                shape.append(max(last - first, 0))
+                strides.append(stride)
+            else:
+                first = range(size)[part]
+            address += first * stride
+        return DeviceArray(self.stream, address, shape, self.dtype, strides)
+
+    def __setitem__(self, key: Any, value: DeviceArray | int) -> None:
+        part = self[key]
+        if isinstance(value, DeviceArray):
+            self.stream.copy(value, part)
+        elif value == 0:
+            self.stream.clear(part)
+        else:
+            raise ValueError(f"a GPU's array can be set to another one or to 0, not to {value!r}")
+        self.stream.synchronize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.empty(self.shape, self.dtype)
+        self.stream.fetch(self, array)
+        self.stream.synchronize()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def plane(self) -> Plane:
+        """Its bytes as rows with gaps between them."""
+        axes = [(size, stride) for size, stride in zip(self.shape, self.strides, strict=True) if size != 1]
+        width = self.dtype.itemsize
+        while axes and axes[-1][1] == width:
+            width *= axes.pop()[0]
+        if len(axes) > 1:
+            raise ValueError("a part of a GPU's array has gaps along its first axis only")
+        height, pitch = axes[0] if axes else (1, width)
+        return pitch, width, height
+
+
+def _contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class CudaStream:
-    """Copies arrays to the GPU and back on one stream.
+    """Copies arrays to the GPU and back on one stream, which the runners of a target may share.
 
     Buffers only grow, because CUDA's allocation is slow next to a decode step. Copies are queued:
     arrays must not change, and downloaded ones hold nothing yet, until `synchronize`.
     """
 
     def __init__(self, device: int = 0) -> None:
-        self._cuda = load_cuda()
+        self.device = device
+        self._users = 0
         self._buffers: dict[str, tuple[int, int]] = {}  # name to address and bytes
+        self._kept: dict[str, np.ndarray] = {}
+        self._zeros: list[int] = []
         self._in_flight: list[np.ndarray] = []
-        self._call("cudaSetDevice", device)
-        self._stream = self._call("cudaStreamCreate")
+        self._stream: Any = None
+
+    def open(self) -> None:
+        """Make the stream, once for all who open it."""
+        if self._users == 0:
+            self._cuda = load_cuda()
+            self._call("cudaSetDevice", self.device)
+            self._stream = self._call("cudaStreamCreate")
+        self._users += 1
+
+    def close(self) -> None:
+        """Free all buffers and the stream once everybody who opened it has closed it."""
+        self._users -= 1
+        if self._users:
+            return
+        for address in (*(address for address, _ in self._buffers.values()), *self._zeros):
+            self._call("cudaFree", address)
+        self._buffers, self._kept, self._zeros = {}, {}, []
+        stream, self._stream = self._stream, None
+        self._call("cudaStreamDestroy", stream)
 
     @property
     def handle(self) -> int:
@@ -78,10 +160,19 @@ class CudaStream:
         return address
 
     def upload(self, name: str, array: np.ndarray) -> int:
-        """Queue the copy of a contiguous array into its buffer; returns the address."""
-        address = self.reserve(name, array.nbytes)
+        """Queue the copy of an array into its buffer; returns the address.
+
+        A read-only array stays as it is (see `engines.runner.Runner.infer`), so the same one is copied once.
+        """
+        if self._kept.get(name) is array:
+            return self._buffers[name][0]
+        self._kept.pop(name, None)
+        source = np.ascontiguousarray(array)
+        address = self.reserve(name, source.nbytes)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(address, array.ctypes.data, array, kind)
+        self._copy(address, source.ctypes.data, source, kind)
+        if not array.flags.writeable:
+            self._kept[name] = array
         return address
 
     def download(self, name: str, array: np.ndarray) -> None:
@@ -89,44 +180,59 @@ class CudaStream:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(array.ctypes.data, self._buffers[name][0], array, kind)
 
-    def zeros(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """Queue the clearing of the buffer of that name, as an array."""
-        size = math.prod(shape) * dtype.itemsize
-        made = DeviceArray(self.reserve(name, size), shape, dtype)
+    def zeros(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array of zeros, which lives until the stream is closed."""
+        address = int(self._call("cudaMalloc", max(math.prod(shape) * dtype.itemsize, 1)))
+        self._zeros.append(address)
+        made = DeviceArray(self, address, shape, dtype)
         self.clear(made)
+        self.synchronize()
         return made
 
     def clear(self, array: DeviceArray) -> None:
         """Queue the clearing of an array."""
-        self._call("cudaMemsetAsync", array.address, 0, array.num_bytes, self._stream)
+        pitch, width, height = array.plane()
+        if width * height:
+            self._call("cudaMemset2DAsync", array.address, pitch, 0, width, height, self._stream)
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
-        """Queue a copy on the GPU between arrays of one size that do not overlap."""
+        """Queue a copy on the GPU between arrays of one shape that do not overlap."""
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise ValueError(f"an array {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}")
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpyAsync", target.address, source.address, source.num_bytes, kind, self._stream)
+        self._copy_plane(target.address, target.plane(), source.address, source.plane(), kind)
 
     def fetch(self, source: DeviceArray, array: np.ndarray) -> None:
-        """Queue the copy of an array on the GPU into a contiguous one of its size here."""
-        self._copy(array.ctypes.data, source.address, array, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        """Queue the copy of an array on the GPU into a contiguous one of its shape here."""
+        _, width, height = source.plane()
+        self._in_flight.append(array)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy_plane(array.ctypes.data, (width, width, height), source.address, source.plane(), kind)
 
     def synchronize(self) -> None:
         """Wait until everything queued is done."""
         self._call("cudaStreamSynchronize", self._stream)
         self._in_flight.clear()
 
-    def close(self) -> None:
-        """Free all buffers and the stream; a second call does nothing."""
-        for address, _ in self._buffers.values():
-            self._call("cudaFree", address)
-        self._buffers.clear()
-        if self._stream is not None:
-            self._call("cudaStreamDestroy", self._stream)
-            self._stream = None
-
     def _copy(self, target: int, source: int, array: np.ndarray, kind: Any) -> None:
         if array.nbytes:
             self._in_flight.append(array)  # the copy reads or writes it after this returns
             self._call("cudaMemcpyAsync", target, source, array.nbytes, kind, self._stream)
+
+    def _copy_plane(
+        self,
+        target: int,
+        target_plane: Plane,
+        source: int,
+        source_plane: Plane,
+        kind: Any,
+    ) -> None:
+        """Queue the copy of rows of bytes; one without gaps is a single row, which is cut as the other one is."""
+        width = min(target_plane[1], source_plane[1])
+        pitches = [pitch if own == width else width for pitch, own, _ in (target_plane, source_plane)]
+        height = target_plane[1] * target_plane[2] // width if width else 0
+        if height:
+            self._call("cudaMemcpy2DAsync", target, pitches[0], source, pitches[1], width, height, kind, self._stream)
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """Call a function of CUDA's runtime, which returns its status first.

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engines.native import add_kernels
-from engines.runner import Arrays, Runner, check_feeds
+from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.contract.errors import IaptError, NotRunnableError
-from iapt_export.contract.manifest import GraphSpec
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
 ONNX_BFLOAT16 = 16
 """``onnx.TensorProto.BFLOAT16``; the onnx package is no need of a deployment machine."""
@@ -37,6 +38,10 @@ class OnnxRuntimeRunner(Runner):
         self.rational = ""
         """Which form of ``ai.iapt::Rational`` runs, once active: the native kernel or the function body."""
         self._session: Any = None
+        self._binding: Any = None
+        self._fed: list[Any] = []
+        """What the binding's inputs point to; `_given` is for its outputs. They keep the memory alive."""
+        self._given: list[Any] = []
 
     def activate(self) -> None:
         """Load the graph.
@@ -73,17 +78,29 @@ class OnnxRuntimeRunner(Runner):
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise IaptError(f"ONNX Runtime refuses {self.path}: {str(error).strip().splitlines()[0]}") from error
 
-    def infer(self, feeds: Arrays) -> Arrays:
+    def infer(self, feeds: Mapping[str, Array], into: Mapping[str, Array] = NOWHERE) -> dict[str, Any]:
         """Run the graph once; see `engines.runner.Runner.infer`."""
         if self._session is None:
             raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
+        if into:
+            return self._run_bound(feeds, into)
         check_feeds(self.spec, feeds)
+        arrays = {tensor.name: np.ascontiguousarray(feeds[tensor.name]) for tensor in self.spec.inputs}
         names = [tensor.name for tensor in self.spec.outputs]
-        return dict(zip(names, self._run(names, feeds), strict=True))
+        return dict(zip(names, self._run(names, arrays), strict=True))
+
+    def zeros(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
+        """See `engines.runner.Runner.zeros`; the system gives the memory as it is written."""
+        return np.zeros(shape, numpy_type(dtype))
+
+    def deactivate(self) -> None:
+        """Give the session's memory back."""
+        self._session = self._binding = None
+        self._fed, self._given = [], []
 
     def _run(self, names: list[str], feeds: Arrays) -> list[np.ndarray]:
         if not any(tensor.dtype == "bf16" for tensor in self.spec.inputs):
-            return self._session.run(names, feeds)
+            return self._session.run(names, feeds)  # quicker than a binding where outputs are new
         import onnxruntime
 
         values = {
@@ -94,38 +111,55 @@ class OnnxRuntimeRunner(Runner):
         }
         return [_array_from_value(value) for value in self._session.run_with_ort_values(names, values)]
 
-    def new_binding(self) -> Any:
-        """A set of inputs and outputs in memory that the caller owns, for `run_bound`."""
-        if self._session is None:
-            raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
-        return self._session.io_binding()
-
-    def bind(self, binding: Any, name: str, array: np.ndarray) -> None:
-        """Let an input be read where a C-contiguous array stands; the caller keeps the array alive."""
-        binding.bind_input(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
-
-    def bind_output(self, binding: Any, name: str, array: np.ndarray) -> None:
-        """Let an output be written where a C-contiguous array stands; the caller keeps the array alive."""
-        binding.bind_output(name, "cpu", 0, _element_type(array), array.shape, array.ctypes.data)
-
-    def run_bound(self, binding: Any) -> None:
-        """Run the graph once over bound memory.
-
-        Raises:
-            IaptError: ONNX Runtime fails.
-        """
+    def _run_bound(self, feeds: Mapping[str, Any], into: Mapping[str, Any]) -> dict[str, Any]:
+        """Run over the arrays' own memory."""
         try:
-            self._session.run_with_iobinding(binding)
+            new = self._bind(feeds, into)
+            self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            self._binding = None  # what it points to is not sure any more
+            if isinstance(error, IaptError | ValueError):
+                raise
             raise IaptError(f"ONNX Runtime failed in {self.spec.path}: {str(error).strip().splitlines()[0]}") from error
+        if not new:
+            return dict(into)
+        values = dict(zip([tensor.name for tensor in self.spec.outputs], self._binding.get_outputs(), strict=True))
+        return {**into, **{name: _array_from_value(values[name]) for name in new}}
 
-    def deactivate(self) -> None:
-        """Give the session's memory back."""
-        self._session = None
+    def _bind(self, feeds: Mapping[str, Any], into: Mapping[str, Any]) -> list[str]:
+        """Bind what is another object than in the call before; names of the outputs that ONNX Runtime allocates."""
+        if self._binding is None:
+            self._binding = self._session.io_binding()
+            self._fed, self._given = [self] * len(self.spec.inputs), [self] * len(self.spec.outputs)
+        fed: list[Any] = [feeds.get(tensor.name) for tensor in self.spec.inputs]
+        changed = [n for n, (array, last) in enumerate(zip(fed, self._fed, strict=True)) if array is not last]
+        check_feeds(self.spec, feeds, [self.spec.inputs[n] for n in changed])
+        written = {id(array) for array in into.values()}
+        for n in changed:
+            tensor, array = self.spec.inputs[n], fed[n]
+            if id(array) in written or not array.flags.writeable or tensor.dtype == "bf16":
+                self._binding.bind_input(tensor.name, *_place(tensor, array))
+            else:  # quicker, but nothing says that its memory is read again in the next call
+                self._binding.bind_cpu_input(tensor.name, array)
+                fed[n] = self
+        given = [into.get(tensor.name) for tensor in self.spec.outputs]
+        new = []
+        for n, (array, last) in enumerate(zip(given, self._given, strict=True)):
+            if array is None:  # bound again each time, because a binding keeps what it allocated
+                new.append(self.spec.outputs[n].name)
+                self._binding.bind_output(new[-1], "cpu")
+            elif array is not last:
+                self._binding.bind_output(self.spec.outputs[n].name, *_place(self.spec.outputs[n], array))
+        self._fed, self._given = fed, given
+        return new
 
 
-def _element_type(array: np.ndarray) -> Any:
-    return ONNX_BFLOAT16 if array.dtype.name == "bfloat16" else array.dtype
+def _place(tensor: TensorSpec, array: np.ndarray) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """An array's memory, as a binding takes it."""
+    if not array.flags.c_contiguous:
+        raise ValueError("an array that is bound must be C-contiguous")
+    kind = ONNX_BFLOAT16 if tensor.dtype == "bf16" else array.dtype
+    return "cpu", 0, kind, array.shape, array.ctypes.data
 
 
 def _array_from_value(value: Any) -> np.ndarray:

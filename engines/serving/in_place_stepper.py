@@ -1,18 +1,21 @@
-"""The stepper over a cache that graphs write in place, see `engines.serving.cache`.
+"""The stepper over a KV cache of fixed capacity that graphs write in place.
 
-A row stands at ``[its prompt slots | its tokens]`` from entry 0 on: position is place.
+A row stands at ``[its prompt slots | its tokens]`` from entry 0 on: position is place. A step's graph gets the part of
+the buffers that its rows occupy, as input and as output at the same address, so nothing is concatenated or copied
+between steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from engines.runner import NUMPY_TYPES, Arrays, Runner
-from engines.serving.cache import Cache
-from engines.serving.stepper import Instruction, RowCache, Stepper
+from engines.runner import Array, Arrays, Runner, numpy_type
+from engines.serving.stepper import PAST, PRESENT, Instruction, RowCache, Stepper
 from engines.serving.tenants import TenantBank
+from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import ENCODER, step_graphs
 from iapt_export.contract.manifest import READS_INSTRUCTION, BundleManifest, TargetSpec
 
@@ -20,39 +23,41 @@ from iapt_export.contract.manifest import READS_INSTRUCTION, BundleManifest, Tar
 class InPlaceStepper(Stepper):
     """Over ``serve``, or over ``serve_prefill`` and ``serve_decode``."""
 
+    in_place = True
+
     def __init__(
-        self,
-        manifest: BundleManifest,
-        target: TargetSpec,
-        bank: TenantBank,
-        runners: dict[str, Runner],
-        cache: Cache,
+        self, manifest: BundleManifest, target: TargetSpec, bank: TenantBank, runners: dict[str, Runner]
     ) -> None:
         super().__init__(manifest, target, bank, runners)
-        self.cache = cache
+        reading, continuing = step_graphs(target.graphs, in_place=True)
+        self.reader, self.continuer = runners[reading], runners[continuing]
+        self.buffers: dict[str, Array] = {}
+        """``past_key_values.N.key`` and ``.value`` to ``[R, H, C, K]``, where the runtime wants them."""
         self.lengths: list[int] = []
         """Entries of each row."""
-        self._is_active = False
+        self._bound: tuple[Any, ...] = ()
 
     def activate(self) -> None:
-        """Load the graphs and reserve the cache."""
-        if self._is_active:
+        """Load the graphs and reserve the cache.
+
+        Raises:
+            IaptError: the graphs were built for another capacity, or there is too little memory.
+        """
+        if self.buffers:
             return
         try:
             for name in (ENCODER, *step_graphs(self.target.graphs, in_place=True)):
                 if name in self.runners:
                     self.runners[name].activate()
-            self.cache.reserve(self.max_rows, self.capacity)
+            self.buffers = self._reserve()
         except BaseException:
             self.deactivate()
             raise
-        self._is_active = True
 
     def deactivate(self) -> None:
         """Give the memory back."""
-        self.cache.release()
+        self.buffers, self.lengths, self._bound = {}, [], ()
         super().deactivate()
-        self.lengths, self._is_active = [], False
 
     def read(self, rows: Sequence[Instruction]) -> np.ndarray:
         """See `Stepper.read`; rows are padded on the right to one length."""
@@ -79,37 +84,81 @@ class InPlaceStepper(Stepper):
         """See `Stepper.leave`."""
         last = self.num_rows - 1
         if row != last:
-            self.cache.move(last, row, self.lengths[last])
+            entries = self.lengths[last]
+            for buffer in self.buffers.values():
+                buffer[row, :, :entries] = buffer[last, :, :entries]
         self.tenants[row], self.lengths[row] = self.tenants[last], self.lengths[last]
         self.tenants.pop()
         self.lengths.pop()
 
     def clear(self, row: int) -> None:
         """See `Stepper.clear`: attention of standard operators multiplies masked entries by 0, and NaN stays NaN."""
-        self.cache.clear(row)
+        for buffer in self.buffers.values():
+            buffer[row] = 0
 
     def row_cache(self, row: int) -> RowCache:
         """See `Stepper.row_cache`."""
-        arrays = self.cache.read(row, self.lengths[row])
+        arrays = [np.array(buffer[row, :, : self.lengths[row]]) for buffer in self.buffers.values()]
         return list(zip(arrays[::2], arrays[1::2], strict=True))
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `Stepper.masks`."""
+        lengths = np.array(self.lengths)[:, None]
+        places = np.arange(lengths.max())
+        return (places < lengths).astype(np.int64), (places[:-1] < lengths - 1).astype(np.int64)
+
+    def present(self) -> Arrays:
+        """See `Stepper.present`."""
+        rows, entries = self.num_rows, max(self.lengths)
+        return {name: np.asarray(buffer[:rows])[:, :, :entries] for name, buffer in self.buffers.items()}
+
+    def _reserve(self) -> dict[str, Array]:
+        """Make room for the cache and the logits; NaN that is masked is NaN still in some kernels, hence the zeros."""
+        spec = self.reader.spec
+        buffers = {}
+        for tensor in spec.inputs:
+            if not tensor.name.startswith(PAST):
+                continue
+            _, heads, built, width = tensor.shape
+            if isinstance(built, int) and built != self.capacity:
+                raise IaptError(
+                    f"the engines hold {built} cache entries a row, the manifest says {self.capacity}; build again"
+                )
+            shape = (self.max_rows, int(heads), self.capacity, int(width))
+            buffers[tensor.name] = self.reader.zeros(tensor.dtype, shape)
+        (logits,) = (tensor for tensor in spec.outputs if tensor.name == "logits")
+        self._logits = np.empty((self.max_rows, 1, int(logits.shape[2])), numpy_type(logits.dtype))
+        return buffers
 
     def _run(self, first: int, ids: np.ndarray, places: np.ndarray, *, reads: bool, encoded: Arrays) -> np.ndarray:
         """One step of the rows from ``first`` on."""
         lengths = np.array(self.lengths[first:], dtype=np.int32)
+        cache, into = self._parts(first, len(ids))
         feeds = {
             "input_ids": ids,
             "position_ids": np.ascontiguousarray(places, dtype=np.int64),
             "seqlens_k": lengths - 1,
-            "total_sequence_length": lengths.max(),
+            "total_sequence_length": np.array(lengths.max()),
             READS_INSTRUCTION: np.array(reads),
             **self.bank.indices(self.tenants[first:]),
+            **self.bank.stacks,
             **(encoded or self._no_prompts(len(ids))),
+            **cache,
         }
-        return self.cache.run(first, len(ids), feeds, self.bank, reads=reads)
+        return (self.reader if reads else self.continuer).infer(feeds, into)["logits"][:, 0]
+
+    def _parts(self, first: int, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The rows' part of the cache as inputs and outputs; the same objects as long as the rows are the same."""
+        if self._bound[:2] != (first, rows):
+            cache = {name: buffer[first : first + rows] for name, buffer in self.buffers.items()}
+            into = {name.replace(PAST, PRESENT, 1): part for name, part in cache.items()}
+            into["logits"] = self._logits[first : first + rows]
+            self._bound = first, rows, cache, into
+        return self._bound[2:]
 
     def _no_prompts(self, rows: int) -> Arrays:
         """What a method that takes prompts gets in steps that read no instruction."""
         spec = self.sent_prompts
         if spec is None:
             return {}
-        return {spec.name: np.zeros((rows, *map(int, spec.shape[1:])), NUMPY_TYPES[spec.dtype])}
+        return {spec.name: np.zeros((rows, *map(int, spec.shape[1:])), numpy_type(spec.dtype))}

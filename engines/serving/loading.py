@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from engines.runner import Runner
-from engines.serving.cache import Cache, HostCache
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.stepper import ConcatenatedStepper, Stepper
 from engines.serving.tenants import TenantBank
@@ -29,9 +27,14 @@ def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> di
         return {
             name: OnnxRuntimeRunner(bundle / spec.path, spec, device=device) for name, spec in target.graphs.items()
         }
+    from engines.cuda.memory import CudaStream
     from engines.tensorrt.runner import TensorRTRunner
 
-    return {name: TensorRTRunner(bundle / spec.path, spec, target.name) for name, spec in target.graphs.items()}
+    stream = CudaStream()  # of all, so that tenants' weights are uploaded once
+    return {
+        name: TensorRTRunner(bundle / spec.path, spec, target.name, stream=stream)
+        for name, spec in target.graphs.items()
+    }
 
 
 def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
@@ -71,12 +74,4 @@ def stepper_over(
     bank = TenantBank(bundle, manifest, target)
     if not in_place:
         return ConcatenatedStepper(manifest, target, bank, runners)
-    serving: list[Any] = [runners[name] for name in step_graphs(target.graphs, in_place=True)]
-    cache: Cache
-    if target.name == "onnxruntime":
-        cache = HostCache(*serving)
-    else:
-        from engines.serving.cuda_cache import CudaCache
-
-        cache = CudaCache(*serving)
-    return InPlaceStepper(manifest, target, bank, runners, cache)
+    return InPlaceStepper(manifest, target, bank, runners)

@@ -20,6 +20,9 @@ from engines.serving.tenants import Tenant, TenantBank, cast
 from iapt_export.contract.graphs import ENCODER, KINDS, step_graphs
 from iapt_export.contract.manifest import SENT_PROMPTS, BundleManifest, TargetSpec, TensorSpec
 
+PAST, PRESENT = "past_key_values.", "present."
+"""What a cache's inputs and outputs begin with."""
+
 RowCache = list[tuple[np.ndarray, np.ndarray]]
 """One row's keys and values by layer, ``[H, entries, K]``, prompts first, padding left out."""
 
@@ -36,6 +39,9 @@ class Instruction:
 
 class Stepper(Activated):
     """Steps the rows of one target's cache."""
+
+    in_place: bool
+    """Whether the graphs write the cache where it stands."""
 
     def __init__(
         self, manifest: BundleManifest, target: TargetSpec, bank: TenantBank, runners: dict[str, Runner]
@@ -89,6 +95,17 @@ class Stepper(Activated):
     def row_cache(self, row: int) -> RowCache:
         """A copy of what a row has in the cache."""
 
+    @abstractmethod
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """``[B, S]`` and ``[B, S-1]`` int64: which entries of `present` are a row's own, now and before the last step.
+
+        S counts the longest row's entries, which may have others of shorter rows among them.
+        """
+
+    @abstractmethod
+    def present(self) -> Arrays:
+        """``past_key_values.N.*`` to ``[B, H, S, K]``, the whole cache on the host; valid until the next step."""
+
     def deactivate(self) -> None:
         """Give the memory back."""
         for runner in self.runners.values():
@@ -107,7 +124,7 @@ class Stepper(Activated):
             chosen = [rows[n] for n in missing]
             feeds = {**left_padded([row.tokens for row in chosen], self.manifest.backbone.pad_token_id)}
             feeds |= {**self.bank.indices([row.tenant for row in chosen]), **self.bank.stacks}
-            prompts[missing] = infer(self.runners[ENCODER], feeds)[SENT_PROMPTS]
+            prompts[missing] = self.runners[ENCODER].infer(feeds)[SENT_PROMPTS]
         for n, row in enumerate(rows):
             if row.soft_prompts is not None:
                 prompts[n] = row.soft_prompts
@@ -126,6 +143,7 @@ class ConcatenatedStepper(Stepper):
     Rows stand at the right end of the cache; the left of shorter ones is masked.
     """
 
+    in_place = False
     mask: np.ndarray
     """``[B, S]`` int64, 1 at entries that are in use."""
     cache: Arrays
@@ -147,7 +165,7 @@ class ConcatenatedStepper(Stepper):
         tenants = [row.tenant for row in rows]
         feeds = left_padded([row.tokens for row in rows], self.manifest.backbone.pad_token_id)
         feeds |= {**self.bank.indices(tenants), **self.bank.stacks, **self.encoded(rows)}
-        outputs = infer(self.runners["prefill"], feeds)
+        outputs = self.runners["prefill"].infer(feeds)
         lengths = np.array([tenant.prompt_length for tenant in tenants])
         slots = np.arange(self.manifest.num_slots)[None] >= self.manifest.num_slots - lengths[:, None]
         mask = np.concatenate([slots.astype(np.int64), feeds["attention_mask"]], axis=1)
@@ -174,7 +192,7 @@ class ConcatenatedStepper(Stepper):
             **self.bank.indices(self.tenants),
             **self.bank.stacks,
         }
-        outputs = infer(self.runners["decode"], feeds)
+        outputs = self.runners["decode"].infer(feeds)
         self.cache = past_from_present(outputs)
         return outputs["logits"][:, 0]
 
@@ -195,17 +213,19 @@ class ConcatenatedStepper(Stepper):
         arrays = [array[row][:, used] for array in self.cache.values()]
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `Stepper.masks`."""
+        return self.mask, self.mask[:, :-1]
+
+    def present(self) -> Arrays:
+        """See `Stepper.present`."""
+        return self.cache
+
     def _trim(self) -> None:
         """Drop the columns on the left that no row uses any more."""
         if self.tenants and (unused := int(self.mask.any(axis=0).argmax())):
             self.mask = self.mask[:, unused:]
             self.cache = {name: array[:, :, unused:] for name, array in self.cache.items()}
-
-
-def infer(runner: Runner, feeds: Arrays) -> Arrays:
-    """Run a graph with those of ``feeds`` that it takes; the runner says which are missing."""
-    names = [tensor.name for tensor in runner.spec.inputs]
-    return runner.infer({name: np.ascontiguousarray(feeds[name]) for name in names if name in feeds})
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> Arrays:
@@ -221,11 +241,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token: int) -> Arrays:
 
 def past_from_present(outputs: Arrays) -> Arrays:
     """Rename a step's ``present.N.*`` to the next step's ``past_key_values.N.*``."""
-    return {
-        name.replace("present", "past_key_values", 1): array
-        for name, array in outputs.items()
-        if name.startswith("present.")
-    }
+    return {PAST + name.removeprefix(PRESENT): array for name, array in outputs.items() if name.startswith(PRESENT)}
 
 
 def _widened(array: np.ndarray, axis: int, length: int) -> np.ndarray:

@@ -7,13 +7,14 @@ writing its entry: nothing is rebuilt, and rows under way keep theirs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from engines.runner import NUMPY_TYPES, Arrays
+from engines.runner import Arrays, numpy_type
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import TENANT_INDEX, BundleManifest, MethodSpec, TargetSpec, TenantSpec
 from iapt_export.contract.tenant_card import TenantCard
@@ -66,9 +67,9 @@ class TenantBank:
         self.types = {tensor.name: tensor.dtype for graph in target.graphs.values() for tensor in graph.inputs}
         self.tenants: dict[str, Tenant] = {}
         self.stacks: Arrays = {}
-        """``METHOD.TENSOR`` to ``[N, ...]`` in the type that the graphs take; replaced by larger ones as N grows."""
-        self.version = 0
-        """Counts the changes of `stacks`, for copies of them elsewhere."""
+        """``METHOD.TENSOR`` to ``[N, ...]`` in the type that the graphs take. Read-only: what changes is another array,
+        so that runners see it (see `engines.runner.Runner.infer`)."""
+        self._arrays: Arrays = {}
         self._entries: dict[str, list[Tenant | None]] = {}
         for method in manifest.methods:
             specs = manifest.tenants_of(method.name)
@@ -76,8 +77,9 @@ class TenantBank:
             for weight in method.weights:
                 name = f"{method.name}.{weight.name}"
                 stack = np.stack([file[weight.name] for file in files])
-                self.stacks[name] = self._cast(stack, name, f"method {method.name}: a tenant's {weight.name}")
+                self._arrays[name] = self._cast(stack, name, f"method {method.name}: a tenant's {weight.name}")
             self._entries[method.name] = [self._enter(spec, index) for index, spec in enumerate(specs)]
+        self._show(self._arrays)
         for spec in manifest.tenants:
             if spec.method is None:
                 self._enter(spec, -1)
@@ -145,8 +147,8 @@ class TenantBank:
         else:
             index = self._free_entry(new.method.name)
         for stack, array in new.entries.items():
-            self.stacks[stack][index] = array
-        self.version += 1  # after the writing, so that who sees it sees all of it
+            self._arrays[stack][index] = array
+        self._show(new.entries)  # after the writing, so that who sees them sees all of it
         if new.name in self.tenants:
             self.remove(new.name)
         card, method = new.card, new.method
@@ -234,12 +236,20 @@ class TenantBank:
         larger = {}
         for weight in self.methods[method].weights:
             name = f"{method}.{weight.name}"
-            larger[name] = np.zeros((grown, *self.stacks[name].shape[1:]), self.stacks[name].dtype)
-            larger[name][: len(entries)] = self.stacks[name]
-        self.stacks = {**self.stacks, **larger}  # at once, so that no step sees stacks of two sizes
+            larger[name] = np.zeros((grown, *self._arrays[name].shape[1:]), self._arrays[name].dtype)
+            larger[name][: len(entries)] = self._arrays[name]
+        self._arrays = {**self._arrays, **larger}
+        self._show(larger)
         first = len(entries)
         entries += [None] * (grown - first)
         return first
+
+    def _show(self, names: Iterable[str]) -> None:
+        """Put new read-only views of these arrays into `stacks`, at once, so that no step sees stacks of two sizes."""
+        views = {name: self._arrays[name].view() for name in names}
+        for view in views.values():
+            view.flags.writeable = False
+        self.stacks = {**self.stacks, **views}
 
     def _collect(self, tenant: Tenant) -> None:
         if tenant.removed and tenant.users == 0 and tenant.method is not None:
@@ -289,9 +299,5 @@ def _check_tensor(found: np.ndarray | None, name: str, shape: list[int | str], w
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """An array in a manifest's type, such as ``fp16``."""
-    if dtype == "bf16":
-        import ml_dtypes
-
-        return array.astype(ml_dtypes.bfloat16)
     with np.errstate(over="ignore"):  # callers look for infinities
-        return array.astype(NUMPY_TYPES[dtype])
+        return array.astype(numpy_type(dtype))

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from iapt_export.contract.errors import IaptError, NotRunnableError
+from iapt_export.contract.types import FLOATS, OPSETS
 
 PORTABLE = "portable"
 """Compute capability of an engine that runs on every GPU of `Flavour.portable`."""
-
-DTYPES = ("fp32", "fp16", "bf16")
-OPSETS = (20, 23)
-"""Opsets whose graphs are known to build: 20 has attention in single operators, 23 as one node."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +130,8 @@ def check_target(target: str, dtype: str, opset: int = 23, compute_capability: s
     """
     chosen = flavour(target)
     problems = []
-    if dtype not in DTYPES:
-        problems.append(f"dtype {dtype!r} is not supported; use {', '.join(DTYPES)}")
+    if dtype not in FLOATS:
+        problems.append(f"dtype {dtype!r} is not supported; use {', '.join(FLOATS)}")
     if opset not in OPSETS:
         problems.append(f"opset {opset} is not supported; use {' or '.join(map(str, OPSETS))}")
     problems += _capability_problems(chosen, compute_capability)

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 
 from engines.cuda.driver import Driver, Gpu, find_driver
 from engines.cuda.memory import CudaStream, DeviceArray
 from engines.native import load_plugin
-from engines.runner import NUMPY_TYPES, Arrays, Runner, check_feeds
+from engines.runner import NOWHERE, Array, Runner, check_feeds, numpy_type
 from engines.tensorrt.callbacks import make_logger
 from engines.tensorrt.engine_info import EngineInfo, read_header
 from engines.tensorrt.flavour import PORTABLE, RTX, flavour, load_tensorrt
 from iapt_export.contract.errors import BundleError, IaptError, NotRunnableError
-from iapt_export.contract.manifest import GraphSpec
+from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
 
 class TensorRTRunner(Runner):
     """One engine on one GPU; see `engines.runner.Runner`.
 
-    Arrays travel through the host's memory on each call, which is what parity needs; bf16 arrays are
-    ``ml_dtypes.bfloat16``.
+    Arrays on the host travel on each call, but for read-only ones; bf16 arrays are ``ml_dtypes.bfloat16``.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, target: str, *, device: int = 0) -> None:
+    def __init__(self, path: Path, spec: GraphSpec, target: str, *, stream: CudaStream | None = None) -> None:
+        """Name an engine.
+
+        Args:
+            path: its file.
+            spec: its interface.
+            target: ``tensorrt-rtx`` or ``tensorrt``.
+            stream: of the GPU to use; runners that share one also share what they upload. None takes the first GPU.
+        """
         self.path = path
         self.spec = spec
         self.target = target
-        self.device = device
+        self.stream = stream or CudaStream()
         self._info: EngineInfo | None = None
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        self._stream: CudaStream | None = None
+        self._is_open = False
 
     def activate(self) -> None:
         """Open the engine on the GPU.
@@ -52,7 +56,7 @@ class TensorRTRunner(Runner):
         info = load_info(self.path)
         trt = load_tensorrt(self.target)
         check_version(info, str(trt.__version__))
-        check_gpu(info, find_driver(), self.device)
+        check_gpu(info, find_driver(), self.stream.device)
         try:
             self._open(trt, info)
         except BaseException:
@@ -60,48 +64,44 @@ class TensorRTRunner(Runner):
             raise
         self._info = info
 
-    def infer(self, feeds: Arrays, resident: Mapping[str, DeviceArray] = MappingProxyType({})) -> Arrays:
+    def infer(self, feeds: Mapping[str, Array], into: Mapping[str, Array] = NOWHERE) -> dict[str, Any]:
         """Run the graph once; see `engines.runner.Runner.infer`.
-
-        Args:
-            feeds: the inputs that come from the host.
-            resident: inputs and outputs that stand on the GPU; such outputs are not among the returned ones.
 
         Raises:
             IaptError: also when a size lies outside what the engine was built for.
         """
-        if self._context is None or self._stream is None or self._info is None:
+        if self._context is None or self._info is None:
             raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
-        fed = [tensor for tensor in self.spec.inputs if tensor.name not in resident]
-        check_feeds(dataclasses.replace(self.spec, inputs=fed), feeds)
-        shapes = {name: feeds[name].shape for name in feeds} | {name: resident[name].shape for name in resident}
-        check_profile(self.spec, self._info, shapes)
+        check_feeds(self.spec, feeds)
+        check_profile(self.spec, self._info, {tensor.name: feeds[tensor.name].shape for tensor in self.spec.inputs})
         for tensor in self.spec.inputs:
-            if tensor.name in resident:
-                self._context.set_input_shape(tensor.name, resident[tensor.name].shape)
-                self._context.set_tensor_address(tensor.name, resident[tensor.name].address)
-        for name, array in feeds.items():
-            contiguous = np.ascontiguousarray(array)
-            self._context.set_input_shape(name, contiguous.shape)
-            self._context.set_tensor_address(name, self._stream.upload(name, contiguous))
-        outputs = self._bind_outputs(self._stream, resident)
-        if not self._context.execute_async_v3(self._stream.handle):
+            array = feeds[tensor.name]
+            self._context.set_input_shape(tensor.name, array.shape)
+            self._context.set_tensor_address(tensor.name, self._address(tensor.name, array))
+        outputs = self._bind_outputs(into)
+        if not self._context.execute_async_v3(self.stream.handle):
             raise IaptError(f"{self.spec.path}: TensorRT fails to run: {self._reasons()}")
         for name, array in outputs.items():
-            self._stream.download(name, array)
-        self._stream.synchronize()
+            if isinstance(array, np.ndarray):
+                self.stream.download(name, array)
+        self.stream.synchronize()
         return outputs
+
+    def zeros(self, dtype: str, shape: Sequence[int]) -> DeviceArray:
+        """See `engines.runner.Runner.zeros`; they stand on the GPU."""
+        return self.stream.zeros(shape, numpy_type(dtype))
 
     def deactivate(self) -> None:
         """Give the GPU's memory back."""
         # a context must go before its engine, and that before its runtime
         self._context = self._engine = self._runtime = self._info = None
-        if self._stream is not None:
-            stream, self._stream = self._stream, None
-            stream.close()
+        if self._is_open:
+            self._is_open = False
+            self.stream.close()
 
     def _open(self, trt: Any, info: EngineInfo) -> None:
-        self._stream = CudaStream(self.device)
+        self.stream.open()
+        self._is_open = True
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         if info.rational == "plugin":
@@ -114,26 +114,44 @@ class TensorRTRunner(Runner):
                 "build the engine again for this machine, and see iapt-export doctor"
             )
 
-    def _bind_outputs(self, stream: CudaStream, resident: Mapping[str, DeviceArray]) -> Arrays:
-        """Empty arrays of the sizes that TensorRT infers from the inputs', with buffers on the GPU bound."""
+    def _address(self, name: str, array: Any) -> int:
+        """Where an input stands on the GPU, uploaded if it has to be."""
+        if isinstance(array, DeviceArray):
+            return _whole(name, array).address
+        return self.stream.upload(name, array)
+
+    def _bind_outputs(self, into: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays given, or empty ones of the sizes that TensorRT infers from the inputs', with the GPU's bound."""
         arrays = {}
         for tensor in self.spec.outputs:
-            if tensor.name in resident:
-                self._context.set_tensor_address(tensor.name, resident[tensor.name].address)
-                continue
-            shape = tuple(self._context.get_tensor_shape(tensor.name))
-            if any(size < 0 for size in shape):
-                raise IaptError(
-                    f"{self.spec.path}: the size of output {tensor.name} depends on the inputs' values; "
-                    "expected a graph whose sizes follow from its inputs' sizes"
-                )
-            array = np.empty(shape, np.dtype(NUMPY_TYPES[tensor.dtype]))
-            self._context.set_tensor_address(tensor.name, stream.reserve(tensor.name, array.nbytes))
+            array = into.get(tensor.name)
+            if array is None:
+                array = self._empty(tensor)
+            if isinstance(array, DeviceArray):
+                address = _whole(tensor.name, array).address
+            else:
+                address = self.stream.reserve(tensor.name, array.nbytes)
+            self._context.set_tensor_address(tensor.name, address)
             arrays[tensor.name] = array
         return arrays
 
+    def _empty(self, tensor: TensorSpec) -> np.ndarray:
+        shape = tuple(self._context.get_tensor_shape(tensor.name))
+        if any(size < 0 for size in shape):
+            raise IaptError(
+                f"{self.spec.path}: the size of output {tensor.name} depends on the inputs' values; "
+                "expected a graph whose sizes follow from its inputs' sizes"
+            )
+        return np.empty(shape, numpy_type(tensor.dtype))
+
     def _reasons(self) -> str:
         return "; ".join(self._logger.lines()) or "it gives no reason"
+
+
+def _whole(name: str, array: DeviceArray) -> DeviceArray:
+    if not array.is_contiguous:
+        raise ValueError(f"{name}: an array that an engine reads or writes must have no gaps")
+    return array
 
 
 def load_info(engine_path: Path) -> EngineInfo:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import Range, Ranges
+from iapt_export.contract.types import FLOATS, OPSETS
 from iapt_export.graphs.installed import Installed, deploy, install
-from iapt_export.graphs.interface import OPSETS
 from iapt_export.graphs.quantise import QUANTISED
 from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, load_adapter
@@ -20,7 +20,6 @@ from trainers.decoder.method import Method
 from trainers.methods.forms import METHODS
 
 DEFAULT_OPSET = 23
-DTYPES = ("fp32", "fp16", "bf16")
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 TARGETS = ("onnxruntime", *TENSORRT)
 DEFAULT_DTYPE = {"onnxruntime": "fp32", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
@@ -73,11 +72,11 @@ def plan_targets(requested: Sequence[str], dtype: str | None, opset: int | None)
         if chosen in QUANTISED and name != "onnxruntime":
             raise IaptError(
                 f"{chosen} weights are for onnxruntime, which has kernels for them; for {name} use one of "
-                f"{', '.join(DTYPES)}"
+                f"{', '.join(FLOATS)}"
             )
-        if chosen not in (*DTYPES, *QUANTISED):
+        if chosen not in (*FLOATS, *QUANTISED):
             raise IaptError(
-                f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join((*DTYPES, *QUANTISED))}"
+                f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join((*FLOATS, *QUANTISED))}"
             )
         if any(plan.name == name for plan in plans):
             raise IaptError(f"target {name!r} is given twice; build a second bundle for another dtype")

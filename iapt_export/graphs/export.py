@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec
+from iapt_export.contract.types import OPSETS
 from iapt_export.graphs.installed import Installed, rational_forms
-from iapt_export.graphs.interface import OPSETS, ModelShape
+from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.save import save_graphs

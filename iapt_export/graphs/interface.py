@@ -13,9 +13,6 @@ from trainers.decoder.family import check_family
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""
 
-OPSETS = (20, 23)
-"""20 decomposes attention and normalisation; 23 has operators for them."""
-
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -17,6 +17,7 @@ from torch.export import Dim
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
+from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.ops import rational_op as rational
@@ -26,14 +27,6 @@ from trainers.decoder.attention import attending_with, grouped_attention, mask_b
 
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
-TORCH_TYPES = {
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 
 def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: GraphSpec, opset: int) -> ir.Model:
@@ -96,10 +89,9 @@ def _first_line(error: BaseException) -> str:
 def _example(tensor: TensorSpec) -> Tensor:
     # a method's own number of tenants is called tenants_METHOD
     sizes = [EXAMPLE_SIZES[size.split("_")[0]] if isinstance(size, str) else size for size in tensor.shape]
-    if tensor.dtype in ("int64", "int32", "bool"):
-        # ones are right for token ids, masks, positions, lengths, flags and tenant numbers alike
-        return torch.ones(sizes, dtype=TORCH_TYPES[tensor.dtype])
-    return torch.full(sizes, 0.01, dtype=TORCH_TYPES[tensor.dtype])
+    # ones are right for token ids, masks, positions, lengths, flags and tenant numbers alike
+    value = 0.01 if tensor.dtype in FLOATS else 1
+    return torch.full(sizes, value, dtype=getattr(torch, TENSOR_TYPES[tensor.dtype]))
 
 
 def _dynamic_axes(tensor: TensorSpec) -> dict[int, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from engines.runner import NUMPY_TYPES
+from engines.runner import numpy_type
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
 
@@ -73,8 +73,18 @@ class FakeCuda:
         self.uploads += kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice
         return (Status.cudaSuccess,)
 
-    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[Status]:  # noqa: N802
-        ctypes.memset(address, value, size)
+    def cudaMemcpy2DAsync(self, *arguments: Any) -> tuple[Status]:  # noqa: N802
+        target, target_pitch, source, source_pitch, width, height, _, _ = arguments
+        assert width <= min(target_pitch, source_pitch)  # CUDA refuses it
+        for row in range(height):
+            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+        return (Status.cudaSuccess,)
+
+    def cudaMemset2DAsync(self, *arguments: Any) -> tuple[Status]:  # noqa: N802
+        address, pitch, value, width, height, _ = arguments
+        assert width <= pitch
+        for row in range(height):
+            ctypes.memset(address + row * pitch, value, width)
         return (Status.cudaSuccess,)
 
 
@@ -145,7 +155,7 @@ class OnnxContext:
         return True
 
     def _array(self, tensor: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-        kind = np.dtype(NUMPY_TYPES[tensor.dtype])
+        kind = numpy_type(tensor.dtype)
         memory = (ctypes.c_char * (math.prod(shape) * kind.itemsize)).from_address(self.addresses[tensor.name])
         return np.frombuffer(memory, kind).reshape(shape)
 

@@ -39,7 +39,7 @@ from validation.sides.cases import prompts_from_bundle
 from validation.sides.recording import leaf_modules, record_row
 from validation.sides.reference import Reference, numpy
 from validation.sides.rounding import unrounded_session, with_rounded_weights
-from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with
+from validation.sides.stepping import Row, graph_of, run_steps, session_with
 from validation.sides.taps import TappedGraph, TappedRunner
 from validation.sides.truth import padded, record_truth
 from validation.validate import environment
@@ -154,7 +154,7 @@ def lowered(reference: Reference, dtype: str) -> Reference:
 
 def from_session(session: Session, reference: Reference, row: Row) -> Iterator[Arrays]:
     """What ONNX Runtime's graphs compute under PyTorch's names, the row beside a longer one of the same tenant."""
-    bundle, target, in_place = session.bundle, session.target, is_in_place(session)
+    bundle, target, in_place = session.bundle, session.target, session.stepper.in_place
     runners: dict[str, Any] = {}
     for name in step_graphs(target.graphs, in_place=in_place):
         path = bundle / target.graphs[name].path

@@ -76,7 +76,7 @@ def other_tenant(rows: slice) -> Callable[[Path, pytest.MonkeyPatch], None]:
 
 def stale_values(stepper: Any, step: int) -> None:
     """One layer's newest values are those of the entry before, at every step."""
-    buffers = list(stepper.cache.buffers.values())
+    buffers = list(stepper.buffers.values())
     for row, length in enumerate(stepper.lengths):
         values = buffers[len(buffers) // 2 | 1]
         values[row, :, length - 1] = values[row, :, length - 2]

@@ -39,7 +39,8 @@ class EvaluatorRunner:
         """Nothing to give back."""
 
     def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(self.evaluator.output_names, self.evaluator.run(None, feeds), strict=True))
+        known = {name: feeds[name] for name in self.evaluator.input_names}
+        return dict(zip(self.evaluator.output_names, self.evaluator.run(None, known), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from trainers.decoder.checkpoint import check_loading, read_warnings
 from trainers.decoder.gguf_config import gguf_config
 from trainers.decoder.gguf_file import GgufFile
@@ -86,17 +87,17 @@ def load_backbone(
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise IaptError(f"dtype {dtype!r} is not known; use one of {', '.join(dtypes)}")
+    if dtype not in FLOATS:
+        raise IaptError(f"dtype {dtype!r} is not known; use one of {', '.join(FLOATS)}")
+    kind = getattr(torch, TENSOR_TYPES[dtype])
     source, gguf_file = _locate(name_or_path)
     options = {"revision": revision} if revision else {}
     try:
         with read_warnings():
             if gguf_file:
-                model, tokenizer = _load_gguf(Path(source) / gguf_file, dtypes[dtype])
+                model, tokenizer = _load_gguf(Path(source) / gguf_file, kind)
             else:
-                model, tokenizer = _load_folder(source, dtypes[dtype], trust_remote_code, options)
+                model, tokenizer = _load_folder(source, kind, trust_remote_code, options)
     except (OSError, ValueError, AssertionError, ImportError, StrictDataclassError, SafetensorError) as error:
         raise IaptError(
             f"the backbone {name_or_path!r} could not be loaded: {_first_line(error)} "

@@ -28,7 +28,6 @@ from validation.sides.cases import (
     prompts_from_bundle,
 )
 from validation.sides.reference import Reference
-from validation.sides.stepping import is_in_place
 from validation.sides.truth import Truth, record_fed, record_truth
 
 OnStep = Callable[[str], None]
@@ -181,7 +180,7 @@ def compare_target(
 def result_name(session: Session) -> str:
     """The target, and which of its graphs where it has two ways to run."""
     name, has_both = session.target.name, step_graphs(session.target.graphs, in_place=True)
-    return f"{name}, portable graphs" if has_both and not is_in_place(session) else name
+    return f"{name}, portable graphs" if has_both and not session.stepper.in_place else name
 
 
 def _prompt_batches(manifest: BundleManifest, truths: list[Truth]) -> list[tuple[str, list[Truth]]]:
@@ -197,7 +196,7 @@ def _compare_generators(
     session: Session, reference: Reference, truths: list[Truth], errors: Errors, on_step: OnStep
 ) -> None:
     """One prompt of each tenant that has generators, in batches."""
-    if GENERATOR not in session.target.graphs or is_in_place(session):
+    if GENERATOR not in session.target.graphs or session.stepper.in_place:
         return
     on_step(f"{session.target.name}: generators")
     manifest = session.manifest

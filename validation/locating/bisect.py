@@ -24,7 +24,7 @@ from validation.locating.scene import Arrays, Scene, Suspect, own_entries
 from validation.locating.sources import source_of
 from validation.sides.recording import leaf_modules, record_row
 from validation.sides.reference import Reference, numpy
-from validation.sides.stepping import Row, graph_of, is_in_place, run_steps, session_with
+from validation.sides.stepping import Row, graph_of, run_steps, session_with
 from validation.sides.taps import Tap, TappedGraph, TappedRunner, layer_of
 
 OnStep = Callable[[str], None]
@@ -53,7 +53,7 @@ def bisect_target(
         device: ``cpu`` or ``cuda``.
         on_step: called with a word on each step, for progress.
     """
-    bundle, target, in_place = session.bundle, session.target, is_in_place(session)
+    bundle, target, in_place = session.bundle, session.target, session.stepper.in_place
     leaves = leaf_modules(reference.model)
     graphs = {
         name: TappedGraph(bundle / target.graphs[name].path) for name in step_graphs(target.graphs, in_place=in_place)

@@ -8,6 +8,7 @@ eagerly, behind the runner contract, so that a session can generate with it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from engines.runner import Arrays, Runner, check_feeds
+from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.building.layout import weights_sha256
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.graphs import ENCODER, KINDS
@@ -106,21 +107,28 @@ class TorchRunner(Runner):
         self._active = True
 
     @torch.no_grad()
-    def infer(self, feeds: Arrays) -> Arrays:
+    def infer(self, feeds: Mapping[str, Array], into: Mapping[str, Array] = NOWHERE) -> dict[str, Any]:
         """See `engines.runner.Runner.infer`."""
         if not self._active:
             raise IaptError(f"{self.spec.path}: the runner is not active; use it in a with block or call activate()")
         check_feeds(self.spec, feeds)
-        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        outputs = self._outputs({tensor.name: torch.tensor(feeds[tensor.name]) for tensor in self.spec.inputs})
+        for name, array in into.items():
+            array[...] = outputs[name]
+        return {**outputs, **into}
+
+    def zeros(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
+        """See `engines.runner.Runner.zeros`."""
+        return np.zeros(shape, numpy_type(dtype))
+
+    def _outputs(self, feeds: dict[str, Tensor]) -> Arrays:
         if self.name == ENCODER:
-            return {"prompts": self._encode(tensors).numpy()}
-        logits, cache = self._prefill(tensors) if KINDS[self.name].reads else self._decode(tensors)
+            return {"prompts": self._encode(feeds).numpy()}
+        logits, cache = self._prefill(feeds) if KINDS[self.name].reads else self._decode(feeds)
         outputs = {"logits": logits[:, None].numpy()}
         for index, layer in enumerate(cache.layers):
-            outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = (
-                layer.keys.numpy(),
-                layer.values.numpy(),
-            )
+            outputs[f"present.{index}.key"] = layer.keys.numpy()
+            outputs[f"present.{index}.value"] = layer.values.numpy()
         return outputs
 
     def _encode(self, feeds: dict[str, Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from engines.serving.session import Session
 from iapt_export.graphs.quantise import BLOCK_SIZE, bits_for, quantise
 from trainers.decoder.method import Method
 from validation.sides.reference import Reference, numpy
-from validation.sides.stepping import is_in_place, session_with
+from validation.sides.stepping import session_with
 from validation.sides.taps import TappedGraph, TappedRunner
 
 
@@ -33,7 +33,7 @@ def unrounded_session(session: Session) -> Session:
     bundle, target = session.bundle, dataclasses.replace(session.target, dtype="fp32")
     paths = {name: bundle / spec.path for name, spec in target.graphs.items()}
     runners = {name: TappedRunner(path, target.graphs[name], TappedGraph(path), []) for name, path in paths.items()}
-    return session_with(bundle, session.manifest, target, dict(runners), is_in_place(session))
+    return session_with(bundle, session.manifest, target, dict(runners), session.stepper.in_place)
 
 
 @torch.no_grad()

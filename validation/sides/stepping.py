@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from engines.runner import Arrays, Runner
-from engines.serving.cache import HostCache
-from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.loading import open_runners, stepper_over
 from engines.serving.session import Session
-from engines.serving.stepper import ConcatenatedStepper, Instruction, RowCache, Stepper
+from engines.serving.stepper import PAST, PRESENT, Instruction, RowCache, Stepper
 from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
@@ -50,15 +48,7 @@ class Step:
 
     def present(self) -> Arrays:
         """``present.N.*`` to ``[B, H, S, K]``: the cache as the mask says."""
-        if isinstance(self.stepper, InPlaceStepper):
-            assert isinstance(self.stepper.cache, HostCache)
-            rows, length = self.mask.shape
-            buffers = self.stepper.cache.buffers
-            arrays = {name: buffer[:rows, :, :length] for name, buffer in buffers.items()}
-        else:
-            assert isinstance(self.stepper, ConcatenatedStepper)
-            arrays = self.stepper.cache
-        return {name.replace("past_key_values", "present", 1): array for name, array in arrays.items()}
+        return {PRESENT + name.removeprefix(PAST): array for name, array in self.stepper.present().items()}
 
 
 def run_steps(session: Session, rows: Sequence[Row], num_steps: int) -> Iterator[Step]:
@@ -75,28 +65,13 @@ def run_steps(session: Session, rows: Sequence[Row], num_steps: int) -> Iterator
     stepper = session.stepper
     try:
         logits = stepper.read([Instruction(stepper.bank.get(row.tenant), row.tokens) for row in rows])
-        yield Step(0, logits.astype(np.float32), *_masks(stepper), stepper)
+        yield Step(0, logits.astype(np.float32), *stepper.masks(), stepper)
         for number in range(1, num_steps):
             logits = stepper.step([row.forced[number - 1] for row in rows])
-            yield Step(number, logits.astype(np.float32), *_masks(stepper), stepper)
+            yield Step(number, logits.astype(np.float32), *stepper.masks(), stepper)
     finally:
         while stepper.num_rows:
             stepper.leave(stepper.num_rows - 1)
-
-
-def _masks(stepper: Stepper) -> tuple[np.ndarray, np.ndarray]:
-    """``[B, S]`` and ``[B, S-1]``: the rows' own entries after the last step, and before it."""
-    if isinstance(stepper, ConcatenatedStepper):
-        return stepper.mask, stepper.mask[:, :-1]
-    assert isinstance(stepper, InPlaceStepper)
-    lengths = np.array(stepper.lengths)[:, None]
-    places = np.arange(lengths.max())
-    return (places < lengths).astype(np.int64), (places[:-1] < lengths - 1).astype(np.int64)
-
-
-def is_in_place(session: Session) -> bool:
-    """Whether the session's cache is written in place."""
-    return isinstance(session.stepper, InPlaceStepper)
 
 
 def graph_of(graphs: Container[str], step: int, in_place: bool) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import onnx
 
 from engines.onnxruntime.runner import PROVIDERS, OnnxRuntimeRunner
+from engines.runner import NOWHERE
+from engines.serving.stepper import PAST, PRESENT
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
@@ -156,9 +159,6 @@ class TappedRunner(OnnxRuntimeRunner):
         super().__init__(path, dataclasses.replace(spec, outputs=[*spec.outputs, *extra]), device=device)
         self.graph = graph
         self.taps = taps
-        self.extra = [tensor.name for tensor in extra]
-        self.past: dict[str, Any] = {}
-        self.owned: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}
 
     def activate(self) -> None:
@@ -181,42 +181,15 @@ class TappedRunner(OnnxRuntimeRunner):
             reason = str(error).strip().splitlines()[0]
             raise IaptError(f"ONNX Runtime refuses {self.path.name} with taps as outputs: {reason}") from error
 
-    def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """See `engines.runner.Runner.infer`; what the session does not know is kept aside."""
-        outputs = super().infer(feeds)
-        self.seen = {tap.name: outputs[tap.value] for tap in self.taps} | {
-            name: array for name, array in feeds.items() if name.startswith("past_key_values.")
-        }
+    def infer(self, feeds: Mapping[str, Any], into: Mapping[str, Any] = NOWHERE) -> dict[str, Any]:
+        """See `engines.runner.Runner.infer`; what the session does not know, and the cache before, are kept aside."""
+        past = {name: array.copy() for name, array in feeds.items() if name.startswith(PAST)}
+        outputs = super().infer(feeds, into)
+        written = [name for name in into if not name.startswith(PRESENT)]  # those are what `Stepper.present` shows
+        known = {name: array for name, array in outputs.items() if name not in into}
+        known |= {name: outputs[name].copy() for name in written}
+        self.seen = {tap.name: known[tap.value] for tap in self.taps if tap.value in known} | past
         return outputs
-
-    def new_binding(self) -> Any:
-        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.new_binding`; taps come first among the outputs."""
-        binding = super().new_binding()
-        for name in self.extra:
-            binding.bind_output(name, "cpu")
-        return binding
-
-    def bind(self, binding: Any, name: str, array: Any) -> None:
-        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.bind`; remembers where the cache stands."""
-        super().bind(binding, name, array)
-        if name.startswith("past_key_values."):
-            self.past[name] = array
-
-    def bind_output(self, binding: Any, name: str, array: Any) -> None:
-        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.bind_output`; remembers where the logits stand."""
-        super().bind_output(binding, name, array)
-        if not name.startswith("present."):
-            self.owned[name] = array
-
-    def run_bound(self, binding: Any) -> None:
-        """See `engines.onnxruntime.runner.OnnxRuntimeRunner.run_bound`; taps and the cache before are kept aside."""
-        past = {name: array.copy() for name, array in self.past.items()}
-        for name in self.extra:  # again, because a binding keeps what it allocated, and steps differ in shape
-            binding.bind_output(name, "cpu")
-        super().run_bound(binding)
-        made = dict(zip(self.extra, (value.numpy() for value in binding.get_outputs()), strict=False))
-        made |= {name: array.copy() for name, array in self.owned.items()}
-        self.seen = {tap.name: made[tap.value] for tap in self.taps if tap.value in made} | past
 
 
 def layer_of(name: str, layers_path: str) -> int | None:

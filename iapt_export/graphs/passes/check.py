@@ -6,17 +6,9 @@ import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec
+from iapt_export.contract.types import TENSOR_TYPES
 from iapt_export.graphs.ops import DOMAIN
 from iapt_export.graphs.ops.serving_ops import ATTENTION, LOOKUP, MICROSOFT, PRODUCT
-
-IR_TYPES = {
-    "int64": ir.DataType.INT64,
-    "int32": ir.DataType.INT32,
-    "bool": ir.DataType.BOOL,
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-}
 
 
 class CheckPass(ir.passes.InPlacePass):
@@ -48,7 +40,7 @@ class CheckPass(ir.passes.InPlacePass):
             problems += [
                 f"{tensor.name} became {value.name} of type {value.dtype}, expected {tensor.dtype}"
                 for value, tensor in zip(values, tensors, strict=True)
-                if value.name != tensor.name or value.dtype != IR_TYPES[tensor.dtype]
+                if value.name != tensor.name or value.dtype != _ir_type(tensor.dtype)
             ]
         problems += [
             f"node {node.name} still carries metadata"
@@ -63,3 +55,8 @@ class CheckPass(ir.passes.InPlacePass):
         if problems:
             raise IaptError(f"{self.spec.path} cannot be shipped: " + "; ".join(problems[:20]))
         return ir.passes.PassResult(model, False)
+
+
+def _ir_type(dtype: str) -> ir.DataType:
+    """The manifest's type as onnx_ir's; ONNX calls float32 FLOAT."""
+    return ir.DataType["FLOAT" if dtype == "fp32" else TENSOR_TYPES[dtype].upper()]

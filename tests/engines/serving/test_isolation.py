@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import engines.serving.scheduler
 import engines.serving.session
-from engines.serving.cache import HostCache
+from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.sampling import Sampling, choose
 from engines.serving.session import Request, Session
@@ -101,12 +101,12 @@ def test_a_defect_in_one_answer_ends_that_answer_alone(session: Session, monkeyp
 def test_nothing_of_a_failed_row_stays_in_the_cache(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that weigh masked entries with 0 would carry its NaN into the answers of the next in its place."""
     stepper = session.stepper
-    assert isinstance(stepper, InPlaceStepper) and isinstance(stepper.cache, HostCache)
+    assert isinstance(stepper, InPlaceStepper)
     honest = stepper.read
 
     def read(rows: Any) -> np.ndarray:
         logits = honest(rows).copy()
-        for buffer in stepper.cache.buffers.values():  # type: ignore[attr-defined]
+        for buffer in stepper.buffers.values():
             buffer[: len(rows)] = np.nan
         logits[:] = np.nan
         return logits
@@ -115,7 +115,7 @@ def test_nothing_of_a_failed_row_stays_in_the_cache(session: Session, monkeypatc
         patch.setattr(stepper, "read", read)
         with pytest.raises(IaptError, match="NaN"):
             session.submit(request()).result()
-    assert all(np.isfinite(buffer).all() for buffer in stepper.cache.buffers.values())
+    assert all(np.isfinite(buffer).all() for buffer in stepper.buffers.values())
 
 
 @pytest.mark.parametrize(
@@ -250,11 +250,11 @@ def test_loading_that_fails_half_way_gives_back_what_it_took(
 ) -> None:
     session = Session.open(tiny_build.bundle, verify=False)
 
-    def fail(self: HostCache, rows: int, capacity: int) -> None:
+    def fail(self: OnnxRuntimeRunner, dtype: str, shape: Any) -> None:
         raise IaptError("too little memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostCache, "reserve", fail)
+        patch.setattr(OnnxRuntimeRunner, "zeros", fail)
         with pytest.raises(IaptError, match="too little memory"):
             session.activate()
     assert all(runner._session is None for runner in session.stepper.runners.values())  # type: ignore[attr-defined]

@@ -229,14 +229,14 @@ def test_a_long_step_holds_up_no_tenant(
     """A tenant is added, for which the stacks grow, and one is removed, while the graph runs over the old stacks."""
     alpha, beta = ask(session, "alpha"), ask(session, "beta")
     path = tenant_file(tiny_build, tmp_path / "same.safetensors", "same")
-    honest, inside, go = OnnxRuntimeRunner.run_bound, threading.Event(), threading.Event()
+    honest, inside, go = OnnxRuntimeRunner._run_bound, threading.Event(), threading.Event()
 
-    def held(self: OnnxRuntimeRunner, binding: Any) -> None:
+    def held(self: OnnxRuntimeRunner, *arrays: Any) -> Any:
         inside.set()
         assert go.wait(60)
-        honest(self, binding)
+        return honest(self, *arrays)
 
-    monkeypatch.setattr(OnnxRuntimeRunner, "run_bound", held)
+    monkeypatch.setattr(OnnxRuntimeRunner, "_run_bound", held)
     running = session.submit(Request("beta", tokens=(5, 6, 7), max_new_tokens=12, ignore_eos=True))
     assert inside.wait(60)
     before = session.stepper.bank.stacks

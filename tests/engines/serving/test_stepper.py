@@ -109,12 +109,12 @@ def test_both_kinds_of_cache_agree(tiny_build: TinyBuild) -> None:
 
 def test_the_cache_is_written_in_place(tiny_build: TinyBuild) -> None:
     with opened(tiny_build, True) as stepper:
-        addresses = {name: buffer.ctypes.data for name, buffer in stepper.cache.buffers.items()}  # type: ignore[attr-defined]
+        addresses = {name: buffer.ctypes.data for name, buffer in stepper.buffers.items()}  # type: ignore[attr-defined]
         stepper.read([instruction(stepper, 0), instruction(stepper, 1)])
         before = stepper.row_cache(0)
         stepper.step([7, 9])
         after = stepper.row_cache(0)
-        assert addresses == {n: b.ctypes.data for n, b in stepper.cache.buffers.items()}  # type: ignore[attr-defined]
+        assert addresses == {n: b.ctypes.data for n, b in stepper.buffers.items()}  # type: ignore[attr-defined]
         for (key, value), (longer_key, longer_value) in zip(before, after, strict=True):
             assert np.array_equal(longer_key[:, :-1], key) and np.array_equal(longer_value[:, :-1], value)
             assert longer_key.shape[1] == key.shape[1] + 1 and np.abs(longer_key[:, -1]).max() > 0

@@ -12,12 +12,11 @@ import pytest
 
 from engines.cuda import memory as cuda_memory
 from engines.cuda.driver import Driver, Gpu
-from engines.cuda.memory import CudaStream
-from engines.serving.cache import PAST, HostCache
-from engines.serving.cuda_cache import CudaCache
+from engines.cuda.memory import CudaStream, DeviceArray
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.loading import cache_kinds, open_runners, open_stepper, stepper_over
-from engines.serving.stepper import Instruction, Stepper
+from engines.serving.stepper import PAST, Instruction, Stepper
+from engines.serving.tenants import TenantBank
 from engines.tensorrt import runner as tensorrt_runner
 from engines.tensorrt.engine_info import EngineInfo, profile_from_spec
 from iapt_export.contract.errors import IaptError
@@ -85,8 +84,8 @@ def test_rows_join_and_leave_without_a_trace(bundle: Path) -> None:
         return logits
 
     with opened(bundle) as stepper:
-        assert isinstance(stepper, InPlaceStepper) and isinstance(stepper.cache, HostCache)
-        addresses = {name: buffer.ctypes.data for name, buffer in stepper.cache.buffers.items()}
+        assert isinstance(stepper, InPlaceStepper)
+        addresses = {name: np.asarray(buffer).ctypes.data for name, buffer in stepper.buffers.items()}
         expected = [alone(stepper, number) for number in range(len(PROMPTS))]
         made: list[list[np.ndarray]] = [[] for _ in PROMPTS]
         rows: list[int] = []
@@ -101,7 +100,7 @@ def test_rows_join_and_leave_without_a_trace(bundle: Path) -> None:
         assert [len(logits) for logits in made] == [3, 5, 4, 3, 2]
         for logits, wanted in zip(made, expected, strict=True):
             np.testing.assert_allclose(np.array(logits), np.array(wanted[: len(logits)]), atol=CLOSE, rtol=CLOSE)
-        assert addresses == {name: buffer.ctypes.data for name, buffer in stepper.cache.buffers.items()}
+        assert addresses == {name: np.asarray(buffer).ctypes.data for name, buffer in stepper.buffers.items()}
 
 
 def test_they_are_standard_and_skip_what_a_step_does_not_need(bundle: Path) -> None:
@@ -178,7 +177,8 @@ def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Ste
     """The same rows through both caches: they join, go on, leave, and their entries are read back."""
     stepper, cuda = on_gpu
     with opened(bundle) as wanted, stepper as made:
-        assert isinstance(made, InPlaceStepper) and isinstance(made.cache, CudaCache)
+        assert isinstance(made, InPlaceStepper)
+        assert all(isinstance(buffer, DeviceArray) for buffer in made.buffers.values())
         for each in (wanted, made):
             each.read([instruction(each, number) for number in range(3)])
         logits = [each.step([7, 8, 9]).copy() for each in (wanted, made)]
@@ -187,9 +187,11 @@ def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Ste
             each.read([instruction(each, number) for number in (3, 4)])
         uploads = cuda.uploads
         logits += [each.step([5, 6, 7, 8]).copy() for each in (wanted, made)]
-        own = made.target.graphs["serve_decode"].inputs
-        own = [tensor for tensor in own if not tensor.name.startswith(PAST) and tensor.name not in made.bank.stacks]
-        assert cuda.uploads - uploads == len(own), "a step uploads no cache and no tenant's weights"
+        inputs = made.target.graphs["serve_decode"].inputs
+        moving = [
+            tensor for tensor in inputs if not tensor.name.startswith(PAST) and tensor.name not in made.bank.stacks
+        ]
+        assert cuda.uploads - uploads == len(moving), "a step uploads no cache and no tenant's weights"
         for one, other in (logits[:2], logits[2:]):
             np.testing.assert_allclose(other, one, atol=CLOSE, rtol=CLOSE)
         assert [t.name for t in made.tenants] == [t.name for t in wanted.tenants]
@@ -197,6 +199,11 @@ def test_a_gpus_cache_is_written_where_it_stands(bundle: Path, on_gpu: tuple[Ste
             for mine, one in zip(made.row_cache(row), wanted.row_cache(row), strict=True):
                 for part in range(2):
                     np.testing.assert_allclose(mine[part], one[part], atol=CLOSE, rtol=CLOSE)
+        for mask, expected in zip(made.masks(), wanted.masks(), strict=True):
+            np.testing.assert_array_equal(mask, expected)
+        for name, array in wanted.present().items():
+            own = np.where(wanted.masks()[0][:, None, :, None], made.present()[name], array)  # the rest may be anything
+            np.testing.assert_allclose(own, array, atol=CLOSE, rtol=CLOSE)
         while made.num_rows:
             made.leave(0)
     assert not cuda.live and not cuda.streams
@@ -206,13 +213,12 @@ def test_a_failed_row_is_cleared_on_the_gpu_and_no_other(bundle: Path, on_gpu: t
     with on_gpu[0] as stepper:
         assert isinstance(stepper, InPlaceStepper)
         stepper.read([instruction(stepper, number) for number in range(2)])
-        cache = stepper.cache
-        before = [cache.read(row, 4) for row in range(2)]
-        assert all(part.any() for row in before for part in row)
-        cache.clear(0)
-        assert not any(part.any() for part in cache.read(0, 4))
-        for part, wanted in zip(cache.read(1, 4), before[1], strict=True):
-            np.testing.assert_array_equal(part, wanted)
+        before = [stepper.row_cache(row) for row in range(2)]
+        assert all(part.any() for row in before for layer in row for part in layer)
+        stepper.clear(0)
+        assert not any(part.any() for layer in stepper.row_cache(0) for part in layer)
+        for layer, wanted in zip(stepper.row_cache(1), before[1], strict=True):
+            np.testing.assert_array_equal(layer, wanted)
         while stepper.num_rows:
             stepper.leave(0)
 
@@ -224,12 +230,15 @@ def test_a_new_tenant_reaches_the_gpu(bundle: Path, on_gpu: tuple[Stepper, FakeC
     with stepper:
         before = stepper.read(row).copy()
         stepper.leave(0)
-        stack = stepper.bank.stacks["iapt.up_bias"]
-        stack[tenant.index] += 1
-        assert np.array_equal(stepper.read(row), before), "what changes behind the bank's back is not seen"
-        stepper.leave(0)
-        stepper.bank.version += 1
+        change(stepper.bank, tenant.index)
         assert not np.allclose(stepper.read(row), before)
+
+
+def change(bank: TenantBank, index: int) -> None:
+    """Install a tenant over another one, as far as the arrays see it."""
+    name = "iapt.up_bias"
+    bank._arrays[name][index] += 1
+    bank._show([name])
 
 
 def test_a_tenant_added_during_an_upload_reaches_the_gpu(
@@ -238,20 +247,20 @@ def test_a_tenant_added_during_an_upload_reaches_the_gpu(
     stepper, _ = on_gpu
     tenant = next(tenant for tenant in stepper.bank.tenants.values() if tenant.method == "iapt")
     row = [Instruction(tenant, [5, 6, 7])]
-    honest, name = CudaStream.upload, "iapt.up_bias"
+    honest, changed = CudaStream.upload, []
 
     def upload(self: CudaStream, what: str, array: np.ndarray) -> int:
         address = honest(self, what, array)
-        if what == name and not stepper.bank.version:
-            stepper.bank.stacks[name][tenant.index] += 1
-            stepper.bank.version += 1
+        if what == "iapt.up_bias" and not changed:
+            changed.append(what)
+            change(stepper.bank, tenant.index)
         return address
 
     with stepper:
         monkeypatch.setattr(CudaStream, "upload", upload)
         before = stepper.read(row).copy()
         stepper.leave(0)
-        assert stepper.bank.version == 1 and not np.allclose(stepper.read(row), before)
+        assert changed and not np.allclose(stepper.read(row), before)
 
 
 def test_engines_of_another_capacity_are_refused(bundle: Path, on_gpu: tuple[Stepper, FakeCuda]) -> None:

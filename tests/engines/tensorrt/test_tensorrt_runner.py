@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from engines.cuda import driver as cuda_driver
 from engines.cuda import memory as cuda_memory
 from engines.cuda.driver import Driver, Gpu, find_driver
 from engines.cuda.memory import CudaStream, load_cuda
@@ -124,6 +123,43 @@ def test_outputs_of_one_call_survive_the_next(engine: Path, cuda: FakeCuda) -> N
         kept = first.copy()
         runner.infer(_feeds(2, 3))
         np.testing.assert_array_equal(first, kept)
+
+
+def test_arrays_stay_on_the_gpu(engine: Path, cuda: FakeCuda) -> None:
+    """Inputs and outputs that live there do not travel; a read-only array on the host does once."""
+    feeds: dict[str, Any] = _feeds()
+    wanted = _expected(feeds)
+    feeds["generator_weight"].flags.writeable = False
+    with TensorRTRunner(engine, _spec("fp16"), "tensorrt-rtx") as runner:
+        cuda.uploads = 0
+        for _ in range(2):
+            room = np.zeros_like(wanted)
+            assert runner.infer(feeds, {"y": room})["y"] is room
+            np.testing.assert_array_equal(room, wanted)
+        assert cuda.uploads == 2 * len(feeds) - 1
+        feeds["generator_weight"] = feeds["generator_weight"] * 2
+        np.testing.assert_array_equal(runner.infer(feeds)["y"], _expected(feeds))
+        source, target = (runner.zeros("fp16", (4, *wanted.shape[1:])) for _ in range(2))
+        source[:3] = runner.infer({**feeds, "x": source[1:]}, {"y": target[:3]})["y"]
+        assert not np.array(source).any()
+        with pytest.raises(ValueError, match="y: an array that an engine reads or writes must have no gaps"):
+            runner.infer(feeds, {"y": target[:3, :2]})
+    assert not cuda.live
+
+
+def test_runners_share_what_they_upload(engine: Path, cuda: FakeCuda) -> None:
+    feeds, stream = _feeds(), CudaStream()
+    feeds["generator_weight"].flags.writeable = False
+    one, other = (TensorRTRunner(engine, _spec("fp16"), "tensorrt-rtx", stream=stream) for _ in range(2))
+    with one, other:
+        results = [runner.infer(feeds)["y"] for runner in (one, other)]
+        assert cuda.uploads == 2 * len(feeds) - 1 and cuda.streams == 1
+        one.deactivate()
+        one.deactivate()
+        results.append(other.infer(feeds)["y"])
+    for result in results:
+        np.testing.assert_array_equal(result, _expected(feeds))
+    assert not cuda.live and not cuda.streams
 
 
 def test_buffers_grow_and_are_reused(engine: Path, cuda: FakeCuda) -> None:
@@ -320,7 +356,7 @@ def test_missing_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cuda_call_that_fails(cuda: FakeCuda) -> None:
     cuda.cudaSetDevice = lambda device: (Status.cudaErrorInvalidDevice,)  # type: ignore[method-assign]
     with pytest.raises(IaptError, match="cudaSetDevice fails with cudaErrorInvalidDevice; see nvidia-smi and iapt-exp"):
-        CudaStream(7)
+        CudaStream(7).open()
 
 
 def test_the_real_bindings_offer_what_is_called() -> None:
@@ -331,68 +367,7 @@ def test_the_real_bindings_offer_what_is_called() -> None:
 
 def test_empty_arrays_have_an_address(cuda: FakeCuda) -> None:
     stream = CudaStream()
+    stream.open()
     assert stream.upload("empty", np.empty((0, 4))) > 0
     stream.close()
     assert cuda.live == {}
-
-
-class _FakeDriverLibrary:
-    """libcuda with two GPUs."""
-
-    def __init__(self, status: int = 0, count: int = 2) -> None:
-        self.status, self.count = status, count
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return self.status
-
-    def cuDriverGetVersion(self, result: object) -> None:  # noqa: N802
-        _pointed(result).value = 13010
-
-    def cuDeviceGetCount(self, result: object) -> None:  # noqa: N802
-        _pointed(result).value = self.count
-
-    def cuDeviceGet(self, result: object, index: int) -> None:  # noqa: N802
-        _pointed(result).value = index
-
-    def cuDeviceGetName(self, name: ctypes.Array[ctypes.c_char], length: int, device: object) -> None:  # noqa: N802
-        name.value = b"NVIDIA RTX 4090"
-
-    def cuDeviceTotalMem_v2(self, result: object, device: object) -> None:  # noqa: N802
-        _pointed(result).value = 24 << 30
-
-    def cuDeviceGetAttribute(self, result: object, attribute: int, device: object) -> None:  # noqa: N802
-        _pointed(result).value = {75: 8, 76: 9}[attribute]
-
-
-def _pointed(reference: object) -> ctypes.c_int:
-    return reference._obj  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("library", "expected"),
-    [
-        (_FakeDriverLibrary(), Driver(gpus=(ADA, ADA), cuda_version="13.1")),
-        (
-            _FakeDriverLibrary(count=0),
-            Driver(
-                cuda_version="13.1",
-                problem="the NVIDIA driver sees no GPU; check CUDA_VISIBLE_DEVICES and nvidia-smi",
-            ),
-        ),
-        (
-            _FakeDriverLibrary(status=999),
-            Driver(problem="the NVIDIA driver does not start: cuInit gives error 999; see nvidia-smi"),
-        ),
-        (None, Driver(problem=f"no NVIDIA driver found: {cuda_driver.LIBRARY} is missing")),
-    ],
-)
-def test_the_driver_is_asked(
-    monkeypatch: pytest.MonkeyPatch, library: _FakeDriverLibrary | None, expected: Driver
-) -> None:
-    def load(name: str) -> _FakeDriverLibrary:
-        if library is None:
-            raise OSError(name)
-        return library
-
-    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", load)
-    assert find_driver() == expected
