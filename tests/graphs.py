@@ -19,10 +19,10 @@ from iapt_export.building.layout import engine_graphs, with_files
 from iapt_export.contract.manifest import BundleManifest, GraphSpec
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.installed import Installed, installed_from_manifest
-from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.table import graph_specs
 from tests.bundles import METHOD, SIZES, random_method
 from trainers.decoder.generate import prefill
+from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method, Sizes, rows_of
 from trainers.methods.configs import method_name
 
@@ -54,7 +54,7 @@ def specs_for(
     model: Any, methods: list[Installed], dtype: str = "fp32", capacity: int | None = None
 ) -> dict[str, GraphSpec]:
     """The interfaces of the graphs of a backbone with these methods."""
-    return graph_specs(methods, ModelShape.of(model), dtype, capacity)
+    return graph_specs(methods, sizes_of(model), dtype, capacity)
 
 
 def with_engine_graphs(source: Path, copy: Path, model: Any) -> Path:

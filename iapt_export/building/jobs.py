@@ -36,7 +36,6 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
-from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
@@ -131,12 +130,12 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     tenants = plan_tenants(
         adapters, backbone.model, merge_lora=request.merge_lora, fold_embeddings=request.fold_embeddings
     )
-    spec, shape = layout.backbone_spec(backbone, adapters.values()), ModelShape.of(backbone.model)
+    spec = layout.backbone_spec(backbone, adapters.values())
     check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
     specs = {}
     for target in targets:
         capacity = _capacity(target, ranges) if family.in_place else None
-        wanted = graph_specs(tenants.installed, shape, target.graph_dtype, capacity)
+        wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity)
         if not family.in_place:
             del wanted["serve"]
         specs[target.name] = wanted if target.weight_bits is None else layout.served_graphs(wanted)

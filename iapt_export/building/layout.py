@@ -33,12 +33,15 @@ from iapt_export.contract.manifest import (
     file_sha256,
     verify_files,
 )
+from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.contract.tenant_card import TenantCard
 from iapt_export.graphs.export import PASSES_FILE
 from iapt_export.graphs.installed import Installed, computing_fields
-from iapt_export.graphs.interface import ModelShape, weight_specs
+from iapt_export.graphs.interface import weight_specs
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
+from trainers.decoder.family import check_family
+from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import is_token_id, padding_id
 from trainers.methods.forms import form_name
 
@@ -78,14 +81,14 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
     What ends an answer is the union of what the model's settings, its tokenizer and the adapters' training say.
     """
     config = backbone.model.config.get_text_config()
-    shape = ModelShape.of(backbone.model)
+    family, sizes = check_family(backbone.model), sizes_of(backbone.model)
     eos = getattr(backbone.model.generation_config, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
     own = [] if eos is None else eos if isinstance(eos, list) else [eos]
     trained = [adapter.config.eos_token_id for adapter in adapters]
     ends = dict.fromkeys([*own, getattr(backbone.tokenizer, "eos_token_id", None), *trained])
-    eos_ids = [token for token in ends if is_token_id(token, shape.vocab_size)]
-    pad = padding_id(backbone.tokenizer, shape.vocab_size, config.pad_token_id, *eos_ids)
+    eos_ids = [token for token in ends if is_token_id(token, sizes.vocab_size)]
+    pad = padding_id(backbone.tokenizer, sizes.vocab_size, config.pad_token_id, *eos_ids)
     return BackboneSpec(
         name_or_path=backbone.name_or_path,
         revision=backbone.revision,
@@ -94,7 +97,8 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
         model_type=config.model_type,
         eos_token_ids=eos_ids,
         pad_token_id=pad,
-        **dataclasses.asdict(shape),
+        max_positions=family.max_positions or getattr(config, "max_position_embeddings", None) or 2**31,
+        **{item.name: getattr(sizes, item.name) for item in dataclasses.fields(BackboneSizes)},
     )
 
 

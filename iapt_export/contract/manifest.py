@@ -18,6 +18,7 @@ from typing import Any
 
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.schema import read_fields
+from iapt_export.contract.sizes import BackboneSizes
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 2
@@ -78,8 +79,8 @@ class GraphSpec:
     outputs: list[TensorSpec]
 
 
-@dataclass(frozen=True)
-class BackboneSpec:
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec(BackboneSizes):
     """The frozen language model of a bundle."""
 
     name_or_path: str
@@ -89,14 +90,15 @@ class BackboneSpec:
     weights_sha256: str
     """Hash over the names and values of all weights."""
     model_type: str
-    hidden_size: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
     max_positions: int
     eos_token_ids: list[int]
     pad_token_id: int
+
+    def __post_init__(self) -> None:
+        sizes = {item.name: getattr(self, item.name) for item in dataclasses.fields(BackboneSizes)}
+        for name, size in {**sizes, "max_positions": self.max_positions}.items():
+            if size < 1:
+                raise BundleError(f"{name} is {size}, expected at least 1")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.contract.types import OPSETS
 from iapt_export.graphs.installed import Installed, rational_forms
-from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.save import save_graphs
 from iapt_export.graphs.table import TABLE, graph_specs
 from iapt_export.graphs.table import Serving as Serving
 from iapt_export.graphs.trace import trace_graph
+from trainers.decoder.insertion import sizes_of
 
 LOGGER = logging.getLogger("iapt_export")
 PASSES_FILE = "passes.json"
@@ -59,7 +59,7 @@ def export_graphs(
     if opset not in OPSETS:
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
-    specs = graph_specs(installed, ModelShape.of(backbone), dtype, serving.capacity)
+    specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity)
     models: dict[str, ir.Model] = {}
     notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)

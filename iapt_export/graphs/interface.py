@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, TensorSpec
+from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.graphs.in_place import needs_flag
 from iapt_export.graphs.installed import Installed, generators, in_decode
-from trainers.decoder.family import check_family
 
 COEFFICIENTS = ("numerator", "denominator")
 """Weights that stay fp32 in every dtype, because the activation is evaluated in fp32."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a backbone that its graphs' interface depends on."""
-
-    hidden_size: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-
-    @classmethod
-    def of(cls, model: Any) -> ModelShape:
-        """The sizes of a transformers model: those of its cache as `trainers.decoder.family` sees them.
-
-        Raises:
-            IaptError: the model's family is not supported.
-        """
-        family = check_family(model)
-        config = model.config.get_text_config()
-        return cls(
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=family.num_kv_heads,
-            head_dim=family.head_dim,
-            vocab_size=config.vocab_size,
-            max_positions=family.max_positions or getattr(config, "max_position_embeddings", None) or 2**31,
-        )
 
 
 def weight_specs(item: Installed, dtype: str) -> list[TensorSpec]:
@@ -61,7 +30,7 @@ class Sizing:
     """What the interfaces of a bundle's graphs are made of."""
 
     installed: list[Installed]
-    shape: ModelShape
+    shape: BackboneSizes
     dtype: str
     capacity: int | None = None
     """Cache entries of a row in graphs that want a fixed number."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from iapt_export.contract.graphs import ENCODER, GENERATOR
 from iapt_export.contract.manifest import GraphSpec
+from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.graphs import interface, twins
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.passes import serve_passes
@@ -65,7 +66,7 @@ TABLE: dict[str, Graph] = {
 
 
 def graph_specs(
-    installed: list[Installed], shape: interface.ModelShape, dtype: str, capacity: int | None = None
+    installed: list[Installed], shape: BackboneSizes, dtype: str, capacity: int | None = None
 ) -> dict[str, GraphSpec]:
     """Interfaces of a bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,29 +32,15 @@ REQUIRED = ("base_model_name_or_path", "backbone_fingerprint", "hidden_size", "n
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Sizes):
     """``adapter_config.json``: which method, for which backbone, fed how."""
 
     base_model_name_or_path: str
     """The backbone as the trainer was given it."""
     backbone_fingerprint: str
     """`trainers.decoder.backbone.config_fingerprint` of that backbone."""
-    hidden_size: int
-    """D of the backbone."""
-    num_layers: int
-    """L of the backbone."""
     method: Any
     """The method's own fields: one of `trainers.methods.configs`."""
-    num_kv_heads: int = 0
-    """H of the backbone, 0 where unknown, as are the next two."""
-    head_dim: int = 0
-    """K of the backbone."""
-    vocab_size: int = 0
-    """V of the backbone."""
-    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """The linear layers that the method changes, see `trainers.decoder.method.Sizes`."""
-    layers_path: str = "model.layers"
-    """Name of the list of decoder layers within the model."""
     revision: str | None = None
     """The backbone's hub commit, if known."""
     prompt_format: Literal["chat", "plain"] = "plain"
@@ -93,7 +79,7 @@ class AdapterConfig:
 
     @property
     def sizes(self) -> Sizes:
-        """The backbone's sizes that the method's tensors depend on."""
+        """The backbone's sizes alone."""
         return Sizes(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Sizes)})
 
 

@@ -15,6 +15,7 @@ not, so the two agree where padding stands on the right or not at all. Checked a
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,7 @@ def adapter_from_peft(folder: str | Path, backbone: Backbone, prompt_format: Any
     config = AdapterConfig(
         base_model_name_or_path=fields.get("base_model_name_or_path") or backbone.name_or_path,
         backbone_fingerprint=backbone.fingerprint,
-        hidden_size=sizes.hidden_size,
-        num_layers=sizes.num_layers,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        vocab_size=sizes.vocab_size,
-        linears=_changed_linears(method, sizes),
-        layers_path=sizes.layers_path,
+        **asdict(replace(sizes, linears=_changed_linears(method, sizes))),
         revision=fields.get("revision"),
         prompt_format=resolve_prompt_format(backbone.tokenizer, prompt_format),
         method=method,

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.family import family_of
+from trainers.decoder.family import check_family
 from trainers.decoder.method import Rows, Sizes
 
 
@@ -48,9 +48,13 @@ def layers_path(backbone: Any) -> str:
 
 
 def sizes_of(backbone: Any) -> Sizes:
-    """The sizes that methods' tensors depend on, linear layers included."""
+    """The sizes that methods' tensors and graphs depend on: those of its cache as `trainers.decoder.family` sees them.
+
+    Raises:
+        IaptError: the model's family is not supported.
+    """
     config = backbone.config.get_text_config()
-    family = family_of(backbone)
+    family = check_family(backbone)
     return Sizes(
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,

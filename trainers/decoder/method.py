@@ -27,16 +27,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from iapt_export.contract.sizes import BackboneSizes
+
 Weights = dict[str, Tensor]
 """Parameter name to tensor ``[1 or B, ...]``."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The sizes of a backbone that a method's tensors depend on."""
+class Sizes(BackboneSizes):
+    """The sizes of a backbone that a method's tensors depend on; 0 where they are not known and not needed."""
 
-    hidden_size: int
-    num_layers: int
     num_kv_heads: int = 0
     head_dim: int = 0
     vocab_size: int = 0

@@ -20,7 +20,8 @@ from iapt_export.building import layout as layout
 from iapt_export.building.stage_cache import content_key
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest, Parity
-from iapt_export.graphs.interface import ModelShape, weight_specs
+from iapt_export.contract.sizes import BackboneSizes
+from iapt_export.graphs.interface import weight_specs
 from iapt_export.graphs.table import graph_specs
 from tests.bundles import METHOD, TENANTS, TinyBuild, tiny_adapter
 from tests.families import tiny_family
@@ -29,8 +30,9 @@ from tests.test_structure import PACKAGES, ROOT, imported_modules
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.insertion import sizes_of
 
-SHAPE = ModelShape(32, 2, 2, 8, 320, 256)
+SHAPE = BackboneSizes(32, 2, 2, 8, 320)
 
 
 def backbone(eos: Any, pad: int | None, tokenizer_pad: int | None, generation_eos: Any = None) -> Backbone:
@@ -73,15 +75,18 @@ def test_a_padding_token_out_of_the_table_is_not_taken(pad: int, expected: int) 
 
 
 def test_a_backbones_sizes() -> None:
-    shapes = {name: ModelShape.of(make()) for name, make in ARCHITECTURES.items()}
-    assert shapes["llama"] == ModelShape(32, 3, 2, 8, 320, 256)
-    assert shapes["gpt2"] == ModelShape(32, 3, 4, 8, 320, 256)
-    assert shapes["qwen3"].head_dim == 16
+    specs = {}
+    for name, make in ARCHITECTURES.items():
+        specs[name] = layout.backbone_spec(Backbone(make(), SimpleNamespace(pad_token_id=0), "tiny"))
+    sizes = {name: (s.hidden_size, s.num_layers, s.num_kv_heads, s.head_dim, s.vocab_size) for name, s in specs.items()}
+    assert sizes["llama"] == (32, 3, 2, 8, 320) and sizes["gpt2"] == (32, 3, 4, 8, 320)
+    assert sizes["qwen3"][3] == 16
+    assert {spec.max_positions for spec in specs.values()} == {256}
 
 
 def test_a_family_that_is_not_supported_has_no_sizes() -> None:
     with pytest.raises(IaptError, match="mamba is not supported: its layers keep other state than keys and values"):
-        ModelShape.of(tiny_family("mamba"))
+        sizes_of(tiny_family("mamba"))
 
 
 def test_the_hash_of_weights_sees_every_bit_and_name() -> None:

@@ -47,7 +47,21 @@ def example(bundle: Path) -> BundleManifest:
     return BundleManifest(
         versions={"iapt-export": "0.1.0"},
         build_key="0123456789abcdef",
-        backbone=BackboneSpec("tiny/ünïcode", None, "f", "w", "llama", 32, 2, 2, 8, 320, 256, [1, 2], 0),
+        backbone=BackboneSpec(
+            hidden_size=32,
+            num_layers=2,
+            num_kv_heads=2,
+            head_dim=8,
+            vocab_size=320,
+            name_or_path="tiny/ünïcode",
+            revision=None,
+            fingerprint="f",
+            weights_sha256="w",
+            model_type="llama",
+            max_positions=256,
+            eos_token_ids=[1, 2],
+            pad_token_id=0,
+        ),
         methods=[
             MethodSpec("iapt", "IAPT", {"bottleneck": 8, "bias": True}, 4, [TensorSpec("query", "fp32", [2, 8, 4])]),
             MethodSpec("lora", "LORA", {"rank": 2}, 0, [TensorSpec("a", "fp32", [2, 2, 32])], in_decode=True),
@@ -178,6 +192,11 @@ def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
         (lambda f: f.update(backbone=None), "manifest.backbone is None, expected an object"),
         (lambda f: f["backbone"].update(num_layers="2"), "manifest.backbone.num_layers is '2', expected int"),
         (lambda f: f["backbone"].update(num_layers=True), "manifest.backbone.num_layers is True, expected int"),
+        (lambda f: f["backbone"].update(head_dim=0), "manifest.backbone: head_dim is 0, expected at least 1"),
+        (
+            lambda f: f["backbone"].update(max_positions=-1),
+            "manifest.backbone: max_positions is -1, expected at least 1",
+        ),
         (lambda f: f["backbone"].update(num_layers=2.0), "manifest.backbone.num_layers is 2.0, expected int"),
         (lambda f: f["backbone"].update(revision=3), "manifest.backbone.revision is 3, expected str | None"),
         (

@@ -13,7 +13,6 @@ import torch
 
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.installed import Installed
-from iapt_export.graphs.interface import ModelShape
 from iapt_export.graphs.ops.serving_ops import register_schemas
 from iapt_export.graphs.passes.flatten_heads import FlattenHeadsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
@@ -22,6 +21,7 @@ from tests.bundles import SIZES, random_method
 from tests.graphs import Arrays, run_onnx, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_qwen3
+from trainers.decoder.insertion import sizes_of
 from trainers.methods.configs import PrefixTuningConfig
 
 POSITIONS = 24
@@ -165,7 +165,7 @@ def served(model: Any, methods: list[Installed], folder: Path, num_positions: in
 
 def two_steps(model: Any, path: Path, limit: float = LIMIT) -> None:
     """Hold reading prompts of `LENGTHS` tokens, and one token more, against PyTorch."""
-    sizes = ModelShape.of(model)
+    sizes = sizes_of(model)
     source = np.random.default_rng(0)
     ids = source.integers(2, sizes.vocab_size, (len(LENGTHS), max(LENGTHS) + 1))
     ends = np.array(LENGTHS, np.int32)
