@@ -1,18 +1,25 @@
 """The roof of the house: each command is a list of calls into the rooms below, and nothing imports this file."""
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.config import Dict
+
+from iapt_export import __version__, flags
+from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.contract.errors import IaptError, ParityError, explain
-from iapt_export.flags import parser
+from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Measuring
+from trainers.methods.configs import DEFAULT_METHOD, config_of
+from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 
+WRONG_FLAGS = 2
 PARITY_FAILED = 3
 INTERRUPTED = 130
 
@@ -21,9 +28,25 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; see ``iapt-export --help`` for its exit codes."""
     # weights and data are read from disk unless the user names a hub model, so hub chatter only confuses
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args = parser(argv).parse_args(argv)
+    argv = flags.with_values(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
     try:
-        COMMANDS[args.command](args)
+        method, sources = flags.method_settings(argv[1:]) if argv[:1] == ["train"] else (DEFAULT_METHOD, [])
+        app = command_line(method, sources)
+        if not argv:
+            commands = ", ".join(name for name in app if name[0] != "-")
+            _fail(f"iapt-export needs a command: {commands} (see iapt-export --help)")
+            sys.exit(WRONG_FLAGS)
+        try:
+            command, bound, _ = app.parse_args(argv)
+        except CycloptsError as error:
+            given = argv + [f"--{name.replace('_', '-')}" for source in sources for name in source.data]
+            _fail(flags.refusal(error, app, method, given))
+            token = getattr(error, "token", None)
+            sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
+        if bound.kwargs.get("common", Common()).verbose:
+            _listen()
+        command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half-written, and a repeated build goes on where this one stopped")
         sys.exit(INTERRUPTED)
@@ -32,57 +55,115 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:
         text = explain(error)
-        if args.debug or text is None:
+        if debug or text is None:
             raise
         _fail(text)
         sys.exit(PARITY_FAILED if isinstance(error, ParityError) else 1)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train an adapter."""
-    from trainers.methods.configs import DEFAULT_METHOD, config_of
-    from trainers.training.config import TrainConfig, TrainRequest, configs_from_fields, read_train_file
-    from trainers.training.train import train as run
+def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
+    """Every command with its flags.
 
-    settings = read_train_file(args.config) if args.config else {}
-    named = settings.pop("method", DEFAULT_METHOD)
-    chosen = config_of(str(args.method or named))
-    names = {field.name for cls in (chosen, TrainConfig) for field in dataclasses.fields(cls)}
-    settings |= {name: value for name, value in vars(args).items() if name in names}
-    required = {name: getattr(args, name) or settings.pop(name, None) for name in ("model", "data", "output")}
-    for name in required:
-        settings.pop(name, None)
-    if missing := [f"--{name}" for name, value in required.items() if not value]:
-        raise IaptError(f"{', '.join(missing)} is missing; give it as a flag or in the --config file")
-    method, config = configs_from_fields(chosen, settings, args.config or "the command line")
-    say = (lambda line: None) if args.quiet else None
-    result = run(TrainRequest(**required, method=method, config=config), say=say)
-    if args.json:
-        _print_json(
-            {
-                "output": str(result.output),
-                "steps": result.steps,
-                "report": result.report and result.report.to_dict(),
-                "baseline": result.baseline and result.baseline.to_dict(),
-            }
-        )
+    Args:
+        method: the method whose settings ``train`` takes.
+        sources: where ``train`` finds what no flag says.
+    """
+    app = App(
+        name="iapt-export",
+        help="Train prompt-tuning adapters, export them with their backbone to ONNX and TensorRT, prove parity.",
+        help_epilogue=flags.EPILOG,
+        help_format="plaintext",
+        help_formatter=flags.formatter(),
+        version=f"iapt-export {__version__}",
+        default_parameter=flags.PLAIN,
+        config=flags.whole_numbers,
+        exit_on_error=False,
+        print_error=False,
+    )
+    others: Sequence[Callable[..., None]] = (build, validate, generate, tenant, bench, inspect, doctor)
+    for place, command in enumerate((train_command(method), *others)):
+        app.command(command, sort_key=place, help_epilogue="")
+    app["train"].config = (*sources, flags.whole_numbers)
+    app.register_install_completion_command(help="Complete commands and flags in this shell from now on.")
+    return app
 
 
-def build(args: argparse.Namespace) -> None:
-    """Make a bundle, or find it up to date, and show its report."""
+def train_command(method: str) -> Callable[..., None]:
+    """``train`` with the settings of one method as flags."""
+    chosen = config_of(method)
+    defaults = chosen()
+    own = Parameter(
+        name="*",
+        negative_bool="no-",
+        group=Group("Method", help=flags.methods_help(method), sort_key=1),
+    )
+    training = Parameter(name="*", negative_bool="no-", group=Group("Training", sort_key=2))
+
+    def train(
+        *,
+        places: Annotated[TrainPlaces, FLAT],
+        choice: Choice = Choice(),
+        settings: Annotated[chosen, own] = defaults,  # type: ignore[valid-type]
+        config: Annotated[TrainConfig, training] = TrainConfig(),
+        common: Common = Common(),
+    ) -> None:
+        """Train an adapter on a JSONL file."""
+        if choice.write_config:
+            parts = [vars(part) for part in (places, settings, config)]
+            values = {name: value for part in parts for name, value in part.items()}
+            text = flags.example_file(command_line(method)["train"], {"method": method, **values})
+            choice.write_config.write_text(text, encoding="utf-8")
+            return
+        from trainers.training.train import train as run
+
+        request = TrainRequest(**vars(places), method=settings, config=config)
+        result = run(request, say=(lambda line: None) if common.quiet else None)
+        if common.json:
+            _print_json(
+                {
+                    "output": str(result.output),
+                    "steps": result.steps,
+                    "report": result.report and result.report.to_dict(),
+                    "baseline": result.baseline and result.baseline.to_dict(),
+                }
+            )
+
+    return train
+
+
+def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) -> None:
+    """Export a backbone with adapters, build engines, validate; writes a bundle."""
     from iapt_export.building.build import build as run
-    from iapt_export.building.build_request import BuildRequest
     from iapt_export.progress import Steps
+    from validation.reporting.report import read_report
 
-    names = {field.name for field in dataclasses.fields(BuildRequest)}
-    settings = {name: value for name, value in vars(args).items() if name in names}
-    with Steps(quiet=args.quiet) as steps:
-        run(BuildRequest(**settings), steps)
-    _finish(args, Path(args.output))
+    with Steps(quiet=common.quiet) as steps:
+        run(request, steps)
+    output = Path(request.output)
+    _show_report(common, read_report(output / "report.json"))
+    print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
 
 
-def validate(args: argparse.Namespace) -> None:
-    """Compare a bundle with PyTorch and say where they differ."""
+def validate(
+    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
+    /,
+    *,
+    backbone: Backbone = Backbone(),
+    report: Annotated[Path | None, Parameter(metavar="DIR")] = None,
+    junit: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    comparison: Comparison = Comparison(),
+    common: Common = Common(),
+) -> None:
+    """Compare a bundle with PyTorch again.
+
+    Args:
+        bundle: Bundle folder.
+        backbone: Where the bundle's backbone is now.
+        report: Write report.json and report.html there.
+        junit: Write the checks there as JUnit XML, for CI.
+        comparison: How it is compared.
+        common: What every command takes.
+    """
     from iapt_export.contract.manifest import BundleManifest, verify_files
     from iapt_export.progress import Steps
     from trainers.decoder.backbone import load_backbone
@@ -92,152 +173,181 @@ def validate(args: argparse.Namespace) -> None:
     from validation.reporting.summary import failure
     from validation.validate import validate_bundle
 
-    _check_folders(args.junit)
-    bundle = Path(args.bundle)
+    _check_folders(junit)
     manifest = BundleManifest.load(bundle)
-    with Steps(quiet=args.quiet) as steps:
+    with Steps(quiet=common.quiet) as steps:
         steps("checking the files' hashes")
         verify_files(bundle, manifest)
-        name = args.model or manifest.backbone.name_or_path
+        name = backbone.model or manifest.backbone.name_or_path
         steps(f"loading {name}")
-        revision = args.revision or manifest.backbone.revision
-        backbone = load_backbone(name, revision=revision, trust_remote_code=args.trust_remote_code)
-        depth = "quick" if args.quick else "full"
-        settings = Settings(args.seed, args.new_tokens, args.device, depth, args.case, args.bisect)
-        report = validate_bundle(bundle, manifest, backbone, settings, steps)
-    if args.junit:
-        write_junit(report, Path(args.junit))
-    where = write_report(report, Path(args.report)) if args.report else None
-    _show_report(args, report)
+        revision = backbone.revision or manifest.backbone.revision
+        loaded = load_backbone(name, revision=revision, trust_remote_code=backbone.trust_remote_code)
+        asked = dataclasses.asdict(comparison)
+        settings = Settings(**asked, depth="quick" if asked.pop("quick") else "full")
+        found = validate_bundle(bundle, manifest, loaded, settings, steps)
+    if junit:
+        write_junit(found, junit)
+    where = write_report(found, report) if report else None
+    _show_report(common, found)
     if where:
         print(f"report: {where}", file=sys.stderr)
-    if report.verdict != "pass":
-        raise ParityError(failure(report))
+    if found.verdict != "pass":
+        raise ParityError(failure(found))
 
 
-def generate(args: argparse.Namespace) -> None:
-    """Answer prompts with one tenant; one prompt streams, several are printed when all have ended."""
+def generate(
+    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
+    /,
+    *,
+    tenant: Annotated[str, Parameter(metavar="NAME")],
+    prompt: Annotated[list[str], Parameter(metavar="TEXT")],
+    answering: Answering = Answering(),
+    common: Common = Common(),
+) -> None:
+    """Answer prompts with one tenant of a bundle; one prompt streams, several are printed when all have ended.
+
+    Args:
+        bundle: Bundle folder.
+        tenant: Whose adapter answers.
+        prompt: Once for each row of a batch.
+        answering: How answers are made.
+        common: What every command takes.
+    """
     from engines.serving.sampling import Sampling
     from engines.serving.session import Request, Session
 
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
-    requests = [
-        Request(args.tenant, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling) for prompt in args.prompt
-    ]
+    sampling = Sampling(answering.temperature, answering.top_p, answering.seed)
+    requests = [Request(tenant, text, max_new_tokens=answering.max_new_tokens, sampling=sampling) for text in prompt]
     texts = [""] * len(requests)
     ids: list[list[int]] = [[] for _ in requests]
     reasons: list[str | None] = [None] * len(requests)
-    streams = len(requests) == 1 and not args.json
-    with Session.open(args.bundle, args.target, device=args.device) as session:
+    streams = len(requests) == 1 and not common.json
+    with Session.open(bundle, answering.target, device=answering.device) as session:
         for token in session.stream(requests):
             texts[token.index] += token.text
             ids[token.index].append(token.token)
             reasons[token.index] = token.finish_reason
             if streams:
                 print(token.text, end="", flush=True)
-    if args.json:
-        rows = zip(args.prompt, texts, ids, reasons, strict=True)
+    if common.json:
+        rows = zip(prompt, texts, ids, reasons, strict=True)
         _print_json([{"prompt": p, "text": t, "tokens": i, "finish_reason": r} for p, t, i, r in rows])
     else:
         print() if streams else print("\n---\n".join(texts))
 
 
-def tenant(args: argparse.Namespace) -> None:
-    """Write an adapter as a file that a running session takes in."""
+def tenant(
+    adapter: Annotated[str, Parameter(metavar="ADAPTER")],
+    /,
+    *,
+    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
+    output: Annotated[Path, Parameter(alias="-o", metavar="FILE.safetensors")],
+    peft_prompt_format: PeftFormat = "plain",
+    backbone: Backbone = Backbone(),
+    common: Common = Common(),
+) -> None:
+    """Write an adapter as a file that a running session of a bundle takes in.
+
+    Args:
+        adapter: DIR or NAME=DIR; without a name, the folder's name is the tenant's.
+        bundle: The bundle that shall serve it, or one of its kind.
+        output: File to write.
+        peft_prompt_format: How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in
+            the chat template.
+        backbone: Where the bundle's backbone is now.
+        common: What every command takes.
+    """
     from iapt_export.building.tenant_file import write_tenant_file
     from iapt_export.contract.manifest import BundleManifest
     from trainers.decoder.backbone import load_backbone
 
-    spec = BundleManifest.load(Path(args.bundle)).backbone
-    backbone = load_backbone(
-        args.model or spec.name_or_path,
-        revision=args.revision or spec.revision,
-        trust_remote_code=args.trust_remote_code,
+    spec = BundleManifest.load(bundle).backbone
+    loaded = load_backbone(
+        backbone.model or spec.name_or_path,
+        revision=backbone.revision or spec.revision,
+        trust_remote_code=backbone.trust_remote_code,
     )
-    card = write_tenant_file(args.adapter, Path(args.bundle), Path(args.output), backbone, args.peft_prompt_format)
-    if args.json:
+    card = write_tenant_file(adapter, bundle, output, loaded, peft_prompt_format)
+    if common.json:
         _print_json(dataclasses.asdict(card))
     else:
-        print(f"{args.output} holds tenant {card.name} ({card.trained_form}); Session.add_tenant takes it", flush=True)
+        print(f"{output} holds tenant {card.name} ({card.trained_form}); Session.add_tenant takes it", flush=True)
 
 
-def bench(args: argparse.Namespace) -> None:
-    """Measure how fast a bundle answers."""
+def bench(
+    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
+    /,
+    *,
+    measuring: Measuring = Measuring(),
+    common: Common = Common(),
+) -> None:
+    """Measure how fast a bundle answers: first token, next tokens, throughput, memory.
+
+    Args:
+        bundle: Bundle folder.
+        measuring: What is measured.
+        common: What every command takes.
+    """
     from engines.bench import measure, plot, report, table
     from engines.serving.session import Session
     from iapt_export.progress import Steps
 
-    _check_folders(args.output, args.plot)
-    with Session.open(args.bundle, args.target, device=args.device) as session, Steps(quiet=args.quiet) as steps:
+    asked = measuring
+    _check_folders(asked.output, asked.plot)
+    with Session.open(bundle, asked.target, device=asked.device) as session, Steps(quiet=common.quiet) as steps:
         figures = [
-            measure(session, rows, args.prompt_tokens, args.new_tokens, args.repeat, steps) for rows in args.rows
+            measure(session, rows, asked.prompt_tokens, asked.new_tokens, asked.repeat, steps) for rows in asked.rows
         ]
         found = report(session, figures)
-    _show(args, found, table(found))  # first, so that it is not lost where writing fails
-    if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
-        plot(found, Path(args.plot))
+    _show(common, found, table(found))  # first, so that it is not lost where writing fails
+    if asked.output:
+        asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if asked.plot:
+        plot(found, asked.plot)
 
 
-def inspect(args: argparse.Namespace) -> None:
-    """Show what a path holds."""
+def inspect(path: Annotated[Path, Parameter(metavar="PATH")], /, *, common: Common = Common()) -> None:
+    """Show what an adapter, a bundle, an ONNX file or an engine holds.
+
+    Args:
+        path: Adapter directory, bundle, .onnx or .engine file.
+        common: What every command takes.
+    """
     from iapt_export.inspection import describe, table
 
-    found = describe(Path(args.path))
-    _show(args, found, table(found))
+    found = describe(path)
+    _show(common, found, table(found))
 
 
-def doctor(args: argparse.Namespace) -> None:
-    """Show what this machine can do."""
+def doctor(*, common: Common = Common()) -> None:
+    """Show what this machine can build and run, and how to get what is missing."""
     from engines.doctor import diagnose, table
 
     findings = diagnose()
-    _show(args, [dataclasses.asdict(finding) for finding in findings], table(findings))
+    _show(common, [dataclasses.asdict(finding) for finding in findings], table(findings))
 
 
-COMMANDS = {
-    "train": train,
-    "build": build,
-    "validate": validate,
-    "generate": generate,
-    "tenant": tenant,
-    "bench": bench,
-    "inspect": inspect,
-    "doctor": doctor,
-}
-
-
-def _check_folders(*paths: str | None) -> None:
+def _check_folders(*paths: Path | None) -> None:
     """Refuse files that cannot be written before the work whose result they are to hold."""
     for path in paths:
-        if path and not Path(path).parent.is_dir():
-            raise IaptError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first")
+        if path and not path.parent.is_dir():
+            raise IaptError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
 
 
-def _finish(args: argparse.Namespace, output: Path) -> None:
-    """Say what stands at the output now."""
-    from validation.reporting.report import read_report
-
-    report = read_report(output / "report.json")
-    _show_report(args, report)
-    print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
-
-
-def _show_report(args: argparse.Namespace, report: Any) -> None:
+def _show_report(common: Common, report: Any) -> None:
     from validation.reporting.summary import summary
 
-    if args.json:
+    if common.json:
         _print_json(report.to_dict())
     else:
         print(summary(report))
 
 
-def _show(args: argparse.Namespace, data: Any, table: Any) -> None:
+def _show(common: Common, data: Any, table: Any) -> None:
     """Data as JSON where asked for, else as a rich table."""
     from rich.console import Console
 
-    if args.json:
+    if common.json:
         _print_json(data)
     else:
         Console().print(table)
@@ -249,3 +359,11 @@ def _print_json(data: Any) -> None:
 
 def _fail(text: str) -> None:
     print(f"iapt-export: error: {text}", file=sys.stderr)
+
+
+def _listen() -> None:
+    """What the program notes goes to stderr, also while a live line stands there."""
+    logger, handler = logging.getLogger("iapt_export"), logging.Handler()
+    handler.emit = lambda record: print(handler.format(record), file=sys.stderr, flush=True)  # type: ignore[method-assign]
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

@@ -1,17 +1,25 @@
-"""What a build is asked for. Light to import: the command line is made from it, and its help texts are below."""
+"""What a build is asked for: the flags of ``iapt-export build`` are these fields, the texts below them their help."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
 
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
 
 Device = Literal["cpu", "cuda"]
 PeftFormat = Literal["plain", "chat"]
 Rational = Literal["function", "plugin"]
+_TARGETS = Parameter(group=Group("Targets", sort_key=1))
+_RANGES = Parameter(
+    group=Group("Ranges that graphs and engines are built for: MAX, or MIN:OPT:MAX", sort_key=2), metavar="RANGE"
+)
+_METHODS = Parameter(group=Group("Methods", sort_key=3))
+_COMPARISON = Parameter(group=Group("Comparison with PyTorch", sort_key=4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,48 +31,48 @@ class BuildRequest:
             the backbone, the adapters or this machine is checked by `iapt_export.build`.
     """
 
-    model: str
+    model: Annotated[str, Parameter(alias="-m", metavar="M")]
     """Hugging Face id, local folder, or GGUF file or folder."""
-    adapters: Sequence[str | Path]
-    """Adapter directories, one for each tenant; the tenant is called NAME (``NAME=DIR``), or as its folder is."""
-    output: str | Path
+    adapters: Annotated[Sequence[str | Path], Parameter(("--adapter", "-a"), metavar="[NAME=]DIR")]
+    """Adapter directory, one for each tenant; the tenant is called NAME, or as its folder is."""
+    output: Annotated[str | Path, Parameter(alias="-o", metavar="BUNDLE")]
     """Bundle to write."""
-    targets: Sequence[str] = ()
-    """onnxruntime, tensorrt-rtx or tensorrt, as ``NAME`` or ``NAME:DTYPE``; none at all means onnxruntime."""
-    dtype: str | None = None
+    targets: Annotated[Sequence[str], _TARGETS, Parameter(("--target", "-t"), metavar="T[:DTYPE]")] = ()
+    """onnxruntime (also with :int8 or :int4 weights), tensorrt-rtx, tensorrt; once for each; without, onnxruntime."""
+    dtype: Annotated[str | None, _TARGETS, Parameter(metavar="DTYPE")] = None
     """fp32, fp16 or bf16, for targets that name none."""
-    opset: int | None = None
-    """20 or 23; None takes 23."""
-    compute_capability: str | None = None
-    """GPU generation to build for, such as 8.9; None builds portable engines."""
-    rational: Rational = "function"
+    opset: Annotated[int | None, _TARGETS, Parameter(metavar="N")] = None
+    """20 or 23; without it, 23."""
+    compute_capability: Annotated[str | None, _TARGETS, Parameter(metavar="X.Y")] = None
+    """GPU generation to build for, such as 8.9; without it, engines are portable."""
+    rational: Annotated[Rational, _TARGETS] = "function"
     """ai.iapt::Rational in TensorRT engines: standard operators, or the plugin that 'make cpp' builds."""
-    batch: str = "1:4:8"
+    batch: Annotated[str, _RANGES] = "1:4:8"
     """Rows of one batch."""
-    sequence: str = "1:64:512"
+    sequence: Annotated[str, _RANGES] = "1:64:512"
     """Instruction tokens of a row."""
-    past: str = "1:256:1024"
+    past: Annotated[str, _RANGES] = "1:256:1024"
     """Cache entries of a row: prompts, instruction, answer."""
-    tenants: str = "1:4:64"
+    tenants: Annotated[str, _RANGES] = "1:4:64"
     """Tenants installed side by side."""
-    peft_prompt_format: PeftFormat = "plain"
+    peft_prompt_format: Annotated[PeftFormat, _METHODS] = "plain"
     """How prompts are fed to adapters of stock PEFT, which do not say: as they are, or in the chat template."""
-    merge_lora: bool = False
+    merge_lora: Annotated[bool, _METHODS] = False
     """Add the one LoRA adapter to the backbone's weights: no cost, but no other tenant."""
-    fold_embeddings: bool = False
+    fold_embeddings: Annotated[bool, _METHODS] = False
     """Ship ADePT's token offsets as one embedding table a tenant: less arithmetic, more memory."""
-    seed: int = 0
+    seed: Annotated[int, _COMPARISON] = 0
     """Order in which prompts are mixed in the comparison."""
-    new_tokens: int = 64
+    new_tokens: Annotated[int, _COMPARISON] = 64
     """Greedy tokens for each prompt in the comparison."""
-    device: Device = "cpu"
+    device: Annotated[Device, _COMPARISON] = "cpu"
     """Where ONNX Runtime runs in the comparison."""
-    prove: bool = True
+    prove: Annotated[bool, Parameter(parse=False)] = True
     """Compare with PyTorch before the bundle is published. Without it the manifest's verdict is ``not run``: for
     measurements alone."""
-    cache: str | Path | None = None
-    """Where finished stages are kept; None takes $IAPT_EXPORT_CACHE or the user's cache."""
-    revision: str | None = None
+    cache: Annotated[str | Path | None, Parameter(metavar="DIR")] = None
+    """Where finished stages are kept; without it, in $IAPT_EXPORT_CACHE or the user's cache."""
+    revision: Annotated[str | None, Parameter(metavar="REV")] = None
     """Commit or branch of the model on the hub."""
     trust_remote_code: bool = False
     """Run code from the model's repository."""

@@ -1,13 +1,17 @@
 """The methods' settings, one frozen dataclass each, checked when they are made; and the methods' names.
 
-Standard library only, so that reading an adapter's configuration needs no torch. What the papers settle and
-what is our choice stands in docs/methods.md. The string below a field is its help text on the command line.
+Light to import, so that reading an adapter's configuration needs no torch. What the papers settle and
+what is our choice stands in docs/methods.md. The flags of ``iapt-export train`` are these fields, and the texts
+below them their help.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from cyclopts import Parameter
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
@@ -249,6 +253,11 @@ class LAMPConfig(_Words):
         raise_problems("LAMP configuration", problems)
 
 
+def _names(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    """What a flag or a list of a file says: names, several in one text with commas between."""
+    return tuple(name.strip() for token in tokens for name in token.value.split(","))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """LoRA (arXiv 2106.09685): a low-rank change of chosen linear layers, at every token. PEFT's ``LORA``.
@@ -263,7 +272,10 @@ class LoRAConfig:
     """The change is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: Annotated[tuple[str, ...], Parameter(converter=_names, n_tokens=1, metavar="NAME,...")] = (
+        "q_proj",
+        "v_proj",
+    )
     """Last names of the linear layers that are changed."""
 
     @property

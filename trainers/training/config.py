@@ -1,18 +1,18 @@
-"""What a training run is made of, a frozen dataclass that is checked when it is made; and how settings are read.
+"""What a training run is made of, frozen dataclasses that are checked when they are made; light to import.
 
-Standard library only, so that reading an adapter's configuration needs no torch.
-The string below a field is its help text on the command line.
+The flags of ``iapt-export train`` are these fields, and the texts below them their help.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.settings import NAMES_TYPE, choice_problems, raise_problems
+from iapt_export.contract.settings import choice_problems, raise_problems
 from trainers.decoder.instruction import PromptFormat
 from trainers.methods.configs import IAPTConfig
 
@@ -115,15 +115,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class TrainRequest:
+class TrainPlaces:
+    """Where an adapter comes from and goes to."""
+
+    model: Annotated[str, Parameter(alias="-m", metavar="M")]
+    """Hugging Face id, local folder, or GGUF file."""
+    data: Annotated[str | Path, Parameter(metavar="FILE.jsonl")]
+    """One example a line: instruction/input/output, prompt/completion, or messages."""
+    output: Annotated[str | Path, Parameter(alias="-o", metavar="ADAPTER")]
+    """Adapter directory to write."""
+
+
+@dataclass(frozen=True)
+class TrainRequest(TrainPlaces):
     """An adapter that is wanted: of which backbone, data and method, and how it is trained."""
 
-    model: str
-    """Hugging Face id, local folder, or GGUF file."""
-    data: str | Path
-    """One example a line: instruction/input/output, prompt/completion, or messages."""
-    output: str | Path
-    """Adapter directory to write."""
     method: Any = field(default_factory=IAPTConfig)
     """The method's settings, one of `trainers.methods.configs`."""
     config: TrainConfig = field(default_factory=TrainConfig)
@@ -141,31 +147,8 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = ("max_steps", "warmup_steps", "max_eval_examples", "eval_steps", "save_steps", "seed")
 
 
-def configs_from_fields(method: type[Any], fields: dict[str, Any], source: str) -> tuple[Any, TrainConfig]:
-    """Sort one flat mapping of settings into the method's and the training run's configuration.
-
-    Args:
-        method: the method's configuration class.
-        fields: field name to value, as a YAML file or the command line gives them; texts are converted.
-        source: what the mapping was read from, for the error text.
-
-    Raises:
-        IaptError: a name that neither has, a text that is no number, or a value outside its range.
-    """
-    classes = (method, TrainConfig)
-    types = {field.name: str(field.type) for cls in classes for field in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - set(types))
-    if unknown:
-        raise IaptError(f"{source}: unknown field {', '.join(unknown)}; known fields are {', '.join(sorted(types))}")
-    values = {name: _converted(name, value, types[name], source) for name, value in fields.items()}
-    chosen = [
-        {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values} for cls in classes
-    ]
-    return method(**chosen[0]), TrainConfig(**chosen[1])
-
-
 def read_train_file(path: str | Path) -> dict[str, Any]:
-    """Read a flat YAML mapping of settings (``train.yaml``).
+    """Read a flat YAML mapping of settings (``train.yaml``); one without a value is as if it were not there.
 
     Raises:
         IaptError: missing file, broken YAML, or not a mapping.
@@ -181,22 +164,4 @@ def read_train_file(path: str | Path) -> dict[str, Any]:
         raise IaptError(f"{path} is not YAML: {error}") from error
     if fields is not None and not isinstance(fields, dict):
         raise IaptError(f"{path} holds a {type(fields).__name__}; expected one 'field: value' per line")
-    return dict(fields or {})
-
-
-def _converted(name: str, value: Any, kind: str, source: str) -> Any:
-    """Turn a text into the field's type (YAML reads 1e-3 as text); other values pass, and the class checks them."""
-    if kind == NAMES_TYPE and isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, str) or kind not in ("int", "float", "bool", NAMES_TYPE):
-        return value
-    if kind == NAMES_TYPE:
-        return tuple(part.strip() for part in value.split(","))
-    if kind == "bool":
-        if value.lower() not in ("true", "false"):
-            raise IaptError(f"{source}: {name}={value!r} is not true or false")
-        return value.lower() == "true"
-    try:
-        return int(value) if kind == "int" else float(value)
-    except ValueError:
-        raise IaptError(f"{source}: {name}={value!r} is not {'an integer' if kind == 'int' else 'a number'}") from None
+    return {name: value for name, value in (fields or {}).items() if value is not None}
