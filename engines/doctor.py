@@ -77,6 +77,8 @@ class Finding:
     """How to get it; empty when there is nothing to do."""
     kind: str = "part"
     """``part`` or ``ability``."""
+    compute_capabilities: tuple[str, ...] = ()
+    """Of each GPU, such as 8.9."""
 
 
 def diagnose(folder: Path | None = None) -> list[Finding]:
@@ -203,7 +205,8 @@ def _gpu(driver: Driver) -> Finding:
         f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / GIB:.0f} GiB"
         for gpu in driver.gpus
     ]
-    return Finding("gpu", OK, version, "; ".join(gpus))
+    capabilities = tuple(gpu.compute_capability for gpu in driver.gpus)
+    return Finding("gpu", OK, version, "; ".join(gpus), compute_capabilities=capabilities)
 
 
 def _driver_version() -> str:
@@ -270,25 +273,20 @@ def _ability(name: str, found: dict[str, Finding], needs: tuple[str, ...]) -> Fi
 
 
 def _tensorrt_abilities(chosen: Flavour, module: str, found: dict[str, Finding]) -> list[Finding]:
-    """Building and running the engines of one flavour."""
+    """Building the engines of one flavour, and running them, which no GPU does that the flavour does not serve."""
     build_needs = (module,) if chosen.builds_without_gpu else (module, "gpu")
     build = _ability(f"build {chosen.target} engines", found, build_needs)
     if build.status == OK and chosen.builds_without_gpu:
         served = ", ".join(chosen.compute_capabilities)
         build = dataclasses.replace(build, detail=f"also without a GPU, for compute capability {served}")
     run = _ability(f"run {chosen.target} engines", found, (module, "gpu", "cuda.bindings"))
-    return [build, _limited_to(chosen, run, found["gpu"])]
-
-
-def _limited_to(chosen: Flavour, run: Finding, gpu: Finding) -> Finding:
-    """The ability to run, given up where no GPU is one that the flavour serves."""
-    here = re.findall(r"compute capability (\d+\.\d+)", gpu.detail) if gpu.status == OK else []
-    if run.status != OK or set(here) & set(chosen.compute_capabilities):
-        return run
-    served = ", ".join(chosen.compute_capabilities)
-    return dataclasses.replace(
-        run,
-        status=MISSING,
-        detail=f"this GPU has compute capability {', '.join(here)}, {chosen.target} serves {served}",
-        remedy=f"use a GPU of one of these, or --target {DATACENTRE.target}",
-    )
+    here = found["gpu"].compute_capabilities
+    if run.status == OK and not set(here) & set(chosen.compute_capabilities):
+        run = dataclasses.replace(
+            run,
+            status=MISSING,
+            detail=f"this GPU has compute capability {', '.join(here)}, {chosen.target} serves "
+            + ", ".join(chosen.compute_capabilities),
+            remedy=f"use a GPU of one of these, or --target {DATACENTRE.target}",
+        )
+    return [build, run]

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Dict
+from cyclopts.help import DefaultFormatter, PanelSpec
+from rich.box import Box
 
 from iapt_export import __version__, flags
 from iapt_export.building.build_request import BuildRequest, PeftFormat
@@ -18,6 +20,11 @@ from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Measuring
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
+
+BundleFolder = Annotated[Path, Parameter(metavar="BUNDLE", help="Bundle folder.")]
+PEFT_HELP = "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template."
+NO_FRAME = Box("    \n" * 8)
+"""Help is plain tables under their titles, which logs and pagers take."""
 
 WRONG_FLAGS = 2
 PARITY_FAILED = 3
@@ -40,12 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         try:
             command, bound, _ = app.parse_args(argv)
         except CycloptsError as error:
-            given = argv + [f"--{name.replace('_', '-')}" for source in sources for name in source.data]
-            _fail(flags.refusal(error, app, method, given))
+            _fail(flags.refusal(error, app, method))
             token = getattr(error, "token", None)
             sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
         if bound.kwargs.get("common", Common()).verbose:
-            _listen()
+            logging.basicConfig(format="%(message)s", force=True)
+            logging.getLogger("iapt_export").setLevel(logging.INFO)
         command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half-written, and a repeated build goes on where this one stopped")
@@ -73,7 +80,7 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         help="Train prompt-tuning adapters, export them with their backbone to ONNX and TensorRT, prove parity.",
         help_epilogue=flags.EPILOG,
         help_format="plaintext",
-        help_formatter=flags.formatter(),
+        help_formatter=DefaultFormatter(panel_spec=PanelSpec(box=NO_FRAME)),
         version=f"iapt-export {__version__}",
         default_parameter=flags.PLAIN,
         config=flags.whole_numbers,
@@ -92,12 +99,8 @@ def train_command(method: str) -> Callable[..., None]:
     """``train`` with the settings of one method as flags."""
     chosen = config_of(method)
     defaults = chosen()
-    own = Parameter(
-        name="*",
-        negative_bool="no-",
-        group=Group("Method", help=flags.methods_help(method), sort_key=1),
-    )
-    training = Parameter(name="*", negative_bool="no-", group=Group("Training", sort_key=2))
+    own = Parameter("*", negative_bool="no-", group=Group("Method", help=flags.methods_help(method), sort_key=1))
+    training = Parameter("*", negative_bool="no-", group=Group("Training", sort_key=2))
 
     def train(
         *,
@@ -145,25 +148,14 @@ def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) 
 
 
 def validate(
-    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
+    bundle: BundleFolder,
     /,
     *,
     backbone: Backbone = Backbone(),
-    report: Annotated[Path | None, Parameter(metavar="DIR")] = None,
-    junit: Annotated[Path | None, Parameter(metavar="FILE")] = None,
-    comparison: Comparison = Comparison(),
+    asked: Comparison = Comparison(),
     common: Common = Common(),
 ) -> None:
-    """Compare a bundle with PyTorch again.
-
-    Args:
-        bundle: Bundle folder.
-        backbone: Where the bundle's backbone is now.
-        report: Write report.json and report.html there.
-        junit: Write the checks there as JUnit XML, for CI.
-        comparison: How it is compared.
-        common: What every command takes.
-    """
+    """Compare a bundle with PyTorch again."""
     from iapt_export.contract.manifest import BundleManifest, verify_files
     from iapt_export.progress import Steps
     from trainers.decoder.backbone import load_backbone
@@ -173,7 +165,7 @@ def validate(
     from validation.reporting.summary import failure
     from validation.validate import validate_bundle
 
-    _check_folders(junit)
+    _check_folders(asked.junit)
     manifest = BundleManifest.load(bundle)
     with Steps(quiet=common.quiet) as steps:
         steps("checking the files' hashes")
@@ -182,12 +174,12 @@ def validate(
         steps(f"loading {name}")
         revision = backbone.revision or manifest.backbone.revision
         loaded = load_backbone(name, revision=revision, trust_remote_code=backbone.trust_remote_code)
-        asked = dataclasses.asdict(comparison)
-        settings = Settings(**asked, depth="quick" if asked.pop("quick") else "full")
+        depth = "quick" if asked.quick else "full"
+        settings = Settings(asked.seed, asked.new_tokens, asked.device, depth, asked.case, asked.bisect)
         found = validate_bundle(bundle, manifest, loaded, settings, steps)
-    if junit:
-        write_junit(found, junit)
-    where = write_report(found, report) if report else None
+    if asked.junit:
+        write_junit(found, asked.junit)
+    where = write_report(found, asked.report) if asked.report else None
     _show_report(common, found)
     if where:
         print(f"report: {where}", file=sys.stderr)
@@ -195,34 +187,19 @@ def validate(
         raise ParityError(failure(found))
 
 
-def generate(
-    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
-    /,
-    *,
-    tenant: Annotated[str, Parameter(metavar="NAME")],
-    prompt: Annotated[list[str], Parameter(metavar="TEXT")],
-    answering: Answering = Answering(),
-    common: Common = Common(),
-) -> None:
-    """Answer prompts with one tenant of a bundle; one prompt streams, several are printed when all have ended.
-
-    Args:
-        bundle: Bundle folder.
-        tenant: Whose adapter answers.
-        prompt: Once for each row of a batch.
-        answering: How answers are made.
-        common: What every command takes.
-    """
+def generate(bundle: BundleFolder, /, *, asked: Answering, common: Common = Common()) -> None:
+    """Answer prompts with one tenant of a bundle; one prompt streams, several are printed when all have ended."""
     from engines.serving.sampling import Sampling
     from engines.serving.session import Request, Session
 
-    sampling = Sampling(answering.temperature, answering.top_p, answering.seed)
-    requests = [Request(tenant, text, max_new_tokens=answering.max_new_tokens, sampling=sampling) for text in prompt]
+    sampling = Sampling(asked.temperature, asked.top_p, asked.seed)
+    prompts, length = asked.prompt, asked.max_new_tokens
+    requests = [Request(asked.tenant, prompt, max_new_tokens=length, sampling=sampling) for prompt in prompts]
     texts = [""] * len(requests)
     ids: list[list[int]] = [[] for _ in requests]
     reasons: list[str | None] = [None] * len(requests)
     streams = len(requests) == 1 and not common.json
-    with Session.open(bundle, answering.target, device=answering.device) as session:
+    with Session.open(bundle, asked.target, device=asked.device) as session:
         for token in session.stream(requests):
             texts[token.index] += token.text
             ids[token.index].append(token.token)
@@ -230,33 +207,25 @@ def generate(
             if streams:
                 print(token.text, end="", flush=True)
     if common.json:
-        rows = zip(prompt, texts, ids, reasons, strict=True)
+        rows = zip(prompts, texts, ids, reasons, strict=True)
         _print_json([{"prompt": p, "text": t, "tokens": i, "finish_reason": r} for p, t, i, r in rows])
     else:
         print() if streams else print("\n---\n".join(texts))
 
 
 def tenant(
-    adapter: Annotated[str, Parameter(metavar="ADAPTER")],
+    adapter: Annotated[
+        str, Parameter(metavar="ADAPTER", help="DIR or NAME=DIR; the folder's name is the tenant's else.")
+    ],
     /,
     *,
-    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
-    output: Annotated[Path, Parameter(alias="-o", metavar="FILE.safetensors")],
-    peft_prompt_format: PeftFormat = "plain",
+    bundle: Annotated[Path, Parameter(metavar="BUNDLE", help="The bundle that shall serve it, or one of its kind.")],
+    output: Annotated[Path, Parameter(alias="-o", metavar="FILE.safetensors", help="File to write.")],
+    peft_prompt_format: Annotated[PeftFormat, Parameter(help=PEFT_HELP)] = "plain",
     backbone: Backbone = Backbone(),
     common: Common = Common(),
 ) -> None:
-    """Write an adapter as a file that a running session of a bundle takes in.
-
-    Args:
-        adapter: DIR or NAME=DIR; without a name, the folder's name is the tenant's.
-        bundle: The bundle that shall serve it, or one of its kind.
-        output: File to write.
-        peft_prompt_format: How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in
-            the chat template.
-        backbone: Where the bundle's backbone is now.
-        common: What every command takes.
-    """
+    """Write an adapter as a file that a running session of a bundle takes in."""
     from iapt_export.building.tenant_file import write_tenant_file
     from iapt_export.contract.manifest import BundleManifest
     from trainers.decoder.backbone import load_backbone
@@ -274,25 +243,12 @@ def tenant(
         print(f"{output} holds tenant {card.name} ({card.trained_form}); Session.add_tenant takes it", flush=True)
 
 
-def bench(
-    bundle: Annotated[Path, Parameter(metavar="BUNDLE")],
-    /,
-    *,
-    measuring: Measuring = Measuring(),
-    common: Common = Common(),
-) -> None:
-    """Measure how fast a bundle answers: first token, next tokens, throughput, memory.
-
-    Args:
-        bundle: Bundle folder.
-        measuring: What is measured.
-        common: What every command takes.
-    """
+def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Common = Common()) -> None:
+    """Measure how fast a bundle answers: first token, next tokens, throughput, memory."""
     from engines.bench import measure, plot, report, table
     from engines.serving.session import Session
     from iapt_export.progress import Steps
 
-    asked = measuring
     _check_folders(asked.output, asked.plot)
     with Session.open(bundle, asked.target, device=asked.device) as session, Steps(quiet=common.quiet) as steps:
         figures = [
@@ -306,13 +262,13 @@ def bench(
         plot(found, asked.plot)
 
 
-def inspect(path: Annotated[Path, Parameter(metavar="PATH")], /, *, common: Common = Common()) -> None:
-    """Show what an adapter, a bundle, an ONNX file or an engine holds.
-
-    Args:
-        path: Adapter directory, bundle, .onnx or .engine file.
-        common: What every command takes.
-    """
+def inspect(
+    path: Annotated[Path, Parameter(metavar="PATH", help="Adapter directory, bundle, .onnx or .engine file.")],
+    /,
+    *,
+    common: Common = Common(),
+) -> None:
+    """Show what an adapter, a bundle, an ONNX file or an engine holds."""
     from iapt_export.inspection import describe, table
 
     found = describe(path)
@@ -359,11 +315,3 @@ def _print_json(data: Any) -> None:
 
 def _fail(text: str) -> None:
     print(f"iapt-export: error: {text}", file=sys.stderr)
-
-
-def _listen() -> None:
-    """What the program notes goes to stderr, also while a live line stands there."""
-    logger, handler = logging.getLogger("iapt_export"), logging.Handler()
-    handler.emit = lambda record: print(handler.format(record), file=sys.stderr, flush=True)  # type: ignore[method-assign]
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)

@@ -5,6 +5,7 @@ in the dataclasses that Python callers fill as well.
 """
 
 import dataclasses
+import itertools
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,9 @@ from cyclopts import (
 )
 from cyclopts.config import Dict
 from cyclopts.exceptions import UnusedCliTokensError
-from cyclopts.help import DefaultFormatter, PanelSpec
 from cyclopts.types import PositiveInt
 
+from iapt_export.building.build_request import Device
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import summary_of
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
@@ -47,6 +48,15 @@ Exit codes:
 """
 EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "train.jsonl", "output": "adapters/mine"}
 """What ``--write-config`` writes where no flag says more."""
+
+
+def _shown(value: Any) -> str | None:
+    """A default as help shows it; None where it only says that a flag was not given."""
+    if value is None or value is False or value in ("", ()):
+        return None
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 FLAT = Parameter(name="*")
 PLAIN = Parameter(
     allow_repeating=True,
@@ -54,10 +64,9 @@ PLAIN = Parameter(
     negative_iterable=(),
     json_dict=False,
     json_list=False,
-    show_default=lambda value: _shown(value),
+    show_default=_shown,
 )
 """What holds for every flag: the last of repeated ones counts, no ``--no-flag``, and no text is read as JSON."""
-Device = Literal["cpu", "cuda"]
 
 
 @Parameter(name="*", group=Group("Backbone", sort_key=1))
@@ -76,8 +85,12 @@ class Backbone:
 @Parameter(name="*", group=Group("Comparison with PyTorch", sort_key=2))
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How a bundle is compared."""
+    """How a bundle is compared, and where that is written."""
 
+    report: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    """Write report.json and report.html there."""
+    junit: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    """Write the checks there as JUnit XML, for CI."""
     quick: bool = False
     """Few prompts, few tokens, no long cases: half a minute."""
     case: Annotated[str | None, Parameter(metavar="NAME")] = None
@@ -92,15 +105,25 @@ class Comparison:
     """Where ONNX Runtime runs."""
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Answering:
-    """How answers are made."""
+class _Running:
+    """What runs where."""
 
     target: Annotated[str | None, Parameter(metavar="T")] = None
     """Which of the bundle's targets runs; without it, the first."""
     device: Device = "cpu"
     """Where ONNX Runtime runs."""
+
+
+@FLAT
+@dataclass(frozen=True, kw_only=True)
+class Answering(_Running):
+    """Which answers are wanted, and how they are made."""
+
+    tenant: Annotated[str, Parameter(metavar="NAME")]
+    """Whose adapter answers."""
+    prompt: Annotated[list[str], Parameter(metavar="TEXT")]
+    """Once for each row of a batch."""
     max_new_tokens: Annotated[int, Parameter(metavar="N")] = 64
     """Longest answer."""
     temperature: float = 0.0
@@ -111,15 +134,11 @@ class Answering:
     """Seed of sampling."""
 
 
-@Parameter(name="*")
+@FLAT
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
+class Measuring(_Running):
     """What is measured and where it is kept."""
 
-    target: Annotated[str | None, Parameter(metavar="T")] = None
-    """Which of the bundle's targets runs; without it, the first."""
-    device: Device = "cpu"
-    """Where ONNX Runtime runs."""
     rows: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, metavar="N...")] = (1, 8)
     """Rows that run at once, one table line each."""
     prompt_tokens: PositiveInt = 128
@@ -134,7 +153,7 @@ class Measuring:
     """Also draw the time between tokens."""
 
 
-@Parameter(name="*")
+@FLAT
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What is trained, and a file of settings."""
@@ -162,20 +181,6 @@ class Common:
     """Show the stack trace of an error."""
 
 
-def formatter() -> DefaultFormatter:
-    """Help as plain tables below their titles, without frames, which logs and pagers garble."""
-    from rich.box import Box
-
-    return DefaultFormatter(panel_spec=PanelSpec(box=Box("    \n" * 8)))
-
-
-def _shown(value: Any) -> str | None:
-    """A default as help shows it; None where it only says that a flag was not given."""
-    if value is None or value is False or value in ("", ()):
-        return None
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def with_values(argv: list[str]) -> list[str]:
     """``--flag true`` as ``--flag=true``, the only form in which the parser takes a truth value."""
     words: list[str] = []
@@ -198,34 +203,26 @@ def method_settings(argv: list[str]) -> tuple[str, list[Dict]]:
     Raises:
         IaptError: the file cannot be read, names an unknown method, or has settings that this method has not.
     """
-
-    def peek(
-        *_: Annotated[str, Parameter(allow_leading_hyphen=True)],
-        method: str = "",
-        config: str = "",
-        write_config: str = "",
-    ) -> tuple[str, str, str]:
-        return method, config, write_config
-
-    parser = App(help_flags=[], version_flags=[], exit_on_error=False, print_error=False, default_command=peek)
-    try:
-        command, bound, *_ = parser.parse_known_args(argv)
-    except CycloptsError:  # which the real parser words better
-        return DEFAULT_METHOD, []
-    asked, path, example = command(*bound.args, **bound.kwargs)
+    asked, path, example = (_value_of(flag, argv) for flag in ("--method", "--config", "--write-config"))
     settings = read_train_file(path) if path else {}
     of_file = str(settings.pop("method", DEFAULT_METHOD))
     method = flag_name(asked if asked in map(flag_name, METHOD_CONFIGS) else of_file)
     known = {field.name for cls in (TrainPlaces, config_of(method), TrainConfig) for field in dataclasses.fields(cls)}
     for name in sorted(settings.keys() - known):
-        told = _of_another(name, method)
-        raise IaptError(
-            f"{path}: {told}" if told else f"{path}: unknown field {name}; known fields are {', '.join(sorted(known))}"
-        )
-    sources = [Dict(settings, source=path)] + ([Dict(EXAMPLE)] if example else [])
-    for source in sources:
-        source.use_commands_as_keys = False
-    return method, sources
+        told = _of_another(name, method) or f"unknown field {name}; known fields are {', '.join(sorted(known))}"
+        raise IaptError(f"{path}: {told}")
+    sources = [(settings, path), (EXAMPLE if example else {}, "")]
+    return method, [Dict(data, source=source, use_commands_as_keys=False) for data, source in sources]
+
+
+def _value_of(flag: str, argv: list[str]) -> str:
+    """What stands after a flag, where it is given last; empty without it."""
+    value = ""
+    for word, after in itertools.pairwise([*argv, ""]):
+        name, equals, own = word.partition("=")
+        if name == flag:
+            value = own if equals else after
+    return value
 
 
 def whole_numbers(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -270,15 +267,8 @@ def example_file(train: App, values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def refusal(error: CycloptsError, app: App, method: str, given: list[str]) -> str:
-    """A wrong flag in one sentence: which, what was expected, and where to read on.
-
-    Args:
-        error: what the parser found.
-        app: the command line.
-        method: the method whose flags ``train`` has.
-        given: the words of the command line, and the settings of a file as flags.
-    """
+def refusal(error: CycloptsError, app: App, method: str) -> str:
+    """A wrong flag in one sentence, as the parser found it: which, what was expected, and where to read on."""
     chain = tuple(error.command_chain or ())
     command = " ".join(("iapt-export", *chain))
     text = str(error)
@@ -289,16 +279,13 @@ def refusal(error: CycloptsError, app: App, method: str, given: list[str]) -> st
     elif isinstance(error, MissingArgumentError) and error.keyword:
         text = f"{error.keyword} needs a value"
     elif isinstance(error, MissingArgumentError):
-        flags = [argument for argument in app[chain[0]].assemble_argument_collection() if argument.required]
-        lacking = [flag.name for flag in flags if not any(_is_of(flag.names, word) for word in given)]
-        missing = [name for name in lacking if name.startswith("-") or name == getattr(error.argument, "name", None)]
-        text = f"{command} needs {', '.join(missing)}"
+        required = [
+            argument.name
+            for argument in app[chain[0]].assemble_argument_collection()
+            if argument.required and argument.name != "*"
+        ]
+        text = f"{command} needs {error.argument and error.argument.name}; it must have {', '.join(required)}"
     return f"{text} (see {command} --help)"
-
-
-def _is_of(names: tuple[str, ...], word: str) -> bool:
-    """Whether a word is a flag of these names, alone or with its value."""
-    return any(word.partition("=")[0] == name or (len(name) == 2 and word.startswith(name)) for name in names)
 
 
 def _of_another(setting: str, method: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from iapt_export.building.build_request import BuildRequest
-from iapt_export.flags import parser
+from iapt_export.cli import command_line
+from iapt_export.flags import method_settings
 from trainers.decoder.method import Sizes
 from trainers.methods.configs import config_of
 from trainers.methods.forms import METHODS
@@ -49,9 +50,12 @@ def make_targets() -> set[str]:
 
 
 def known_flags() -> dict[str, set[str]]:
-    action = next(action for action in parser()._actions if hasattr(action, "choices") and action.choices)
-    assert isinstance(action.choices, dict)
-    return {name: set(command._option_string_actions) for name, command in action.choices.items()}
+    app = command_line("iapt")
+    return {
+        command: {name for argument in app[command].assemble_argument_collection() for name in argument.names}
+        for command in app
+        if not command.startswith("-")
+    }
 
 
 def test_the_two_commands_stand_in_the_first_screen():
@@ -62,7 +66,9 @@ def test_the_two_commands_stand_in_the_first_screen():
 
 @pytest.mark.parametrize("words", [words for words in shell_commands() if words[0] == "iapt-export"], ids=" ".join)
 def test_commands_parse(words):
-    assert parser().parse_args(words[1:]).command == words[1]
+    method, _ = method_settings(words[2:])
+    command, *_ = command_line(method).parse_args(words[1:])
+    assert command.__name__ == words[1]
 
 
 def test_every_command_is_shown_and_exists():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any, get_args, get_origin, get_type_hints
 
 from iapt_export.contract.errors import IaptError
@@ -56,13 +57,14 @@ def choice_problems(config: Any) -> list[str]:
     return problems
 
 
-def range_problems(config: Any, **ranges: tuple[int, int]) -> list[str]:
-    """One line for each named field that is no integer from its lowest to its highest value."""
+def range_problems(config: Any, **ranges: tuple[float, float]) -> list[str]:
+    """One line for each named field outside its lowest and highest value: of integers unless they are floats."""
     problems = []
     for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            problems.append(f"{name}={value!r} is not an integer from {low} to {high}")
+        value, (kinds, form) = getattr(config, name), (int, "") if isinstance(low, int) else (int | float, "g")
+        if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+            span = f"of at least {low}" if high == math.inf else f"from {low:{form}} to {high:{form}}"
+            problems.append(f"{name}={value!r} is not {'a number' if form == 'g' else 'an integer'} {span}")
     return problems
 
 

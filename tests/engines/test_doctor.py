@@ -96,13 +96,19 @@ def test_a_gpu_that_rtx_does_not_serve() -> None:
     assert run.detail.startswith("this GPU has compute capability 9.0, tensorrt-rtx serves 7.5, 8.0")
     assert run.remedy == "use a GPU of one of these, or --target tensorrt"
     assert _able(_machine(driver=HOPPER))["run tensorrt engines"] == OK
+    both = dataclasses.replace(HOPPER, gpus=(*HOPPER.gpus, *ADA.gpus))
+    assert _able(_machine(driver=both))["run tensorrt-rtx engines"] == OK, "one of the GPUs serves"
+    reworded = [
+        dataclasses.replace(part, detail="in other words") if part.name == "gpu" else part
+        for part in _machine(driver=HOPPER)
+    ]
+    assert _able(reworded)["run tensorrt-rtx engines"] == MISSING, "told by a field, not by prose"
 
 
 def test_the_gpu_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_driver_version", lambda: "driver 580.65.06")
-    assert doctor._gpu(ADA) == Finding(
-        "gpu", OK, "driver 580.65.06 CUDA 13.1", "NVIDIA RTX 4090, compute capability 8.9, 24 GiB"
-    )
+    words = "NVIDIA RTX 4090, compute capability 8.9, 24 GiB"
+    assert doctor._gpu(ADA) == Finding("gpu", OK, "driver 580.65.06 CUDA 13.1", words, compute_capabilities=("8.9",))
     missing = doctor._gpu(NO_DRIVER)
     assert (missing.status, missing.version) == (MISSING, "")
     assert missing.detail == "no NVIDIA driver found: libcuda.so.1 is missing"
@@ -171,7 +177,7 @@ def test_the_table_shows_every_word() -> None:
 
 def test_the_data_is_json() -> None:
     data = json.loads(json.dumps([dataclasses.asdict(finding) for finding in diagnose()]))
-    assert set(data[0]) == {"name", "status", "version", "detail", "remedy", "kind"}
+    assert set(data[0]) == {"name", "status", "version", "detail", "remedy", "kind", "compute_capabilities"}
     assert [finding["name"] for finding in data if finding["kind"] == "ability"] == [
         "train adapters",
         "export bundles",

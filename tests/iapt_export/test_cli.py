@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,95 +14,20 @@ import pytest
 
 import iapt_export
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.settings import field_help, summary_of
 from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
-from trainers.methods.configs import METHOD_CONFIGS, LoRAConfig, flag_name
-from trainers.training.config import TrainConfig, TrainRequest
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
-COMMANDS = {
-    "train": ("--model", "--data", "--output", "--config", "FILE.jsonl", "--prompt-length", "--learning-rate"),
-    "build": ("--model", "--adapter", "--output", "--target", "--dtype", "--opset", "--batch", "--cache", "[NAME=]DIR"),
-    "validate": ("BUNDLE", "--model", "--report", "--seed", "--new-tokens"),
-    "generate": ("BUNDLE", "--tenant", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed"),
-    "inspect": ("PATH", "adapter directory, bundle, .onnx or .engine"),
-    "doctor": ("what this machine can build and run",),
-}
 
 
-def wrapped(text: str) -> str:
-    return " ".join(text.split())
-
-
-def test_help_shows_every_command_a_first_run_and_the_exit_codes() -> None:
-    shown = run("--help")
-    assert shown.code == 0
-    for command in COMMANDS:
-        assert f"\n    {command} " in shown.out
-    assert "a first run:" in shown.out and "iapt-export doctor" in shown.out
-    assert "0 success · 1 bad input or damaged files · 2 wrong flags · 3 an export differs" in shown.out
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_teaches(command: str) -> None:
-    shown = run(command, "--help")
-    assert (shown.code, shown.err) == (0, "")
-    for text in (*COMMANDS[command], "--json", "--quiet", "--debug"):
-        assert text in wrapped(shown.out)
-    assert "None)" not in shown.out and "(default: [])" not in shown.out
-
-
-@pytest.mark.parametrize("name", METHOD_CONFIGS)
-def test_help_of_train_explains_every_setting_of_the_method_asked_for(name: str) -> None:
-    asked = [] if name == "IAPT" else ["--method", flag_name(name)]
-    shown = wrapped(run("train", *asked, "--help").out)
-    for cls in (METHOD_CONFIGS[name], TrainConfig):
-        for field, text in field_help(cls).items():
-            if field not in ("revision", "trust_remote_code"):  # every command that loads a backbone words them alike
-                assert f"--{field.replace('_', '-')} " in shown
-                assert wrapped(text)[:30] in shown
-    for other, cls in METHOD_CONFIGS.items():
-        assert summary_of(cls)[:40] in shown
-        assert (f" {flag_name(other)} {summary_of(cls)[:20]}" in shown) == (other != name), "the others, a line each"
-    assert ("--bottleneck" in shown) == (name in ("IAPT", "ADEPT"))
-
-
-def test_help_of_train_needs_no_torch() -> None:
-    code = (
-        "import sys\nfrom iapt_export.flags import parser\nparser(['train', '--method', 'lora']).format_help()\n"
-        "print(*[name for name in ('torch', 'transformers', 'onnx') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
-def test_version_and_module_agree() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "iapt_export", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == f"iapt-export {iapt_export.__version__}\n" == run("--version").out
-
-
-@pytest.mark.parametrize(
-    ("argv", "text"),
-    [
-        ([], "the following arguments are required: COMMAND"),
-        (["export"], "invalid choice: 'export'"),
-        (["build"], "the following arguments are required: --model/-m, --output/-o"),
-        (["build", "--model=m", "--output=o", "--opset=new"], "argument --opset: invalid int value: 'new'"),
-        (["generate", "bundle"], "the following arguments are required: --tenant, --prompt"),
-        (["validate", "bundle", "--device=tpu"], "argument --device: invalid choice: 'tpu'"),
-        (["inspect"], "the following arguments are required: PATH"),
-        (["doctor", "--colour"], "unrecognized arguments: --colour"),
-        (["train", "--method=qlora"], "argument --method: invalid choice: 'qlora' (choose from"),
-        (["train", "--method=lora", "--bottleneck=8"], "unrecognized arguments: --bottleneck=8"),
-        (["train", "--method"], "argument --method: expected one argument"),
-    ],
-)
-def test_wrong_flags(argv: list[str], text: str) -> None:
-    outcome = run(*argv)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert text in outcome.err and outcome.err.startswith("usage: iapt-export")
+def test_verbose_says_what_passes_did(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    logger = logging.getLogger("iapt_export")
+    try:
+        outcome = run(*tiny_build.arguments(tmp_path / "bundle", cache=tmp_path / "cache"), "--quiet", "-v")
+    finally:
+        logger.handlers, level = [], logger.level
+        logger.setLevel(logging.NOTSET)
+    assert outcome.code == 0, outcome.err
+    assert level == logging.INFO and "decode.onnx: " in outcome.err
 
 
 def test_a_second_build_says_up_to_date_and_writes_nothing(tiny_build: TinyBuild) -> None:
@@ -220,48 +146,6 @@ def test_build_in_fp16(tiny_build: TinyBuild, tmp_path: Path) -> None:
     assert [(target["dtype"], target["status"]) for target in targets] == [("fp16", "pass")] * 2
     answer = run("generate", tmp_path / "bundle", "--tenant=beta", "--prompt=the film", "--max-new-tokens=4", "--json")
     assert json.loads(answer.out)[0]["tokens"]
-
-
-def test_train_names_what_is_missing(tmp_path: Path) -> None:
-    config = tmp_path / "train.yaml"
-    config.write_text("model: m\nbottleneck: 8\n")
-    for argv, text in (
-        (["train"], "--model, --data, --output is missing; give it as a flag or in the --config file"),
-        (["train", f"--config={config}"], "error: --data, --output is missing"),
-        (["train", "--model=m", "--data=d", "--output=o", "--bottleneck=wide"], "bottleneck='wide' is not an integer"),
-        (["train", f"--config={tmp_path / 'none.yaml'}"], "none.yaml does not exist; expected YAML"),
-    ):
-        outcome = run(*argv)
-        assert outcome.code == 1 and text in outcome.err, outcome.err
-    config.write_text("model: m\ndata: d\noutput: o\ncolour: blue\n")
-    assert "unknown field colour; known fields are" in run("train", f"--config={config}").err
-
-
-def test_the_method_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file's method decides which flags there are, unless a flag names another."""
-    asked: list[Any] = []
-
-    def train(request: TrainRequest, **_: Any) -> Any:
-        asked.append(request.method)
-        raise IaptError("enough seen")
-
-    monkeypatch.setattr("trainers.training.train.train", train)
-    config = tmp_path / "train.yaml"
-    config.write_text("model: m\ndata: d\noutput: o\nmethod: lopa\n")
-    for flags, method in (
-        (["--head-width=3"], METHOD_CONFIGS["LOPA"](head_width=3)),
-        (["--method=prefix-tuning", "--projection=true"], METHOD_CONFIGS["PREFIX_TUNING"](projection=True)),
-        (["--method", "lora", "--target-modules=q_proj,o_proj"], LoRAConfig(target_modules=("q_proj", "o_proj"))),
-        (["--method=iapt"], METHOD_CONFIGS["IAPT"]()),
-    ):
-        outcome = run("train", f"--config={config}", *flags)
-        assert "enough seen" in outcome.err, outcome.err
-        assert asked.pop() == method
-    config.write_text("model: m\ndata: d\noutput: o\nmethod: qlora\n")
-    outcome = run("train", f"--config={config}")
-    assert outcome.code == 1 and "method 'qlora' is not known; use one of iapt, adept" in outcome.err
-    config.write_text("model: m\ndata: d\noutput: o\nmethod: lopa\nbottleneck: 3\n")
-    assert "unknown field bottleneck; known fields are" in run("train", f"--config={config}").err
 
 
 def test_an_error_is_one_line_unless_debugged(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The flags of ``iapt-export train`` are these fields, and the texts below them th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.settings import choice_problems, raise_problems
+from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
 from trainers.decoder.instruction import PromptFormat
 from trainers.methods.configs import IAPTConfig
 
@@ -94,21 +95,16 @@ class TrainConfig:
     """A sentence on the data's origin, version and licence for the model card."""
 
     def __post_init__(self) -> None:
-        problems = choice_problems(self)
-        for name in _AT_LEAST_ONE + _AT_LEAST_ZERO:
-            value, least = getattr(self, name), 1 if name in _AT_LEAST_ONE else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                problems.append(f"{name}={value!r} is not an integer of at least {least}")
-        for name, low, high in (
-            ("learning_rate", 0.0, 100.0),
-            ("num_epochs", 0.0, 1e6),
-            ("weight_decay", 0.0, 1e3),
-            ("max_grad_norm", 0.0, 1e9),
-            ("holdout", 0.0, 0.9),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-                problems.append(f"{name}={value!r} is not a number from {low:g} to {high:g}")
+        problems = choice_problems(self) + range_problems(
+            self,
+            learning_rate=(0.0, 100.0),
+            num_epochs=(0.0, 1e6),
+            weight_decay=(0.0, 1e3),
+            max_grad_norm=(0.0, 1e9),
+            holdout=(0.0, 0.9),
+            **dict.fromkeys(_AT_LEAST_ONE, (1, math.inf)),
+            **dict.fromkeys(_AT_LEAST_ZERO, (0, math.inf)),
+        )
         if not problems and self.max_steps == 0 and self.num_epochs == 0:
             problems.append("max_steps and num_epochs are both 0, so there is nothing to train; set one of them")
         raise_problems("training configuration", problems)

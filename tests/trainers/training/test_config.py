@@ -1,4 +1,4 @@
-"""Settings: defaults, ranges, sharing groups, YAML and text conversion, help texts."""
+"""Settings: defaults, ranges, sharing groups, YAML."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.settings import field_help, summary_of
-from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, config_of
-from trainers.training.config import TrainConfig, configs_from_fields, read_train_file
+from iapt_export.contract.settings import summary_of
+from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, config_of
+from trainers.training.config import TrainConfig, read_train_file
 
 
 def test_defaults_are_the_papers_settled_parts() -> None:
@@ -85,18 +85,11 @@ def test_more_groups_than_layers() -> None:
         IAPTConfig(sharing="groups", num_groups=6).groups(5)
 
 
-def test_every_field_has_a_help_text_of_its_own() -> None:
-    for cls in (*METHOD_CONFIGS.values(), TrainConfig):
-        texts = field_help(cls)
-        assert set(texts) == {field.name for field in dataclasses.fields(cls)}
-        assert all(text.endswith(".") and len(text) < 140 for text in texts.values())
-
-
 @pytest.mark.parametrize("cls", METHOD_CONFIGS.values())
 def test_no_field_name_is_in_both_configurations(cls: type) -> None:
     names = [{field.name for field in dataclasses.fields(item)} for item in (cls, TrainConfig)]
     assert not names[0] & names[1]
-    others = {"model", "data", "output", "config", "method", "json", "quiet", "debug"}
+    others = {"model", "data", "output", "config", "method", "write_config", "json", "quiet", "verbose", "debug"}
     assert not (names[0] | names[1]) & others, "flags of the train command"
 
 
@@ -113,37 +106,12 @@ def test_methods_by_name() -> None:
         config_of("qlora")
 
 
-def test_flat_fields_are_sorted_and_converted() -> None:
-    fields = {"learning_rate": "1e-3", "bottleneck": "64", "bias": "False", "pooling": "mean", "seed": 3}
-    method, training = configs_from_fields(IAPTConfig, fields, "flags")
-    assert method == IAPTConfig(bottleneck=64, bias=False, pooling="mean")
-    assert training == TrainConfig(learning_rate=1e-3, seed=3)
-    named, _ = configs_from_fields(LoRAConfig, {"target_modules": "q_proj, o_proj", "alpha": "4"}, "flags")
-    assert named == LoRAConfig(target_modules=("q_proj", "o_proj"), alpha=4.0)
-    listed, _ = configs_from_fields(LoRAConfig, {"target_modules": ["q_proj", "o_proj"], "alpha": 4}, "train.yaml")
-    assert listed == named
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"learning_rat": 1}, "flags: unknown field learning_rat; known fields are activation, "),
-        ({"seed": "1.5"}, "flags: seed='1.5' is not an integer"),
-        ({"learning_rate": "fast"}, "flags: learning_rate='fast' is not a number"),
-        ({"bias": "maybe"}, "flags: bias='maybe' is not true or false"),
-    ],
-)
-def test_flat_fields_refuse(fields: dict[str, object], text: str) -> None:
-    with pytest.raises(IaptError) as caught:
-        configs_from_fields(IAPTConfig, fields, "flags")
-    assert text in str(caught.value)
-
-
 def test_settings_file(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text("learning_rate: 1e-3\nprompt_length: 2\n", encoding="utf-8")
-    method, training = configs_from_fields(IAPTConfig, read_train_file(path), str(path))
-    assert (method.prompt_length, training.learning_rate) == (2, 1e-3)
+    assert read_train_file(path) == {"learning_rate": "1e-3", "prompt_length": 2}
+    path.write_text("eval_file:\nprompt_length: 2\n", encoding="utf-8")
+    assert read_train_file(path) == {"prompt_length": 2}, "without a value it is not there"
     path.write_text("", encoding="utf-8")
     assert read_train_file(path) == {}
 
