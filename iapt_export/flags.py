@@ -58,15 +58,8 @@ def _shown(value: Any) -> str | None:
 
 
 FLAT = Parameter(name="*")
-PLAIN = Parameter(
-    allow_repeating=True,
-    negative_bool=(),
-    negative_iterable=(),
-    json_dict=False,
-    json_list=False,
-    show_default=_shown,
-)
-"""What holds for every flag: the last of repeated ones counts, no ``--no-flag``, and no text is read as JSON."""
+PLAIN = Parameter(allow_repeating=True, negative_bool=(), negative_iterable=(), show_default=_shown)
+"""What holds for every flag: the last of repeated ones counts, and there is no ``--no-flag``."""
 
 
 @Parameter(name="*", group=Group("Backbone", sort_key=1))

@@ -56,4 +56,4 @@ def test_wheel_names_command_and_light_core(wheel):
         metadata = archive.read(info.replace("entry_points.txt", "METADATA")).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     core = {line.split()[1].split(">")[0].split("<")[0] for line in required}
-    assert core == {"jinja2", "ml_dtypes", "numpy", "rich", "safetensors", "tokenizers"}
+    assert core == {"cyclopts", "jinja2", "ml_dtypes", "numpy", "rich", "safetensors", "tokenizers"}
