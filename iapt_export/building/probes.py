@@ -42,6 +42,9 @@ TEXTS = (
     "é",
     "😀",
     "UPPER lower Title",
+    "a  1   22\n\n3\n 4\t\t5 \u0663  \u0664",
+    "a  \x85\x85 b \x0b\x0c \x1c c",
+    "\u0870's \ua7c0's \U0001e7e0's",
 )
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 CHATS: tuple[tuple[dict[str, str], ...], ...] = (
@@ -64,6 +67,12 @@ CHATS: tuple[tuple[dict[str, str], ...], ...] = (
         {"role": "user", "content": "2 + 2"},
         {"role": "assistant", "content": " 4\n"},
         {"role": "user", "content": "½ + ½"},
+    ),
+    (
+        {"role": "system", "content": "Réponds à l'été, 日本."},
+        {"role": "user", "content": "été"},
+        {"role": "assistant", "content": "<think>\nça\n</think>\n\nétés "},
+        {"role": "user", "content": "🙂"},
     ),
     ({"role": "user", "content": "one"}, {"role": "user", "content": "two"}),
     ({"role": "user", "content": "one"}, SYSTEM, {"role": "user", "content": "two"}),

@@ -20,6 +20,7 @@ INSTALLED = ROOT / "build" / "install"
 RUNNER = INSTALLED / "bin" / "iapt_run"
 TOKENIZER = INSTALLED / "lib" / "libonnxruntime-genai.so"
 TENSORRT_RUNNER = INSTALLED / "lib" / "libiapt_tensorrt_rtx.so"
+READER = ROOT / "build" / "cpp" / "bin" / "read_texts"
 ROWS = ROOT / "build" / "cpp" / "bin" / "answer_rows"
 FUZZER = ROOT / "build" / "cpp-sanitize" / "bin" / "fuzz_manifest"
 

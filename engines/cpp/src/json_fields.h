@@ -20,6 +20,12 @@ inline std::string shown(const Json& value) {
   return text.size() <= 80 ? text : text.substr(0, 77) + "...";
 }
 
+inline std::string joined(const std::vector<std::string>& parts, const char* separator) {
+  std::string text;
+  for (const auto& part : parts) text += (text.empty() ? "" : separator) + part;
+  return text;
+}
+
 class Fields {
  public:
   Fields(const Json& object, std::string where, std::vector<std::string>& problems)

@@ -17,12 +17,6 @@ constexpr auto kArray = Json::value_t::array;
 constexpr auto kString = Json::value_t::string;
 constexpr auto kInteger = Json::value_t::number_integer;
 
-std::string joined(const Problems& parts, const char* separator) {
-  std::string text;
-  for (const auto& part : parts) text += (text.empty() ? "" : separator) + part;
-  return text;
-}
-
 TensorSpec read_tensor(const Json& json, const std::string& where, Problems& problems) {
   TensorSpec spec;
   Fields fields(json, where, problems);

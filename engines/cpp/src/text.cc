@@ -1,26 +1,22 @@
 #include "iapt/text.h"
 
-#include <dlfcn.h>
 #include <stdlib.h>
 
 #include <fstream>
+#include <map>
+#include <optional>
 
-#include "byte_level.h"
-#include "json_fields.h"
-#include "libraries.h"
-
-// The part of ONNX Runtime GenAI's C interface that is used here, by its documented signatures; a result is null or
-// holds an error's text.
-extern "C" {
-struct OgaResult;
-struct OgaTokenizer;
-struct OgaSequences;
-}
+#include "chat_template.h"
+#include "decoder.h"
+#include "genai.h"
+#include "probes.h"
+#include "tokenizer_parts.h"
+#include "utf8.h"
 
 namespace iapt {
 namespace {
 
-constexpr const char* kName = "libonnxruntime-genai.so";
+constexpr const char* kRemedy = "; give token ids (--tokens), or take Python's session";
 
 // A folder in which the library finds what it looks for: the bundle's tokenizer, and a configuration of its own.
 class TokenizerFolder {
@@ -59,124 +55,136 @@ class TokenizerFolder {
   std::filesystem::path path_;
 };
 
+Json read_json(const std::filesystem::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  return Json::parse(stream, nullptr, /*allow_exceptions=*/false);
+}
+
+// What a template may call bos_token, eos_token, ... and a model's own, as transformers names them.
+std::map<std::string, std::string> special_tokens(const Json& settings) {
+  std::map<std::string, std::string> found;
+  const auto take = [&](const std::string& name, const Json& value) {
+    const Json text = value.is_object() ? value.value("content", Json()) : value;
+    if (text.is_string()) found[name] = text.get<std::string>();
+  };
+  const std::string ending = "_token";
+  for (const auto& [name, value] : settings.items()) {
+    if (name.size() > ending.size() && name.compare(name.size() - ending.size(), ending.size(), ending) == 0) {
+      take(name, value);
+    }
+  }
+  for (const char* named : {"extra_special_tokens", "model_specific_special_tokens"}) {
+    const auto own = settings.find(named);
+    if (own == settings.end() || !own->is_object()) continue;
+    for (const auto& [name, value] : own->items()) take(name, value);
+  }
+  return found;
+}
+
+std::optional<std::string> template_of(const std::filesystem::path& bundle, const Json& settings) {
+  std::ifstream stream(bundle / "chat_template.jinja", std::ios::binary);
+  if (stream) return std::string(std::istreambuf_iterator<char>(stream), {});
+  const auto found = settings.find("chat_template");
+  if (found == settings.end() || !found->is_string()) return std::nullopt;
+  return found->get<std::string>();
+}
+
+template <typename T>
+void compare(const std::string& what, const T& expected, const T& found) {
+  if (expected == found) return;
+  throw Error("this program reads the bundle's text in another way than training did: " + what + " should be " +
+              shown(expected) + " and is " + shown(found) + kRemedy);
+}
+
 }  // namespace
 
-struct TextCodec::Library {
-  using Options = OgaResult* (*)(OgaTokenizer*, const char* const*, const char* const*, size_t);
-
-  const char* (*error_of)(const OgaResult*) = nullptr;
-  void (*destroy_result)(OgaResult*) = nullptr;
-  void (*destroy_string)(const char*) = nullptr;
-  void (*destroy_tokenizer)(OgaTokenizer*) = nullptr;
-  void (*destroy_sequences)(OgaSequences*) = nullptr;
-  OgaResult* (*create_tokenizer)(const char*, OgaTokenizer**) = nullptr;
-  OgaResult* (*create_sequences)(OgaSequences**) = nullptr;
-  OgaResult* (*encode)(const OgaTokenizer*, const char*, OgaSequences*) = nullptr;
-  OgaResult* (*decode)(const OgaTokenizer*, const int32_t*, size_t, const char**) = nullptr;
-  OgaResult* (*apply_template)(const OgaTokenizer*, const char*, const char*, const char*, bool, const char**) = nullptr;
-  Options update_options = nullptr;
-  size_t (*sequence_count)(const OgaSequences*, size_t) = nullptr;
-  const int32_t* (*sequence_data)(const OgaSequences*, size_t) = nullptr;
-
-  OgaTokenizer* tokenizer = nullptr;
-  bool has_template = false;
-  std::optional<ByteLevelVocabulary> vocabulary;
-
-  explicit Library(const std::filesystem::path& path) {
-    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr) throw Error(std::string(kName) + " does not load: " + dlerror());
-    const auto bind = [&](const char* name, auto& function) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
-      if (function == nullptr) throw Error(path.string() + " has no " + name + "; version 0.18 or newer is needed");
-    };
-    bind("OgaResultGetError", error_of);
-    bind("OgaDestroyResult", destroy_result);
-    bind("OgaDestroyString", destroy_string);
-    bind("OgaDestroyTokenizer", destroy_tokenizer);
-    bind("OgaDestroySequences", destroy_sequences);
-    bind("OgaCreateTokenizerFromPath", create_tokenizer);
-    bind("OgaCreateSequences", create_sequences);
-    bind("OgaTokenizerEncode", encode);
-    bind("OgaTokenizerDecode", decode);
-    bind("OgaTokenizerApplyChatTemplate", apply_template);
-    bind("OgaUpdateTokenizerOptions", update_options);
-    bind("OgaSequencesGetSequenceCount", sequence_count);
-    bind("OgaSequencesGetSequenceData", sequence_data);
-  }
-  ~Library() {
-    if (tokenizer != nullptr) destroy_tokenizer(tokenizer);
-  }
-  Library(const Library&) = delete;
-  Library& operator=(const Library&) = delete;
-
-  void check(OgaResult* result, const char* what) const {
-    if (result == nullptr) return;
-    const std::string text = error_of(result);
-    destroy_result(result);
-    throw Error(std::string(what) + ": " + text);
-  }
-  std::string taken(const char* text) const {
-    std::string copy = text;
-    destroy_string(text);
-    return copy;
-  }
+struct TextCodec::Parts {
+  TokenizerParts tokenizer;
+  Decoder decoder;
+  GenaiTokenizer genai;
+  std::optional<std::string> chat_template;
+  std::map<std::string, std::string> special_tokens;
 };
 
 TextCodec::TextCodec(const std::filesystem::path& bundle, const BundleManifest& manifest) {
   if (!std::filesystem::is_regular_file(bundle / "tokenizer.json")) {
     throw Error(bundle.string() + " holds no tokenizer.json: its backbone came without a fast tokenizer");
   }
-  const auto path = find_library("IAPT_GENAI_LIBRARY", kName);
-  library_ = std::make_unique<Library>(path.value_or(kName));
+  const Json tokenizer = read_json(bundle / "tokenizer.json");
+  Json settings = read_json(bundle / "tokenizer_config.json");
+  if (!settings.is_object()) settings = Json::object();
   const TokenizerFolder folder(bundle, manifest);
-  library_->check(library_->create_tokenizer(folder.path().c_str(), &library_->tokenizer),
-                  "the bundle's tokenizer cannot be read");
-  library_->vocabulary = ByteLevelVocabulary::load(bundle / "tokenizer.json");
-  std::ifstream config(bundle / "tokenizer_config.json");
-  const Json settings = Json::parse(config, nullptr, /*allow_exceptions=*/false);
-  library_->has_template = std::filesystem::is_regular_file(bundle / "chat_template.jinja") ||
-                           (settings.is_object() && settings.contains("chat_template"));
+  try {
+    parts_.reset(new Parts{TokenizerParts(tokenizer), Decoder(tokenizer), GenaiTokenizer(folder.path()),
+                           template_of(bundle, settings), iapt::special_tokens(settings)});
+  } catch (const Json::exception& error) {
+    throw Error((bundle / "tokenizer.json").string() + " is not valid: " + error.what());
+  }
+  check_probes(bundle);
 }
 
 TextCodec::~TextCodec() = default;
 TextCodec::TextCodec(TextCodec&&) noexcept = default;
 TextCodec& TextCodec::operator=(TextCodec&&) noexcept = default;
 
-std::vector<int64_t> TextCodec::encode(const std::string& prompt, const std::string& prompt_format) const {
-  if (prompt.find_first_not_of(" \t\r\n\f\v") == std::string::npos) {
+std::vector<int64_t> TextCodec::encode(const std::vector<Message>& messages, const std::string& prompt_format) const {
+  if (messages.empty() || messages.back().content.find_first_not_of(" \t\r\n\f\v") == std::string::npos) {
     throw Error("the prompt is empty; expected an instruction of at least one word");
   }
-  const bool chat = prompt_format == "chat";
-  std::string text = prompt;
-  if (chat) {
-    if (!library_->has_template) {
-      throw Error("the adapter expects chat prompts, but the bundle's tokenizer has no chat template");
-    }
-    const Json messages = Json::array({{{"role", "user"}, {"content", prompt}}});
-    const char* rendered = nullptr;
-    library_->check(library_->apply_template(library_->tokenizer, nullptr, messages.dump().c_str(), nullptr, true,
-                                             &rendered),
-                    "the bundle's chat template failed");
-    text = library_->taken(rendered);
-  }
   // a template writes its special tokens itself
-  const char* const keys[] = {"add_special_tokens"};
-  const char* const values[] = {chat ? "false" : "true"};
-  library_->check(library_->update_options(library_->tokenizer, keys, values, 1), "the tokenizer");
-  OgaSequences* raw = nullptr;
-  library_->check(library_->create_sequences(&raw), "the tokenizer");
-  const std::unique_ptr<OgaSequences, void (*)(OgaSequences*)> sequences(raw, library_->destroy_sequences);
-  library_->check(library_->encode(library_->tokenizer, text.c_str(), raw), "the tokenizer");
-  const int32_t* data = library_->sequence_data(raw, 0);
-  return {data, data + library_->sequence_count(raw, 0)};
+  const bool chat = prompt_format == "chat";
+  return ids_of(chat ? render(messages) : messages.back().content, !chat);
 }
 
-std::string TextCodec::decode(const std::vector<int64_t>& tokens) const {
-  if (library_->vocabulary) return library_->vocabulary->decode(tokens);
-  const std::vector<int32_t> narrow(tokens.begin(), tokens.end());
-  const char* text = nullptr;
-  library_->check(library_->decode(library_->tokenizer, narrow.data(), narrow.size(), &text), "the tokenizer");
-  return library_->taken(text);
+std::string TextCodec::render(const std::vector<Message>& messages, const std::string& date) const {
+  if (!parts_->chat_template) {
+    throw Error("the adapter expects chat prompts, but the bundle's tokenizer has no chat template");
+  }
+  auto conversation = nlohmann::ordered_json::array();  // a template may write a message's keys in their order
+  for (const auto& [role, content] : messages) conversation.push_back({{"role", role}, {"content", content}});
+  return parts_->genai.render(prepared_template(*parts_->chat_template, parts_->special_tokens, date),
+                              conversation.dump());
+}
+
+std::string TextCodec::decode(const std::vector<int64_t>& tokens) const { return parts_->decoder.decode(tokens); }
+
+std::vector<int64_t> TextCodec::ids_of(const std::string& text, bool add_special_tokens) const {
+  const std::string refusal = parts_->tokenizer.refusal(text);
+  if (!refusal.empty()) throw Error("the text cannot be read as training did: " + refusal + kRemedy);
+  std::vector<int64_t> ids;
+  for (const auto& piece : parts_->tokenizer.pieces(text)) {
+    const auto more = parts_->genai.encode(piece, add_special_tokens && ids.empty());
+    ids.insert(ids.end(), more.begin(), more.end());
+  }
+  return ids;
+}
+
+// Compares with what transformers made of texts, conversations and ids when the bundle was built; leaves out texts that
+// this program refuses alone.
+void TextCodec::check_probes(const std::filesystem::path& bundle) const {
+  const Probes probes = Probes::load(bundle);
+  const auto check_ids = [&](const std::string& what, const std::string& text, const std::vector<int64_t>& expected,
+                             bool add_special_tokens) {
+    if (!parts_->tokenizer.refusal(text).empty()) return;
+    compare("the ids of " + what, expected, ids_of(text, add_special_tokens));
+  };
+  for (const auto& probe : probes.texts) check_ids(shown(probe.text), probe.text, probe.ids, true);
+  for (const auto& probe : probes.chats) {
+    auto conversation = nlohmann::ordered_json::array();
+    for (const auto& [role, content] : probe.messages) conversation.push_back({{"role", role}, {"content", content}});
+    const std::string what = "the conversation " + conversation.dump();
+    std::optional<std::string> rendered;
+    try {
+      rendered = render(probe.messages, probes.date);
+    } catch (const Error&) {  // as the template may have done when the bundle was built
+    }
+    compare("the text of " + what, Json(probe.text ? Json(*probe.text) : Json()),
+            Json(rendered ? Json(*rendered) : Json()));
+    if (rendered) check_ids("the text of " + what, *rendered, probe.ids, false);
+  }
+  for (const auto& probe : probes.answers) {
+    compare("the text of the ids " + shown(probe.ids), probe.text, decode(probe.ids));
+  }
 }
 
 }  // namespace iapt
