@@ -23,8 +23,7 @@ from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 
 BundleFolder = Annotated[Path, Parameter(metavar="BUNDLE", help="Bundle folder.")]
 PEFT_HELP = "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template."
-NO_FRAME = Box("    \n" * 8)
-"""Help is plain tables under their titles, which logs and pagers take."""
+NO_FRAME = Box("    \n" * 8)  # help is plain tables under their titles, which logs and pagers take
 
 WRONG_FLAGS = 2
 PARITY_FAILED = 3
@@ -50,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             _fail(flags.refusal(error, app, method))
             token = getattr(error, "token", None)
             sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
-        if bound.kwargs.get("common", Common()).verbose:
+        common = bound.kwargs.get("common", Common())
+        debug = common.debug
+        if common.verbose:
             logging.basicConfig(format="%(message)s", force=True)
             logging.getLogger("iapt_export").setLevel(logging.INFO)
         command(*bound.args, **bound.kwargs)
@@ -87,8 +88,8 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         exit_on_error=False,
         print_error=False,
     )
-    others: Sequence[Callable[..., None]] = (build, validate, generate, tenant, bench, inspect, doctor)
-    for place, command in enumerate((train_command(method), *others)):
+    commands: list[Callable[..., None]] = [build, validate, generate, tenant, bench, inspect, doctor]
+    for place, command in enumerate([train_command(method), *commands]):
         app.command(command, sort_key=place, help_epilogue="")
     app["train"].config = (*sources, flags.whole_numbers)
     app.register_install_completion_command(help="Complete commands and flags in this shell from now on.")
@@ -111,25 +112,24 @@ def train_command(method: str) -> Callable[..., None]:
         common: Common = Common(),
     ) -> None:
         """Train an adapter on a JSONL file."""
-        if choice.write_config:
-            parts = [vars(part) for part in (places, settings, config)]
-            values = {name: value for part in parts for name, value in part.items()}
-            text = flags.example_file(command_line(method)["train"], {"method": method, **values})
-            choice.write_config.write_text(text, encoding="utf-8")
+        if example := choice.write_config:
+            _check_folders(example)
+            if example.exists():
+                raise IaptError(f"{example} exists and is not replaced; give --write-config another name")
+            values = {"method": method} | vars(places) | vars(settings) | vars(config)
+            example.write_text(flags.example_file(command_line(method)["train"], values), encoding="utf-8")
+            print(
+                f"{example} holds every setting; when it is edited: iapt-export train --config {example}",
+                file=sys.stderr,
+            )
             return
         from trainers.training.train import train as run
 
         request = TrainRequest(**vars(places), method=settings, config=config)
         result = run(request, say=(lambda line: None) if common.quiet else None)
         if common.json:
-            _print_json(
-                {
-                    "output": str(result.output),
-                    "steps": result.steps,
-                    "report": result.report and result.report.to_dict(),
-                    "baseline": result.baseline and result.baseline.to_dict(),
-                }
-            )
+            report, baseline = (scores and scores.to_dict() for scores in (result.report, result.baseline))
+            _print_json({"output": result.output, "steps": result.steps, "report": report, "baseline": baseline})
 
     return train
 

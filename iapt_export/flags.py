@@ -277,7 +277,7 @@ def refusal(error: CycloptsError, app: App, method: str) -> str:
             for argument in app[chain[0]].assemble_argument_collection()
             if argument.required and argument.name != "*"
         ]
-        text = f"{command} needs {error.argument and error.argument.name}; it must have {', '.join(required)}"
+        text = f"{command} needs {', '.join(required)}; {error.argument and error.argument.name} is missing"
     return f"{text} (see {command} --help)"
 
 

@@ -106,14 +106,14 @@ def test_version_and_module_agree() -> None:
     [
         ([], "iapt-export needs a command: train, build, validate, generate, tenant, bench, inspect, doctor"),
         (["export"], 'Unknown command "export". Available commands: train, build'),
-        (["build"], "iapt-export build needs --model; it must have --model, --adapter, --output"),
-        (["build", "-mm", "--adapter=a"], "iapt-export build needs --output"),
+        (["build"], "iapt-export build needs --model, --adapter, --output; --model is missing"),
+        (["build", "-mm", "--adapter=a"], "--output is missing"),
         (["build", "--model=m", "-a=a", "-o=o", "--opset=new"], 'value for --opset: unable to convert "new" into int'),
         (["build", "--model=m", "-a=a", "-o=o", "--seed=1.5"], 'value for --seed: unable to convert "1.5" into int'),
-        (["generate", "bundle"], "iapt-export generate needs --tenant; it must have BUNDLE, --tenant, --prompt"),
+        (["generate", "bundle"], "iapt-export generate needs BUNDLE, --tenant, --prompt; --tenant is missing"),
         (["validate", "bundle", "--device=tpu"], 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda"'),
         (["validate", "bundle", "--new-token=3"], "Unknown option: --new-token. Did you mean --new-tokens?"),
-        (["inspect"], "iapt-export inspect needs PATH"),
+        (["inspect"], "iapt-export inspect needs PATH; PATH is missing"),
         (["doctor", "--colour"], "Unknown option: --colour"),
         (["doctor", "here"], "'here' belongs to no flag"),
         (["bench", "bundle", "--rows", "2", "0"], 'Invalid value "0" for --rows. Must be > 0'),
@@ -125,7 +125,7 @@ def test_version_and_module_agree() -> None:
         ([*TRAIN, "--no-rslora"], "--no-rslora is a setting of --method lora, not of iapt"),
         ([*TRAIN, "--bottleneck=wide"], 'Invalid value for --bottleneck: unable to convert "wide" into int'),
         (["train", "--method"], "--method needs a value"),
-        (["train"], "iapt-export train needs --model"),
+        (["train"], "--model, --data, --output; --model is missing"),
     ],
 )
 def test_wrong_flags(argv: list[str], text: str) -> None:
@@ -162,7 +162,7 @@ def test_train_reads_a_settings_file(tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text("model: m\nbottleneck: 8\n")
     outcome = run("train", f"--config={config}")
-    assert (outcome.code, outcome.out) == (2, "") and "iapt-export train needs --data;" in outcome.err
+    assert (outcome.code, outcome.out) == (2, "") and "--data is missing (" in outcome.err
     for text, wanted in (
         ("colour: blue", "unknown field colour; known fields are activation, "),
         ("bottleneck: wide", f'value for [bottleneck] from {config}: unable to convert "wide" into int'),
@@ -191,8 +191,13 @@ def test_an_example_file_is_read_back(tmp_path: Path, method: str) -> None:
     assert set(yaml.safe_load(text)) == {"method", *fields}
     assert "\n# Optimiser steps; 0 leaves it to num_epochs.\nmax_steps: 7\n" in text
     assert text.count("\n# ") >= len(fields) + 1 and "# None" not in text
-    assert run("train", f"--config={first}", f"--write-config={second}").code == 0
+    again = run("train", f"--config={first}", f"--write-config={second}")
+    assert again.code == 0 and f"when it is edited: iapt-export train --config {second}" in again.err
     assert second.read_text(encoding="utf-8") == text
+    for path, why in ((first, "exists and is not replaced"), (tmp_path / "no/file", "there is no folder")):
+        refused = run("train", f"--write-config={path}")
+        assert refused.code == 1 and why in refused.err
+    assert first.read_text(encoding="utf-8") == text
 
 
 def test_the_method_of_a_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
