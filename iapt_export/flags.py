@@ -175,10 +175,11 @@ class Common:
 
 
 def with_values(argv: list[str]) -> list[str]:
-    """``--flag true`` as ``--flag=true``, the only form in which the parser takes a truth value."""
+    """``--flag true`` and ``--flag "- some text"`` with a ``=``, without which the parser takes them for no values."""
     words: list[str] = []
     for word in argv:
-        if word.lower() in ("true", "false") and words and words[-1].startswith("--") and "=" not in words[-1]:
+        is_value = word.lower() in ("true", "false") or (word.startswith("-") and len(word.split()) > 1)
+        if is_value and words and words[-1][:2] == "--" != words[-1] and "=" not in words[-1]:
             word = f"{words.pop()}={word}"
         words.append(word)
     return words

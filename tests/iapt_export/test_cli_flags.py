@@ -143,11 +143,12 @@ def asked_of(argv: list[str]) -> dict[str, Any]:
 
 
 def test_flags_are_read_as_they_were_written() -> None:
-    prompts = ['["a", "b"]', "[INST] hi", '{"a": 1}', "null", "true"]
+    prompts = ['["a", "b"]', "[INST] hi", '{"a": 1}', "null", "true", "- one\n- two", "--- = ---", "-5 degrees"]
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
     asked = asked_of(["generate", "b", "--tenant=none", *words, "--temperature", "-1", "--seed=1", "--seed=2"])
     assert asked["asked"].prompt == prompts, "no text is taken for JSON, or for nothing"
     assert (asked["asked"].tenant, asked["asked"].temperature, asked["asked"].seed) == ("none", -1.0, 2)
+    assert asked_of(["inspect", "--", "true"])["path"] == Path("true")
     asked = asked_of([*TRAIN, "--bias", "false", "--resume", "True", "--no-baseline", "--scale"])
     assert not asked["settings"].bias and asked["settings"].scale
     assert asked["config"].resume and not asked["config"].baseline
