@@ -1,10 +1,9 @@
-"""One tiny bundle for many tests: a two-layer Llama with three tenants, built once through the command line."""
+"""One tiny bundle for many tests: a two-layer Llama with three tenants, built once a run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import shutil
@@ -14,21 +13,33 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from engines.serving.loading import stepper_over
 from engines.serving.session import Request, Session
+from iapt_export import BuildRequest, build
 from iapt_export.building.layout import with_files
 from iapt_export.cli import main
 from iapt_export.contract.manifest import BundleManifest
 from tests.tiny import COMMON, save_tiny_backbone, tiny_llama
+from tests.traces import run_folder
 from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import save_adapter
+from trainers.decoder.backbone import config_fingerprint
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method, Sizes
-from trainers.methods.configs import IAPTConfig
+from trainers.methods.configs import IAPTConfig, LAMPConfig, LoPAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.forms import new_method
 
 METHOD = IAPTConfig(bottleneck=8)
+MIXED: dict[str, Any] = {
+    "topics": PromptTuningConfig(prompt_length=4),
+    "movies": METHOD,
+    "style": PrefixTuningConfig(prompt_length=7),
+    "taste": LoPAConfig(prompt_length=6, rank=2),
+    "mood": LAMPConfig(init_length=20, rank=3, window=5),
+}
+"""Tenants of several methods in one bundle."""
 NUM_LAYERS = 2
 WIDTH = COMMON["hidden_size"]
 SIZES = sizes_of(tiny_llama(num_hidden_layers=NUM_LAYERS))
@@ -44,7 +55,7 @@ PROMPTS = (
     "you are a helpful assistant",
     "noisy and dull, yes or no?",
 )
-RANGES = ("--batch", "1:2:8", "--sequence", "1:16:96", "--past", "5:64:160", "--tenants", "1:3:4")
+RANGES = {"batch": "1:2:8", "sequence": "1:16:96", "past": "5:64:160", "tenants": "1:3:4"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,18 @@ class TinyBuild:
     cache: Path
     bundle: Path
 
+    def request(self, output: Path, *names: str, **fields: Any) -> BuildRequest:
+        """What builds these tenants (all, when none is named) to ``output``; other ``fields`` may be given."""
+        adapters = [self.adapters[name] for name in names or self.adapters]
+        places = {"model": str(self.model), "adapters": adapters, "output": output, "cache": self.cache}
+        return BuildRequest(**{**places, **RANGES, "new_tokens": NEW_TOKENS, **fields})
+
     def arguments(self, output: Path, *names: str, cache: Path | None = None) -> list[str]:
-        """The command line that builds these tenants (all, when none is named) to ``output``."""
+        """The command line of `request`."""
         adapters = [f"--adapter={self.adapters[name]}" for name in names or self.adapters]
         places = [f"--model={self.model}", f"--output={output}", f"--cache={cache or self.cache}"]
-        return ["build", *places, *adapters, *RANGES, f"--new-tokens={NEW_TOKENS}"]
+        ranges = [f"--{name}={text}" for name, text in RANGES.items()]
+        return ["build", *places, *adapters, *ranges, f"--new-tokens={NEW_TOKENS}"]
 
 
 def run(*argv: str | Path) -> Outcome:
@@ -123,8 +141,6 @@ def save_tiny_adapter(folder: Path, seed: int, fingerprint: str, method: Any = M
 
 def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
     """Write the backbone and the adapters of `TENANTS`."""
-    from trainers.decoder.backbone import config_fingerprint
-
     model = tiny_llama(num_hidden_layers=NUM_LAYERS)
     folder = save_tiny_backbone(root / "model", model)
     fingerprint = config_fingerprint(model.config)
@@ -132,20 +148,16 @@ def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
     return folder, adapters
 
 
-@functools.cache
-def build_once(root: Path) -> TinyBuild:
-    """The build that all tests of a run share."""
-    model, adapters = save_tiny_inputs(root)
-    build = TinyBuild(model, adapters, root / "cache", root / "bundle")
-    outcome = run(*build.arguments(build.bundle))
-    assert outcome.code == 0, outcome.err
-    return build
-
-
 @pytest.fixture(scope="session")
 def tiny_build(tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
-    """The shared tiny build; read only."""
-    return build_once(tmp_path_factory.getbasetemp() / "tiny-build")
+    """The build that all tests of a run share, whichever worker needs it first; read only."""
+    root = run_folder(tmp_path_factory) / "tiny-build"
+    built = TinyBuild(root / "model", {name: root / name for name in TENANTS}, root / "cache", root / "bundle")
+    with FileLock(root.with_suffix(".lock")):
+        if not built.bundle.exists():
+            save_tiny_inputs(root)
+            build(built.request(built.bundle))
+    return built
 
 
 @pytest.fixture

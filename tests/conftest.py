@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.bundles import tiny_build, tiny_bundle
+from tests.traces import fresh_traces, shared_traces
 
-__all__ = ["tiny_build", "tiny_bundle"]
+__all__ = ["fresh_traces", "shared_traces", "tiny_build", "tiny_bundle"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / ".cache" / "smollm2-135m-instruct"

@@ -14,6 +14,8 @@ from tests.test_shipped_adapters import ADAPTERS, ANSWERS
 from trainers.adapters.adapter import EXAMPLES_FILE
 from validation.sides.cases import read_examples
 
+pytestmark = pytest.mark.slow  # it builds the real backbone; tests/native/test_iapt_run.py has a tiny one
+
 
 @pytest.fixture(scope="module")
 def demo_bundle(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

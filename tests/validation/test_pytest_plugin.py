@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -16,12 +19,20 @@ from tests.validation.sabotage import one_weight
 ROOT = Path(__file__).resolve().parents[2]
 
 
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def words(*flags: str) -> list[str]:
+    return ["-p", "validation.pytest_plugin", "-q", "-p", "no:cacheprovider", *flags]
+
+
 def user_pytest(folder: Path, *flags: str) -> tuple[int, str]:
-    """Run pytest as a user does, in a folder without tests of ours."""
-    command = [sys.executable, "-m", "pytest", "-p", "validation.pytest_plugin", "-q", "-p", "no:cacheprovider", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    """Run pytest in this process, in a folder without tests of ours."""
+    out = io.StringIO()
+    into = contextlib.redirect_stdout(out), contextlib.redirect_stderr(out)
+    with contextlib.chdir(folder), patch.dict(os.environ, ALONE), into[0], into[1]:
+        code = pytest.main(words(*flags))
+    return int(code), out.getvalue()
 
 
 def test_the_entry_point_names_the_plugin() -> None:
@@ -34,8 +45,12 @@ def test_the_entry_point_names_the_plugin() -> None:
 
 def test_checks_are_tests_beside_the_users_own(tiny_build: TinyBuild, tmp_path: Path) -> None:
     (tmp_path / "test_own.py").write_text("def test_own():\n    assert True\n", encoding="utf-8")
-    code, text = user_pytest(tmp_path, f"--iapt-bundle={tiny_build.bundle}", "--iapt-case=most-padding", "-v", "-v")
-    assert code == 0, text
+    flags = words(f"--iapt-bundle={tiny_build.bundle}", "--iapt-case=most-padding", "-v", "-v")
+    environment = {**os.environ, **ALONE, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", *flags]  # as a user does
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
     assert "test_own.py::test_own PASSED" in text
     assert "prefill logits: most-padding" in text and "15 passed" in text
     code, text = user_pytest(tmp_path)

@@ -14,12 +14,13 @@ import onnx
 import pytest
 import torch
 
+import iapt_export
 from engines.serving.loading import open_runners
 from engines.serving.session import Request, Session
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import (
-    METHOD,
+    MIXED,
     NEW_TOKENS,
     Outcome,
     TinyBuild,
@@ -35,17 +36,9 @@ from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.generate import greedy
 from trainers.decoder.method import rows_of
-from trainers.methods.configs import LAMPConfig, LoPAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.lopa import LoPA
 from validation.sides.reference import Reference, TorchRunner
 
-CONFIGS: dict[str, Any] = {
-    "topics": PromptTuningConfig(prompt_length=4),
-    "movies": METHOD,
-    "style": PrefixTuningConfig(prompt_length=7),
-    "taste": LoPAConfig(prompt_length=6, rank=2),
-    "mood": LAMPConfig(init_length=20, rank=3, window=5),
-}
 OWNERS = {
     "topics": "prompt_tuning",
     "movies": "iapt",
@@ -64,11 +57,10 @@ def build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Ti
     fingerprint = load_backbone(str(tiny_build.model)).fingerprint
     adapters = {
         name: save_tiny_adapter(root / name, seed, fingerprint, config)
-        for seed, (name, config) in enumerate(CONFIGS.items())
+        for seed, (name, config) in enumerate(MIXED.items())
     }
     build = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
-    outcome = run(*build.arguments(build.bundle), "--tenants=1:5:8", "--json")
-    assert outcome.code == 0, outcome.err
+    iapt_export.build(build.request(build.bundle, tenants="1:5:8"))
     return build
 
 
@@ -90,7 +82,7 @@ def backbone(build: TinyBuild) -> Backbone:
 
 
 def validate(bundle: Path) -> Outcome:
-    return run("validate", bundle, "--json", "--quiet", f"--new-tokens={NEW_TOKENS}")
+    return run("validate", bundle, "--json", "--quiet", "--quick", f"--new-tokens={NEW_TOKENS}")
 
 
 def test_every_row_is_as_in_pytorch(build: TinyBuild) -> None:
@@ -98,7 +90,7 @@ def test_every_row_is_as_in_pytorch(build: TinyBuild) -> None:
     assert len(report["targets"]) == 2 and report["method"] == ", ".join(FORMS)
     for target in report["targets"]:
         assert report["verdict"] == target["status"] == "pass"
-        assert {row["tenant"] for row in target["tokens"]} == set(CONFIGS)
+        assert {row["tenant"] for row in target["tokens"]} == set(MIXED)
         assert len(target["tokens"]) == 25 and all(row["reference"] == row["target"] for row in target["tokens"])
         assert {check["stage"] for check in target["checks"]} > {"prefill cache", "decode cache"}
     outcome = run("validate", build.bundle, "--quiet", f"--new-tokens={NEW_TOKENS}", "--seed=3")
@@ -131,7 +123,7 @@ def test_the_decode_step_is_the_same_file_as_without_the_others(build: TinyBuild
     assert all(name.startswith("past_key_values.") for name in names if "." in name)
 
 
-@pytest.mark.parametrize("tenant", CONFIGS)
+@pytest.mark.parametrize("tenant", MIXED)
 def test_generate_answers_what_the_trainer_answers(build: TinyBuild, backbone: Backbone, tenant: str) -> None:
     outcome = run(
         "generate", build.bundle, f"--tenant={tenant}", f"--prompt={TEXTS[1]}", "--max-new-tokens=12", "--json"
@@ -147,7 +139,7 @@ def test_generate_answers_what_the_trainer_answers(build: TinyBuild, backbone: B
 
 
 def requests(**fields: Any) -> list[Request]:
-    names = [*CONFIGS, "movies", "style", "taste"]
+    names = [*MIXED, "movies", "style", "taste"]
     return [
         Request(name, TEXTS[row % 3], max_new_tokens=NEW_TOKENS, ignore_eos=True, **fields)
         for row, name in enumerate(names)

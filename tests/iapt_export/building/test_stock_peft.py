@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engines.serving.session import Request, Session
+from iapt_export import build
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, NUM_LAYERS, TinyBuild, run
 from tests.tiny import tiny_llama
@@ -22,29 +24,37 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 TOKENS = (5, 40, 77, 12, 9, 130, 61)
 
 
-def test_stock_adapters_of_three_methods_in_one_bundle(tiny_build: TinyBuild, tmp_path: Path) -> None:
-    theirs = {
-        name: stock(lambda: tiny_llama(num_hidden_layers=NUM_LAYERS), kind, options)
-        for name, (kind, options) in ADAPTERS.items()
-    }
-    for name, model in theirs.items():
-        model.save_pretrained(tmp_path / name)
-    build = TinyBuild(tiny_build.model, {name: tmp_path / name for name in theirs}, tiny_build.cache, tmp_path / "out")
-    outcome = run(*build.arguments(build.bundle), "--json")
-    assert outcome.code == 0, outcome.err
-    report = json.loads((build.bundle / "report.json").read_text(encoding="utf-8"))
+def adapter(name: str) -> Any:
+    """A backbone with an adapter of PEFT's own."""
+    kind, options = ADAPTERS[name]
+    return stock(lambda: tiny_llama(num_hidden_layers=NUM_LAYERS), kind, options)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_build: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stock")
+    for name in ADAPTERS:
+        adapter(name).save_pretrained(root / name)
+    adapters = {name: root / name for name in ADAPTERS}
+    made = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "out")
+    build(made.request(made.bundle))
+    return made.bundle
+
+
+def test_stock_adapters_of_three_methods_in_one_bundle(bundle: Path) -> None:
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
     rows = [row for target in report["targets"] for row in target["tokens"]]
     assert {row["tenant"] for row in rows} == set(ADAPTERS)
     assert all(row["reference"] == row["target"] for row in rows)
 
     ids = torch.tensor([TOKENS])
     requests = [Request(name, tokens=TOKENS, max_new_tokens=NEW_TOKENS, ignore_eos=True) for name in ADAPTERS]
-    with Session.open(build.bundle, verify=False) as session:
+    with Session.open(bundle, verify=False) as session:
         made = {
             request.tenant: answer.tokens for request, answer in zip(requests, session.generate(requests), strict=True)
         }
-    for name, model in theirs.items():
-        expected = model.generate(
+    for name in ADAPTERS:
+        expected = adapter(name).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
@@ -56,21 +66,20 @@ def test_stock_adapters_of_three_methods_in_one_bundle(tiny_build: TinyBuild, tm
     assert len({tuple(tokens) for tokens in made.values()}) == len(made)  # the adapters matter
 
 
-def test_a_stock_lora_joins_a_bundle_of_its_kind(tiny_build: TinyBuild, tmp_path: Path) -> None:
+def test_a_stock_lora_joins_a_bundle_of_its_kind(bundle: Path, tmp_path: Path) -> None:
     """PEFT writes the names of the changed layers in any order."""
-    for name, order in (("first", ["v_proj", "q_proj"]), ("second", ["q_proj", "v_proj"])):
-        options = {"r": 2, "target_modules": order}
-        stock(lambda: tiny_llama(num_hidden_layers=NUM_LAYERS), "LoraConfig", options).save_pretrained(tmp_path / name)
-        path = tmp_path / name / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": order}), encoding="utf-8")
-    build = TinyBuild(tiny_build.model, {"first": tmp_path / "first"}, tiny_build.cache, tmp_path / "out")
-    outcome = run(*build.arguments(build.bundle), "--past=1:64:160")
-    assert outcome.code == 0, outcome.err
-    file = tmp_path / "second.safetensors"
-    flags = [f"--bundle={build.bundle}", f"--output={file}", "--peft-prompt-format=chat", "--json"]
-    outcome = run("tenant", tmp_path / "second", *flags)
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["prompt_format"] == "chat"
-    assert BundleManifest.load(build.bundle).tenants[0].prompt_format == "plain"
-    with Session.open(build.bundle, verify=False) as session:
-        assert session.add_tenant(file) == "second"
+    adapter("lora").save_pretrained(tmp_path / "second")
+    path = tmp_path / "second" / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    order = ["down_proj", "q_proj", "v_proj"]
+    assert sorted(written["target_modules"]) == order and BundleManifest.load(bundle).methods[-1].form == "LORA"
+    for number, names in enumerate((order, order[::-1])):
+        path.write_text(json.dumps({**written, "target_modules": names}), encoding="utf-8")
+        file = tmp_path / f"second-{number}.safetensors"
+        flags = [f"--bundle={bundle}", f"--output={file}", "--peft-prompt-format=chat", "--json"]
+        outcome = run("tenant", tmp_path / "second", *flags)
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["prompt_format"] == "chat"
+        with Session.open(bundle, verify=False) as session:
+            assert session.add_tenant(file) == "second"
+    assert BundleManifest.load(bundle).tenants[-1].prompt_format == "plain"

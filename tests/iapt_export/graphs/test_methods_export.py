@@ -1,8 +1,12 @@
-"""Every method as ONNX graphs: ONNX Runtime makes of them what the trained module does in PyTorch, row by row."""
+"""Every method as ONNX graphs: ONNX Runtime makes of them what the trained module does in PyTorch, row by row.
+
+One layer each, for tracing is slow; bundles of two layers are in tests/iapt_export/building, with most of the methods.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from iapt_export.building.plan import TenantPlan, plan_tenants
 from iapt_export.graphs.export import export_graphs
-from tests.bundles import METHOD, NUM_LAYERS, TinyBuild, tiny_adapter
+from tests.bundles import METHOD, tiny_adapter
 from tests.graphs import Arrays, flat, run_onnx, specs_for, worst
 from tests.tiny import padded, tiny_llama
 from trainers.decoder.generate import decode, prefill
@@ -73,14 +77,22 @@ class Exported:
 class Exports:
     """Exports what is asked for once; methods that end as the same graphs share them."""
 
-    def __init__(self, folder: Path, build: TinyBuild) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = tiny_llama(num_hidden_layers=NUM_LAYERS)
-        self.known: dict[str, Path] = {"iapt": build.bundle}
-        self.plain_decode = build.bundle / "decode.onnx"
+        self.model = tiny_llama(num_hidden_layers=1)
+        self.known: dict[str, Path] = {}
+
+    @functools.cached_property
+    def plain_decode(self) -> Path:
+        """The step of the backbone alone."""
+        folder = self.folder / "plain"
+        folder.mkdir()
+        export_graphs(self.model, [], folder, dtype="fp32", opset=23, names=("decode",))
+        return folder / "decode.onnx"
 
     def __getitem__(self, case: str) -> Exported:
-        tenants = {str(seed): tiny_adapter(seed, CONFIGS[case]) for seed in range(1 if "merged" in case else 2)}
+        count = 1 if "merged" in case else 2
+        tenants = {str(seed): tiny_adapter(seed, CONFIGS[case], num_layers=1) for seed in range(count)}
         flags = {"merge_lora": "merged" in case, "fold_embeddings": "folded" in case}
         plan = plan_tenants(tenants, self.model, **flags)
         name = next((item.name for item in plan.installed), "merged") + " on" * (case in IN_DECODE)
@@ -93,20 +105,21 @@ class Exports:
         )
 
     def _export(self, plan: TenantPlan, name: str) -> Path:
-        """Prefill, the encoder, and decode only where it is not the plain backbone's, which the tiny bundle has."""
+        """Prefill, the encoder, and decode only where it is not the plain backbone's."""
         folder = self.folder / name
         folder.mkdir()
         specs = specs_for(self.model, plan.installed)
         dotted = [t.name for t in specs["decode"].inputs if "." in t.name and not t.name.startswith("past_key_values.")]
-        names = tuple(spec for spec in specs if spec != "decode" or dotted or plan.merged)
+        names = tuple(name for name in ("prefill", "decode", "encoder") if name in specs)
+        names = names if dotted or plan.merged else tuple(name for name in names if name != "decode")
         with plan.merged.merged(self.model) if plan.merged else nullcontext():
             export_graphs(self.model, plan.installed, folder, dtype="fp32", opset=23, names=names)
         return folder
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Exports:
-    return Exports(tmp_path_factory.mktemp("methods"), tiny_build)
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    return Exports(tmp_path_factory.mktemp("methods"))
 
 
 def taken(path: Path, feeds: Arrays) -> Arrays:
@@ -242,7 +255,7 @@ def test_a_merged_adapter_leaves_no_input(exports: Exports) -> None:
     weights = exports.model.state_dict()
     assert torch.equal(
         weights["model.layers.0.self_attn.q_proj.weight"],
-        tiny_llama(num_hidden_layers=NUM_LAYERS).state_dict()["model.layers.0.self_attn.q_proj.weight"],
+        tiny_llama(num_hidden_layers=1).state_dict()["model.layers.0.self_attn.q_proj.weight"],
     ), "the backbone itself is as before"
 
 

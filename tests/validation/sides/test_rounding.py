@@ -8,24 +8,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+import iapt_export
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, SCALES
 from iapt_export.graphs.quantise import QUANTISED
-from tests.bundles import METHOD, NEW_TOKENS, TinyBuild, run, save_tiny_adapter
+from tests.bundles import METHOD, MIXED, NEW_TOKENS, NUM_LAYERS, TinyBuild, save_tiny_adapter
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
-from tests.validation.fake_report import passing_report
 from tests.validation.faults import FAULTS, Fault
-from trainers.decoder.backbone import config_fingerprint, load_backbone
-from trainers.methods.configs import ADePTConfig, LoPAConfig, LoRAConfig
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import ADePTConfig, LoRAConfig
 from validation.judging.compare import Settings
 from validation.judging.metrics import relative
 from validation.judging.result import Report
@@ -35,36 +34,33 @@ from validation.sides.taps import TappedGraph
 from validation.validate import validate_bundle
 
 LORA = LoRAConfig(rank=2, target_modules=("q_proj", "down_proj"))
-METHODS = {
-    "iapt": METHOD,
-    "adept": ADePTConfig(prompt_length=5, bottleneck=4),
-    "lopa": LoPAConfig(prompt_length=6, rank=2),
-}
+ADEPT = ADePTConfig(prompt_length=5, bottleneck=4)
 QUICK = Settings(0, NEW_TOKENS, depth="quick")
 DTYPES = tuple(QUANTISED)
 Plant = Callable[[Path, pytest.MonkeyPatch], None]
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBuild]:
+def build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Callable[..., TinyBuild]:
     """Bundles with quantised weights, each built once."""
     root = tmp_path_factory.mktemp("quantised")
-    model = tiny_llama(num_hidden_layers=2)
-    folder = save_tiny_backbone(root / "model", model)
-    fingerprint = config_fingerprint(model.config)
+    backbones = {NUM_LAYERS: tiny_build.model}
 
     @functools.cache
-    def made(dtype: str, *methods: Any, flags: tuple[str, ...] = ()) -> TinyBuild:
-        bundle = root / f"bundle-{made.cache_info().currsize}"
+    def made(dtype: str, *methods: Any, layers: int = NUM_LAYERS, **fields: Any) -> TinyBuild:
+        if layers not in backbones:
+            backbones[layers] = save_tiny_backbone(root / f"model-{layers}", tiny_llama(num_hidden_layers=layers))
+        folder = backbones[layers]
+        fingerprint = load_backbone(str(folder)).fingerprint
+        place = root / f"bundle-{made.cache_info().currsize}"
         adapters = {
-            name: save_tiny_adapter(root / bundle.name / "adapters" / name, seed, fingerprint, method)
+            name: save_tiny_adapter(place / "adapters" / name, seed, fingerprint, method, num_layers=layers)
             for seed, (name, method) in enumerate(methods)
         }
-        build = TinyBuild(folder, adapters, root / "cache", bundle / "bundle")
+        build = TinyBuild(folder, adapters, root / "cache", place / "bundle")
         # what rounding costs so small and random a model is beyond the limits, which were measured on a real one
-        with patch("iapt_export.building.build.validate_bundle", lambda *_: passing_report()):
-            outcome = run(*build.arguments(build.bundle), f"--target=onnxruntime:{dtype}", *flags)
-        assert outcome.code == 0, outcome.err
+        request = build.request(build.bundle, targets=(f"onnxruntime:{dtype}",), prove=False, **fields)
+        iapt_export.build(request)
         return build
 
     return made
@@ -75,16 +71,16 @@ def validate(build: TinyBuild, bundle: Path, settings: Settings = QUICK) -> Repo
 
 
 @pytest.mark.parametrize(
-    ("dtype", "methods", "flags"),
+    ("dtype", "methods", "fields"),
     [
-        ("int4", tuple(METHODS.items()), ("--fold-embeddings",)),
-        ("int8", (("lora", LORA), *METHODS.items()), ()),
-        ("int4", (("lora", LORA),), ("--merge-lora", "--past=1:64:160")),
+        ("int8", tuple(MIXED.items()), {"tenants": "1:5:8"}),
+        ("int4", (("lora", LORA), ("adept", ADEPT)), {"fold_embeddings": True, "layers": 1}),
+        ("int4", (("lora", LORA),), {"merge_lora": True, "past": "1:64:160", "layers": 1}),
     ],
-    ids=["int4, folded ADePT", "int8, with LoRA", "int4, merged LoRA"],
+    ids=["int8, five methods", "int4, LoRA and folded ADePT", "int4, merged LoRA"],
 )
-def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, methods: Any, flags: Any) -> None:
-    made = build(dtype, *methods, flags=flags)
+def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, methods: Any, fields: Any) -> None:
+    made = build(dtype, *methods, **fields)
     report = validate(made, made.bundle)
     rounded, exact = report.targets
     assert (rounded.dtype, exact.dtype, exact.status) == (dtype, "fp32", "pass")
@@ -100,7 +96,7 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, tmp_path: Path) -> None:
-    model = make(**({"n_layer": 2} if make is tiny_gpt2 else {"num_hidden_layers": 2}))
+    model = make(**({"n_layer": 1} if make is tiny_gpt2 else {"num_hidden_layers": 1}))
     bits = QUANTISED[dtype]
     export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=bits))
     before = copy.deepcopy(model)
