@@ -132,7 +132,7 @@ class Answering(_Running):
 class Measuring(_Running):
     """What is measured and where it is kept."""
 
-    rows: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, metavar="N...")] = (1, 8)
+    rows: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=(1, None), metavar="N...")] = (1, 8)
     """Rows that run at once, one table line each."""
     prompt_tokens: PositiveInt = 128
     """Tokens of each instruction."""

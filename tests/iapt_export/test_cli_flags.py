@@ -116,6 +116,7 @@ def test_version_and_module_agree() -> None:
         (["inspect"], "iapt-export inspect needs PATH; PATH is missing"),
         (["doctor", "--colour"], "Unknown option: --colour"),
         (["doctor", "here"], "'here' belongs to no flag"),
+        (["bench", "bundle", "--rows"], "--rows needs a value"),
         (["bench", "bundle", "--rows", "2", "0"], 'Invalid value "0" for --rows. Must be > 0'),
         ([*TRAIN, "--method=qlora"], 'Invalid value "qlora" for --method. Choose from: "iapt", "adept"'),
         (
