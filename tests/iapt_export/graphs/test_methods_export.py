@@ -54,8 +54,8 @@ CONFIGS: dict[str, Any] = {
     "merged LoRA": LORA,
 }
 IN_DECODE = {"ADePT with decode offset", "folded ADePT with decode offset", "LoRA"}
-SLOW = {"ADePT", "folded ADePT with decode offset"}
-"""Their parts are exported by other cases too."""
+SLOW = {"ADePT", "folded ADePT with decode offset", "merged LoRA"}
+"""Their parts are exported by other cases too; test_rounding.py builds and compares a merged adapter."""
 CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CONFIGS]
 LENGTHS = [7, 3, 5]
 INDEX = [1, 0, 1]
@@ -198,7 +198,7 @@ def test_mixed_rows_of_a_method_are_each_tenants_own(exports: Exports, case: str
             assert worst(made, wanted) < LIMIT, (row, name)
 
 
-@pytest.mark.parametrize("case", [case for case in CONFIGS if case not in SLOW | {"merged LoRA"}])
+@pytest.mark.parametrize("case", [case for case in CONFIGS if case not in SLOW])
 def test_the_tenants_tell(exports: Exports, case: str) -> None:
     """Rows that use a neighbour's weights differ by far more than any rounding, so the test above sees it."""
     exported = exports[case]
@@ -231,7 +231,7 @@ def inputs_of_methods(path: Path) -> list[str]:
 
 def test_the_decode_step_of_prompts_is_the_plain_backbones(exports: Exports) -> None:
     """No index and no weight of a tenant enters it. All methods but those that treat generated tokens share it."""
-    for case in set(CONFIGS) - IN_DECODE - SLOW - {"merged LoRA"}:
+    for case in set(CONFIGS) - IN_DECODE - SLOW:
         specs = specs_for(exports.model, exports[case].plan.installed)
         plain = specs_for(exports.model, [])
         assert specs["decode"] == plain["decode"], case
@@ -249,6 +249,7 @@ def test_the_decode_step_of_lora_and_of_decode_offsets_takes_the_tenants(exports
     assert found == ["adept.tenant_index", *(f"adept.{name}" for name in offsets)]
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_leaves_no_input(exports: Exports) -> None:
     exported = exports["merged LoRA"]
     assert inputs_of_methods(exported.prefill) == inputs_of_methods(exported.decode) == []
