@@ -34,7 +34,8 @@ class BuildRequest:
     model: Annotated[str, Parameter(alias="-m", metavar="M")]
     """Hugging Face id, local folder, or GGUF file or folder."""
     adapters: Annotated[Sequence[str | Path], Parameter(("--adapter", "-a"), metavar="[NAME=]DIR")]
-    """Adapter directory, one for each tenant; the tenant is called NAME, or as its folder is."""
+    """Adapter directory, one for each tenant; the tenant is called NAME, or as its folder is. Behind one of stock PEFT
+    may stand what it does not say: DIR,format=chat or DIR,task=0."""
     output: Annotated[str | Path, Parameter(alias="-o", metavar="BUNDLE")]
     """Bundle to write."""
     targets: Annotated[Sequence[str], _TARGETS, Parameter(("--target", "-t"), metavar="T[:DTYPE]")] = ()
@@ -61,6 +62,8 @@ class BuildRequest:
     """Add the one LoRA adapter to the backbone's weights: no cost, but no other tenant."""
     fold_embeddings: Annotated[bool, _METHODS] = False
     """Ship ADePT's token offsets as one embedding table a tenant: less arithmetic, more memory."""
+    max_lora_rank: Annotated[int | None, _METHODS, Parameter(metavar="N")] = None
+    """Highest rank of a LoRA tenant, also of those that come later; without it, the highest of those given."""
     seed: Annotated[int, _COMPARISON] = 0
     """Order in which prompts are mixed in the comparison."""
     new_tokens: Annotated[int, _COMPARISON] = 64
@@ -79,6 +82,8 @@ class BuildRequest:
 
     def __post_init__(self) -> None:
         problems = choice_problems(self) + range_problems(self, seed=(0, 2**32 - 1), new_tokens=(1, 2**20))
+        if self.max_lora_rank is not None:
+            problems += range_problems(self, max_lora_rank=(1, 65536))
         for name in ("adapters", "targets"):
             if isinstance(getattr(self, name), str | Path):
                 problems.append(f"{name}={str(getattr(self, name))!r} is one text; expected a list of them")

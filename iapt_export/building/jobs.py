@@ -128,7 +128,11 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
     _check_text(backbone, adapters)
     tenants = plan_tenants(
-        adapters, backbone.model, merge_lora=request.merge_lora, fold_embeddings=request.fold_embeddings
+        adapters,
+        backbone.model,
+        merge_lora=request.merge_lora,
+        fold_embeddings=request.fold_embeddings,
+        max_lora_rank=request.max_lora_rank,
     )
     spec = layout.backbone_spec(backbone, adapters.values())
     check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -153,7 +154,7 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneS
     if owner is not None:
         shipped = plan.shipped[name]
         save_tenant(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors", tenant_card(name, plan, backbone))
-    trained = shipped is None or shipped.keys() != adapter.tensors.keys()
+    trained = shipped is None or not _are_equal(shipped, adapter.tensors)
     if trained:
         (bundle / TENANTS_FOLDER / TRAINED_FOLDER).mkdir(exist_ok=True)
         save_tenant(adapter.tensors, bundle / TENANTS_FOLDER / TRAINED_FOLDER / f"{name}.safetensors")
@@ -174,6 +175,10 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneS
         labels=list(adapter.config.labels),
         examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
     )
+
+
+def _are_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in some.items())
 
 
 def save_tenant(tensors: dict[str, Tensor], path: Path, card: TenantCard | None = None) -> None:

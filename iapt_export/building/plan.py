@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,12 @@ from iapt_export.graphs.installed import Installed, deploy, install
 from iapt_export.graphs.quantise import QUANTISED
 from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, load_adapter
+from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
 from trainers.methods.forms import METHODS
 
+OPTION = re.compile(r"(?P<rest>.+),(?P<name>format|task)=(?P<value>[^,=]*)")
+"""What may stand behind an adapter's folder."""
 DEFAULT_OPSET = 23
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 TARGETS = ("onnxruntime", *TENSORRT)
@@ -159,7 +163,8 @@ def load_tenants(
     """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
 
     Args:
-        arguments: as on the command line; the folder's name is the tenant's unless one is given.
+        arguments: as on the command line; the folder's name is the tenant's unless one is given. Behind a folder of
+            stock PEFT may stand what it does not say: ``DIR,format=chat``, ``DIR,task=0``.
         backbone: a `trainers.decoder.backbone.Backbone`.
         peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain`` or ``chat``.
 
@@ -168,19 +173,37 @@ def load_tenants(
     """
     tenants: dict[str, Adapter] = {}
     for argument in map(str, arguments):
-        name, equals, folder = argument.partition("=")
-        path = Path(folder if equals else argument)
-        name = name if equals else path.resolve().name
+        name, path, options = _parse_adapter(argument)
         if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
             raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
         if name in tenants:
             raise IaptError(f"two adapters are called {name!r}; tell them apart with --adapter NAME=DIR")
-        adapter = load_adapter(path, backbone, peft_prompt_format=peft_prompt_format)
+        prompt_format = options.get("format", peft_prompt_format)
+        task = int(options["task"]) if "task" in options else None
+        adapter = load_adapter(path, backbone, peft_prompt_format=prompt_format, peft_task=task)
+        if options and not adapter.from_peft:
+            raise IaptError(f"--adapter {argument}: {path} was not written by stock PEFT and says all of this itself")
         check_adapter_fits(adapter.config, backbone, str(path))
         tenants[name] = adapter
     if not tenants:
         raise IaptError("no adapter was given; add --adapter DIR, once for each tenant")
     return tenants
+
+
+def _parse_adapter(argument: str) -> tuple[str, Path, dict[str, str]]:
+    """A tenant's name, its folder, and what is said of it."""
+    options: dict[str, str] = {}
+    rest = argument
+    while match := OPTION.fullmatch(rest):
+        rest = match["rest"]
+        options[match["name"]] = match["value"]
+    if "format" in options and options["format"] not in ("plain", "chat"):
+        raise IaptError(f"--adapter {argument}: format is {options['format']!r}, expected plain or chat")
+    if "task" in options and not options["task"].isdecimal():
+        raise IaptError(f"--adapter {argument}: task is {options['task']!r}, expected a number from 0")
+    name, equals, folder = rest.partition("=")
+    path = Path(folder if equals else rest)
+    return (name if equals else path.resolve().name), path, options
 
 
 @dataclass(frozen=True)
@@ -211,7 +234,12 @@ class TenantPlan:
 
 
 def plan_tenants(
-    adapters: dict[str, Adapter], model: Any, *, merge_lora: bool = False, fold_embeddings: bool = False
+    adapters: dict[str, Adapter],
+    model: Any,
+    *,
+    merge_lora: bool = False,
+    fold_embeddings: bool = False,
+    max_lora_rank: int | None = None,
 ) -> TenantPlan:
     """Decide what is shipped for each tenant.
 
@@ -220,12 +248,15 @@ def plan_tenants(
         model: the backbone's transformers model.
         merge_lora: add the one tenant's LoRA to the backbone's weights, so that it costs nothing.
         fold_embeddings: ship ADePT's offsets as one embedding table for each tenant.
+        max_lora_rank: rank of LoRA's stack; None takes the tenants' highest.
 
     Raises:
         IaptError: methods that one bundle cannot serve together, or nothing to merge or to fold.
     """
     forms = {name: adapter.config.peft_type for name, adapter in adapters.items()}
     methods = {name: METHODS[form] for name, form in forms.items()}
+    if max_lora_rank is not None and not any(method.is_mergeable for method in methods.values()):
+        raise IaptError("--max-lora-rank is for LoRA, and no adapter is of that method; leave it out")
     if fold_embeddings and not any(method.folded_form for method in methods.values()):
         raise IaptError("--fold-embeddings is for ADePT's offsets, and no adapter is of that method; leave it out")
     if merge_lora:
@@ -238,9 +269,22 @@ def plan_tenants(
         ((name, adapter),) = adapters.items()
         return TenantPlan(adapters, [], {name: None}, {}, adapter.module())
     deployed = {name: deploy(adapter, model, fold_embeddings=fold_embeddings) for name, adapter in adapters.items()}
+    deployed |= _in_shared_stacks(deployed, model, max_lora_rank)
     installed, owner = install(adapters, deployed)
     shipped: dict[str, dict[str, Tensor]] = {
         name: adapters[name].tensors if methods[name].is_encoder else dict(method.state_dict())
         for name, method in deployed.items()
     }
     return TenantPlan(adapters, installed, dict(owner), shipped)
+
+
+def _in_shared_stacks(deployed: dict[str, Method], model: Any, rank: int | None) -> dict[str, Method]:
+    """Tenants whose methods take a stack of common settings, in its tensors."""
+    sizes = sizes_of(model)
+    shared: dict[str, Method] = {}
+    for kind in {type(method) for method in deployed.values()}:
+        own = {name: method for name, method in deployed.items() if type(method) is kind}
+        config = kind.stack_config([method.config for method in own.values()], sizes, rank)
+        if config is not None:
+            shared |= {name: method.in_stack(config, sizes) for name, method in own.items()}
+    return shared

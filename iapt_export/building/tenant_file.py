@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from iapt_export.building.layout import save_tenant, tenant_card
-from iapt_export.building.plan import load_tenants, plan_tenants
+from iapt_export.building.plan import TenantPlan, load_tenants, plan_tenants
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
+from iapt_export.contract.settings import config_from_dict
 from iapt_export.contract.tenant_card import TenantCard
 from trainers.decoder.backbone import Backbone
-from trainers.methods.forms import METHODS
+from trainers.decoder.insertion import sizes_of
+from trainers.methods.forms import FORM_CONFIGS, METHODS, form_name
 
 
 def write_tenant_file(
@@ -40,6 +44,7 @@ def write_tenant_file(
     forms = {method.form for method in manifest.methods}
     fold = METHODS[loaded.config.peft_type].folded_form in forms
     plan = plan_tenants(adapters, backbone.model, fold_embeddings=fold)
+    plan = _in_the_bundles_stack(plan, name, manifest, backbone.model)
     card = tenant_card(name, plan, manifest.backbone)
     if not any(card.fits(method.form, method.config) for method in manifest.methods):
         raise IaptError(
@@ -53,3 +58,17 @@ def write_tenant_file(
     finally:
         temporary.unlink(missing_ok=True)
     return card
+
+
+def _in_the_bundles_stack(plan: TenantPlan, name: str, manifest: BundleManifest, model: Any) -> TenantPlan:
+    """The plan with the tenant in tensors of the bundle's own stack, where its method can be one of that."""
+    (item,) = plan.installed
+    for spec in manifest.methods:
+        if item.encoder is None and spec.form == form_name(item.method):
+            config = config_from_dict(FORM_CONFIGS[spec.form], spec.config, "manifest.json")
+            stacked = item.method.in_stack(config, sizes_of(model))
+            if stacked is not item.method:
+                return replace(
+                    plan, installed=[replace(item, method=stacked)], shipped={name: dict(stacked.state_dict())}
+                )
+    return plan

@@ -92,6 +92,8 @@ class Adapter:
     """Name to fp32 tensor, as the method's `trainers.decoder.method.Method.shapes` lists them."""
     path: Path | None = None
     """Where it was read from."""
+    from_peft: bool = False
+    """Whether stock PEFT wrote it."""
 
     def module(self) -> Method:
         """The method with these weights, in evaluation mode."""

@@ -61,13 +61,20 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]
     os.replace(temporary, folder / CONFIG_FILE)
 
 
-def load_adapter(folder: str | Path, backbone: Backbone | None = None, *, peft_prompt_format: str = "plain") -> Adapter:
+def load_adapter(
+    folder: str | Path,
+    backbone: Backbone | None = None,
+    *,
+    peft_prompt_format: str = "plain",
+    peft_task: int | None = None,
+) -> Adapter:
     """Read and check an adapter directory, ours or stock PEFT's.
 
     Args:
         folder: the directory.
         backbone: what the adapter is for; needed for a directory that stock PEFT wrote.
         peft_prompt_format: how prompts are fed to such a one, ``plain`` or ``chat``; ours say it themselves.
+        peft_task: which task of its multitask prompt, from 0.
 
     Raises:
         IaptError: a file is missing, truncated, not safetensors, of an unknown method or schema, has
@@ -76,15 +83,16 @@ def load_adapter(folder: str | Path, backbone: Backbone | None = None, *, peft_p
     folder = Path(folder)
     path = folder / WEIGHTS_FILE
     if backbone is not None and _is_stock_peft(read_fields(folder)):
-        adapter = adapter_from_peft(folder, backbone, peft_prompt_format)
-        config, tensors = adapter.config, adapter.tensors
+        adapter = adapter_from_peft(folder, backbone, peft_prompt_format, peft_task)
+        config, tensors, from_peft = adapter.config, adapter.tensors, True
     else:
+        from_peft = False
         config = read_adapter_config(folder)
         tensors = read_tensors(folder)
         if config.peft_type in PEFT_TYPES:
             tensors = from_peft_tensors(config.method, tensors, config.sizes, str(path))
     raise_problems(f"{path}", tensor_problems(METHODS[config.peft_type].shapes(config.method, config.sizes), tensors))
-    return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()}, folder)
+    return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()}, folder, from_peft)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:

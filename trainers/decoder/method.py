@@ -149,6 +149,24 @@ class Method(nn.Module):
         """
         return weights
 
+    @classmethod
+    def stack_config(cls, configs: list[Any], sizes: Sizes, rank: int | None = None) -> Any | None:
+        """Settings of one stack for tenants of all these settings; None where only equal ones can share a stack.
+
+        Args:
+            configs: of the tenants, all of this method.
+            sizes: of the backbone.
+            rank: the highest rank that a tenant may have, where the method has one; None takes the tenants' highest.
+
+        Raises:
+            IaptError: a tenant has a higher rank.
+        """
+        return None
+
+    def in_stack(self, config: Any, sizes: Sizes) -> Method:
+        """This method in tensors of a stack's settings, see `stack_config`; itself where it cannot be."""
+        return self
+
     def embed(self, weights: Weights, input_ids: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Embeddings ``[B, T, D]`` of ``input_ids [B, T]``; ``mask [B, T]`` is nonzero at instruction tokens."""
         return embeddings

@@ -68,6 +68,34 @@ class LoRA(Method):
         """See `trainers.decoder.method.Method.linear_names`."""
         return targets(self.config.target_modules, self.sizes)
 
+    @classmethod
+    def stack_config(cls, configs: list[LoRAConfig], sizes: Sizes, rank: int | None = None) -> LoRAConfig | None:
+        """See `trainers.decoder.method.Method.stack_config`: the highest rank, and every linear that anyone changes."""
+        highest = max(config.rank for config in configs)
+        if rank is not None and rank < highest:
+            raise IaptError(f"a LoRA adapter has rank {highest}, more than --max-lora-rank {rank}; raise that")
+        changed = [frozenset(targets(config.target_modules, sizes)) for config in configs]
+        same = len({(config.rank, config.scaling, names) for config, names in zip(configs, changed, strict=True)}) == 1
+        if same and rank in (None, highest):
+            return None
+        names = frozenset.union(*changed)
+        chosen = tuple(name for name in sizes.linears if name in names)
+        return LoRAConfig(rank=rank or highest, alpha=rank or highest, target_modules=chosen)
+
+    def in_stack(self, config: LoRAConfig, sizes: Sizes) -> Method:
+        """See `trainers.decoder.method.Method.in_stack`: zeros where this one has nothing, the scale in B."""
+        rank, stacked = self.config.rank, LoRA(config, sizes)
+        if rank > config.rank or not set(self.linear_names) <= set(stacked.linear_names):
+            return self
+        with torch.no_grad():
+            for name in stacked.linear_names:
+                down, up = (stacked.get_parameter(tensor_name(name, side)).zero_() for side in "AB")
+                if name in self.linear_names:
+                    down[:, :rank] = self.get_parameter(tensor_name(name, "A"))
+                    factor = self.config.scaling / config.scaling
+                    up[:, :, :rank] = self.get_parameter(tensor_name(name, "B")) * factor
+        return stacked.eval()
+
     @contextmanager
     def merged(self, backbone: Any) -> Iterator[None]:
         """W + s B A in place of W; the sum is made in fp32 and rounded once to the backbone's type."""

@@ -16,17 +16,16 @@ from tests.trainers.methods_tiny import LENGTHS, STEPS, greedy_tokens, trained
 from trainers.adapters.adapter import AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.adapters.peft_format import (
-    TABLE,
-    _changed_linears,
     adapter_from_peft,
     from_peft_tensors,
     peft_fields,
     to_peft_tensors,
 )
+from trainers.adapters.peft_forms import FORMS, TABLE
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.insertion import read_instruction, sizes_of
 from trainers.decoder.method import Sizes, rows_of
-from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
+from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, method_name
 from trainers.methods.forms import new_method
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,11 +39,42 @@ FROM_PEFT = [
     pytest.param(tiny_gpt2, "PrefixTuningConfig", PROMPT, id="gpt2-prefix"),
     pytest.param(tiny_llama, "PrefixTuningConfig", {**PROMPT, "prefix_projection": True}, id="llama-projection"),
     pytest.param(tiny_gpt2, "PrefixTuningConfig", {**PROMPT, "prefix_projection": True}, id="gpt2-projection"),
+    pytest.param(tiny_llama, "PromptEncoderConfig", {**PROMPT, "encoder_hidden_size": 8}, id="llama-p-tuning"),
+    pytest.param(
+        tiny_gpt2,
+        "PromptEncoderConfig",
+        {**PROMPT, "encoder_hidden_size": 8, "encoder_reparameterization_type": "LSTM"},
+        id="gpt2-p-tuning-lstm",
+    ),
     pytest.param(tiny_llama, "LoraConfig", LORA, id="llama-lora-default"),
     pytest.param(tiny_llama, "LoraConfig", {**LORA, "target_modules": SEVEN}, id="llama-lora-seven"),
     pytest.param(tiny_llama, "LoraConfig", {**LORA, "target_modules": "all-linear"}, id="llama-lora-all-linear"),
     pytest.param(tiny_llama, "LoraConfig", {**LORA, "target_modules": r".*mlp\.(up|down)_proj"}, id="llama-lora-regex"),
     pytest.param(tiny_llama, "LoraConfig", {**LORA, "use_rslora": True}, id="llama-rslora"),
+    pytest.param(
+        tiny_llama,
+        "LoraConfig",
+        {
+            **LORA,
+            "target_modules": SEVEN,
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 7},
+            "alpha_pattern": {"layers.0.self_attn.v_proj": 20, "down_proj": 1},
+            "use_rslora": True,
+        },
+        id="llama-lora-patterns",
+    ),
+    pytest.param(
+        tiny_llama,
+        "LoraConfig",
+        {**LORA, "layers_to_transform": [0, 2], "exclude_modules": r".*\.2\..*k_proj", "target_modules": SEVEN},
+        id="llama-lora-some-layers",
+    ),
+    pytest.param(
+        tiny_llama,
+        "LoraConfig",
+        {**LORA, "target_modules": ["layers.1.self_attn.q_proj", "up_proj"]},
+        id="llama-lora-one-layer-by-name",
+    ),
     pytest.param(tiny_gpt2, "LoraConfig", {**LORA, "fan_in_fan_out": True}, id="gpt2-lora-default"),
     pytest.param(
         tiny_gpt2,
@@ -106,7 +136,7 @@ def adapter_config(method: Any, sizes: Sizes, base: str = "tiny") -> AdapterConf
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
         vocab_size=sizes.vocab_size,
-        linears=_changed_linears(method, sizes),
+        linears=FORMS[method_name(method)].linears(method, sizes),
         layers_path=sizes.layers_path,
         method=method,
     )
@@ -210,13 +240,13 @@ def lora_directory(folder: Path, **options: Any) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        (
+            {"use_dora": True},
+            r"use_dora=True is not supported; merge it into the backbone with PEFT's merge_and_unload",
+        ),
         ({"bias": "all"}, "bias is 'all', expected 'none'"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern={'q_proj': 4} is not supported"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern={'q_proj': 4} is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] is not supported"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] is not supported"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\] is not supported"),
         ({"target_parameters": ["w"]}, r"target_parameters=\['w'\] is not supported"),
@@ -227,7 +257,7 @@ def lora_directory(folder: Path, **options: Any) -> Path:
 )
 def test_unsupported_lora_options_are_named(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder = lora_directory(tmp_path, **options)
-    with pytest.raises(IaptError, match=rf"PEFT's LORA is supported in its plain form only: .*{words}"):
+    with pytest.raises(IaptError, match=rf"PEFT's LORA cannot be served as it is: .*{words}"):
         adapter_from_peft(folder, backbone_of(tiny_llama()))
 
 
@@ -245,14 +275,60 @@ def test_unsupported_lora_options_are_named(options: dict[str, Any], words: str,
 def test_unfitting_prompt_options_are_named(kind: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
     fields = {"peft_type": kind, "num_virtual_tokens": 4, **options}
     folder = directory(tmp_path, fields, {TABLE: torch.zeros(4, 32)})
-    with pytest.raises(IaptError, match=f"PEFT's {kind} is supported in its plain form only: .*{words}"):
+    with pytest.raises(IaptError, match=f"PEFT's {kind} cannot be served as it is: .*{words}"):
+        adapter_from_peft(folder, backbone_of(tiny_llama()))
+
+
+def test_a_task_of_a_multitask_prompt(tmp_path: Path) -> None:
+    theirs = stock(tiny_llama, "MultitaskPromptTuningConfig", {**PROMPT, "num_tasks": 3, "num_ranks": 2})
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    ids, mask = padded([7])
+    answers = []
+    for task in range(3):
+        method = adapter_from_peft(tmp_path, backbone_of(model), task=task).module()
+        with torch.no_grad():
+            wanted = theirs(input_ids=ids, attention_mask=mask, task_ids=torch.tensor([task])).logits
+        answers.append(logits(model, rows_of(method), [7]))
+        torch.testing.assert_close(answers[-1], wanted[:, -7:][mask == 1], atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(answers[0], answers[2])
+    for task, words in ((None, "holds prompts for 3 tasks; say which one .* PATH,task=0"), (3, "task=3 is not one of")):
+        with pytest.raises(IaptError, match=words):
+            adapter_from_peft(tmp_path, backbone_of(model), task=task)
+    with pytest.raises(IaptError, match="task=1 is for PEFT's MULTITASK_PROMPT_TUNING; this is LORA"):
+        adapter_from_peft(lora_directory(tmp_path / "lora"), backbone_of(model), task=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, "0.self_attn.q_proj"),
+        ({"target_modules": r".*\.(q|v)_proj"}, "2.self_attn.v_proj"),
+        ({"layers_to_transform": [1, 2]}, "1.self_attn.q_proj"),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "1.self_attn.q_proj"),
+    ],
+)
+def test_a_file_that_lacks_a_layer_is_refused(options: dict[str, Any], lost: str, tmp_path: Path) -> None:
+    """Layers may be left out only where the configuration says so."""
+    folder = lora_directory(tmp_path, **options)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if lost not in name}, path)
+    with pytest.raises(IaptError, match=f"{lost}.lora_A.weight is missing"):
+        adapter_from_peft(folder, backbone_of(tiny_llama()))
+
+
+def test_a_rank_that_the_configuration_does_not_say_is_refused(tmp_path: Path) -> None:
+    folder = lora_directory(tmp_path, rank_pattern={"v_proj": 4})
+    with pytest.raises(IaptError, match=r"v_proj.lora_A.weight has shape \(2, 32\), expected \(4, 32\)"):
         adapter_from_peft(folder, backbone_of(tiny_llama()))
 
 
 def test_other_methods_of_peft(tmp_path: Path) -> None:
     folder = directory(tmp_path, {"peft_type": "IA3"}, {"x": torch.zeros(1)})
     for load in (adapter_from_peft, load_adapter):
-        with pytest.raises(IaptError, match="PEFT's method 'IA3' is not supported; use one of PROMPT_TUNING, PREFIX"):
+        with pytest.raises(
+            IaptError, match="PEFT's method 'IA3' is not supported; use one of PROMPT_TUNING, P_TUNING, M"
+        ):
             load(folder, backbone_of(tiny_llama()))
 
 

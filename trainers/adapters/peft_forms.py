@@ -1,0 +1,362 @@
+"""How PEFT lays out the methods that it shares with us: fields, tensors, and what its options mean. Checked with 0.21.
+
+    PROMPT_TUNING    prompt_embeddings [P, D]
+    P_TUNING         the same; PEFT saves what its encoder made
+    MULTITASK_PROMPT_TUNING  the same, prefix_task_cols [N, P, R], prefix_task_rows [N, R, D]: task n multiplies the
+                     embeddings by cols[n] rows[n]
+    PREFIX_TUNING    prompt_embeddings [P, 2 L H K]: keys, then values of layer 0, of layer 1, ...
+    LORA             base_model.model.<layers_path>.<layer>.<linear>.lora_{A,B}.weight: [R, M], [N, R]
+
+PEFT saves the table that a prefix's network makes, not the network. For a prefix with projection we write that table
+and beside it our own tensors, which PEFT ignores and from which training resumes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import raise_problems
+from trainers.adapters.adapter import tensor_problems
+from trainers.decoder.method import Sizes
+from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
+from trainers.methods.lora import LoRA, targets, tensor_name
+from trainers.methods.prefix_tuning import PrefixTuning, from_table, to_table
+
+TABLE = "prompt_embeddings"
+COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
+LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""LoRA's initial weights that leave the backbone as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
+MAX_PROBLEMS = 8
+"""Tensors named in one error text; a wrong backbone makes all of them wrong."""
+_ANY = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
+_ANY |= {"auto_mapping", "peft_version"}
+_PROMPT = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
+_INIT = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
+
+
+class PeftForm:
+    """One method in PEFT's layout, between its fields and tensors and our configuration and tensors."""
+
+    options: ClassVar[set[str]]
+    """Options that are read, or that matter in training alone; any other must be off."""
+    remedy: ClassVar[str] = ""
+    """What to do about an option that is on."""
+
+    def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
+        """Option to the values that it may have."""
+        return {"task_type": (None, "CAUSAL_LM")}
+
+    def read(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Our configuration and fp32 tensors of what stock PEFT wrote.
+
+        Args:
+            fields: ``adapter_config.json``.
+            tensors: as PEFT names them.
+            sizes: of the backbone.
+            source: where they come from, for error texts.
+            task: which task of an adapter for several; None where it has one.
+
+        Raises:
+            IaptError: tensors are missing, unknown, of another shape than the backbone asks for, or not finite.
+        """
+        raise NotImplementedError
+
+    def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
+        """What stock PEFT reads of our configuration."""
+        raise NotImplementedError
+
+    def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """PEFT's name of each tensor to its shape."""
+        raise NotImplementedError
+
+    def to_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        """Our tensors under PEFT's names."""
+        raise NotImplementedError
+
+    def from_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        """PEFT's tensors, checked and in fp32, under our names."""
+        raise NotImplementedError
+
+    def linears(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, int]]:
+        """The linear layers that the method changes."""
+        return {}
+
+
+class _VirtualTokens(PeftForm):
+    """Methods whose trained part is one table, an entry for each virtual token."""
+
+    def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
+        own = {"num_transformer_submodules": (None, 1), "num_layers": (None, sizes.num_layers)}
+        return super().allowed(sizes) | own
+
+    def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": method.prompt_length,
+            "num_transformer_submodules": 1,
+            "num_layers": sizes.num_layers,
+            "inference_mode": True,
+        }
+
+
+class _Prompt(_VirtualTokens):
+    """A prompt before the embedded tokens, however it was found."""
+
+    options = (_ANY | _PROMPT | _INIT) | {
+        *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+        *("num_ranks", "num_tasks", "prompt_tuning_init_task", "prompt_tuning_init_state_dict_path"),
+    }
+
+    def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
+        return super().allowed(sizes) | {"token_dim": (None, sizes.hidden_size)}
+
+    def read(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        method = PromptTuningConfig(prompt_length=fields.get("num_virtual_tokens"))  # type: ignore[arg-type]
+        shapes = self.shapes(method, sizes)
+        count = fields.get("num_tasks", 1) if fields["peft_type"] == "MULTITASK_PROMPT_TUNING" else None
+        if count is None:
+            check_tensors(shapes, tensors, source)
+            return method, self.from_peft(method, tensors, sizes)
+        if task is None and count != 1:
+            raise IaptError(f"{source} holds prompts for {count} tasks; say which one the tenant is for: PATH,task=0")
+        task = task or 0
+        if not isinstance(count, int) or not 0 <= task < count:
+            raise IaptError(f"{source}: task={task} is not one of its {count} tasks, which count from 0")
+        rank = fields.get("num_ranks", 1)
+        shapes |= {COLUMNS: (count, method.prompt_length, rank), ROWS: (count, rank, sizes.hidden_size)}
+        check_tensors(shapes, tensors, source)
+        columns, rows = tensors[COLUMNS][task].float(), tensors[ROWS][task].float()
+        return method, {"prompt": tensors[TABLE].float() * (columns @ rows)}
+
+    def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
+        return super().fields(method, sizes) | {"token_dim": sizes.hidden_size, "prompt_tuning_init": "RANDOM"}
+
+    def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        return {TABLE: (method.prompt_length, sizes.hidden_size)}
+
+    def to_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        return {TABLE: tensors["prompt"]}
+
+    def from_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        return {"prompt": tensors[TABLE].float()}
+
+
+class _Prefix(_VirtualTokens):
+    """Keys and values before those of the tokens, in every layer."""
+
+    options = _ANY | _PROMPT | {"encoder_hidden_size", "prefix_projection", "init_weights"}
+
+    def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
+        heads = {"num_attention_heads": (None, sizes.num_kv_heads)}
+        return super().allowed(sizes) | {"token_dim": (None, sizes.num_kv_heads * sizes.head_dim), **heads}
+
+    def read(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        method = PrefixTuningConfig(prompt_length=fields.get("num_virtual_tokens"))  # type: ignore[arg-type]
+        check_tensors(self.shapes(method, sizes), tensors, source)
+        return method, self.from_peft(method, tensors, sizes)
+
+    def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
+        # The table is written, which is all that PEFT reads: to PEFT there is no projection any more.
+        own = {"num_attention_heads": sizes.num_kv_heads, "prefix_projection": False}
+        return super().fields(method, sizes) | {"token_dim": sizes.num_kv_heads * sizes.head_dim, **own}
+
+    def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        own = PrefixTuning.shapes(method, sizes) if method.projection else {}
+        return {TABLE: (method.prompt_length, 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim), **own}
+
+    def to_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        if not method.projection:
+            return {TABLE: to_table(tensors["prefix"]).contiguous()}
+        module = PrefixTuning(method, sizes)
+        module.load_state_dict(tensors)
+        return {**tensors, TABLE: to_table(module.deployed().get_parameter("prefix").detach()).contiguous()}
+
+    def from_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        floats = {name: tensor.float() for name, tensor in tensors.items()}
+        table = floats.pop(TABLE)
+        return floats if method.projection else {"prefix": from_table(table, sizes).contiguous()}
+
+
+class _LoRA(PeftForm):
+    """A low-rank change of linear layers. PEFT's may differ in rank and alpha from layer to layer, and leave some out.
+
+    Such ones get one stack of the highest rank with zeros where there is nothing, and the scale goes into B.
+    """
+
+    options = _ANY | {
+        *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
+        *("lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+        *("ensure_weight_tying", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("rank_pattern", "alpha_pattern", "layers_to_transform"),
+    }
+    remedy = "merge it into the backbone with PEFT's merge_and_unload(), save that model and give it with --model"
+
+    def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
+        return super().allowed(sizes) | {"bias": (None, "none"), "init_lora_weights": HARMLESS_INITS}
+
+    def read(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        configs = _configs(fields, tensors, sizes, source)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module, config in configs.items():
+            inputs, outputs = sizes.linears[_linear(module)]
+            shapes[_peft_name(module, "A")] = (config.rank, inputs)
+            shapes[_peft_name(module, "B")] = (outputs, config.rank)
+        check_tensors(shapes, tensors, source)
+        first = next(iter(configs.values()))
+        names = _lora_names(first, sizes)
+        if len(set(configs.values())) == 1 and names.keys() == tensors.keys():
+            return first, self.from_peft(first, tensors, sizes)
+        rank = max(config.rank for config in configs.values())
+        method = replace(first, rank=rank, alpha=rank, rslora=False)
+        own = {name: torch.zeros(shape) for name, shape in LoRA.shapes(method, sizes).items()}
+        for module, config in configs.items():
+            (down, layer), (up, _) = (names[_peft_name(module, side)] for side in "AB")
+            own[down][layer, : config.rank] = tensors[_peft_name(module, "A")].float()
+            own[up][layer, :, : config.rank] = tensors[_peft_name(module, "B")].float() * config.scaling
+        return method, own
+
+    def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
+        return {
+            "r": method.rank,
+            "lora_alpha": method.alpha,
+            "use_rslora": method.rslora,
+            "target_modules": list(method.target_modules),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+        }
+
+    def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        own = LoRA.shapes(method, sizes)
+        return {peft: own[stack][1:] for peft, (stack, _layer) in _lora_names(method, sizes).items()}
+
+    def to_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        return {peft: tensors[own][layer].contiguous() for peft, (own, layer) in _lora_names(method, sizes).items()}
+
+    def from_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        stacks: dict[str, list[Tensor]] = {}
+        for peft, (own, _layer) in _lora_names(method, sizes).items():  # layers come in order
+            stacks.setdefault(own, []).append(tensors[peft].float())
+        return {own: torch.stack(layers) for own, layers in stacks.items()}
+
+    def linears(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, int]]:
+        return {name: sizes.linears[name] for name in targets(method.target_modules, sizes)}
+
+
+FORMS: dict[str, PeftForm] = {
+    "PROMPT_TUNING": _Prompt(),
+    "P_TUNING": _Prompt(),
+    "MULTITASK_PROMPT_TUNING": _Prompt(),
+    "PREFIX_TUNING": _Prefix(),
+    "LORA": _LoRA(),
+}
+"""PEFT's name of a method to its layout."""
+
+
+def check_tensors(shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse tensors of other names, shapes or types, or that are not finite.
+
+    Raises:
+        IaptError: with the first problems listed.
+    """
+    problems = tensor_problems(shapes, tensors)
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[: MAX_PROBLEMS - 1], f"and {len(problems) - MAX_PROBLEMS + 1} tensors more"]
+    raise_problems(f"{source}: the tensors do not fit the configuration and the backbone", problems)
+
+
+def _configs(fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str) -> dict[str, LoRAConfig]:
+    """Each changed module's own rank and alpha, in the backbone's order.
+
+    The tensors tell which linears are changed; fields may still ask for more layers of those.
+
+    Raises:
+        IaptError: there are none, or they stand outside the decoder layers' linears.
+    """
+    there = {match["module"] for name in tensors if (match := LORA_TENSOR.fullmatch(name))}
+    modules = [f"{sizes.layers_path}.{n}.{name}" for n in range(sizes.num_layers) for name in sizes.linears]
+    if not there or not there <= set(modules):
+        got = sorted({_linear(module) for module in there.difference(modules)}) or sorted(tensors)[:3] or ["none"]
+        raise IaptError(
+            f"{source}: expected LoRA tensors of linear layers in the decoder's {sizes.num_layers} layers, which are "
+            f"{', '.join(sizes.linears)}; got {', '.join(got)}. Give the backbone that it was trained for"
+        )
+    linears = {_linear(module) for module in there}
+    full = tuple(name for name in sizes.linears if name in linears)
+    last = tuple(dict.fromkeys(name.rpartition(".")[2] for name in full))
+    chosen = last if targets(last, sizes) == full else full
+    return {
+        module: LoRAConfig(
+            rank=_by_pattern(fields, "rank_pattern", module, fields.get("r", 8)),
+            alpha=_by_pattern(fields, "alpha_pattern", module, fields.get("lora_alpha", 8)),
+            rslora=bool(fields.get("use_rslora")),
+            target_modules=chosen,
+        )
+        for module in modules
+        if module in there or (_linear(module) in linears and _is_target(fields, module))
+    }
+
+
+def _linear(module: str) -> str:
+    """A linear layer's name within its decoder layer."""
+    return re.sub(r"^.+?\.\d+\.", "", module)
+
+
+def _peft_name(module: str, side: str) -> str:
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+def _lora_names(method: LoRAConfig, sizes: Sizes) -> dict[str, tuple[str, int]]:
+    """PEFT's name of each LoRA tensor, to our stacked one and the layer in it."""
+    return {
+        _peft_name(f"{sizes.layers_path}.{layer}.{name}", side): (tensor_name(name, side), layer)
+        for name in targets(method.target_modules, sizes)
+        for side in "AB"
+        for layer in range(sizes.num_layers)
+    }
+
+
+def _by_pattern(fields: dict[str, Any], name: str, module: str, default: Any) -> Any:
+    """A module's own rank or alpha: the first pattern that ends its name, as PEFT looks it up."""
+    for pattern, value in (fields.get(name) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _is_target(fields: dict[str, Any], module: str) -> bool:
+    """Whether PEFT changes this module, as far as its name and layer tell: then its tensors must be there."""
+    if _matches(fields.get("exclude_modules"), module):
+        return False
+    wanted = fields.get("target_modules")
+    if wanted and wanted != "all-linear" and not _matches(wanted, module):
+        return False
+    layers = fields.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = fields.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _matches(wanted: Any, module: str) -> bool:
+    """A pattern must fit the whole name, an entry of a list its end."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted or ())
