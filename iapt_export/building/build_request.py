@@ -34,8 +34,7 @@ class BuildRequest:
     model: Annotated[str, Parameter(alias="-m", metavar="M")]
     """Hugging Face id, local folder, or GGUF file or folder."""
     adapters: Annotated[Sequence[str | Path], Parameter(("--adapter", "-a"), metavar="[NAME=]DIR")]
-    """Adapter directory, one for each tenant; the tenant is called NAME, or as its folder is. Behind one of stock PEFT
-    may stand what it does not say: DIR,format=chat or DIR,task=0."""
+    """Adapter directory, once a tenant, called NAME or as the folder is; PEFT's also DIR,format=chat or DIR,task=0."""
     output: Annotated[str | Path, Parameter(alias="-o", metavar="BUNDLE")]
     """Bundle to write."""
     targets: Annotated[Sequence[str], _TARGETS, Parameter(("--target", "-t"), metavar="T[:DTYPE]")] = ()
