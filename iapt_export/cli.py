@@ -175,7 +175,8 @@ def validate(
         revision = backbone.revision or manifest.backbone.revision
         loaded = load_backbone(name, revision=revision, trust_remote_code=backbone.trust_remote_code)
         depth = "quick" if asked.quick else "full"
-        settings = Settings(asked.seed, asked.new_tokens, asked.device, depth, asked.case, asked.bisect)
+        peft = not asked.no_peft_check
+        settings = Settings(asked.seed, asked.new_tokens, asked.device, depth, asked.case, asked.bisect, peft)
         found = validate_bundle(bundle, manifest, loaded, settings, steps)
     if asked.junit:
         write_junit(found, asked.junit)

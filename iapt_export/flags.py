@@ -96,6 +96,8 @@ class Comparison:
     """Greedy tokens for each prompt."""
     device: Device = "cpu"
     """Where ONNX Runtime runs."""
+    no_peft_check: bool = False
+    """Leave out the comparison with PEFT itself, which is made where it is installed and has the tenant's method."""
 
 
 @dataclass(frozen=True, kw_only=True)

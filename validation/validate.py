@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from iapt_export.graphs.quantise import QUANTISED
 from validation.judging.compare import OnStep, Settings, Truths, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
+from validation.judging.peft import compare_peft
 from validation.judging.result import Report, TargetResult
 from validation.judging.tolerances import rows_for
 from validation.locating.locate import look_inside
+from validation.sides.peft_side import PeftFolder, peft_version
 from validation.sides.reference import Reference
 from validation.sides.rounding import unrounded_session, with_rounded_weights
 
@@ -29,6 +32,7 @@ def validate_bundle(
     settings: Settings,
     on_step: OnStep = lambda _: None,
     name: str = "",
+    peft_folders: Mapping[str, PeftFolder] | None = None,
 ) -> Report:
     """Compare a bundle with PyTorch.
 
@@ -39,6 +43,8 @@ def validate_bundle(
         settings: how much is compared.
         on_step: called with a word on each step, for progress.
         name: what the report calls the bundle; its folder's name unless it stands under a temporary one.
+        peft_folders: tenant to the adapter directory that it was built from, where PEFT reads it; None writes such
+            directories from the bundle.
 
     Returns:
         The report; its verdict is ``fail`` when any check fails, or when no target at all could be run.
@@ -63,6 +69,9 @@ def validate_bundle(
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))
     ran = [result for result in results if result.status in ("pass", "fail")]
+    if settings.peft_check and truths.prompts:
+        peft = compare_peft(bundle, reference, truths.prompts, peft_folders, on_step)
+        results += [peft] if peft else []
     passed = bool(ran) and all(check.passed for result in results for check in result.checks)
     name = name or bundle.name
     return Report(
@@ -133,6 +142,7 @@ def environment(device: str) -> dict[str, str]:
         "transformers": transformers.__version__,
         "onnxruntime": onnxruntime.__version__,
         "numpy": numpy.__version__,
+        "peft": peft_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "ai.iapt::Rational": add_kernels(onnxruntime.SessionOptions(), device),
         "threads": str(torch.get_num_threads()),

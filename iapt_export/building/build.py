@@ -32,6 +32,7 @@ from trainers.methods.forms import form_name
 from validation.judging.compare import Settings
 from validation.reporting.report import write_report
 from validation.reporting.summary import failure
+from validation.sides.peft_side import folders_of
 from validation.validate import parity_from_report, validate_bundle
 
 OnStep = Callable[..., None]
@@ -192,8 +193,9 @@ def _prove(
 ) -> BundleManifest:
     """Validate a bundle that is not published yet; its manifest with parity and report files, saved."""
     request, output = plan.request, plan.output
-    settings = Settings(request.seed, request.new_tokens, request.device)
-    report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name)
+    settings = Settings(request.seed, request.new_tokens, request.device, peft_check=not request.no_peft_check)
+    folders = folders_of(plan.tenants.adapters)
+    report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name, folders)
     # how long it took is not part of what was built: equal inputs give equal bytes
     report = dataclasses.replace(report, targets=[dataclasses.replace(t, seconds=0.0) for t in report.targets])
     if report.verdict != "pass":

@@ -69,6 +69,8 @@ class BuildRequest:
     """Greedy tokens for each prompt in the comparison."""
     device: Annotated[Device, _COMPARISON] = "cpu"
     """Where ONNX Runtime runs in the comparison."""
+    no_peft_check: Annotated[bool, _COMPARISON] = False
+    """Leave out the comparison with PEFT itself, which is made where it is installed and has the tenant's method."""
     prove: Annotated[bool, Parameter(parse=False)] = True
     """Compare with PyTorch before the bundle is published. Without it the manifest's verdict is ``not run``: for
     measurements alone."""

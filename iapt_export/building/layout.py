@@ -287,13 +287,14 @@ def engine_versions(runtime: str, plugin: Path | None = None) -> dict[str, str]:
     return found | ({"plugin": file_sha256(plugin)} if plugin else {})
 
 
-def adapter_hashes(tenants: dict[str, Adapter]) -> dict[str, list[str]]:
-    """Tenant to the hashes of its adapter's files."""
-    hashes = {}
+def adapter_hashes(tenants: dict[str, Adapter]) -> dict[str, list[Any]]:
+    """Tenant to the hashes of its adapter's files, and to what was said of one of stock PEFT."""
+    hashes: dict[str, list[Any]] = {}
     for name, adapter in tenants.items():
         assert adapter.path is not None
         files = [adapter.path / file for file in (CONFIG_FILE, WEIGHTS_FILE, EXAMPLES_FILE)]
         hashes[name] = [file_sha256(path) for path in files if path.is_file()]
+        hashes[name] += [adapter.config.prompt_format, adapter.peft_task] if adapter.from_peft else []
     return hashes
 
 

@@ -94,6 +94,8 @@ class Adapter:
     """Where it was read from."""
     from_peft: bool = False
     """Whether stock PEFT wrote it."""
+    peft_task: int | None = None
+    """Which task of its multitask prompt."""
 
     def module(self) -> Method:
         """The method with these weights, in evaluation mode."""

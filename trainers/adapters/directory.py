@@ -84,15 +84,16 @@ def load_adapter(
     path = folder / WEIGHTS_FILE
     if backbone is not None and _is_stock_peft(read_fields(folder)):
         adapter = adapter_from_peft(folder, backbone, peft_prompt_format, peft_task)
-        config, tensors, from_peft = adapter.config, adapter.tensors, True
     else:
-        from_peft = False
         config = read_adapter_config(folder)
         tensors = read_tensors(folder)
         if config.peft_type in PEFT_TYPES:
             tensors = from_peft_tensors(config.method, tensors, config.sizes, str(path))
-    raise_problems(f"{path}", tensor_problems(METHODS[config.peft_type].shapes(config.method, config.sizes), tensors))
-    return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()}, folder, from_peft)
+        adapter = Adapter(config, tensors, folder)
+    shapes = METHODS[adapter.config.peft_type].shapes(adapter.config.method, adapter.config.sizes)
+    raise_problems(f"{path}", tensor_problems(shapes, adapter.tensors))
+    adapter.tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
+    return adapter
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:

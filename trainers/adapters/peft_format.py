@@ -59,7 +59,8 @@ def adapter_from_peft(
         prompt_format=resolve_prompt_format(backbone.tokenizer, prompt_format),
         method=method,
     )
-    return Adapter(config, own, folder, from_peft=True)
+    multitask = fields["peft_type"] == "MULTITASK_PROMPT_TUNING"
+    return Adapter(config, own, folder, from_peft=True, peft_task=(task or 0) if multitask else None)
 
 
 def peft_fields(method: Any, sizes: Sizes) -> dict[str, Any]:

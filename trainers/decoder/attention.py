@@ -194,6 +194,18 @@ def attending_with(backbone: Any, name: str, attend: Callable[..., Any], mask: C
 
 
 @contextlib.contextmanager
+def stock_attention(backbone: Any) -> Iterator[None]:
+    """Let a backbone attend as transformers chooses for its family, while the context is open."""
+    before = backbone.config._attn_implementation
+    if before == EAGER:
+        backbone.set_attn_implementation("sdpa" if backbone._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
 def traceable_experts(backbone: Any) -> Iterator[None]:
     """Let mixtures of experts compute with batched products, which a graph can hold, while the context is open."""
     if not backbone._can_set_experts_implementation():

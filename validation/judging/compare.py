@@ -51,6 +51,8 @@ class Settings:
     """Only the case of this name; None takes all."""
     bisect: bool = False
     """Look inside the graphs although nothing failed."""
+    peft_check: bool = True
+    """Hold the reference against PEFT itself where a tenant's method is PEFT's and PEFT is installed."""
 
     @property
     def is_quick(self) -> bool:

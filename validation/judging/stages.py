@@ -84,6 +84,29 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
         errors.judge("typical logits", case, dtype, typical | {"compared": compared}, "median over rows and steps")
 
 
+def compare_rows(case: str, truth: Truth, tokens: list[int], logits: list[np.ndarray], errors: Errors) -> None:
+    """Compare one row's own greedy answer, whose steps count as long as its tokens are the reference's.
+
+    Args:
+        case: what it is called.
+        truth: the reference's row.
+        tokens: the answer's, one a step.
+        logits: each step's ``[V]``.
+        errors: where the figures go.
+    """
+    wanted = truth.tokens[: len(tokens)]
+    same = next((step for step, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]), None)
+    steps = len(tokens) if same is None else same + 1
+    figures = [_compare_logits(logits[step][None], [truth], step, errors)[0] for step in range(steps)]
+    errors.judge("prefill logits", case, "fp32", judged(figures[:1], "fp32"))
+    if figures[1:]:
+        errors.judge("decode logits", case, "fp32", judged(figures[1:], "fp32"))
+    excused = same is not None and truth.margins[same] < tie_margin(truth)
+    detail = "" if same is None else f"first other token at step {same}" + (", a tie" if excused else "")
+    measured = {"identical": float(same is None or excused), "rows": 1.0, "excused": float(excused)}
+    errors.judge("greedy tokens", case, "fp32", {**measured, "tokens": float(len(tokens))}, detail)
+
+
 def judged(figures: list[dict[str, float]], dtype: str) -> dict[str, float]:
     """What is held against the limits, of the figures of rows and steps: the worst that counts in the type."""
     found: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -51,6 +52,9 @@ def record_truth(
 ) -> list[Truth]:
     """Generate greedily with the reference, tenant by tenant, past any end token.
 
+    Every row is computed alone and without padding, as ``generate`` would for that prompt: what padding does to a row
+    of some families, the reference must not share. Rows together only draft the tokens, which saves time.
+
     A classifier ends after two tokens; going on compares every row over the same number of steps.
 
     Args:
@@ -66,7 +70,9 @@ def record_truth(
     truths = [Truth(prompt) for prompt in prompts]
     kept = {id(truth) for truth in truths[:num_kept]}
     for tenant, rows in _batches(reference, truths):
-        _record_batch(reference, tenant, rows, new_tokens, kept, on_step)
+        drafts = _draft(reference, tenant, [row.prompt for row in rows], new_tokens, on_step)
+        for row, draft in zip(rows, drafts, strict=True):
+            _record_alone(reference, tenant, row, draft, is_kept=id(row) in kept)
     return truths
 
 
@@ -83,8 +89,8 @@ def record_fed(reference: Reference, prompts: Sequence[Prompt], fed: Sequence[tu
         that prefill and the whole leave.
     """
     truths = [Truth(prompt, forced=tokens) for prompt, tokens in zip(prompts, fed, strict=True)]
-    for tenant, rows in _batches(reference, truths):
-        _record_fed_batch(reference, tenant, rows)
+    for truth in truths:
+        _record_forced(reference, truth.prompt.tenant, truth, is_kept=True)
     return truths
 
 
@@ -97,50 +103,55 @@ def _batches(reference: Reference, truths: list[Truth]) -> Iterator[tuple[str, l
 
 
 @torch.no_grad()
-def _record_batch(
-    reference: Reference,
-    tenant: str,
-    rows: list[Truth],
-    new_tokens: int,
-    kept: set[int],
-    on_step: Callable[[], None],
-) -> None:
-    logits, cache, mask = _read(reference, tenant, rows)
-    for index, row in _kept_rows(rows, kept):
-        row.prefill_cache = row_cache(cache, mask, index)
-    for step in range(new_tokens):
-        for index, row in enumerate(rows):
-            _take_step(row, logits[index], is_kept=id(row) in kept)
+def _draft(
+    reference: Reference, tenant: str, prompts: list[Prompt], new_tokens: int, on_step: Callable[[], None]
+) -> list[list[int]]:
+    """Each row's likeliest tokens as the rows give them together, padded on the left."""
+    ids, mask = padded([prompt.tokens for prompt in prompts], reference.manifest.backbone.pad_token_id)
+    logits, cache = reference.prefill(tenant, ids, mask)
+    mask = torch.cat([mask.new_ones(len(prompts), reference.methods[tenant].num_slots), mask], dim=1)
+    chosen = [logits.argmax(dim=-1)]
+    on_step()
+    for _ in range(new_tokens - 1):
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        chosen.append(reference.decode(tenant, chosen[-1], mask, cache).argmax(dim=-1))
         on_step()
-        if step + 1 < new_tokens:
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = reference.decode(tenant, logits.argmax(dim=-1), mask, cache)
-    for index, row in _kept_rows(rows, kept):
-        row.final_cache = row_cache(cache, mask, index)
+    return torch.stack(chosen, dim=1).tolist()
+
+
+def _record_alone(reference: Reference, tenant: str, row: Truth, draft: list[int], *, is_kept: bool) -> None:
+    """The row's own greedy tokens: the draft where reading it gives it again, else one token more a pass."""
+    while True:
+        row.forced = tuple(draft[:-1])
+        _record_forced(reference, tenant, row, is_kept=is_kept)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, draft, strict=True)))
+        if same >= len(draft) - 1:
+            row.forced = ()
+            return
+        draft = [*draft[:same], row.tokens[same], *draft[same + 1 :]]
 
 
 @torch.no_grad()
-def _record_fed_batch(reference: Reference, tenant: str, rows: list[Truth]) -> None:
-    first, cache, mask = _read(reference, tenant, rows)
-    for index, row in enumerate(rows):
-        row.prefill_cache = row_cache(cache, mask, index)
-    logits = first[:, None]  # [B, 1, V]
-    fed = torch.tensor([row.forced for row in rows])  # [B, K]
+def _record_forced(reference: Reference, tenant: str, row: Truth, *, is_kept: bool) -> None:
+    """What follows the prompt and the row's forced tokens, in one pass over those."""
+    ids = torch.tensor([row.prompt.tokens])
+    first, cache = reference.prefill(tenant, ids, torch.ones_like(ids))
+    row.tokens, row.margins, row.logits, row.peak = [], [], [], 0.0
+    row.prefill_cache = _copied(cache) if is_kept else []
+    logits = first[:, None]  # [1, 1, V]
+    fed = torch.tensor([row.forced], dtype=torch.long)  # [1, K]
     if fed.shape[1]:
-        mask = torch.cat([mask, torch.ones_like(fed)], dim=1)
         methods = rows_of(reference.methods[tenant])
+        mask = fed.new_ones(1, methods.num_slots + ids.shape[1] + fed.shape[1])
         logits = torch.cat([logits, continue_from(reference.model, methods, fed, mask, cache).logits], dim=1)
-    for index, row in enumerate(rows):
-        row.final_cache = row_cache(cache, mask, index)
-        for step in logits[index]:
-            _take_step(row, step, is_kept=True)
+    row.final_cache = _copied(cache) if is_kept else []
+    for step in logits[0]:
+        _take_step(row, step, is_kept=is_kept)
 
 
-def _read(reference: Reference, tenant: str, rows: list[Truth]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """Prefill: logits ``[B, V]``, the cache, and its mask ``[B, P+T]``, prompt slots included."""
-    ids, mask = padded([row.prompt.tokens for row in rows], reference.manifest.backbone.pad_token_id)
-    logits, cache = reference.prefill(tenant, ids, mask)
-    return logits, cache, torch.cat([mask.new_ones(len(rows), reference.methods[tenant].num_slots), mask], dim=1)
+def _copied(cache: DynamicCache) -> RowCache:
+    """The only row's entries of a PyTorch cache."""
+    return [(numpy(layer.keys[0]), numpy(layer.values[0])) for layer in cache.layers]
 
 
 def _take_step(row: Truth, logits: Tensor, *, is_kept: bool) -> None:
@@ -159,13 +170,3 @@ def padded(prompts: list[tuple[int, ...]], pad_token: int) -> tuple[Tensor, Tens
     ids = torch.tensor([[pad_token] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
-
-
-def row_cache(cache: DynamicCache, mask: Tensor, row: int) -> RowCache:
-    """One row's entries of a PyTorch cache ``[B, H, S, K]``, where ``mask [B, S]`` is set."""
-    real = mask[row].bool()
-    return [(numpy(layer.keys[row][:, real]), numpy(layer.values[row][:, real])) for layer in cache.layers]
-
-
-def _kept_rows(rows: list[Truth], kept: set[int]) -> Iterator[tuple[int, Truth]]:
-    return ((index, row) for index, row in enumerate(rows) if id(row) in kept)

@@ -23,6 +23,7 @@ from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.generate import greedy
 from trainers.decoder.method import rows_of
+from validation.sides import truth
 from validation.sides.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
 from validation.sides.reference import Reference, TorchRunner
 from validation.sides.truth import record_fed, record_truth
@@ -107,24 +108,40 @@ def test_a_truth_is_what_the_trainer_generates(
 ) -> None:
     prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)
     truths = record_truth(reference, prompts, new_tokens=NEW_TOKENS, num_kept=2)
-    for truth in truths[:6]:
-        ids = torch.tensor([truth.prompt.tokens])
+    for one in truths[:6]:
+        ids = torch.tensor([one.prompt.tokens])
         tokens, margins = greedy(
             backbone.model,
-            rows_of(reference.methods[truth.prompt.tenant]),
+            rows_of(reference.methods[one.prompt.tenant]),
             ids,
             torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             eos_token_ids=tuple(manifest.backbone.eos_token_ids),
         )
-        assert truth.tokens == tokens[0]
-        assert truth.margins == pytest.approx(margins[0], abs=1e-3)
+        assert one.tokens == tokens[0]
+        assert one.margins == pytest.approx(margins[0], abs=1e-3)
     kept = truths[0]
     assert len(kept.logits) == len(kept.tokens) and kept.peak == max(float(np.abs(x).max()) for x in kept.logits)
     entries = 4 + len(kept.prompt.tokens)
     assert {array.shape[1] for pair in kept.prefill_cache for array in pair} == {entries}
     assert {array.shape[1] for pair in kept.final_cache for array in pair} == {entries + len(kept.tokens) - 1}
     assert not truths[2].logits and not truths[2].prefill_cache
+
+
+def test_a_row_is_what_it_is_alone(
+    tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the rows drafted together: what padding does to a row must not reach the reference."""
+    prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, 6)[:3]
+    wanted = record_truth(reference, prompts, new_tokens=6, num_kept=1)
+
+    def wrong(_: Any, __: str, prompts: list[Any], new_tokens: int, ___: Any) -> list[list[int]]:
+        return [[3] * new_tokens for _ in prompts]
+
+    monkeypatch.setattr(truth, "_draft", wrong)
+    made = record_truth(reference, prompts, new_tokens=6, num_kept=1)
+    assert [row.tokens for row in made] == [row.tokens for row in wanted] and made[0].fed == wanted[0].fed
+    np.testing.assert_allclose(made[0].logits, wanted[0].logits, atol=1e-4)
 
 
 def test_feeding_tokens_in_one_pass_is_stepping_through_them(
@@ -134,7 +151,7 @@ def test_feeding_tokens_in_one_pass_is_stepping_through_them(
     prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)[:7]
     assert len({len(prompt.tokens) for prompt in prompts}) > 1 < len({prompt.tenant for prompt in prompts})
     stepped = record_truth(reference, prompts, new_tokens=NEW_TOKENS, num_kept=len(prompts))
-    fed = record_fed(reference, prompts, [truth.fed for truth in stepped])
+    fed = record_fed(reference, prompts, [row.fed for row in stepped])
     for made, wanted in zip(fed, stepped, strict=True):
         assert (made.prompt, made.tokens, made.fed) == (wanted.prompt, wanted.tokens, wanted.fed)
         assert made.margins == pytest.approx(wanted.margins, abs=1e-4)
