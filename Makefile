@@ -25,7 +25,7 @@ BUNDLE   := $(CACHE)/demo-bundle
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo cpp test test-slow test-gpu check format clean
+.PHONY: help venv backbone demo cpp test test-slow test-gpu check tidy format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -137,14 +137,27 @@ test-slow: venv backbone  ## run the tests that take minutes: the real backbone 
 test-gpu: venv backbone  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+CPP_SOURCES := $(wildcard engines/cpp/*/*.cc engines/cpp/*/*.h engines/cpp/*/*.cu engines/cpp/include/iapt/*.h \
+    tests/native/*.cc examples/apps/*.cc)
+COMPILE_COMMANDS := build/cpp/compile_commands.json
+
 check: venv  ## lint, format and types, as CI sees them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	@if test -f $(COMPILE_COMMANDS); then $(MAKE) --no-print-directory tidy; \
+	else echo "No build/cpp: clang-tidy is skipped (make cpp tidy)"; fi
+
+tidy: venv  ## look for defects in the C++ sources that `make cpp` compiled
+	@test -f $(COMPILE_COMMANDS) || { echo "$(COMPILE_COMMANDS) is missing: make cpp"; exit 1; }
+	sed -n 's/.*"file": "\(.*\/engines\/cpp\/.*\.cc\)".*/\1/p' $(COMPILE_COMMANDS) | sort -u | \
+	    xargs -P 2 -n 1 $(BIN)/clang-tidy -p $(dir $(COMPILE_COMMANDS)) --quiet
 
 format: venv  ## rewrite the sources the way `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:  ## remove everything that the targets above made, the environment included
 	rm -rf $(VENV) $(CACHE) build engines/lib dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,8 @@
 //
 //     answer_rows BUNDLE 0|1 TENANT MAX_NEW_TOKENS IDS [TENANT MAX_NEW_TOKENS IDS ...]
 //
-// 1 takes the cache in place, 0 the portable graphs; IDS are separated by spaces. Prints each row's token ids in a line.
+// 1 takes the cache in place, 0 the portable graphs; IDS are separated by spaces. Prints each row's token ids in a
+// line.
 #include <iostream>
 #include <sstream>
 #include <string>

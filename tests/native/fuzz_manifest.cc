@@ -1,8 +1,9 @@
-// Feeds malformed input to everything that reads files from outside: the manifest and safetensors files. Whatever comes,
-// the answer is a value or an iapt::Error; anything else is a defect, which the sanitizers report.
+// Feeds malformed input to everything that reads files from outside: the manifest and safetensors files. Whatever
+// comes, the answer is a value or an iapt::Error; anything else is a defect, which the sanitizers report.
 //
 // With clang and -DIAPT_LIBFUZZER=ON this is a libFuzzer target. Otherwise it mutates its seed files itself for a
 // bounded time, always in the same order: fuzz_manifest SECONDS MANIFEST SAFETENSORS
+#include <unistd.h>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -11,7 +12,6 @@
 #include <iterator>
 #include <random>
 #include <string>
-#include <unistd.h>
 
 #include "iapt/manifest.h"
 #include "safetensors.h"
@@ -58,8 +58,9 @@ std::string file_content(const char* path) {
 
 // A seed with a few small damages, the kinds that truncation, editing and malice bring.
 std::string damaged(std::string text, std::mt19937& source) {
-  static const char* const kWords[] = {"null", "-1",  "1e999", "18446744073709551615", "[]", "{}", "\"\\u0000\"",
-                                       "../",  "\"",  "[[[[[[[[",      "true",                 "0",  "",   "9223372036854775807"};
+  static const char* const kWords[] = {
+      "null", "-1", "1e999", "18446744073709551615", "[]", "{}", "\"\\u0000\"", "../", "\"", "[[[[[[[[",
+      "true", "0",  "",      "9223372036854775807"};
   const auto below = [&](size_t limit) { return limit == 0 ? 0 : source() % limit; };
   for (size_t count = 1 + below(4); count > 0; --count) {
     const size_t at = below(text.size());

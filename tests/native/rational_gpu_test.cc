@@ -105,8 +105,8 @@ void compare(const char* name, const std::vector<int64_t>& shape, int m, int n, 
   }
   if (wrong == 0) return;
   ++failures;
-  std::fprintf(stderr, "%s form %c degrees (%d, %d)%s: %zu of %zu values differ\n", name,
-               form == Form::kA ? 'A' : 'B', m, n, per_row ? " per row" : "", wrong, x.size());
+  std::fprintf(stderr, "%s form %c degrees (%d, %d)%s: %zu of %zu values differ\n", name, form == Form::kA ? 'A' : 'B',
+               m, n, per_row ? " per row" : "", wrong, x.size());
 }
 
 template <typename T>

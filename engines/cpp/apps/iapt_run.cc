@@ -127,8 +127,8 @@ std::string joined(const std::vector<int64_t>& ids) {
 void run(const Arguments& arguments) {
   auto session = iapt::Session::open(arguments.bundle, arguments.session);
   if (arguments.verbose) {
-    std::cerr << "target " << session.target().name << ":" << session.target().dtype
-              << ", ai.iapt::Rational as " << session.rational() << "\n";
+    std::cerr << "target " << session.target().name << ":" << session.target().dtype << ", ai.iapt::Rational as "
+              << session.rational() << "\n";
   }
   const auto requests = requests_of(arguments);
   const bool speaks = !arguments.prompts.empty();

@@ -65,9 +65,8 @@ class RationalKernel {
     const auto x = context.GetInput(0), numerator = context.GetInput(1), denominator = context.GetInput(2);
     const auto shape = x.GetTensorTypeAndShapeInfo().GetShape();
     iapt::RationalLayout layout;
-    const std::string problem =
-        iapt::make_layout(shape, numerator.GetTensorTypeAndShapeInfo().GetShape(),
-                          denominator.GetTensorTypeAndShapeInfo().GetShape(), form_, &layout);
+    const std::string problem = iapt::make_layout(shape, numerator.GetTensorTypeAndShapeInfo().GetShape(),
+                                                  denominator.GetTensorTypeAndShapeInfo().GetShape(), form_, &layout);
     if (!problem.empty()) ORT_CXX_API_THROW("Rational: " + problem, ORT_INVALID_ARGUMENT);
     auto y = context.GetOutput(0, shape);
     Work<T> work{&layout,

@@ -102,7 +102,8 @@ IAPT_HOST_DEVICE void horner(const float (&x)[Width], const float* c, int count,
   }
 }
 
-// y = R(x) for Width values of one coefficient row: numerator [num_a] ascending powers, denominator [num_b] powers 1 on.
+// y = R(x) for Width values of one coefficient row: numerator [num_a] ascending powers, denominator [num_b] powers 1
+// on.
 template <int Width>
 IAPT_HOST_DEVICE void rational(const float (&x)[Width], const float* a, int num_a, const float* b, int num_b, Form form,
                                float (&y)[Width]) {

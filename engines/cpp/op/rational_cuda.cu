@@ -64,8 +64,8 @@ const char* rational_cuda(const RationalLayout& layout, const T* x, const float*
                           T* y, void* stream) {
   if (layout.num_runs == 0 || layout.run == 0) return nullptr;
   constexpr int kWide = 16 / sizeof(T);
-  const bool aligned = layout.run % kWide == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(y) % 16 == 0;
+  const bool aligned =
+      layout.run % kWide == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
   const auto on = static_cast<cudaStream_t>(stream);
   if (aligned) {
     launch<T, kWide>(layout, x, numerator, denominator, y, on);

@@ -1,6 +1,6 @@
 // libiapt_trt_plugin.so: ai.iapt::Rational as a TensorRT plugin (IPluginV3), for plugin_registry.load_library(path).
-// ONNX's parser looks plugins up by operator name, version 1 and the empty namespace; a plugin that is found goes before
-// the model's function body.
+// ONNX's parser looks plugins up by operator name, version 1 and the empty namespace; a plugin that is found goes
+// before the model's function body.
 #include <NvInferRuntime.h>
 
 #include <array>
@@ -133,9 +133,8 @@ class RationalPlugin final : public IPluginV3,
  private:
   template <typename T>
   int32_t run(const void* const* in, void* const* out, cudaStream_t stream) const noexcept {
-    const char* error =
-        iapt::rational_cuda(layout_, static_cast<const T*>(in[0]), static_cast<const float*>(in[1]),
-                            static_cast<const float*>(in[2]), static_cast<T*>(out[0]), stream);
+    const char* error = iapt::rational_cuda(layout_, static_cast<const T*>(in[0]), static_cast<const float*>(in[1]),
+                                            static_cast<const float*>(in[2]), static_cast<T*>(out[0]), stream);
     if (error == nullptr) return 0;
     log_error(error);
     return -1;
@@ -154,8 +153,7 @@ class RationalCreator final : public nvinfer1::IPluginCreatorV3One {
     fields_ = PluginFieldCollection{1, &field_};
   }
 
-  IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields,
-                          nvinfer1::TensorRTPhase) noexcept override {
+  IPluginV3* createPlugin(const char*, const PluginFieldCollection* fields, nvinfer1::TensorRTPhase) noexcept override {
     char form = '\0';
     for (int32_t index = 0; fields != nullptr && index < fields->nbFields; ++index) {
       const PluginField& field = fields->fields[index];

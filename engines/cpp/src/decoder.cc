@@ -11,8 +11,8 @@ namespace {
 
 using Pieces = std::vector<std::string>;
 
-// Code point to the byte that it stands for in a byte-level vocabulary: printable Latin-1 stands for itself, the other 68
-// for 256 and on.
+// Code point to the byte that it stands for in a byte-level vocabulary: printable Latin-1 stands for itself, the other
+// 68 for 256 and on.
 std::unordered_map<uint32_t, char> byte_of_code_point() {
   std::unordered_map<uint32_t, char> made;
   uint32_t next = 256;
@@ -79,7 +79,8 @@ Pieces with_bytes(const Pieces& pieces) {
 
 Pieces stripped(Pieces pieces, const std::string& content, int64_t start, int64_t stop) {
   for (auto& piece : pieces) {
-    for (int64_t i = 0; i < start && piece.compare(0, content.size(), content) == 0; ++i) piece.erase(0, content.size());
+    for (int64_t i = 0; i < start && piece.compare(0, content.size(), content) == 0; ++i)
+      piece.erase(0, content.size());
     for (int64_t i = 0; i < stop && piece.size() >= content.size() &&
                         piece.compare(piece.size() - content.size(), content.size(), content) == 0;
          ++i) {
@@ -126,24 +127,24 @@ void Decoder::add(const Json& step) {
   } else if (type == "Fuse") {
     steps_.emplace_back([](const Pieces& pieces) { return Pieces{joined(pieces)}; });
   } else if (type == "Strip" && !text_of(step, "content").empty()) {
-    steps_.emplace_back([content = text_of(step, "content"), start = number_of(step, "start"),
-                         stop = number_of(step, "stop")](Pieces pieces) {
-      return stripped(std::move(pieces), content, start, stop);
-    });
+    steps_.emplace_back(
+        [content = text_of(step, "content"), start = number_of(step, "start"),
+         stop = number_of(step, "stop")](Pieces pieces) { return stripped(std::move(pieces), content, start, stop); });
   } else if (type == "Replace" && step.at("pattern").contains("String")) {
     steps_.emplace_back([from = text_of(step.at("pattern"), "String"), to = text_of(step, "content")](Pieces pieces) {
       for (auto& piece : pieces) replace_all(piece, from, to);
       return pieces;
     });
   } else if (type == "Metaspace") {
-    steps_.emplace_back([mark = text_of(step, "replacement"),
-                         drops_first = text_of(step, "prepend_scheme") != "never"](Pieces pieces) {
-      if (drops_first && !pieces.empty()) replace_all(pieces.front(), mark, "");
-      for (auto& piece : pieces) replace_all(piece, mark, " ");
-      return pieces;
-    });
+    steps_.emplace_back(
+        [mark = text_of(step, "replacement"), drops_first = text_of(step, "prepend_scheme") != "never"](Pieces pieces) {
+          if (drops_first && !pieces.empty()) replace_all(pieces.front(), mark, "");
+          for (auto& piece : pieces) replace_all(piece, mark, " ");
+          return pieces;
+        });
   } else {
-    throw Error("its decoder is " + type + ", and this program decodes ByteLevel, ByteFallback, Fuse, Metaspace, Strip "
+    throw Error("its decoder is " + type +
+                ", and this program decodes ByteLevel, ByteFallback, Fuse, Metaspace, Strip "
                 "and Replace of a text");
   }
 }

@@ -1,5 +1,5 @@
-// Token ids to text, as Hugging Face's tokenizers do it: the vocabulary and the decoder of a tokenizer.json. The tokenizer
-// library leaves parts of it out (Strip, broken bytes, answers of special tokens alone), so it is done here.
+// Token ids to text, as Hugging Face's tokenizers do it: the vocabulary and the decoder of a tokenizer.json. The
+// tokenizer library leaves parts of it out (Strip, broken bytes, answers of special tokens alone), so it is done here.
 #ifndef IAPT_SRC_DECODER_H_
 #define IAPT_SRC_DECODER_H_
 

@@ -7,7 +7,8 @@
 #include "iapt/error.h"
 #include "libraries.h"
 
-// The part of the C interface that is used here, by its documented signatures; a result is null or holds an error's text.
+// The part of the C interface that is used here, by its documented signatures; a result is null or holds an error's
+// text.
 extern "C" {
 struct OgaResult;
 struct OgaTokenizer;
@@ -32,7 +33,8 @@ struct GenaiTokenizer::Library {
   OgaResult* (*create_tokenizer)(const char*, OgaTokenizer**) = nullptr;
   OgaResult* (*create_sequences)(OgaSequences**) = nullptr;
   OgaResult* (*encode)(const OgaTokenizer*, const char*, OgaSequences*) = nullptr;
-  OgaResult* (*apply_template)(const OgaTokenizer*, const char*, const char*, const char*, bool, const char**) = nullptr;
+  OgaResult* (*apply_template)(const OgaTokenizer*, const char*, const char*, const char*, bool,
+                               const char**) = nullptr;
   Options update_options = nullptr;
   size_t (*sequence_count)(const OgaSequences*, size_t) = nullptr;
   const int32_t* (*sequence_data)(const OgaSequences*, size_t) = nullptr;

@@ -40,7 +40,8 @@ GraphSpec read_graph(const Json& json, const std::string& where, Problems& probl
   Fields fields(json, where, problems);
   fields.read("path", spec.path);
   const auto into = [&](std::vector<TensorSpec>& tensors) {
-    return [&](const Json& tensor, const std::string& place) { tensors.push_back(read_tensor(tensor, place, problems)); };
+    return
+        [&](const Json& tensor, const std::string& place) { tensors.push_back(read_tensor(tensor, place, problems)); };
   };
   fields.array("inputs", into(spec.inputs));
   fields.array("outputs", into(spec.outputs));
@@ -322,8 +323,7 @@ void verify_files(const std::filesystem::path& bundle, const BundleManifest& man
     if (failure || !std::filesystem::is_regular_file(path)) {
       problems.push_back(name + " is missing");
     } else if (size != spec.size_bytes) {
-      problems.push_back(name + " has " + std::to_string(size) + " bytes, expected " +
-                         std::to_string(spec.size_bytes));
+      problems.push_back(name + " has " + std::to_string(size) + " bytes, expected " + std::to_string(spec.size_bytes));
     } else if (file_sha256(path) != spec.sha256) {
       problems.push_back(name + " was altered: its SHA-256 differs from the manifest's");
     }

@@ -95,16 +95,15 @@ class OnnxRuntimeRunner final : public Runner {
   static void refuse_faulty() {
     if (Ort::GetVersionString() != "1.23.0") return;
     throw Error(
-        "ONNX Runtime 1.23.0 gives wrong answers: its Attention-23 is wrong where several query heads share a key head; "
+        "ONNX Runtime 1.23.0 gives wrong answers: its Attention-23 is wrong where several query heads share a key "
+        "head; "
         "expected 1.23.1 or newer");
   }
 
   static void check_device(const std::string& device) {
     std::string offered;
     for (const auto& provider : Ort::GetAvailableProviders()) {
-      if (provider == (device == "cpu"    ? "CPUExecutionProvider"
-                       : device == "cuda" ? "CUDAExecutionProvider"
-                                          : "")) {
+      if (provider == (device == "cpu" ? "CPUExecutionProvider" : device == "cuda" ? "CUDAExecutionProvider" : "")) {
         return;
       }
       offered += (offered.empty() ? "" : ", ") + provider;
@@ -152,8 +151,8 @@ class OnnxRuntimeRunner final : public Runner {
       const bool stays = values[i].GetTensorMemoryInfo().GetDeviceType() == OrtMemoryInfoDeviceType_GPU;
       auto owner = std::make_shared<Ort::Value>(std::move(values[i]));
       void* data = owner->GetTensorMutableRawData();
-      outputs[names[i]] = Tensor(dtype_of(info.GetElementType()), info.GetShape(),
-                                 std::shared_ptr<void>(std::move(owner), data), stays);
+      outputs[names[i]] =
+          Tensor(dtype_of(info.GetElementType()), info.GetShape(), std::shared_ptr<void>(owner, data), stays);
     }
     return outputs;
   }

@@ -36,7 +36,8 @@ Probes Probes::load(const std::filesystem::path& bundle) {
   const auto path = bundle / "probes.json";
   std::ifstream stream(path, std::ios::binary);
   if (!stream) {
-    throw Error(bundle.string() + " holds no probes.json, by which this program's text is compared with training's; "
+    throw Error(bundle.string() +
+                " holds no probes.json, by which this program's text is compared with training's; "
                 "build the bundle again");
   }
   const Json json = Json::parse(stream, nullptr, /*allow_exceptions=*/false);

@@ -11,13 +11,15 @@
 namespace iapt {
 namespace {
 
-// TensorRT's runner lies in a library of its own for each flavour, so that a machine needs only what its bundle runs on.
+// TensorRT's runner lies in a library of its own for each flavour, so that a machine needs only what its bundle runs
+// on.
 OpenTensorRT tensorrt_runner(const std::string& target) {
   std::string name = "libiapt_" + target + ".so";
   std::replace(name.begin(), name.end(), '-', '_');
   const auto library = find_library("IAPT_TENSORRT_LIBRARY", name);
   if (!library) {
-    throw Error("target " + target + " needs " + name + ", which is not beside this program; compile it where nvcc and "
+    throw Error("target " + target + " needs " + name +
+                ", which is not beside this program; compile it where nvcc and "
                 "TensorRT are (CMake: TENSORRT_ROOT), or take --target onnxruntime");
   }
   void* handle = dlopen(library->c_str(), RTLD_NOW | RTLD_LOCAL);

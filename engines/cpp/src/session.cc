@@ -82,7 +82,9 @@ Session::Row Session::make_row(size_t index, const Request& request) {
   std::vector<int64_t> prompt = request.tokens;
   if (prompt.empty()) {
     const TextCodec* text = codec();
-    if (text == nullptr) throw Error("a prompt is text, but " + no_codec_ + (no_codec_.find("--tokens") == std::string::npos ? "; give token ids (--tokens)" : ""));
+    if (text == nullptr)
+      throw Error("a prompt is text, but " + no_codec_ +
+                  (no_codec_.find("--tokens") == std::string::npos ? "; give token ids (--tokens)" : ""));
     std::vector<Message> messages;  // the system prompt that the tenant was trained with, and the request
     const bool has_system = tenant.prompt_format == "chat" && tenant.system_prompt && !tenant.system_prompt->empty();
     if (has_system) messages.push_back({"system", *tenant.system_prompt});
@@ -97,7 +99,8 @@ Session::Row Session::make_row(size_t index, const Request& request) {
     }
   }
   if (request.max_new_tokens < 1) {
-    throw Error(where + "max_new_tokens is " + std::to_string(request.max_new_tokens) + ", expected at least 1, a whole number");
+    throw Error(where + "max_new_tokens is " + std::to_string(request.max_new_tokens) +
+                ", expected at least 1, a whole number");
   }
   return Row{index, &request, std::move(prompt), Random(request.sampling.seed), {}, "", false};
 }
@@ -126,7 +129,8 @@ int64_t Session::next_token(Row& row, const std::vector<float>& logits) {
   try {
     return choose(logits, row.request->sampling, row.random);
   } catch (const Error& error) {
-    throw Error("request " + std::to_string(row.index) + " of tenant " + row.request->tenant + " failed: " + error.what());
+    throw Error("request " + std::to_string(row.index) + " of tenant " + row.request->tenant +
+                " failed: " + error.what());
   }
 }
 

@@ -133,8 +133,8 @@ class InPlaceStepper final : public Stepper {
         graph_(*graphs.reads),
         tenant_feeds_(bundle, manifest, target, options),
         reader_(open_runner(bundle, target, graph_, options)),
-        stepper_(graphs.continues == graphs.reads ? reader_
-                                                  : open_runner(bundle, target, *graphs.continues, options)) {}
+        stepper_(graphs.continues == graphs.reads ? reader_ : open_runner(bundle, target, *graphs.continues, options)) {
+  }
 
   std::string rational() const override { return reader_->rational(); }
 

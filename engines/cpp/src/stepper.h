@@ -1,5 +1,5 @@
-// How a batch goes through a bundle's graphs: its rows read instructions, then go on by a token each. Two kinds of cache,
-// one contract: one that grows by concatenation and one that is written in place.
+// How a batch goes through a bundle's graphs: its rows read instructions, then go on by a token each. Two kinds of
+// cache, one contract: one that grows by concatenation and one that is written in place.
 #ifndef IAPT_SRC_STEPPER_H_
 #define IAPT_SRC_STEPPER_H_
 

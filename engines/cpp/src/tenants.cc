@@ -24,7 +24,8 @@ std::string shown(const std::vector<int64_t>& shape) {
 }
 
 Tensors load_tenant(const std::filesystem::path& bundle, const TenantSpec& tenant, const MethodSpec& method) {
-  if (!tenant.path) throw Error("tenant " + tenant.name + " is of method " + method.name + " but names no weights file");
+  if (!tenant.path)
+    throw Error("tenant " + tenant.name + " is of method " + method.name + " but names no weights file");
   Tensors tensors = read_safetensors(bundle / *tenant.path);
   for (const TensorSpec& weight : method.weights) {
     const auto found = tensors.find(weight.name);

@@ -84,7 +84,8 @@ class TensorRTRunner final : public Runner {
     if (engine_) context_.reset(engine_->createExecutionContext());
     if (!context_) {
       throw Error(target.name + " cannot open " + path.string() + ": " + logger_.taken() + "; it was built by " +
-                  target.runtime_version + ", and engines open only in the version and on the GPUs they were built for");
+                  target.runtime_version +
+                  ", and engines open only in the version and on the GPUs they were built for");
     }
   }
 
@@ -183,7 +184,7 @@ class TensorRTRunner final : public Runner {
 }  // namespace iapt
 
 extern "C" __attribute__((visibility("default"))) iapt::Runner* iapt_open_tensorrt(const std::filesystem::path& path,
-                                                                                  const iapt::TargetSpec& target,
-                                                                                  const iapt::GraphSpec& graph) {
+                                                                                   const iapt::TargetSpec& target,
+                                                                                   const iapt::GraphSpec& graph) {
   return new iapt::TensorRTRunner(path, target, graph);
 }

@@ -8,8 +8,8 @@
 namespace iapt {
 namespace {
 
-// Patterns of Split by which the library was compared with Hugging Face's tokenizers over all letters: GPT-2's, Llama 3's
-// and Qwen 2's.
+// Patterns of Split by which the library was compared with Hugging Face's tokenizers over all letters: GPT-2's, Llama
+// 3's and Qwen 2's.
 constexpr const char* kPatterns[] = {
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)",
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)",
@@ -113,7 +113,8 @@ std::string TokenizerParts::refusal(const std::string& text) const {
   if (replace_invalid_utf8(text) != text) return "it is not UTF-8";
   if (text.find('\0') != std::string::npos) return "it holds a zero byte";
   if (normalises_ && !is_surely_nfc(text)) {
-    return "it may not be in Unicode's normal form C, into which the bundle's tokenizer brings it and this program does not";
+    return "it may not be in Unicode's normal form C, into which the bundle's tokenizer brings it and this program "
+           "does not";
   }
   size_t spaces = 0;
   for (const uint32_t code : code_points(text)) {

@@ -26,7 +26,7 @@ class TokenizerParts {
   bool normalises_ = false;  // to normal form C, which the library leaves out
   bool by_classes_ = false;  // splits by letters, digits and spaces
   bool digits_alone_ = false;
-  bool strips_right_ = false;  // an added token takes the spaces behind it with it
+  bool strips_right_ = false;       // an added token takes the spaces behind it with it
   std::vector<std::string> added_;  // texts of added tokens, the longest first
 };
 

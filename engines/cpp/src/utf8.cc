@@ -41,20 +41,15 @@ struct Block {
 
 // In order; every code point has combining class 0 and NFC_Quick_Check=Yes in Unicode 16, which a test compares.
 constexpr Block kOwnForm[] = {
-    {0x0, 0x2ff},         // Latin
-    {0x375, 0x37d},       // Greek
-    {0x384, 0x386},
-    {0x388, 0x482},       // and Cyrillic
-    {0x48a, 0x556},       // with Armenian
-    {0x5d0, 0x5ea},       // Hebrew letters
-    {0x606, 0x60f},       // Arabic without vowel marks
-    {0x61b, 0x64a},
-    {0x660, 0x66f},
-    {0x671, 0x6d5},
-    {0xe01, 0xe37},       // Thai without tone marks
-    {0xe3f, 0xe47},
-    {0x1e00, 0x1f70},     // Latin and Greek, composed
-    {0x2002, 0x20cf},     // spaces, punctuation, currencies
+    {0x0, 0x2ff},                                                           // Latin
+    {0x375, 0x37d},                                                         // Greek
+    {0x384, 0x386},      {0x388, 0x482},                                    // and Cyrillic
+    {0x48a, 0x556},                                                         // with Armenian
+    {0x5d0, 0x5ea},                                                         // Hebrew letters
+    {0x606, 0x60f},                                                         // Arabic without vowel marks
+    {0x61b, 0x64a},      {0x660, 0x66f},   {0x671, 0x6d5}, {0xe01, 0xe37},  // Thai without tone marks
+    {0xe3f, 0xe47},      {0x1e00, 0x1f70},                                  // Latin and Greek, composed
+    {0x2002, 0x20cf},                                                       // spaces, punctuation, currencies
     {0x2100, 0x2125},     // letterlike, without Ohm, Kelvin and Angstrom
     {0x212c, 0x2328},     // arrows, mathematics
     {0x232b, 0x2adb},     // technical, boxes, dingbats
@@ -80,9 +75,8 @@ constexpr Block kUnknown[] = {
 // Beyond the first plane: mathematical letters, pictures, Han, tags and private use. The scripts are left out.
 constexpr Block kKnown[] = {{0x1d400, 0x1d7ff}, {0x1f000, 0x1fbff}, {0x20000, 0x2a6d6}, {0xe0000, 0x10ffff}};
 // ASCII, Latin, Greek, Cyrillic, Armenian and Hebrew letters; punctuation; kana, Han, Hangul; pictures.
-constexpr Block kNoDigits[] = {{0x0, 0xb1},        {0xc0, 0x65f},      {0x1e00, 0x206f},
-                               {0x3040, 0x318f},   {0x3400, 0x9fff},   {0xac00, 0xd7a3},
-                               {0x1f300, 0x1faff}};
+constexpr Block kNoDigits[] = {{0x0, 0xb1},      {0xc0, 0x65f},    {0x1e00, 0x206f},  {0x3040, 0x318f},
+                               {0x3400, 0x9fff}, {0xac00, 0xd7a3}, {0x1f300, 0x1faff}};
 
 // `blocks` are in order.
 template <size_t N>
@@ -107,9 +101,8 @@ std::vector<uint32_t> code_points(const std::string& text) {
 
 std::string replace_invalid_utf8(const std::string& bytes) {
   std::string text;
-  each_character(bytes, [&](size_t at, size_t length, bool whole) {
-    text += whole ? bytes.substr(at, length) : kReplacement;
-  });
+  each_character(
+      bytes, [&](size_t at, size_t length, bool whole) { text += whole ? bytes.substr(at, length) : kReplacement; });
   return text;
 }
 

@@ -1,5 +1,5 @@
-// The graphs that a bundle may have, a row each: the table of iapt_export/contract/graphs.py, with the same words. A test
-// compares the two.
+// The graphs that a bundle may have, a row each: the table of iapt_export/contract/graphs.py, with the same words. A
+// test compares the two.
 #ifndef IAPT_GRAPHS_H_
 #define IAPT_GRAPHS_H_
 
@@ -38,7 +38,8 @@ struct StepGraphs {
   const GraphSpec *reads, *continues;
 };
 
-// The graphs that read instructions and that go on from them over one kind of cache, none where `graphs` has no such two.
+// The graphs that read instructions and that go on from them over one kind of cache, none where `graphs` has no such
+// two.
 //   in_place  which kind, see GraphKind
 //   device    cpu or cuda, where they shall run
 std::optional<StepGraphs> step_graphs(const std::map<std::string, GraphSpec>& graphs, bool in_place,

@@ -1,5 +1,6 @@
-// manifest.json, the contract between the exporter and everything that runs a bundle: what iapt_export/contract/manifest.py
-// writes, with the same words. Fields that only a build or a validation needs are checked and left out.
+// manifest.json, the contract between the exporter and everything that runs a bundle: what
+// iapt_export/contract/manifest.py writes, with the same words. Fields that only a build or a validation needs are
+// checked and left out.
 #ifndef IAPT_MANIFEST_H_
 #define IAPT_MANIFEST_H_
 

@@ -42,8 +42,8 @@ struct SessionOptions {
   std::string target;  // empty takes the bundle's first
   RunnerOptions runner;
   bool verify = true;  // check every file's hash first
-  // The cache that is written in place, or the one that each step concatenates (the portable graphs prefill and decode);
-  // nothing takes the first where target and device have it.
+  // The cache that is written in place, or the one that each step concatenates (the portable graphs prefill and
+  // decode); nothing takes the first where target and device have it.
   std::optional<bool> in_place;
 };
 
@@ -61,9 +61,9 @@ class Session {
   // Which form of ai.iapt::Rational runs.
   std::string rational() const;
 
-  // Answers requests token by token, as many in a batch as the bundle takes; rows end on their own. All are checked before
-  // the first one is read. Throws Error: an unknown tenant, an empty, too short or too long prompt, a token id out of
-  // range, or a request that can never fit into the cache.
+  // Answers requests token by token, as many in a batch as the bundle takes; rows end on their own. All are checked
+  // before the first one is read. Throws Error: an unknown tenant, an empty, too short or too long prompt, a token id
+  // out of range, or a request that can never fit into the cache.
   void stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token);
   // The token ids of every row's answer, its end token included.
   std::vector<std::vector<int64_t>> generate(const std::vector<Request>& requests);

@@ -40,7 +40,8 @@ using Tensors = std::map<std::string, Tensor>;
 // Bytes of one element. Throws Error: an unknown type.
 size_t element_size(const std::string& dtype);
 
-// A host tensor of floats in another float type. Throws Error: it is no float type, or a finite number leaves its range.
+// A host tensor of floats in another float type. Throws Error: it is no float type, or a finite number leaves its
+// range.
 Tensor cast(const Tensor& tensor, const std::string& dtype);
 
 }  // namespace iapt

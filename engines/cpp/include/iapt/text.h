@@ -1,6 +1,6 @@
-// Text to token ids and back. ONNX Runtime GenAI's tokenizer reads the bundle's own tokenizer.json and chat template; what
-// it leaves out is done here, refused by name, or found by the bundle's probes, so that results equal training's. The
-// library is optional; without it, feed token ids.
+// Text to token ids and back. ONNX Runtime GenAI's tokenizer reads the bundle's own tokenizer.json and chat template;
+// what it leaves out is done here, refused by name, or found by the bundle's probes, so that results equal training's.
+// The library is optional; without it, feed token ids.
 #ifndef IAPT_TEXT_H_
 #define IAPT_TEXT_H_
 
@@ -29,8 +29,8 @@ class TextCodec {
   TextCodec& operator=(TextCodec&&) noexcept;
 
   // Token ids of an instruction; `chat` renders the chat template, `plain` takes the last message's text as it is.
-  // Throws Error: the prompt is empty, the bundle has no chat template, the template refuses the conversation, or the text
-  // holds what this program cannot read as training did.
+  // Throws Error: the prompt is empty, the bundle has no chat template, the template refuses the conversation, or the
+  // text holds what this program cannot read as training did.
   std::vector<int64_t> encode(const std::vector<Message>& messages, const std::string& prompt_format) const;
   // A conversation as the chat template writes it, up to where the answer begins.
   //   date  what templates that write the date are told; empty tells today's, in local time
