@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import subprocess
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from iapt_export.contract.errors import BundleError
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.probes import PROBES_FILE, Probes
 from tests.bundles import TinyBuild, rehash, run
-from tests.native.built import READER, TOKENIZER, needs_runner, needs_tokenizer
+from tests.native.built import READER, ROOT, TOKENIZER, needs_runner, needs_tokenizer
 from tests.native.test_iapt_run import iapt_run
 from tests.native.tokenizers_of import TEMPLATES, TOKENIZERS, byte_level, save
 
@@ -113,6 +115,23 @@ def test_equal_conversations_or_refused(name: str, tmp_path: Path) -> None:
     for probe, found in zip(probes.chats, made["chats"], strict=True):
         assert found.get("text") == probe.text
         assert "error" in found or found["ids"] == probe.ids or DATE in found["text"]
+
+
+def test_letters_that_are_their_own_normal_form() -> None:
+    """C++ passes no letter on, in the name of normal form C, that NFC changes, reorders or composes with another."""
+    source = (ROOT / "engines" / "cpp" / "src" / "utf8.cc").read_text(encoding="utf-8")
+    table = source.split("kOwnForm[] = {")[1].split("};")[0]
+    blocks = [(int(first, 16), int(last, 16)) for first, last in re.findall(r"\{(0x\w+), (0x\w+)\}", table)]
+    assert blocks == sorted(blocks) and len(blocks) > 20
+    letters = [chr(code) for code in range(0x110000)]
+    pairs = [unicodedata.decomposition(c).split() for c in letters if unicodedata.is_normalized("NFC", c)]
+    seconds = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")}
+    seconds |= {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}  # of Hangul, by rule
+    for first, last in blocks:
+        for c in letters[first : last + 1]:
+            assert unicodedata.is_normalized("NFC", c) and not unicodedata.combining(c) and c not in seconds, hex(
+                ord(c)
+            )
 
 
 @pytest.mark.parametrize("field", ["texts", "chats", "answers"])

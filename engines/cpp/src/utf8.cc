@@ -39,7 +39,7 @@ struct Block {
   uint32_t first, last;
 };
 
-// In order; every code point has combining class 0 and NFC_Quick_Check=Yes in Unicode 16, which a test compares.
+// In order; every code point has combining class 0 and NFC_Quick_Check=Yes, which a test compares.
 constexpr Block kOwnForm[] = {
     {0x0, 0x2ff},                                                           // Latin
     {0x375, 0x37d},                                                         // Greek
