@@ -31,8 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.pages import MODEL, RESULTS, append_record, read_records  # noqa: E402
-from benchmarks.quality_plan import BUDGETS, PHASES, TASKS, VARIANTS, Budget, Run, runs_of  # noqa: E402
-from benchmarks.quality_records import chosen_rates, make_splits, score  # noqa: E402
+from benchmarks.quality_plan import BUDGETS, MAX_CHARACTERS, PHASES, TASKS, VARIANTS, Budget, Run, runs_of  # noqa: E402
+from benchmarks.quality_records import chosen_rates, score  # noqa: E402
 from benchmarks.quality_tables import draw, tables  # noqa: E402
 
 
@@ -106,10 +106,11 @@ def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Do all chosen phases."""
-    from prepare_data import prepare
+    from prepare_data import make_splits, prepare
 
     budget = budget_of(arguments)
-    splits = {t.name: make_splits(*prepare(t.name), arguments.splits / budget.name, budget) for t in TASKS}
+    folder = arguments.splits / budget.name
+    splits = {t.name: make_splits(*prepare(t.name), folder, budget.rows, MAX_CHARACTERS) for t in TASKS}
     try:
         for phase in PHASES:
             if phase in arguments.only:

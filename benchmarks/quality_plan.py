@@ -105,6 +105,11 @@ class Budget:
     validation_rows: int
     test_rows: int
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Split to rows."""
+        return {"train": self.train_rows, "validation": self.validation_rows, "test": self.test_rows}
+
 
 BUDGETS = {
     "smoke": Budget("smoke", steps=2, seeds=1, num_rates=1, train_rows=1000, validation_rows=16, test_rows=16),
@@ -155,9 +160,8 @@ class Run:
         Of the configurations only what differs from the defaults counts, so that a new field with a neutral default
         orphans no record. Whoever changes what a default means deletes the records.
         """
-        budget = self.budget
-        rows = {"train": budget.train_rows, "validation": budget.validation_rows, "test": budget.test_rows}
-        settings: dict[str, Any] = {"backbone": BACKBONE, "task": self.task.name, "split": self.split, "rows": rows}
+        settings: dict[str, Any] = {"backbone": BACKBONE, "task": self.task.name, "split": self.split}
+        settings["rows"] = self.budget.rows
         settings["characters"] = MAX_CHARACTERS
         if self.config is None:
             settings |= {"method": None, "tokens": [MAX_TOKENS, MAX_RESPONSE_TOKENS]}

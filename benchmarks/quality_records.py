@@ -1,20 +1,15 @@
-"""The data splits of `benchmarks/quality.py`, and what its records say: scores and chosen learning rates."""
+"""What the records of `benchmarks/quality.py` say: scores and chosen learning rates."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_plan import MAX_CHARACTERS, VARIANTS, Budget, Run, Variant, rates, runs_of
+from benchmarks.quality_plan import VARIANTS, Budget, Run, Variant, rates, runs_of
 
-SPLIT_SEED = 20
-SYSTEM_MESSAGE = "Answer briefly."
 Records = Mapping[str, Mapping[str, Any]]
 """A run's key to its record: `Run.summary`, ``accuracy`` or ``loss`` (nats per token) or ``error``, and more."""
 
@@ -45,46 +40,6 @@ def chosen_rates(budget: Budget, records: Records) -> dict[str, float]:
             equals = [rate for rate, value in good.items() if value == max(good.values())] or [order[0]]
             chosen[variant.label] = min(equals, key=lambda rate: (abs(order.index(rate) - len(order) // 2), rate))
     return chosen
-
-
-def make_splits(training: Path, held_out: Path, folder: Path, budget: Budget) -> dict[str, Path]:
-    """Cut a task's prepared files into ``train``, ``validation`` and ``test``, disjoint by construction.
-
-    Validation comes from the training file, test from the held-out one. Sizes and `SPLIT_SEED` decide, not the
-    run's seed, so that every run of a plan is measured on the same examples.
-
-    Returns:
-        Split name to its JSONL file.
-    """
-    rows = {path: path.read_text(encoding="utf-8").splitlines() for path in (training, held_out)}
-    for lines in rows.values():
-        random.Random(SPLIT_SEED).shuffle(lines)
-    # A small task keeps most of its rows for training.
-    validation = min(budget.validation_rows, len(rows[training]) // 4)
-    parts = {
-        "validation": rows[training][:validation],
-        "train": rows[training][validation:][: budget.train_rows or None],
-        "test": rows[held_out][: budget.test_rows or None],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{training.name.split('.')[0]}.{name}.jsonl" for name in parts}
-    for name, lines in parts.items():
-        paths[name].write_text("".join(f"{as_messages(line)}\n" for line in lines), encoding="utf-8")
-    return paths
-
-
-def as_messages(line: str) -> str:
-    """A JSONL row as messages with a short system message.
-
-    The default one of the backbone's chat template has three times as many tokens as a headline, and would take the
-    comparison as much longer.
-    """
-    row = json.loads(line)
-    question, text = row["instruction"], row.get("input", "")
-    if len(text) > MAX_CHARACTERS:
-        text = text[:MAX_CHARACTERS].rpartition(" ")[0] or text[:MAX_CHARACTERS]
-    contents = {"system": SYSTEM_MESSAGE, "user": f"{question}\n\n{text}".strip(), "assistant": row["output"]}
-    return json.dumps({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,9 @@ FREE_EVAL_SIZE = 200
 """Held out of the free answers, which are 999 in all."""
 MAX_FREE_CHARACTERS = 240
 """Longer instructions are left out, so that none is cut in the middle of its request."""
+
+SPLIT_SEED = 20
+SYSTEM_MESSAGE = "Answer briefly."
 
 Row = tuple[str, str]
 """(text, label or answer)"""
@@ -210,6 +213,55 @@ def prepare(task: str, cache: Path = CACHE) -> tuple[Path, Path]:
     for path, rows in zip(paths, (train, held_out), strict=True):
         write(path, instruction, rows)
     return paths
+
+
+def make_splits(
+    training: Path, held_out: Path, folder: Path, sizes: Mapping[str, int], max_characters: int
+) -> dict[str, Path]:
+    """Cut a task's prepared files into ``train``, ``validation`` and ``test``, disjoint by construction.
+
+    Validation comes from the training file, test from the held-out one. Sizes and `SPLIT_SEED` decide, not the
+    run's seed, so that every run of a plan is measured on the same examples.
+
+    Args:
+        training: a prepared file.
+        held_out: the other one.
+        folder: where the splits go.
+        sizes: rows of each split; 0 takes what there is.
+        max_characters: longer texts lose their end.
+
+    Returns:
+        Split name to its JSONL file.
+    """
+    rows = {path: path.read_text(encoding="utf-8").splitlines() for path in (training, held_out)}
+    for lines in rows.values():
+        random.Random(SPLIT_SEED).shuffle(lines)
+    # A small task keeps most of its rows for training.
+    validation = min(sizes["validation"], len(rows[training]) // 4)
+    parts = {
+        "validation": rows[training][:validation],
+        "train": rows[training][validation:][: sizes["train"] or None],
+        "test": rows[held_out][: sizes["test"] or None],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{training.name.split('.')[0]}.{name}.jsonl" for name in parts}
+    for name, lines in parts.items():
+        paths[name].write_text("".join(f"{as_messages(line, max_characters)}\n" for line in lines), encoding="utf-8")
+    return paths
+
+
+def as_messages(line: str, max_characters: int) -> str:
+    """A JSONL row as messages with a short system message.
+
+    The default one of the backbone's chat template has three times as many tokens as a headline, and would take the
+    comparison as much longer.
+    """
+    row = json.loads(line)
+    question, text = row["instruction"], row.get("input", "")
+    if len(text) > max_characters:
+        text = text[:max_characters].rpartition(" ")[0] or text[:max_characters]
+    contents = {"system": SYSTEM_MESSAGE, "user": f"{question}\n\n{text}".strip(), "assistant": row["output"]}
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
 
 
 def main() -> None:

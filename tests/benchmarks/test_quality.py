@@ -22,8 +22,9 @@ from benchmarks.quality_plan import (
     rates,
     runs_of,
 )
-from benchmarks.quality_records import SYSTEM_MESSAGE, Cell, as_messages, chosen_rates, make_splits
+from benchmarks.quality_records import Cell, chosen_rates
 from benchmarks.quality_tables import average_ranks, difference_table, draw, main_cells, ranks, tables
+from examples.prepare_data import SYSTEM_MESSAGE, as_messages, make_splits
 from trainers.methods.configs import METHOD_CONFIGS, method_name
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 
@@ -124,22 +125,24 @@ def write_rows(path: Path, count: int, start: int) -> Path:
 def test_splits_are_disjoint_and_stay_the_same(tmp_path):
     training, held_out = write_rows(tmp_path / "a.train.jsonl", 900, 0), write_rows(tmp_path / "a.eval.jsonl", 500, 900)
     budget = dataclasses.replace(SMALL, train_rows=500, validation_rows=100, test_rows=300)
-    paths = make_splits(training, held_out, tmp_path / "splits", budget)
+    paths = make_splits(training, held_out, tmp_path / "splits", budget.rows, MAX_CHARACTERS)
     rows = {name: path.read_text(encoding="utf-8").splitlines() for name, path in paths.items()}
     assert {name: len(lines) for name, lines in rows.items()} == {"train": 500, "validation": 100, "test": 300}
     assert len(set().union(*rows.values())) == 900
-    assert set(rows["test"]) <= {as_messages(line) for line in held_out.read_text(encoding="utf-8").splitlines()}
-    again = make_splits(training, held_out, tmp_path / "again", budget)
+    assert set(rows["test"]) <= {
+        as_messages(line, MAX_CHARACTERS) for line in held_out.read_text(encoding="utf-8").splitlines()
+    }
+    again = make_splits(training, held_out, tmp_path / "again", budget.rows, MAX_CHARACTERS)
     assert all(paths[name].read_bytes() == again[name].read_bytes() for name in paths)
 
 
 def test_rows_become_messages_with_texts_cut():
     row = {"instruction": "Good or bad?", "input": "word " * 50, "output": "good"}
-    system, user, assistant = json.loads(as_messages(json.dumps(row)))["messages"]
+    system, user, assistant = json.loads(as_messages(json.dumps(row), MAX_CHARACTERS))["messages"]
     question, text = user["content"].split("\n\n")
     assert (system["content"], question, assistant["content"]) == (SYSTEM_MESSAGE, "Good or bad?", "good")
     assert text.split() == ["word"] * (MAX_CHARACTERS // 5)
-    free = json.loads(as_messages(json.dumps({"instruction": "Write.", "output": "x"})))
+    free = json.loads(as_messages(json.dumps({"instruction": "Write.", "output": "x"}), MAX_CHARACTERS))
     assert free["messages"][1] == {"role": "user", "content": "Write."}
 
 

@@ -1,4 +1,4 @@
-"""What the compiled kernel of ``ai.iapt::Rational`` saves: ``make cpp``, then ``python benchmarks/rational_op.py``.
+"""What the compiled kernel of ``ai.iapt::Rational`` saves: ``make cpp``, then ``python -m tests.native.time_rational``.
 
 The kernel, the function body with ONNX Runtime's own fusions, and the body without them take turns, so that a noisy
 machine is noisy for all. What the kernel saves is taken turn by turn: the median of the ratios with its 95 % interval,
