@@ -73,8 +73,9 @@ def load_adapter(
     Args:
         folder: the directory.
         backbone: what the adapter is for; needed for a directory that stock PEFT wrote.
-        peft_prompt_format: how prompts are fed to such a one, ``plain`` or ``chat``; ours say it themselves.
-        peft_task: which task of its multitask prompt, from 0.
+        peft_prompt_format: how prompts are fed to an adapter of stock PEFT, ``plain`` or ``chat``; ours say it
+            themselves.
+        peft_task: which task of stock PEFT's multitask prompt, from 0.
 
     Raises:
         IaptError: a file is missing, truncated, not safetensors, of an unknown method or schema, has
@@ -116,14 +117,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     name = fields.get("peft_type")
     if name not in METHOD_CONFIGS:
         raise IaptError(f"{path}: peft_type {name!r} is not a known method; known: {', '.join(METHOD_CONFIGS)}")
-    own = {item.name for item in dataclasses.fields(AdapterConfig)}
+    known = {item.name for item in dataclasses.fields(AdapterConfig)}
     missing = [f"field {key} is missing" for key in REQUIRED if key not in fields]
     if name in PEFT_TYPES and not isinstance(fields.get(METHOD_FIELD), dict):
         missing.append(f"field {METHOD_FIELD}, an object with the method's settings, is missing")
     raise_problems(f"{path}", missing)
     if name in PEFT_TYPES:
         method = fields[METHOD_FIELD]
-        fields = {key: value for key, value in fields.items() if key in own}  # the rest is for stock PEFT
+        fields = {key: value for key, value in fields.items() if key in known}  # the rest is for stock PEFT
     else:
         names = {item.name for item in dataclasses.fields(METHOD_CONFIGS[name])}
         method = {key: fields.pop(key) for key in sorted(names & set(fields))}
@@ -164,5 +165,5 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
 
 def _is_stock_peft(fields: dict[str, Any]) -> bool:
     """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
-    own = set(METHOD_CONFIGS) - set(PEFT_TYPES)
-    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in own
+    only_ours = set(METHOD_CONFIGS) - set(PEFT_TYPES)
+    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in only_ours

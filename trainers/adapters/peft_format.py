@@ -50,7 +50,7 @@ def adapter_from_peft(
     form = _checked_form(fields, sizes, str(folder))
     if task is not None and fields["peft_type"] != "MULTITASK_PROMPT_TUNING":
         raise IaptError(f"{folder}: task={task} is for PEFT's MULTITASK_PROMPT_TUNING; this is {fields['peft_type']}")
-    method, own = form.read(fields, tensors, sizes, str(folder), task)
+    method, weights = form.read(fields, tensors, sizes, str(folder), task)
     config = AdapterConfig(
         base_model_name_or_path=fields.get("base_model_name_or_path") or backbone.name_or_path,
         backbone_fingerprint=backbone.fingerprint,
@@ -60,7 +60,7 @@ def adapter_from_peft(
         method=method,
     )
     multitask = fields["peft_type"] == "MULTITASK_PROMPT_TUNING"
-    return Adapter(config, own, folder, from_peft=True, peft_task=(task or 0) if multitask else None)
+    return Adapter(config, weights, folder, from_peft=True, peft_task=(task or 0) if multitask else None)
 
 
 def peft_fields(method: Any, sizes: Sizes) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def to_peft_tensors(method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> di
 def from_peft_tensors(
     method: Any, peft_tensors: dict[str, Tensor], sizes: Sizes, source: str = "adapter"
 ) -> dict[str, Tensor]:
-    """What `to_peft_tensors` wrote under our names again, in fp32.
+    """The tensors that `to_peft_tensors` wrote, back under our names and in fp32.
 
     Args:
         method: configuration of prompt tuning, prefix tuning or LoRA.

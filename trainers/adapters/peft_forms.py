@@ -95,8 +95,8 @@ class _VirtualTokens(PeftForm):
     """Methods whose trained part is one table, an entry for each virtual token."""
 
     def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
-        own = {"num_transformer_submodules": (None, 1), "num_layers": (None, sizes.num_layers)}
-        return super().allowed(sizes) | own
+        counts = {"num_transformer_submodules": (None, 1), "num_layers": (None, sizes.num_layers)}
+        return super().allowed(sizes) | counts
 
     def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
         return {
@@ -108,7 +108,7 @@ class _VirtualTokens(PeftForm):
 
 
 class _Prompt(_VirtualTokens):
-    """A prompt before the embedded tokens, however it was found."""
+    """A prompt before the embedded tokens, whichever of PEFT's three methods trained it."""
 
     options = (_ANY | _PROMPT | _INIT) | {
         *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
@@ -169,12 +169,15 @@ class _Prefix(_VirtualTokens):
 
     def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
         # The table is written, which is all that PEFT reads: to PEFT there is no projection any more.
-        own = {"num_attention_heads": sizes.num_kv_heads, "prefix_projection": False}
-        return super().fields(method, sizes) | {"token_dim": sizes.num_kv_heads * sizes.head_dim, **own}
+        prefix_fields = {"num_attention_heads": sizes.num_kv_heads, "prefix_projection": False}
+        return super().fields(method, sizes) | {"token_dim": sizes.num_kv_heads * sizes.head_dim, **prefix_fields}
 
     def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-        own = PrefixTuning.shapes(method, sizes) if method.projection else {}
-        return {TABLE: (method.prompt_length, 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim), **own}
+        projection_shapes = PrefixTuning.shapes(method, sizes) if method.projection else {}
+        return {
+            TABLE: (method.prompt_length, 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim),
+            **projection_shapes,
+        }
 
     def to_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
         if not method.projection:
@@ -192,7 +195,7 @@ class _Prefix(_VirtualTokens):
 class _LoRA(PeftForm):
     """A low-rank change of linear layers. PEFT's may differ in rank and alpha from layer to layer, and leave some out.
 
-    Such ones get one stack of the highest rank with zeros where there is nothing, and the scale goes into B.
+    Such adapters get one stack of the highest rank, filled up with zeros, and the scale goes into B.
     """
 
     options = _ANY | {
@@ -222,12 +225,12 @@ class _LoRA(PeftForm):
             return first, self.from_peft(first, tensors, sizes)
         rank = max(config.rank for config in configs.values())
         method = replace(first, rank=rank, alpha=rank, rslora=False)
-        own = {name: torch.zeros(shape) for name, shape in LoRA.shapes(method, sizes).items()}
+        weights = {name: torch.zeros(shape) for name, shape in LoRA.shapes(method, sizes).items()}
         for module, config in configs.items():
             (down, layer), (up, _) = (names[_peft_name(module, side)] for side in "AB")
-            own[down][layer, : config.rank] = tensors[_peft_name(module, "A")].float()
-            own[up][layer, :, : config.rank] = tensors[_peft_name(module, "B")].float() * config.scaling
-        return method, own
+            weights[down][layer, : config.rank] = tensors[_peft_name(module, "A")].float()
+            weights[up][layer, :, : config.rank] = tensors[_peft_name(module, "B")].float() * config.scaling
+        return method, weights
 
     def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
         return {
@@ -241,17 +244,17 @@ class _LoRA(PeftForm):
         }
 
     def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-        own = LoRA.shapes(method, sizes)
-        return {peft: own[stack][1:] for peft, (stack, _layer) in _lora_names(method, sizes).items()}
+        stack_shapes = LoRA.shapes(method, sizes)
+        return {peft: stack_shapes[stack][1:] for peft, (stack, _layer) in _lora_names(method, sizes).items()}
 
     def to_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-        return {peft: tensors[own][layer].contiguous() for peft, (own, layer) in _lora_names(method, sizes).items()}
+        return {peft: tensors[stack][layer].contiguous() for peft, (stack, layer) in _lora_names(method, sizes).items()}
 
     def from_peft(self, method: Any, tensors: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
         stacks: dict[str, list[Tensor]] = {}
-        for peft, (own, _layer) in _lora_names(method, sizes).items():  # layers come in order
-            stacks.setdefault(own, []).append(tensors[peft].float())
-        return {own: torch.stack(layers) for own, layers in stacks.items()}
+        for peft, (stack, _layer) in _lora_names(method, sizes).items():  # layers come in order
+            stacks.setdefault(stack, []).append(tensors[peft].float())
+        return {stack: torch.stack(layers) for stack, layers in stacks.items()}
 
     def linears(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, int]]:
         return {name: sizes.linears[name] for name in targets(method.target_modules, sizes)}

@@ -146,10 +146,10 @@ def gguf_config(file: GgufFile) -> Any:
     }
     if file.architecture != "gpt2":
         config["num_key_value_heads"] = fields.take("attention.head_count_kv", config["num_attention_heads"])
-        width, turned = head_width(fields, config["hidden_size"], config["num_attention_heads"])
+        width, rotated = head_width(fields, config["hidden_size"], config["num_attention_heads"])
         if file.architecture in HEAD_DIM or width * config["num_attention_heads"] != config["hidden_size"]:
             config["head_dim"] = width
-        config["rope_parameters"] = rope_parameters(fields, config["max_position_embeddings"], width, turned)
+        config["rope_parameters"] = rope_parameters(fields, config["max_position_embeddings"], width, rotated)
     config |= family.special(fields, config)
     fields.refuse_rest()
     return AutoConfig.for_model(family.model_type, **config)

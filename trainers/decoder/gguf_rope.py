@@ -19,68 +19,68 @@ FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_fact
 FACTOR_TENSORS = {"llama": (FREQS, LONG, SHORT), "phi3": (LONG, SHORT)}
 """Architecture to the tensors of factors that llama.cpp reads with it."""
 PARTIAL = ("phi3", "stablelm")
-"""Architectures of which transformers turns a part of each head when told to."""
+"""Architectures in which transformers can rotate a part of each head only (``partial_rotary_factor``)."""
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 """Of every Llama 3.1, 3.2 and 3.3: in ``rope_freqs`` they cannot be told apart from the original context's length."""
 
 
 def head_width(fields: Fields, hidden: int, heads: int) -> tuple[int, int]:
-    """The width of a head, and how much of it turns.
+    """The width of a head, and how many of its numbers are rotated.
 
     Raises:
-        IaptError: keys and values differ in width, or the family turns whole heads only.
+        IaptError: keys and values differ in width, or the family rotates whole heads only.
     """
     architecture = fields.file.architecture
     width = fields.take("attention.key_length", hidden // heads)
     value_width = fields.take("attention.value_length", width)
-    turned = fields.take("rope.dimension_count", width)
+    rotated = fields.take("rope.dimension_count", width)
     if value_width != width:
         raise fields.refusal("attention.value_length", f"is {value_width}, unlike the keys' {width}")
-    if turned != width and architecture not in PARTIAL:
-        raise fields.refusal("rope.dimension_count", f"is {turned} of {width}, and {architecture} turns whole heads")
+    if rotated != width and architecture not in PARTIAL:
+        raise fields.refusal("rope.dimension_count", f"is {rotated} of {width}, and {architecture} rotates whole heads")
     if width != hidden // heads and architecture in PARTIAL:
         raise fields.refusal("attention.key_length", f"is {width}, and {architecture} has heads of D / H")
-    return width, turned
+    return width, rotated
 
 
-def rope_parameters(fields: Fields, context: int, width: int, turned: int) -> dict[str, Any]:
+def rope_parameters(fields: Fields, context: int, width: int, rotated: int) -> dict[str, Any]:
     """Transformers' ``rope_parameters`` (for gemma3, those of the layers without a window).
 
     Args:
-        fields: of the file; those of the rotation are taken.
+        fields: of the file; those of the rotary embedding are taken.
         context: the longest text the file claims.
         width: of a head.
-        turned: how many of its numbers turn.
+        rotated: how many of its numbers are rotated.
 
     Raises:
         IaptError: a scaling that this family's configuration cannot hold.
     """
     file = fields.file
     base = float(fields.take("rope.freq_base", 10000.0))
-    found: dict[str, Any] = {"rope_theta": base}
+    parameters: dict[str, Any] = {"rope_theta": base}
     if file.architecture in PARTIAL:
-        found["partial_rotary_factor"] = _fraction(turned, width)
+        parameters["partial_rotary_factor"] = _fraction(rotated, width)
     kind = fields.take("rope.scaling.type", "linear")
     factor = float(fields.take("rope.scaling.factor", 0.0) or 1.0)
     attention = float(fields.take("rope.scaling.attn_factor", 1.0))
     original = fields.take("rope.scaling.original_context_length", context)
     if LONG in file.tensors or kind == "longrope":
-        found |= _longrope(fields, factor, attention, original)
+        parameters |= _longrope(fields, factor, attention, original)
     elif kind == "yarn":
-        found |= _yarn(fields, factor, attention, original)
+        parameters |= _yarn(fields, factor, attention, original)
     elif kind not in ("linear", "none"):
         raise fields.refusal("rope.scaling.type", f"is {kind!r}; known are none, linear, yarn and longrope")
     elif attention != 1:
         raise fields.refusal("rope.scaling.attn_factor", f"is {attention} beside {kind} scaling")
     elif factor != 1 and kind == "linear":
-        found |= {"rope_type": "linear", "factor": factor}
+        parameters |= {"rope_type": "linear", "factor": factor}
     if FREQS in file.tensors and file.architecture == "llama":
-        if "rope_type" in found:
+        if "rope_type" in parameters:
             raise fields.refusal("rope.scaling.type", f"is {kind!r} beside the tensor {FREQS}")
-        found |= llama3_parameters(file.tensor(FREQS), base, context)
-    if file.architecture == "phi3" and found.get("rope_type", "longrope") != "longrope":
+        parameters |= llama3_parameters(file.tensor(FREQS), base, context)
+    if file.architecture == "phi3" and parameters.get("rope_type", "longrope") != "longrope":
         raise fields.refusal("rope.scaling.type", f"is {kind!r}, and transformers scales phi3 by longrope only")
-    return {"rope_type": "default", **found}
+    return {"rope_type": "default", **parameters}
 
 
 def llama3_parameters(factors: np.ndarray, base: float, context: int) -> dict[str, Any]:
@@ -122,13 +122,13 @@ def _yarn(fields: Fields, factor: float, attention: float, original: int) -> dic
     for name in ("yarn_ext_factor", "yarn_attn_factor"):
         if (value := fields.take(f"rope.scaling.{name}", 1.0)) != 1:
             raise fields.refusal(f"rope.scaling.{name}", f"is {value}; known is 1")
-    found: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    parameters: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     for name in ("beta_fast", "beta_slow"):
         if (value := fields.take(f"rope.scaling.yarn_{name}")) is not None:
-            found[name] = float(value)
+            parameters[name] = float(value)
     if attention != 1:
-        found["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
-    return found
+        parameters["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
+    return parameters
 
 
 def _longrope(fields: Fields, factor: float, attention: float, original: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _longrope(fields: Fields, factor: float, attention: float, original: int) ->
     }
 
 
-def _fraction(turned: int, width: int) -> float:
-    """A fraction of the width which, cut to an integer as transformers does, is ``turned`` again."""
-    fraction = turned / width
-    return fraction if int(width * fraction) == turned else math.nextafter(fraction, 2)
+def _fraction(rotated: int, width: int) -> float:
+    """A fraction of the width which, cut to an integer as transformers does, is ``rotated`` again."""
+    fraction = rotated / width
+    return fraction if int(width * fraction) == rotated else math.nextafter(fraction, 2)

@@ -132,9 +132,10 @@ def _check_words(tokenizer: Any, file: GgufFile, words: list[str]) -> None:
             "are no words of a byte-level vocabulary. Give the model's Hugging Face folder instead of the GGUF file"
         )
     for ours, theirs in SPECIAL_TOKENS.items():
-        wanted, found = file.fields.get(f"tokenizer.ggml.{theirs}_token_id"), getattr(tokenizer, f"{ours}_token_id")
-        if wanted != found:
+        file_id = file.fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        tokenizer_id = getattr(tokenizer, f"{ours}_token_id")
+        if file_id != tokenizer_id:
             raise IaptError(
-                f"{file.path} names {wanted} as its {theirs} token, and transformers {found}; give the model's Hugging "
-                "Face folder instead of the GGUF file"
+                f"{file.path} names {file_id} as its {theirs} token, and transformers {tokenizer_id}; give the model's "
+                "Hugging Face folder instead of the GGUF file"
             )

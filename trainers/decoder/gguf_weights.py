@@ -21,7 +21,7 @@ def gguf_state_dict(file: GgufFile, empty: Any, dtype: Any) -> dict[str, Any]:
         dtype: of torch, in which the weights are returned.
 
     Returns:
-        parameter name of transformers to a tensor with the parameter's shape.
+        Parameter name of transformers to a tensor with the parameter's shape.
 
     Raises:
         IaptError: a tensor of the file has no place in the model, named.
@@ -37,15 +37,15 @@ def gguf_state_dict(file: GgufFile, empty: Any, dtype: Any) -> dict[str, Any]:
             f"{', '.join(unused[:8])}{f' and {len(unused) - 8} more' if len(unused) > 8 else ''}; the model would "
             "answer differently without them. Give the model's Hugging Face folder instead of the GGUF file"
         )
-    found = {}
+    state = {}
     for name, place in places.items():
         if name in file.tensors:
             array = _in_their_order(file.tensor(name), name, file.architecture, config)
-            found[place] = torch.from_numpy(np.array(array, order="C")).to(dtype)
+            state[place] = torch.from_numpy(np.array(array, order="C")).to(dtype)
         elif name.endswith(family_of(file).optional_biases):  # transformers switches the biases of a layer together
             weight = file.shape(name.removesuffix("bias") + "weight")
-            found[place] = torch.zeros(weight[0], dtype=dtype)
-    return found
+            state[place] = torch.zeros(weight[0], dtype=dtype)
+    return state
 
 
 def _places(file: GgufFile, empty: Any) -> dict[str, str]:
@@ -55,7 +55,7 @@ def _places(file: GgufFile, empty: Any) -> dict[str, str]:
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     table = get_tensor_name_map(architecture, empty.config.num_hidden_layers)
     names = {table.get_name(name, try_suffixes=(".weight", ".bias")): name for name in empty.state_dict()}
-    names.pop(None, None)  # found as missing when the model is loaded
+    names.pop(None, None)  # loading the model reports these as missing
     return names
 
 
@@ -73,6 +73,6 @@ def _in_their_order(array: np.ndarray, name: str, architecture: str, config: Any
 
 
 def _pairs_apart(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a head from (pair, half), which llama.cpp turns for llama, to (half, pair), which transformers turns."""
+    """Rows of a head from llama.cpp's rotary order for llama, (pair, half), to transformers', (half, pair)."""
     paired = array.reshape(heads, -1, 2, *array.shape[1:])
     return paired.swapaxes(1, 2).reshape(array.shape)

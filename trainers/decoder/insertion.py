@@ -165,10 +165,10 @@ def continue_from(
         The backbone's output with logits ``[B, K, V]``.
     """
     rows = rows.in_decode
-    own = mask[:, -input_ids.shape[1] :]
+    token_mask = mask[:, -input_ids.shape[1] :]
     tokens: dict[str, Tensor] = {"input_ids": input_ids}
     if rows.parts:
-        tokens = {"inputs_embeds": rows.embed(input_ids, backbone.get_input_embeddings()(input_ids), own)}
+        tokens = {"inputs_embeds": rows.embed(input_ids, backbone.get_input_embeddings()(input_ids), token_mask)}
     with projected(backbone, rows):
         return backbone(
             **tokens,
@@ -216,8 +216,9 @@ def _cache_filled(cache: DynamicCache, rows: Rows) -> Iterator[None]:
 
     def filled(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         count = rows.num_slots
-        own = rows.key_value(layer, key[:, :, :count], value[:, :, :count])
-        key, value = (torch.cat([new, old[:, :, count:]], dim=2) for new, old in zip(own, (key, value), strict=True))
+        slot_entries = rows.key_value(layer, key[:, :, :count], value[:, :, :count])
+        both = zip(slot_entries, (key, value), strict=True)
+        key, value = (torch.cat([new, old[:, :, count:]], dim=2) for new, old in both)
         return update(key, value, layer, *args, **kwargs)
 
     cache.update = filled

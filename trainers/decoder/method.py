@@ -91,7 +91,7 @@ class Method(nn.Module):
         """Draw the initial weights from torch's current random state."""
 
     def start(self, backbone: Any, tokenizer: Any, instruction: list[int]) -> None:
-        """Move the initial weights to where the frozen backbone is hurt least, before training.
+        """Move the initial weights, before training, to values that disturb the frozen backbone least.
 
         Args:
             backbone: the frozen causal LM.
@@ -125,7 +125,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def merged(self, backbone: Any) -> AbstractContextManager[None]:
-        """Let the backbone's own weights do what this does, while the context is open.
+        """Write this method's effect into the backbone's own weights while the context is open.
 
         One tenant then costs nothing at run time.
 
@@ -180,7 +180,7 @@ class Method(nn.Module):
         return None
 
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """What stands in the prompt slots right before ``layer``.
+        """The hidden states of the prompt slots right before ``layer``.
 
         Args:
             weights: this method's tensors.
@@ -273,17 +273,17 @@ class Rows:
             prompt = part.method.soft_prompt(part.weights)
             if prompt is not None:
                 empty = self.num_slots - part.method.num_slots
-                made = prompt.to(slots.dtype).expand(slots.shape[0], -1, -1)
-                slots = part.choose(torch.cat([slots[:, :empty], made], dim=1) if empty else made, slots)
+                expanded = prompt.to(slots.dtype).expand(slots.shape[0], -1, -1)
+                slots = part.choose(torch.cat([slots[:, :empty], expanded], dim=1) if empty else expanded, slots)
         return slots
 
     def slots(self, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `Method.slots`; methods with fewer slots see the last ones."""
         for part in self.parts:
             empty = self.num_slots - part.method.num_slots
-            own = slots[:, empty:] if empty else slots
-            changed = part.method.slots(part.weights, layer, own, tokens, mask)
-            if changed is own:
+            part_slots = slots[:, empty:] if empty else slots
+            changed = part.method.slots(part.weights, layer, part_slots, tokens, mask)
+            if changed is part_slots:
                 continue
             changed = changed.to(slots.dtype)
             slots = part.choose(torch.cat([slots[:, :empty], changed], dim=1) if empty else changed, slots)

@@ -113,13 +113,13 @@ class IAPT(Method):
         """
         if self.config.pooling != "attention":
             return weights
-        made = []
+        scores = []
         for group in range(max(self.groups) + 1):
             first, size = self.groups.index(group), self.groups.count(group)
             query = weights["query"][:, first : first + size].transpose(1, 2).flatten(2)  # [B, R, layers P]
             score = weights["down_weight"][:, group] @ query  # [B, D, layers P]
-            made.append(score.unflatten(2, (size, self.config.prompt_length)).transpose(1, 2))
-        return {**weights, "score": torch.cat(made, dim=1)}
+            scores.append(score.unflatten(2, (size, self.config.prompt_length)).transpose(1, 2))
+        return {**weights, "score": torch.cat(scores, dim=1)}
 
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""

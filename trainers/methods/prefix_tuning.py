@@ -96,8 +96,8 @@ class PrefixTuning(Method):
 
     def key_value(self, weights: Weights, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's prefix; what the slots' own hidden states gave is dropped."""
-        own = weights["prefix"][:, layer]  # [1 or B, 2, H, P, K]
-        return own[:, 0].expand_as(key), own[:, 1].expand_as(value)
+        prefix = weights["prefix"][:, layer]  # [1 or B, 2, H, P, K]
+        return prefix[:, 0].expand_as(key), prefix[:, 1].expand_as(value)
 
     @property
     def changes_cache(self) -> bool:

@@ -28,7 +28,7 @@ REFUSED = {
     "window": (TinyFile("qwen2", {"attention.sliding_window": 8}), "the field qwen2.attention.sliding_window is 8"),
     "partial rotary": (
         TinyFile("llama", {"rope.dimension_count": 8}),
-        "the field llama.rope.dimension_count is 8 of 16, and llama turns whole heads",
+        "the field llama.rope.dimension_count is 8 of 16, and llama rotates whole heads",
     ),
     "value width": (TinyFile("qwen3", {"attention.value_length": 8}), "qwen3.attention.value_length is 8, unlike"),
     "phi3 heads": (TinyFile("phi3", {"attention.key_length": 32}), "phi3.attention.key_length is 32, and phi3 has"),
