@@ -35,6 +35,24 @@ ROOMS = {
     "validation": ("sides", "judging", "locating", "reporting"),
 }
 """The folders of each package; docs/architecture.md says what is in which."""
+DOORS = {
+    "trainers.decoder": "attention backbone family generate insertion instruction method",
+    "trainers.methods": "configs forms lora prefix_tuning rational",
+    "trainers.adapters": "adapter directory peft_format",
+    "trainers.training": "config train",
+    "iapt_export.contract": "errors graphs manifest probes settings sizes tenant_card types",
+    "iapt_export.graphs": "export installed interface ops passes quantise save table",
+    "iapt_export.building": "build build_request layout tenant_file",
+    "engines.onnxruntime": "runner",
+    "engines.tensorrt": "builder engine_info flavour runner",
+    "engines.cuda": "driver memory",
+    "engines.serving": "conversation loading request sampling session stepper tenants text",
+    "validation.sides": "cases peft_side recording reference rounding stepping taps truth",
+    "validation.judging": "compare engine_interface metrics peft result tolerances",
+    "validation.locating": "locate",
+    "validation.reporting": "junit report summary",
+}
+"""The files (or folders) of a room that may be imported from outside it; all others are its own business."""
 MAX_ROOM_ARROWS = {"trainers": 6, "iapt_export": 15, "engines": 15, "validation": 15}
 """Pairs of rooms (or of files beside the rooms) in a package of which one imports the other, at most."""
 MAX_FILE_LINES = 400
@@ -208,6 +226,25 @@ def test_rooms_form_no_circle_and_few_arrows(package):
     assert not circles(graph)
     arrows = [f"{name} -> {other}" for name, others in sorted(graph.items()) for other in sorted(others)]
     assert len(arrows) <= MAX_ROOM_ARROWS[package], f"{len(arrows)} arrows: {', '.join(arrows)}"
+
+
+def used_doors() -> dict[str, set[str]]:
+    """Room to the files and folders of it that somebody outside imports."""
+    used: dict[str, set[str]] = {name: set() for name in DOORS}
+    for importer, others in import_graph().items():
+        for name in others:
+            if (
+                room(name) in used
+                and room(name) not in (room(importer), name)
+                and not importer.startswith("benchmarks")
+            ):
+                used[room(name)].add(name.split(".")[2])
+    return used
+
+
+def test_rooms_are_entered_by_their_doors():
+    assert DOORS.keys() == {f"{package}.{name}" for package, names in ROOMS.items() for name in names}
+    assert {name: " ".join(sorted(files)) for name, files in used_doors().items()} == DOORS
 
 
 @pytest.mark.parametrize("package", PACKAGES)
