@@ -122,13 +122,13 @@ def table(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
     title = f"{found['bundle']}: {found['target']} {found['dtype']}, {found['installed_tenants']} tenants installed"
-    made = Table(title=title, caption=f"peak memory {found['peak_memory_mb']:.0f} MB")
+    grid = Table(title=title, caption=f"peak memory {found['peak_memory_mb']:.0f} MB")
     for name in ("rows", "first token ms", "worst", "next token ms", "p99", "tokens/s", "decode tokens/s"):
-        made.add_column(name, justify="right")
+        grid.add_column(name, justify="right")
     keys = ("ttft_p50_ms", "ttft_max_ms", "itl_p50_ms", "itl_p99_ms", "tokens_per_s", "decode_tokens_per_s")
     for line in found["figures"]:
-        made.add_row(str(line["rows"]), *("-" if line[key] is None else f"{line[key]:.1f}" for key in keys))
-    return made
+        grid.add_row(str(line["rows"]), *("-" if line[key] is None else f"{line[key]:.1f}" for key in keys))
+    return grid
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

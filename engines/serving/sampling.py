@@ -9,7 +9,7 @@ import numpy as np
 from iapt_export.contract.errors import IaptError
 
 LEAST = (1e-2, 1e-4, 1e-7)
-"""Weights, the likeliest token's being 1, above which tokens are looked at first, and then with less and less."""
+"""Least weight of the tokens that are sorted, the likeliest token's being 1; where they cover too little, the next."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
 def _likeliest(scaled: np.ndarray, weights: np.ndarray, needed: float) -> np.ndarray:
     """Tokens from the likeliest on that cover more than ``needed``, or all; to sort all would take milliseconds."""
     for least in LEAST:
-        found = np.flatnonzero(weights > least)
-        if weights[found].sum() > needed:
+        tokens = np.flatnonzero(weights > least)
+        if weights[tokens].sum() > needed:
             break
     else:
-        found = np.arange(len(weights))
-    return found[np.argsort(-scaled[found], kind="stable")]
+        tokens = np.arange(len(weights))
+    return tokens[np.argsort(-scaled[tokens], kind="stable")]

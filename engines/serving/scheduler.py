@@ -35,7 +35,7 @@ class Entry:
 
     request: Request
     number: int
-    """Of the request among those that were given together."""
+    """The request's place among those that were given together."""
     tenant: Tenant
     instruction: list[int]
     codec: TextCodec | None
@@ -43,10 +43,10 @@ class Entry:
     eos_token_ids: frozenset[int]
     random: np.random.Generator
     soft_prompts: np.ndarray | None = None
-    """What the client sent, as it was when it was checked."""
+    """What the client sent: the copy that was checked."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
-    """What was handed out."""
+    """The part of the answer's text that was handed out so far."""
     cancelled: bool = False
 
     @property
@@ -131,14 +131,14 @@ class Scheduler:
         if before and not self.continuous:
             return []
         free = self.stepper.max_rows - len(self.running)
-        found: list[Entry] = []
+        joining: list[Entry] = []
         longest = 0
-        while self.waiting and len(found) < free:
+        while self.waiting and len(joining) < free:
             longest = max(longest, self.waiting[0].length)
-            if found and longest * (len(found) + 1) > READ_TOKENS:
+            if joining and longest * (len(joining) + 1) > READ_TOKENS:
                 break
-            found.append(self.waiting.popleft())
-        return found
+            joining.append(self.waiting.popleft())
+        return joining
 
     def _advance(self, logits: np.ndarray, first: int) -> Iterator[tuple[Entry, Item]]:
         """Give the rows from ``first`` on their tokens, and let those leave that end."""

@@ -34,9 +34,9 @@ class Tenant:
     prompt_format: str
     trained_form: str
     system_prompt: str | None = None
-    """What all of its training examples began with; empty for none, None where they differ or did not say."""
+    """The one with which all of its training examples began; empty for none, None where they differ or did not say."""
     told: bool = False
-    """Whether a request in another form than training's was said."""
+    """Whether the user was told of a request in another form than training's."""
     users: int = 0
     """Requests that were accepted for it and are not finished."""
     removed: bool = False
@@ -54,7 +54,7 @@ class NewTenant:
 
 
 class TenantBank:
-    """The stacked weights and who stands where in them; entries of removed tenants are used again."""
+    """The stacked weights, and which entry is whose; entries of removed tenants are used again."""
 
     def __init__(self, bundle: Path, manifest: BundleManifest, target: TargetSpec) -> None:
         """Load the bundle's own tenants.
@@ -122,11 +122,11 @@ class TenantBank:
         method = self._method_of(card, path)
         entries = {}
         for weight in method.weights:
-            found = tensors.get(weight.name)
-            _check_tensor(found, weight.name, weight.shape, f"tenant {chosen}")
-            assert found is not None
+            tensor = tensors.get(weight.name)
+            _check_tensor(tensor, weight.name, weight.shape, f"tenant {chosen}")
+            assert tensor is not None
             stack = f"{method.name}.{weight.name}"
-            entries[stack] = self._cast(found, stack, f"tenant {chosen}: {weight.name}")
+            entries[stack] = self._cast(tensor, stack, f"tenant {chosen}: {weight.name}")
         return NewTenant(chosen, card, method, entries)
 
     def install(self, new: NewTenant, *, replace: bool = False) -> Tenant:
@@ -148,7 +148,7 @@ class TenantBank:
             index = self._free_entry(new.method.name)
         for stack, array in new.entries.items():
             self._arrays[stack][index] = array
-        self._show(new.entries)  # after the writing, so that who sees them sees all of it
+        self._show(new.entries)  # after all entries are written, so that no step reads half of them
         if new.name in self.tenants:
             self.remove(new.name)
         card, method = new.card, new.method
@@ -256,10 +256,10 @@ class TenantBank:
             self._entries[tenant.method][tenant.index] = None
 
     def _cast(self, array: np.ndarray, name: str, what: str) -> np.ndarray:
-        made = cast(array, self.types[name])
-        if not np.isfinite(made.astype(np.float32)).all():
+        converted = cast(array, self.types[name])
+        if not np.isfinite(converted.astype(np.float32)).all():
             raise BundleError(f"{what} has numbers too large for {self.types[name]}; build for fp32 or bf16")
-        return made
+        return converted
 
 
 def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:

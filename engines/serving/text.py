@@ -113,11 +113,11 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     Args:
         settings: the content of ``tokenizer_config.json`` as transformers saves it.
     """
-    found = {name: value for name, value in settings.items() if name.endswith("_token")}
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
     for named in ("extra_special_tokens", "model_specific_special_tokens"):
-        own = settings.get(named)
-        found |= own if isinstance(own, dict) else {}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+        extra = settings.get(named)
+        tokens |= extra if isinstance(extra, dict) else {}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

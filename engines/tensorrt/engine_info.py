@@ -175,8 +175,8 @@ def _tenant_sizes(spec: GraphSpec) -> set[str]:
 def interface_problems(spec: GraphSpec, inputs: list[EngineTensor], outputs: list[EngineTensor]) -> list[str]:
     """Differences of names, types, ranks and fixed sizes between the manifest and TensorRT's view."""
     problems: list[str] = []
-    for kind, expected, found in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
-        by_name = {tensor.name: tensor for tensor in found}
+    for kind, expected, actual in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
+        by_name = {tensor.name: tensor for tensor in actual}
         names = {tensor.name for tensor in expected}
         problems += [f"{kind} {name} is missing" for name in sorted(names - set(by_name))]
         problems += [f"{kind} {name} is not in the manifest" for name in sorted(set(by_name) - names)]
