@@ -51,18 +51,18 @@ def compare_generator(session: Session, reference: Reference, rows: list[Truth],
     dtype = next(array.dtype for name, array in feeds.items() if name.endswith(".down_weight"))
     feeds |= {"hidden_states": hidden.astype(dtype), "attention_mask": mask}
     with session.stepper.runners[GENERATOR] as runner:
-        made = runner.infer({t.name: feeds[t.name] for t in runner.spec.inputs})["prompts"].astype(np.float32)
-    expected: np.ndarray = np.zeros_like(made)
+        actual = runner.infer({t.name: feeds[t.name] for t in runner.spec.inputs})["prompts"].astype(np.float32)
+    expected: np.ndarray = np.zeros_like(actual)
     for index, array in enumerate(wanted):  # shorter prompts stand at the end, before the instruction
         expected[index, :, -array.shape[1] :] = array
-    by_layer = [relative(made[:, layer], expected[:, layer]) for layer in range(made.shape[1])]
+    by_layer = [relative(actual[:, layer], expected[:, layer]) for layer in range(actual.shape[1])]
     errors.layers("prompt", by_layer)
     worst = int(np.argmax(by_layer))
-    measured = {"relative": by_layer[worst], "max_abs": max_abs(made, expected), "cosine": cosine(made, expected)}
+    measured = {"relative": by_layer[worst], "max_abs": max_abs(actual, expected), "cosine": cosine(actual, expected)}
     case = f"batch {len(rows)}, one row a tenant"
     errors.judge("generator", case, session.target.dtype, measured, f"worst in layer {worst}")
     if not errors.checks[-1].passed:
-        errors.bisection = _bisection(reference, case, _Run(rows, hidden, made, expected), session.target.dtype)
+        errors.bisection = _bisection(reference, case, _Run(rows, hidden, actual, expected), session.target.dtype)
 
 
 def _bisection(reference: Reference, case: str, run: _Run, dtype: str) -> Bisection:
@@ -99,19 +99,20 @@ def _bisection(reference: Reference, case: str, run: _Run, dtype: str) -> Bisect
 def _source(reference: Reference, run: _Run, row: int, layer: int, limit: float) -> tuple[str, str]:
     """Which other tenant or form makes the graph's prompts of the same hidden states."""
     truth = run.rows[row]
-    own = reference.methods[truth.prompt.tenant]
+    row_method = reference.methods[truth.prompt.tenant]
     states = torch.from_numpy(run.hidden[row, layer, -len(truth.prompt.tokens) :])[None]
     tried: list[tuple[str, str, Method]] = [
         ("tenant", f"row {row} computes tenant {name}'s in place of {truth.prompt.tenant}'s", method)
         for name, method in reference.methods.items()
-        if method is not own and type(method) is type(own)
+        if method is not row_method and type(method) is type(row_method)
     ]
     tried += [
-        ("activation", f"the rational activation is evaluated in form {form}", altered(own, form)) for form in "AB"
+        ("activation", f"the rational activation is evaluated in form {form}", altered(row_method, form))
+        for form in "AB"
     ]
-    tried.append(("normalisation", OTHER_INPUT, altered(own, normalised_otherwise=True)))
+    tried.append(("normalisation", OTHER_INPUT, altered(row_method, normalised_otherwise=True)))
     for kind, says, method in tried:
-        if method.num_slots != own.num_slots:
+        if method.num_slots != row_method.num_slots:
             continue
         with torch.no_grad():
             empty = states.new_zeros(1, method.num_slots, states.shape[-1])

@@ -80,14 +80,14 @@ def quantiles(target: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         return dict.fromkeys(("abs_p50", "abs_p99", "rel_p50", "rel_p99"), float("inf"))
     errors = np.abs(target.astype(np.float64) - reference).ravel()
     size = np.abs(reference.astype(np.float64)).ravel()
-    own = errors[size > 0] / size[size > 0]
-    found: dict[str, float] = {}
-    for name, values in (("abs", errors), ("rel", own)):
+    ratios = errors[size > 0] / size[size > 0]
+    figures: dict[str, float] = {}
+    for name, values in (("abs", errors), ("rel", ratios)):
         for share in (50, 99):
             place = values.size * share // 100
             figure = float(np.partition(values, place)[place]) if values.size else 0.0
-            found[f"{name}_p{share}"] = figure
-    return found
+            figures[f"{name}_p{share}"] = figure
+    return figures
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -109,34 +109,34 @@ def compare_rows(case: str, truth: Truth, tokens: list[int], logits: list[np.nda
 
 def judged(figures: list[dict[str, float]], dtype: str) -> dict[str, float]:
     """What is held against the limits, of the figures of rows and steps: the worst that counts in the type."""
-    found: dict[str, float] = {}
+    summary: dict[str, float] = {}
     for name in figures[0]:
         values = [each[name] for each in figures]
         if name == "agreed":
-            found[name] = float(np.mean(values))
+            summary[name] = float(np.mean(values))
         elif name == "cosine":
-            found[name] = min(values)
+            summary[name] = min(values)
         else:
-            found[name] = worst_but(values, OUTLIERS.get(dtype, 0.0))
-    return found
+            summary[name] = worst_but(values, OUTLIERS.get(dtype, 0.0))
+    return summary
 
 
 def _compare_logits(logits: np.ndarray, truths: list[Truth], step: int, errors: Errors) -> list[dict[str, float]]:
     """The figures of each row at one step."""
     figures = []
     for row, truth in enumerate(truths):
-        made, wanted = logits[row].astype(np.float32), truth.logits[step]
+        actual, wanted = logits[row].astype(np.float32), truth.logits[step]
         figures.append(
             {
-                "relative": relative(made, wanted),
-                "max_abs": max_abs(made, wanted),
-                "kl": kl(made, wanted),
-                "cosine": cosine(made, wanted),
-                "agreed": float(agrees(made, truth, step)),
-                **quantiles(made, wanted),
+                "relative": relative(actual, wanted),
+                "max_abs": max_abs(actual, wanted),
+                "kl": kl(actual, wanted),
+                "cosine": cosine(actual, wanted),
+                "agreed": float(agrees(actual, truth, step)),
+                **quantiles(actual, wanted),
             }
         )
-        errors.counts += error_counts(np.nan_to_num(made), wanted)
+        errors.counts += error_counts(np.nan_to_num(actual), wanted)
     errors.by_step += [0.0] * (step + 1 - len(errors.by_step))
     errors.by_step[step] = max(errors.by_step[step], *(each["relative"] for each in figures))
     return figures
@@ -157,11 +157,11 @@ def tie_margin(truth: Truth) -> float:
 
 
 def _compare_cache(step: Step, wanted: list[RowCache], stage: str, case: str, dtype: str, errors: Errors) -> None:
-    made = step.caches()
+    caches = step.caches()
     num_layers = len(wanted[0])
     for part, name in enumerate(("key", "value")):
         by_layer = [
-            max(_entries_error(made[row][layer][part], wanted[row][layer][part], dtype) for row in range(len(wanted)))
+            max(_entries_error(caches[row][layer][part], wanted[row][layer][part], dtype) for row in range(len(wanted)))
             for layer in range(num_layers)
         ]
         errors.layers(name, by_layer)
@@ -219,12 +219,12 @@ def compare_tokens(
 
 def _tokens(generation: Generation, failures: list[str]) -> list[int]:
     """A request's tokens, up to its failure where there is one: a difference to report, which ends no comparison."""
-    made: list[int] = []
+    tokens: list[int] = []
     try:
-        made.extend(token.token for token in generation)  # keeps those before a failure
+        tokens.extend(token.token for token in generation)  # keeps those before a failure
     except IaptError as error:
         failures.append(str(error))
-    return made
+    return tokens
 
 
 def _answer(session: Session, tokens: list[int]) -> str:
@@ -236,7 +236,7 @@ def _answer(session: Session, tokens: list[int]) -> str:
 def token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
     """A prompt's answers side by side, with the first token that differs and whether that is a tie."""
     pairs = zip(truth.tokens, tokens, strict=False)
-    divergence = next((step for step, (wanted, made) in enumerate(pairs) if wanted != made), None)
+    divergence = next((step for step, (wanted, token) in enumerate(pairs) if wanted != token), None)
     if divergence is None and len(tokens) != len(truth.tokens):
         divergence = min(len(tokens), len(truth.tokens))
     margin = None if divergence is None or divergence >= len(truth.margins) else truth.margins[divergence]

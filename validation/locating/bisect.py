@@ -110,24 +110,26 @@ def _compare_step(
     for tap in [*inputs, *scene.taps[graph_of(scene.graphs, number, scene.in_place)]]:
         if tap.value in done or any(tap.name not in row for row in wanted):
             continue
-        made = [own_entries(seen[tap.name][row], scene.step, row) for row in range(len(scene.rows))]
+        actual = [own_entries(seen[tap.name][row], scene.step, row) for row in range(len(scene.rows))]
         expected = [row[tap.name] for row in wanted]
-        if [array.shape for array in made] != [array.shape for array in expected]:
+        if [array.shape for array in actual] != [array.shape for array in expected]:
             continue  # the graph lays it out in another way
         done.add(tap.value)
-        by_row = [worst_vector(*pair) for pair in zip(made, expected, strict=True)]
+        by_row = [worst_vector(*pair) for pair in zip(actual, expected, strict=True)]
         worst = int(np.argmax([error for error, _ in by_row]))
         error, where = by_row[worst]
         so_far = max((known for *_, known in errors), default=0.0)
         errors.append((tap.name, layer_of(tap.name, prefix), error))
         if True in first:
             continue
-        own, limit = _own_error(scene, tap, seen, worst), scene.limits["hidden states"]
-        is_beyond = error > limit or (own is not None and own > scene.limits["module"])
+        module_error, limit = _own_error(scene, tap, seen, worst), scene.limits["hidden states"]
+        is_beyond = error > limit or (module_error is not None and module_error > scene.limits["module"])
         if is_beyond or (False not in first and error > JUMP * max(so_far, JUMP_FLOOR)):
             part = _part(scene, tap.name, worst, where, expected[worst].shape)
             allowed = limit if is_beyond else JUMP * max(so_far, JUMP_FLOOR)
-            first[is_beyond] = Suspect(number, tap, worst, part, error, allowed, own, made, expected, is_beyond)
+            first[is_beyond] = Suspect(
+                number, tap, worst, part, error, allowed, module_error, actual, expected, is_beyond
+            )
     return [first[kind] for kind in (True, False) if kind in first], errors
 
 
@@ -148,9 +150,9 @@ def _own_error(scene: Scene, tap: Tap, seen: Arrays, row: int) -> float | None:
         return None
     assert scene.step is not None
     fed = own_entries(seen[f"{path}.input"][row], scene.step, row)
-    made = own_entries(seen[tap.name][row], scene.step, row)
+    actual = own_entries(seen[tap.name][row], scene.step, row)
     wanted = numpy(scene.reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
-    return worst_vector(made, wanted)[0] if made.shape == wanted.shape else None
+    return worst_vector(actual, wanted)[0] if actual.shape == wanted.shape else None
 
 
 def _part(scene: Scene, name: str, row: int, where: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -45,10 +45,10 @@ def look_inside(
     stepped = [check.case for check in result.checks if not check.passed and check.stage in STEPPED]
     if session.target.name != "onnxruntime" or not (stepped or settings.bisect):
         return result
-    found = result.bisection
+    bisection = result.bisection
     for case, batch in _batches(truths, stepped[0] if stepped else None):
         rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in batch]
-        found = bisect_target(
+        bisection = bisect_target(
             session,
             reference,
             rows,
@@ -57,18 +57,18 @@ def look_inside(
             device=settings.device,
             on_step=on_step,
         )
-        if found.finding or not stepped:
+        if bisection.finding or not stepped:
             break
-    return dataclasses.replace(result, bisection=found)
+    return dataclasses.replace(result, bisection=bisection)
 
 
 def _batches(truths: Truths, failed: str | None) -> list[tuple[str, list[Truth]]]:
     """The batches to look into, one after the other until something is found: the generated case that failed, or a few
     prompts of different tenants and lengths, then a full batch of them.
     """
-    own = [(case.name, rows) for case, rows in truths.cases if rows and case.name == failed]
-    if own:
-        return own
+    failed_cases = [(case.name, rows) for case, rows in truths.cases if rows and case.name == failed]
+    if failed_cases:
+        return failed_cases
     if not truths.prompts:
         return [(case.name, rows) for case, rows in truths.cases if rows][:1]
     size = max(MAX_ROWS, 1)

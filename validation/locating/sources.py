@@ -44,17 +44,17 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
     graph = scene.graphs[graph_of(scene.graphs, suspect.step, scene.in_place)]
     if suspect.tap.place < 0 or suspect.part == "older entries":
         return "cache", _cache_evidence(scene, suspect)
-    if found := _low_precision(scene, suspect, graph, places):
-        return "cast", found
+    if evidence := _low_precision(scene, suspect, graph, places):
+        return "cast", evidence
     path, _, end = suspect.tap.name.rpartition(".")
     wrong_alone = suspect.own_error is not None and suspect.own_error > scene.limits["module"]
     if end == "output" and (wrong_alone or suspect.own_error is None):
-        if found := _weight_evidence(scene, graph, path):
-            return "weight", found
+        if evidence := _weight_evidence(scene, graph, path):
+            return "weight", evidence
         if wrong_alone:
             return "operator", f"{path} computes something else than PyTorch's module from the same input and weights"
-    if found := _packed_evidence(scene, graph, places):
-        return "weight", found
+    if evidence := _packed_evidence(scene, graph, places):
+        return "weight", evidence
     attending = {graph.module(place) for place in places if graph.nodes[place].op_type in ATTENTION_OPERATORS}
     for hypothesis in _hypotheses(scene, suspect, attending):
         if _explains(scene, suspect, hypothesis):
@@ -65,10 +65,11 @@ def source_of(scene: Scene, suspect: Suspect, places: list[int], seen: dict[str,
 def _hypotheses(scene: Scene, suspect: Suspect, modules: set[str]) -> Iterator[Hypothesis]:
     """Mistakes worth trying, likelier ones first."""
     row = suspect.row
-    own, pad, slots = scene.rows[row].tenant, scene.padding(row), scene.slots(row)
+    row_tenant, pad, slots = scene.rows[row].tenant, scene.padding(row), scene.slots(row)
     for tenant in scene.reference.methods:
-        if tenant != own and scene.reference.methods[tenant].num_slots == slots:
-            yield Hypothesis(f"row {row} computes tenant {tenant}'s in place of {own}'s", "tenant", tenant=tenant)
+        if tenant != row_tenant and scene.reference.methods[tenant].num_slots == slots:
+            says = f"row {row} computes tenant {tenant}'s in place of {row_tenant}'s"
+            yield Hypothesis(says, "tenant", tenant=tenant)
     for form in ("A", "B"):
         yield Hypothesis(f"the rational activation is evaluated in form {form}", "activation", form=form)
     yield Hypothesis(OTHER_INPUT, "normalisation", normalised_otherwise=True)
@@ -98,28 +99,28 @@ def _hypotheses(scene: Scene, suspect: Suspect, modules: set[str]) -> Iterator[H
 
 def _explains(scene: Scene, suspect: Suspect, hypothesis: Hypothesis) -> bool:
     """Whether the mistake makes PyTorch compute the target's tensor."""
-    made, array = suspect.made[suspect.row], hypothetical(scene, suspect, hypothesis)
-    if array is None or array.shape != made.shape:
+    actual, mistaken = suspect.made[suspect.row], hypothetical(scene, suspect, hypothesis)
+    if mistaken is None or mistaken.shape != actual.shape:
         return False
-    error = worst_vector(made, array)[0]
+    error = worst_vector(actual, mistaken)[0]
     return error <= suspect.limit and error < suspect.error / 10
 
 
 def _cache_evidence(scene: Scene, suspect: Suspect) -> str:
-    made, wanted = suspect.made[suspect.row], suspect.wanted[suspect.row]
-    distance = np.abs(made - wanted).max(axis=(0, 2)) / max(float(np.abs(wanted).max()), 1e-30)
+    actual, wanted = suspect.made[suspect.row], suspect.wanted[suspect.row]
+    distance = np.abs(actual - wanted).max(axis=(0, 2)) / max(float(np.abs(wanted).max()), 1e-30)
     entries = np.flatnonzero(distance > suspect.limit).tolist()
     text = f"row {suspect.row}: {len(entries)} of {len(distance)} entries, first {entries[0] if entries else 0}, "
     text += "are not what the step before left"
     for other, array in enumerate(suspect.made):
         is_there = other != suspect.row and entries and max(entries) < array.shape[1]
-        if is_there and np.allclose(made[:, entries], suspect.wanted[other][:, entries], rtol=0, atol=1e-6):
+        if is_there and np.allclose(actual[:, entries], suspect.wanted[other][:, entries], rtol=0, atol=1e-6):
             return f"{text}; they are row {other}'s"
-    return text + ("; they are zero" if entries and not made[:, entries].any() else "")
+    return text + ("; they are zero" if entries and not actual[:, entries].any() else "")
 
 
 def _low_precision(scene: Scene, suspect: Suspect, graph: TappedGraph, places: list[int]) -> str:
-    """Whether an fp32 tensor went through fewer bits."""
+    """Evidence that an fp32 tensor was rounded to a narrower type; empty where there is none."""
     if scene.dtype != "fp32":
         return ""
     for place in places:
@@ -127,10 +128,10 @@ def _low_precision(scene: Scene, suspect: Suspect, graph: TappedGraph, places: l
         low = next((LOW_TYPES[a.i] for a in node.attribute if a.name == "to" and a.i in LOW_TYPES), "")
         if low:
             return f"{node.name or node.output[0]} casts to {low} in an fp32 graph"
-    made = suspect.made[suspect.row]
+    actual = suspect.made[suspect.row]
     with np.errstate(over="ignore"):
-        rounded = made.astype(np.float16).astype(np.float32)
-    return "every number has no more than fp16's 11 significant bits" if np.array_equal(made, rounded) else ""
+        rounded = actual.astype(np.float16).astype(np.float32)
+    return "every number has no more than fp16's 11 significant bits" if np.array_equal(actual, rounded) else ""
 
 
 def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
@@ -145,10 +146,10 @@ def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
         shipped = shipped or next((other for other, array in weights.items() if array.size == right.size), None)
         if shipped is None:
             continue
-        made = weights[shipped]
+        stored = weights[shipped]
         right = right.T if shipped.removesuffix(BLOCKS).endswith(TRANSPOSED) else right
-        if not np.array_equal(made, right):
-            return f"{path}.{name}: {_difference(made, right, _elsewhere(scene, path, name))}"
+        if not np.array_equal(stored, right):
+            return f"{path}.{name}: {_difference(stored, right, _elsewhere(scene, path, name))}"
     return ""
 
 
@@ -156,15 +157,15 @@ def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str
     """What is wrong with weights that stand side by side in one matrix; empty where they are PyTorch's."""
     used = {name for place in places for name in graph.nodes[place].input if name in graph.weights}
     for name in sorted(name for name in used if JOIN in name and not name.endswith(SCALES)):
-        made, start = stored_weight(graph, name), 0
+        packed, start = stored_weight(graph, name), 0
         for part in name.removesuffix(BLOCKS).split(JOIN):
-            own, _, kind = part.removesuffix(TRANSPOSED).rpartition(".")
-            right = numpy(scene.reference.model.get_submodule(own).get_parameter(kind))
+            module_path, _, kind = part.removesuffix(TRANSPOSED).rpartition(".")
+            right = numpy(scene.reference.model.get_submodule(module_path).get_parameter(kind))
             right = right.T if part.endswith(TRANSPOSED) else right
-            mine = made[..., start : start + right.shape[-1]]
+            stored = packed[..., start : start + right.shape[-1]]
             start += right.shape[-1]
-            if not np.array_equal(mine, right):
-                return f"{own}.{kind}: {_difference(mine, right, _elsewhere(scene, own, kind))}"
+            if not np.array_equal(stored, right):
+                return f"{module_path}.{kind}: {_difference(stored, right, _elsewhere(scene, module_path, kind))}"
     return ""
 
 
@@ -191,35 +192,34 @@ def _initializer(graph: TappedGraph, name: str) -> np.ndarray:
     return numpy_helper.to_array(tensor)
 
 
-def _difference(made: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.ndarray]) -> str:
+def _difference(stored: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.ndarray]) -> str:
     """In words, how a weight differs from the right one; ``elsewhere`` holds other layers' weights of that name."""
-    if made.shape != right.shape:
-        return f"its shape is {list(made.shape)}, expected {list(right.shape)}"
-    differ = made != right
+    if stored.shape != right.shape:
+        return f"its shape is {list(stored.shape)}, expected {list(right.shape)}"
+    differ = stored != right
     count = int(differ.sum())
-    if count <= max(8, made.size // 1000):
+    if count <= max(8, stored.size // 1000):
         place = tuple(int(index) for index in np.argwhere(differ)[0])
-        return (
-            f"{count} of {made.size} numbers differ, first at {list(place)}: {made[place]:.6g} for {right[place]:.6g}"
-        )
-    if np.array_equal(made.ravel(), right.T.ravel()):
+        values = f"{stored[place]:.6g} for {right[place]:.6g}"
+        return f"{count} of {stored.size} numbers differ, first at {list(place)}: {values}"
+    if np.array_equal(stored.ravel(), right.T.ravel()):
         return "it is transposed"
     used = np.abs(right) > 1e-12
-    ratio = made[used] / right[used]
+    ratio = stored[used] / right[used]
     if ratio.size and np.allclose(ratio, np.median(ratio), rtol=1e-4):
         return f"it is {np.median(ratio):.6g} times the right one"
     for layer, array in elsewhere.items():
-        if np.array_equal(made.ravel(), array.ravel()) or np.array_equal(made.ravel(), array.T.ravel()):
+        if np.array_equal(stored.ravel(), array.ravel()) or np.array_equal(stored.ravel(), array.T.ravel()):
             return f"it is layer {layer}'s"
-    return f"{count} of {made.size} numbers differ, by up to {np.abs(made - right).max():.3g}"
+    return f"{count} of {stored.size} numbers differ, by up to {np.abs(stored - right).max():.3g}"
 
 
 def _elsewhere(scene: Scene, path: str, name: str) -> dict[int, np.ndarray]:
     """The same weight of the other layers."""
     prefix = layers_path(scene.reference.model)
-    own = layer_of(f"{path}.", prefix)
-    others = range(scene.reference.manifest.backbone.num_layers if own is not None else 0)
-    paths = {layer: path.replace(f"{prefix}.{own}.", f"{prefix}.{layer}.") for layer in others if layer != own}
+    this = layer_of(f"{path}.", prefix)
+    layers = range(scene.reference.manifest.backbone.num_layers if this is not None else 0)
+    paths = {layer: path.replace(f"{prefix}.{this}.", f"{prefix}.{layer}.") for layer in layers if layer != this}
     modules: dict[int, Any] = {layer: scene.reference.model.get_submodule(other) for layer, other in paths.items()}
     return {layer: numpy(module.get_parameter(name)) for layer, module in modules.items()}
 

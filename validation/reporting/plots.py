@@ -76,12 +76,12 @@ def error_inside(target: TargetResult) -> str:
     figure, axes = _figure(target, "tensors in the order of the graph, by layer", "worst relative error")
     errors = [error for _, _, error in target.bisection.errors]
     _line(axes, errors, SERIES[0], "", f"step {max(0, target.bisection.num_steps - 1)}")
-    found = target.bisection.finding
-    if found is not None:
-        _limit(axes, found.limit, "allowed")
+    finding = target.bisection.finding
+    if finding is not None:
+        _limit(axes, finding.limit, "allowed")
         names = [name for name, _, _ in target.bisection.errors]
-        if found.tensor in names and math.isfinite(found.error):
-            place = names.index(found.tensor)
+        if finding.tensor in names and math.isfinite(finding.error):
+            place = names.index(finding.tensor)
             axes.plot([place], [errors[place]], "o", color=BAD, markersize=6, label="first difference")
     layers = [layer for _, layer, _ in target.bisection.errors]
     starts = {layer: layers.index(layer) for layer in sorted({layer for layer in layers if layer is not None})}

@@ -201,7 +201,7 @@ def format_figure(number: float) -> str:
         return "not finite"
     if number == int(number) and abs(number) < 1e6:
         return str(int(number))
-    if 0 < abs(1 - number) < 1e-3:  # a cosine: what it lacks is what tells
+    if 0 < abs(1 - number) < 1e-3:  # a cosine: its distance from 1 is what counts
         return f"1{'-' if number < 1 else '+'}{format_figure(abs(1 - number))}"
     if 1e-2 <= abs(number) < 1e4:
         return f"{number:.4g}"
@@ -262,8 +262,8 @@ def _read_target(fields: dict[str, Any]) -> TargetResult:
 def _read_bisection(fields: dict[str, Any] | None) -> Bisection | None:
     if fields is None:
         return None
-    found = fields.pop("finding")
-    finding = None if found is None else Finding(**{**found, "error": float(found["error"])})
+    raw = fields.pop("finding")
+    finding = None if raw is None else Finding(**{**raw, "error": float(raw["error"])})
     errors = [(name, layer, float(error)) for name, layer, error in fields.pop("errors")]
     return Bisection(**fields, finding=finding, errors=errors)
 

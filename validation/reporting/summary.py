@@ -26,17 +26,17 @@ def summary(report: Report) -> str:
 
 def whereabouts(bisection: Bisection) -> list[str]:
     """What looking inside the graphs found, in a few lines."""
-    found = bisection.finding
-    if found is None:
+    finding = bisection.finding
+    if finding is None:
         return [f"inside ({bisection.case}, {bisection.num_steps} steps): {bisection.note}"]
-    layer = "" if found.layer is None else f"layer {found.layer}, "
+    layer = "" if finding.layer is None else f"layer {finding.layer}, "
     lines = [
-        f"first difference: {layer}{found.tensor}, {found.part}, step {found.step} ({found.graph}), "
-        f"row {found.row} ({found.tenant}), case {bisection.case}",
-        f"  source: {found.source}: {found.evidence}",
-        f"  module {found.module or 'none'}; error {found.error:.3g}, allowed {found.limit:.3g}",
+        f"first difference: {layer}{finding.tensor}, {finding.part}, step {finding.step} ({finding.graph}), "
+        f"row {finding.row} ({finding.tenant}), case {bisection.case}",
+        f"  source: {finding.source}: {finding.evidence}",
+        f"  module {finding.module or 'none'}; error {finding.error:.3g}, allowed {finding.limit:.3g}",
     ]
-    return lines + ([f"  made by {', '.join(found.operators)}"] if found.operators else [])
+    return lines + ([f"  made by {', '.join(finding.operators)}"] if finding.operators else [])
 
 
 def failure(report: Report) -> str:
@@ -56,5 +56,7 @@ def failure(report: Report) -> str:
 
 
 def _located(target: TargetResult) -> str:
-    found = target.bisection and target.bisection.finding
-    return f". It starts at {found.tensor}, step {found.step}: {found.source}, {found.evidence}" if found else ""
+    finding = target.bisection and target.bisection.finding
+    if not finding:
+        return ""
+    return f". It starts at {finding.tensor}, step {finding.step}: {finding.source}, {finding.evidence}"

@@ -91,14 +91,14 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
     def batch(
         name: str, tenants: list[str], lengths: list[int], new_tokens: int = SHORT_STEPS, *, is_quick: bool = True
     ) -> Case:
-        made, fed = [], []
+        prompts, fed = [], []
         for place, (tenant, wanted) in enumerate(zip(tenants, lengths, strict=True)):
             start, length = random.Random(f"{seed} {name} {place}").randrange(len(text)), min(wanted, longest)
             cut = [text[(start + offset) % len(text)] for offset in range(length + new_tokens)]
-            made.append(Prompt(tenant, f"{length} tokens of text", tuple(cut[:length])))
+            prompts.append(Prompt(tenant, f"{length} tokens of text", tuple(cut[:length])))
             fed.append(tuple(cut[length:]))
-        steps = min(new_tokens, room - max(len(row.tokens) for row in made) + 1)  # as many as fit into the cache
-        return Case(name, tuple(made), steps, is_quick=is_quick, fed=tuple(tokens[: steps - 1] for tokens in fed))
+        steps = min(new_tokens, room - max(len(row.tokens) for row in prompts) + 1)  # as many as fit into the cache
+        return Case(name, tuple(prompts), steps, is_quick=is_quick, fed=tuple(tokens[: steps - 1] for tokens in fed))
 
     mixed = [names[place % len(names)] for place in range(rows)]
     middle = [min(longest, 5 + 6 * place) for place in range(rows)]
@@ -159,7 +159,7 @@ def prompts_from_bundle(
     per_tenant = -(-num_prompts // len(manifest.tenants))
     room = manifest.ranges.past.max - manifest.num_slots - new_tokens + 1
     longest = min(manifest.ranges.sequence.max, room)
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for tenant in manifest.tenants:
         texts = _texts(bundle, tenant)
         rounds = range(1, -(-per_tenant // len(texts)))
@@ -171,12 +171,16 @@ def prompts_from_bundle(
                 f"tenant {tenant.name}: no example prompt has at most {longest} tokens, so nothing to compare; "
                 "raise --sequence or --past, or lower --new-tokens"
             )
-        found += fitting
-    random.Random(seed).shuffle(found)
+        prompts += fitting
+    random.Random(seed).shuffle(prompts)
     methods = {tenant.name: tenant.method for tenant in manifest.tenants}
-    of_method = {methods[prompt.tenant]: prompt for prompt in reversed(found)}
-    of_tenant = {prompt.tenant: prompt for prompt in reversed(found)}
-    return sorted(found, key=lambda p: 0 if of_method[methods[p.tenant]] is p else 1 if of_tenant[p.tenant] is p else 2)
+    of_method = {methods[prompt.tenant]: prompt for prompt in reversed(prompts)}
+    of_tenant = {prompt.tenant: prompt for prompt in reversed(prompts)}
+
+    def rank(prompt: Prompt) -> int:
+        return 0 if of_method[methods[prompt.tenant]] is prompt else 1 if of_tenant[prompt.tenant] is prompt else 2
+
+    return sorted(prompts, key=rank)
 
 
 def example_text(bundle: Path, manifest: BundleManifest, codec: TextCodec) -> list[int]:

@@ -68,7 +68,7 @@ def peft_answer(
     """What ``PeftModel.generate`` gives for one prompt.
 
     Args:
-        model: the backbone, of transformers; as it was afterwards.
+        model: the backbone, of transformers; unchanged afterwards.
         folder: the adapter.
         prompt: token ids.
         new_tokens: how many are generated, past any end token.
@@ -88,7 +88,7 @@ def peft_answer(
         wrapped = None
         try:
             wrapped = peft.PeftModel.from_pretrained(model, str(folder.path))
-            made = wrapped.eval().generate(
+            generated = wrapped.eval().generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
@@ -104,8 +104,8 @@ def peft_answer(
             raise IaptError(f"PEFT {peft.__version__} cannot run {folder.path}: {reason}; {ADVICE}") from error
         finally:
             _unwrap(wrapped)
-    tokens = made.sequences[0, -new_tokens:].tolist()
-    return tokens, [step[0].float().numpy() for step in made.logits]
+    tokens = generated.sequences[0, -new_tokens:].tolist()
+    return tokens, [step[0].float().numpy() for step in generated.logits]
 
 
 def _unwrap(wrapped: Any) -> None:

@@ -78,18 +78,18 @@ class Reference:
     @torch.no_grad()
     def prompts_and_hidden(self, tenant: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Every layer's prompts ``[B, L, P, D]`` and what they were made from ``[B, L, T, D]``."""
-        hidden, made = [], []
+        hidden, prompts = [], []
         method = copy.copy(self.methods[tenant])
         make = method.slots
 
         def record(weights: Weights, layer: int, slots: Tensor, tokens: Tensor, readable: Tensor) -> Tensor:
             hidden.append(tokens)
-            made.append(make(weights, layer, slots, tokens, readable))
-            return made[-1]
+            prompts.append(make(weights, layer, slots, tokens, readable))
+            return prompts[-1]
 
         method.slots = record  # type: ignore[method-assign, assignment]
         prefill(self.model, rows_of(method), ids, mask)
-        return torch.stack(made, dim=1), torch.stack(hidden, dim=1)
+        return torch.stack(prompts, dim=1), torch.stack(hidden, dim=1)
 
 
 class TorchRunner(Runner):

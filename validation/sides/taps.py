@@ -84,16 +84,16 @@ class TappedGraph:
         Args:
             modules: paths of the backbone's modules that have no children.
         """
-        found = [Tap(name, name, self.maker[name]) for name in self.outputs]
+        taps = [Tap(name, name, self.maker[name]) for name in self.outputs]
         for path in modules:
-            found += self._around(path)
+            taps += self._around(path)
         for place, node in enumerate(self.nodes):
             path = self.module(place)
             if node.op_type in ATTENTION_OPERATORS and path and node.input[1]:  # else it gets query, key, value in one
-                found += self._tap(f"{path}.query", node.input[0])
+                taps += self._tap(f"{path}.query", node.input[0])
             if node.op_type == RATIONAL and path:
-                found += self._tap(f"{path}.pooled", node.input[0]) + self._tap(f"{path}.activated", node.output[0])
-        return sorted(found, key=lambda tap: (tap.place, tap.name.endswith(".input")))
+                taps += self._tap(f"{path}.pooled", node.input[0]) + self._tap(f"{path}.activated", node.output[0])
+        return sorted(taps, key=lambda tap: (tap.place, tap.name.endswith(".input")))
 
     def operators_between(self, tap: Tap, known: set[str]) -> list[int]:
         """Places of the nodes that make a tap out of values that are known to be right."""
@@ -120,24 +120,24 @@ class TappedGraph:
         return [Tap(name, value, self.maker[value])] if value in self.maker else []
 
     def _around(self, path: str) -> list[Tap]:
-        own = self.of_module(path)
-        if not own:
+        places = self.of_module(path)
+        if not places:
             return []
-        made = {value for place in own for value in self.nodes[place].output}
+        produced = {value for place in places for value in self.nodes[place].output}
         result = [
             value
-            for place in own
+            for place in places
             for value in self.nodes[place].output
-            if value in self.outputs or any(reader not in own for reader in self.readers.get(value, []))
+            if value in self.outputs or any(reader not in places for reader in self.readers.get(value, []))
         ]
         # what selects the rows of the logits stands in the head's module too, before its product
-        products = [self.nodes[place].input[0] for place in own if self.nodes[place].op_type in PRODUCTS]
+        products = [self.nodes[place].input[0] for place in places if self.nodes[place].op_type in PRODUCTS]
         read = products or [
             value
-            for place in own
+            for place in places
             if self.nodes[place].op_type not in SHAPE_OPERATORS
             for value in self.nodes[place].input
-            if value in self.maker and value not in made
+            if value in self.maker and value not in produced
         ]
         return [
             *(self._tap(f"{path}.input", read[0]) if read else []),
@@ -194,5 +194,5 @@ class TappedRunner(OnnxRuntimeRunner):
 
 def layer_of(name: str, layers_path: str) -> int | None:
     """The decoder layer that a tap or a module lies in."""
-    found = re.match(rf"(?:{re.escape(layers_path)}|present|past_key_values)\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.match(rf"(?:{re.escape(layers_path)}|present|past_key_values)\.(\d+)\.", name)
+    return int(match[1]) if match else None
