@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from iapt_export import __version__
@@ -33,6 +33,7 @@ from iapt_export.contract.manifest import (
     TenantSpec,
     file_sha256,
     verify_files,
+    write_atomically,
 )
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.contract.tenant_card import TenantCard
@@ -184,7 +185,9 @@ def _are_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 def save_tenant(tensors: dict[str, Tensor], path: Path, card: TenantCard | None = None) -> None:
     """Write a tenant's tensors in fp32, with its card."""
     metadata = None if card is None else card.to_metadata()
-    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    stored = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+    # not safetensors' save_file, which gives files that only their owner may read, whatever the umask
+    write_atomically(path, safetensors.torch.save(stored, metadata))
 
 
 def place_files(source: Path, bundle: Path) -> None:

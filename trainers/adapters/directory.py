@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import write_atomically
 from iapt_export.contract.settings import config_from_dict, raise_problems
 from trainers.adapters.adapter import (
     CONFIG_FILE,
@@ -51,14 +51,12 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]
     else:
         fields.update(method)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / (WEIGHTS_FILE + ".tmp")
-    save_file({name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}, weights)
-    os.replace(weights, folder / WEIGHTS_FILE)
+    stored = {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
+    # not safetensors' save_file, which gives files that only their owner may read, whatever the umask
+    write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(stored))
     # not sort_keys: the order of the linear layers is that of the method's tensors
     text = json.dumps(dict(sorted(fields.items())), indent=2) + "\n"
-    temporary = folder / (CONFIG_FILE + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def load_adapter(

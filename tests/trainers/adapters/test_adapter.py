@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from iapt_export.building.layout import save_tenant
 from iapt_export.contract.errors import IaptError
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
@@ -283,15 +286,28 @@ def test_fingerprint_ignores_the_seed() -> None:
 def test_interrupted_writing_leaves_the_old_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / WEIGHTS_FILE).read_bytes()
 
-    def full(_tensors: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(_descriptor: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("trainers.adapters.directory.save_file", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_adapter(folder, dataclasses.replace(config(), labels=()), {"x": torch.ones(1)})
     assert (folder / WEIGHTS_FILE).read_bytes() == before
     assert load_adapter(folder).config == config()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_file_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    """A server under another account reads what it may read; safetensors' own writing always gives 0600."""
+    before = os.umask(umask)
+    try:
+        save_adapter(tmp_path / "adapter", config(), {"x": torch.ones(1)})
+        save_tenant({"x": torch.ones(1)}, tmp_path / "tenant.safetensors")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {CONFIG_FILE, WEIGHTS_FILE, "tenant.safetensors"}
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode] * 3
 
 
 def test_backbone_round_trip(tmp_path: Path) -> None:
