@@ -67,9 +67,9 @@ def export_graphs(
         on_step(f"tracing {name}.onnx")
         model = trace_graph(name, backbone, installed, specs[name], opset)
         on_step(f"passes over {name}.onnx")
-        own = TABLE[name].passes(serving)
-        own += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
-        passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, own)
+        graph_passes = TABLE[name].passes(serving)
+        graph_passes += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
+        passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")
     save_graphs(models, folder)

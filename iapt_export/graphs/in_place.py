@@ -109,8 +109,8 @@ class _Layout:
     def before_layer(self, layer: int, hidden: Tensor) -> Tensor:
         """Put what each method makes into its rows' slots."""
 
-        def make(part: Part, own: Tensor) -> Tensor:
-            return part.method.slots(part.weights, layer, own, hidden, self.is_instruction)
+        def make(part: Part, slots: Tensor) -> Tensor:
+            return part.method.slots(part.weights, layer, slots, hidden, self.is_instruction)
 
         changed = hidden
         for part in self.rows.parts:
@@ -122,8 +122,8 @@ class _Layout:
         both = []
         for which, plain in enumerate((key, value)):
 
-            def make(part: Part, own: Tensor, which: int = which) -> Tensor:
-                return part.method.key_value(part.weights, layer, own, own)[which]
+            def make(part: Part, slots: Tensor, which: int = which) -> Tensor:
+                return part.method.key_value(part.weights, layer, slots, slots)[which]
 
             changed = plain
             for part in self.rows.parts:
@@ -148,20 +148,20 @@ class _Layout:
             return target
         length = target.shape[axis]
         first = torch.arange(count, device=read.device).clamp(max=length - 1)
-        own = read.index_select(axis, first)
-        made = make(part, own)
-        if made is own:
+        slots = read.index_select(axis, first)
+        changed = make(part, slots)
+        if changed is slots:
             return target
-        made = part.choose(made.to(target.dtype), target.index_select(axis, first))
+        changed = part.choose(changed.to(target.dtype), target.index_select(axis, first))
         if self.step.total is None:  # behind slices of a computed length TensorRT knows no size any more
             places = torch.arange(length, device=read.device)
-            spread = made.index_select(axis, places.clamp(max=count - 1))
+            spread = changed.index_select(axis, places.clamp(max=count - 1))
             return torch.where((places < count)[:, None], spread, target)
-        return torch.ops.iapt.set_first(target, made, length, axis)
+        return torch.ops.iapt.set_first(target, changed, length, axis)
 
 
 def _always(prompt: Tensor) -> Callable[[Part, Tensor], Tensor]:
-    return lambda _part, own: prompt.expand_as(own)
+    return lambda _part, slots: prompt.expand_as(slots)
 
 
 class _PassThrough(DynamicCache):
@@ -237,8 +237,8 @@ def _attend(
 def _seen(position_ids: Tensor, capacity: int, window: int) -> Tensor:
     """``[B, 1, T, C]`` bool: the entries that each position attends to, itself and those before it."""
     entries = torch.arange(capacity, device=position_ids.device)
-    own = position_ids[:, None, :, None]
-    return (entries <= own) if window < 0 else (entries <= own) & (entries > own - window)
+    positions = position_ids[:, None, :, None]
+    return (entries <= positions) if window < 0 else (entries <= positions) & (entries > positions - window)
 
 
 def needs_flag(methods: list[Method]) -> bool:

@@ -117,19 +117,19 @@ def install(tenants: dict[str, Adapter], deployed: dict[str, Method]) -> tuple[l
     Raises:
         IaptError: methods that one set of graphs cannot serve together, with the reason.
     """
-    found: dict[tuple[Any, ...], Installed] = {}
+    by_key: dict[tuple[Any, ...], Installed] = {}
     owner: dict[str, str] = {}
     for tenant, adapter in tenants.items():
         method = deployed[tenant]
         encoder = adapter.module() if METHODS[adapter.config.peft_type].is_encoder else None
         stacked = encoder or method
         key = (type(stacked), computing_fields(stacked.config))
-        if key not in found:
+        if key not in by_key:
             base = form_name(stacked).lower()
-            taken = sum(item.name.startswith(base) for item in found.values())
-            found[key] = Installed(f"{base}_{taken + 1}" if taken else base, method, encoder)
-        owner[tenant] = found[key].name
-    methods = list(found.values())
+            taken = sum(item.name.startswith(base) for item in by_key.values())
+            by_key[key] = Installed(f"{base}_{taken + 1}" if taken else base, method, encoder)
+        owner[tenant] = by_key[key].name
+    methods = list(by_key.values())
     if problems := [*_rational_problems(methods), *_encoder_problems(methods)]:
         raise IaptError("; ".join(problems) + "; build one bundle for each")
     return methods, owner
@@ -143,19 +143,19 @@ def installed_from_manifest(manifest: BundleManifest, backbone: Any) -> list[Ins
         backbone: its transformers model.
     """
     sizes = sizes_of(backbone)
-    found = []
+    methods = []
     for spec in manifest.methods:
         config = config_from_dict(FORM_CONFIGS[spec.form], spec.config, "manifest.json")
         stacked = FORMS[spec.form](config, sizes).eval()
         if stacked.is_encoder:
-            found.append(Installed(spec.name, stacked.deployed(), stacked))
+            methods.append(Installed(spec.name, stacked.deployed(), stacked))
         else:
-            found.append(Installed(spec.name, stacked))
-    return found
+            methods.append(Installed(spec.name, stacked))
+    return methods
 
 
 def computing_fields(config: Any) -> tuple[tuple[str, Any], ...]:
-    """A configuration's fields that change what is computed, not how weights were found."""
+    """A configuration's fields that change what is computed, without those that matter in training alone."""
     skipped = getattr(config, "training_fields", ())
     fields = ((name, value) for name, value in dataclasses.asdict(config).items() if name not in skipped)
     # names, such as those of LoRA's layers, count in whatever order they were given

@@ -9,7 +9,7 @@ HEADS_FIRST = [0, 2, 1, 3]
 
 
 class FlattenHeadsPass(ir.passes.InPlacePass):
-    """Take away the ways of heads to the front and back again that surround ``GroupQueryAttention``.
+    """Remove the transpositions to heads first and back again that surround ``GroupQueryAttention``.
 
     Before: ``Reshape -> Transpose -> [RotaryEmbedding ->] Transpose -> Reshape``. After: the rotary embedding on
     ``[B, T, heads K]``, which the standard operator allows, or nothing.
@@ -21,7 +21,7 @@ class FlattenHeadsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         changed = False
         for node in list(model.graph):
-            # a rewritten node is looked at again as what it now is
+            # a rewritten node may match another rule
             while _flatten_rotary(model.graph, node) or _drop_inverse(node) or _drop_round_trip(node):
                 changed = True
         return ir.passes.PassResult(model, changed)
@@ -32,19 +32,19 @@ def _flatten_rotary(graph: ir.Graph, flat: ir.Node) -> bool:
     back = maker(flat, 0, "Reshape", "Transpose")
     rotary = back and maker(back, 0, "Transpose", "RotaryEmbedding")
     front = rotary and maker(rotary, 0, "RotaryEmbedding", "Transpose")
-    if not (back and rotary and front and _turns_heads(back) and _turns_heads(front)):
+    if not (back and rotary and front and _moves_heads(back) and _moves_heads(front)):
         return False
     if not flat.outputs[0].uses() or len(rotary.inputs) != 3 or not _is_flat(flat.outputs[0], back.outputs[0]):
         return False
     source, result = front.inputs[0], flat.outputs[0]
     reshape = ir.node("Reshape", [source, flat.inputs[1]], attributes=dict(flat.attributes))
-    turned = ir.node("RotaryEmbedding", [reshape.outputs[0], *rotary.inputs[1:]], attributes=dict(rotary.attributes))
-    for value in (reshape.outputs[0], turned.outputs[0]):
+    rotated = ir.node("RotaryEmbedding", [reshape.outputs[0], *rotary.inputs[1:]], attributes=dict(rotary.attributes))
+    for value in (reshape.outputs[0], rotated.outputs[0]):
         value.shape, value.type = result.shape, result.type
-    turned.outputs[0].name = f"{result.name}_turned"
+    rotated.outputs[0].name = f"{result.name}_rotated"
     reshape.outputs[0].name = f"{result.name}_flat"
-    graph.insert_before(flat, [reshape, turned])
-    result.replace_all_uses_with(turned.outputs[0])
+    graph.insert_before(flat, [reshape, rotated])
+    result.replace_all_uses_with(rotated.outputs[0])
     _drop_round_trip(reshape)
     return True
 
@@ -74,8 +74,8 @@ def maker(node: ir.Node, place: int, own: str, wanted: str) -> ir.Node | None:
     """The node that makes an input of ``node``, if the two are of these operators."""
     if node.op_type != own or node.domain or node.inputs[place] is None:
         return None
-    found = node.inputs[place].producer()  # type: ignore[union-attr]
-    return found if found is not None and found.op_type == wanted and not found.domain else None
+    producer = node.inputs[place].producer()  # type: ignore[union-attr]
+    return producer if producer is not None and producer.op_type == wanted and not producer.domain else None
 
 
 def same_sizes(left: ir.Shape | None, right: ir.Shape | None) -> bool:
@@ -86,7 +86,7 @@ def same_sizes(left: ir.Shape | None, right: ir.Shape | None) -> bool:
     return not unknown and list(left) == list(right)
 
 
-def _turns_heads(node: ir.Node) -> bool:
+def _moves_heads(node: ir.Node) -> bool:
     return list(node.attributes.get_ints("perm", [])) == HEADS_FIRST
 
 

@@ -43,21 +43,21 @@ def _is_attention(node: ir.Node) -> bool:
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> bool:
-    found = [_projection(value) for value in attention.inputs[:3]]
-    parts = [part for part in found if part]
+    projections = [_projection(value) for value in attention.inputs[:3]]
+    parts = [part for part in projections if part]
     biases = [bias for _, bias in parts if bias is not None]
     if len(parts) < 3 or len({part.inputs[0] for part, _ in parts}) > 1 or len(biases) not in (0, 3):
         return False
     packed = ir.node("MatMul", [parts[0][0].inputs[0], _joined(graph, [part.inputs[1] for part, _ in parts])])
-    made = [packed]
+    nodes = [packed]
     if biases:
-        made.append(ir.node("Add", [packed.outputs[0], _joined(graph, biases)]))
-    for node in made:
+        nodes.append(ir.node("Add", [packed.outputs[0], _joined(graph, biases)]))
+    for node in nodes:
         node.outputs[0].name = f"{attention.outputs[0].name}_{node.op_type.lower()}"
         node.outputs[0].type = attention.outputs[0].type
         node.metadata_props.update(attention.metadata_props)  # which module it is of
-    graph.insert_before(attention, made)
-    for place, value in enumerate([made[-1].outputs[0], None, None]):
+    graph.insert_before(attention, nodes)
+    for place, value in enumerate([nodes[-1].outputs[0], None, None]):
         attention.replace_input_with(place, value)
     return True
 

@@ -9,7 +9,7 @@ from iapt_export.graphs.ops.serving_ops import LOOKUP, MICROSOFT, PRODUCT
 from iapt_export.graphs.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS, Blocks, bits_for, quantise
 
 BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
-"""End the names of what stands for a weight: its values as products take them, as a lookup takes them, its scales."""
+"""Suffixes of a quantised weight's tensors: its values as products take them, as a lookup takes them, its scales."""
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -57,7 +57,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, count > 0)
 
     def _embedding(self, graph: ir.Graph, table: ir.Value) -> int:
-        """Quantise a table ``[V, D]`` where it is looked up, and where it is turned and multiplied: a tied head."""
+        """Quantise a table ``[V, D]`` where it is looked up, and where it is transposed and multiplied: a tied head."""
         array = _array(table)
         if array.shape[1] % BLOCK_SIZE:
             self.kept.append(str(table.name))
@@ -115,10 +115,10 @@ def _nbits(node: ir.Node, blocks: Blocks, values: ir.Value, scales: ir.Value) ->
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """Put a node of one output in another's place."""
-    result, made = old.outputs[0], new.outputs[0]
-    made.name, made.shape, made.type = result.name, result.shape, result.type
+    result, replacement = old.outputs[0], new.outputs[0]
+    replacement.name, replacement.shape, replacement.type = result.name, result.shape, result.type
     new.metadata_props.update(old.metadata_props)  # which module it is of
-    ir.convenience.replace_all_uses_with(result, made, replace_graph_outputs=True)
+    ir.convenience.replace_all_uses_with(result, replacement, replace_graph_outputs=True)
     graph.insert_before(old, new)
     graph.remove(old, safe=True)
 
@@ -152,7 +152,7 @@ def _is_embedding(value: ir.Value) -> bool:
 
 
 def _is_plain(gemm: ir.Node) -> bool:
-    """Whether a ``Gemm`` is a product and a bias, without factors or turned matrices."""
+    """Whether a ``Gemm`` is a product and a bias, without factors or transposed matrices."""
     factors = (gemm.attributes.get_float("alpha", 1.0), gemm.attributes.get_float("beta", 1.0))
-    turned = (gemm.attributes.get_int("transA", 0), gemm.attributes.get_int("transB", 0))
-    return factors == (1.0, 1.0) and turned == (0, 0)
+    transposed = (gemm.attributes.get_int("transA", 0), gemm.attributes.get_int("transB", 0))
+    return factors == (1.0, 1.0) and transposed == (0, 0)

@@ -1,4 +1,4 @@
-"""Let ONNX Runtime's attention turn queries and keys itself, from a table of cosines and sines."""
+"""Let ONNX Runtime's attention rotate queries and keys itself, from a table of cosines and sines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROTARY = "RotaryEmbedding"
 FIRST_TABLE = 7
 """``GroupQueryAttention`` takes cos_cache, sin_cache and position_ids as inputs 7, 8 and 9."""
 HEAD_MULTIPLE = 16
-"""ONNX Runtime turns heads in vectors of eight pairs."""
+"""ONNX Runtime rotates heads in vectors of eight pairs."""
 
 
 class RotaryInAttentionPass(ir.passes.InPlacePass):
@@ -37,7 +37,7 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
     @property
     def note(self) -> str:
         """What was done."""
-        return self.reason or f"attention turns queries and keys by a table of {self.num_positions} positions"
+        return self.reason or f"attention rotates queries and keys by a table of {self.num_positions} positions"
 
     def requires(self, model: ir.Model) -> None:
         """There are positions to pick from the table by."""
@@ -45,30 +45,30 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"the graph has no input {POSITIONS}")
 
     def ensures(self, model: ir.Model) -> None:
-        """Every attention turns what it reads, or there is a reason why none does."""
-        turning = {bool(node.attributes.get_int("do_rotary", 0)) for node in _attentions(model.graph)}
-        if turning - {not self.reason}:
-            raise ir.passes.PostconditionError("some attentions turn queries and keys, others do not")
+        """Every attention rotates the queries and keys that it reads, or there is a reason why none does."""
+        rotating = {bool(node.attributes.get_int("do_rotary", 0)) for node in _attentions(model.graph)}
+        if rotating - {not self.reason}:
+            raise ir.passes.PostconditionError("some attentions rotate queries and keys, others do not")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         attentions = _attentions(graph)
-        turned = [_turned(node) for node in attentions]
-        found = [pair for pair in turned if pair]
-        self.reason = _unfit(attentions, found)
+        candidates = [_rotary_pair(node) for node in attentions]
+        rotaries = [pair for pair in candidates if pair]
+        self.reason = _unfit(attentions, rotaries)
         if self.reason:
             return ir.passes.PassResult(model, False)
         tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
-        for query, key in found:
+        for query, key in rotaries:
             pair = _cos_sin(query)
             if pair == _cos_sin(key) and pair not in tables:
-                made = self._table(graph, pair, len(tables))
-                if isinstance(made, str):
-                    self.reason = made
+                table = self._table(graph, pair, len(tables))
+                if isinstance(table, str):
+                    self.reason = table
                     return ir.passes.PassResult(model, False)
-                tables[pair] = made
+                tables[pair] = table
         positions = next(value for value in graph.inputs if value.name == POSITIONS)
-        for node, (query, key) in zip(attentions, found, strict=True):
+        for node, (query, key) in zip(attentions, rotaries, strict=True):
             _absorb(node, query, key, [*tables[_cos_sin(query)], positions])
         return ir.passes.PassResult(model, True)
 
@@ -77,11 +77,11 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
         nodes = _ancestors(pair)
         if other := sorted({node.op_type for node in nodes} - ELEMENTWISE):
             return f"its cosines depend on positions through {', '.join(other)}, which may look at other positions"
-        made = _evaluate(graph, nodes, pair, self.num_positions)
-        if any(array.shape[:2] != (1, self.num_positions) or array.ndim != 3 for array in made):
-            return f"its cosines have the shape {made[0].shape}, expected one row for each position"
+        arrays = _evaluate(graph, nodes, pair, self.num_positions)
+        if any(array.shape[:2] != (1, self.num_positions) or array.ndim != 3 for array in arrays):
+            return f"its cosines have the shape {arrays[0].shape}, expected one row for each position"
         values = []
-        for name, array, value in zip(("cos", "sin"), made, pair, strict=True):
+        for name, array, value in zip(("cos", "sin"), arrays, pair, strict=True):
             tensor = ir.Tensor(np.ascontiguousarray(array[0]), name=f"rotary.{name}.{number}")
             assert value.dtype in (None, tensor.dtype)
             values.append(ir.Value(name=tensor.name, shape=tensor.shape, const_value=tensor))
@@ -90,32 +90,31 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
         return values
 
 
-def _turned(attention: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """The nodes that turn an attention's query and key."""
+def _rotary_pair(attention: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The nodes that rotate an attention's query and key."""
     query, key = (value.producer() if value is not None else None for value in attention.inputs[:2])
     if query is None or key is None or any((node.domain, node.op_type) != ("", ROTARY) for node in (query, key)):
         return None
     return query, key
 
 
-def _unfit(attentions: list[ir.Node], found: list[tuple[ir.Node, ir.Node]]) -> str:
+def _unfit(attentions: list[ir.Node], rotaries: list[tuple[ir.Node, ir.Node]]) -> str:
     """Why a graph's embeddings cannot move, as far as the nodes alone tell; empty if they can."""
     if not attentions:
         return f"the graph has no {ATTENTION}"
-    if len(found) < len(attentions):
-        return (
-            f"{len(attentions) - len(found)} of {len(attentions)} attentions do not follow a rotary embedding directly"
-        )
-    for query, key in found:
+    if len(rotaries) < len(attentions):
+        others = len(attentions) - len(rotaries)
+        return f"{others} of {len(attentions)} attentions do not follow a rotary embedding directly"
+    for query, key in rotaries:
         if _cos_sin(query) != _cos_sin(key):
-            return "queries and keys are turned differently"
+            return "queries and keys are rotated differently"
         if len({node.attributes.get_int("interleaved", 0) for node in (query, key)}) != 1:
-            return "queries and keys are turned differently"
+            return "queries and keys are rotated differently"
         if any(node.attributes.get_int("rotary_embedding_dim", 0) for node in (query, key)):
-            return "a part of each head is turned"
+            return "only a part of each head is rotated"
     widths = {attention.inputs[3].shape[3] for attention in attentions}  # type: ignore[union-attr, index]
     if unfit := [width for width in widths if not isinstance(width, int) or width % HEAD_MULTIPLE]:
-        return f"heads are {unfit[0]} wide, and {ATTENTION} turns multiples of {HEAD_MULTIPLE}"
+        return f"heads are {unfit[0]} wide, and {ATTENTION} rotates multiples of {HEAD_MULTIPLE}"
     return ""
 
 
@@ -131,15 +130,15 @@ def _cos_sin(rotary: ir.Node) -> tuple[ir.Value, ir.Value]:
 
 
 def _ancestors(values: tuple[ir.Value, ...]) -> set[ir.Node]:
-    """All nodes that values are made by."""
-    found: set[ir.Node] = set()
+    """All nodes that values are computed from."""
+    ancestors: set[ir.Node] = set()
     waiting = [value.producer() for value in values]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in ancestors:
+            ancestors.add(node)
             waiting += [value.producer() for value in node.inputs if value is not None]
-    return found
+    return ancestors
 
 
 def _evaluate(
@@ -164,7 +163,8 @@ def _evaluate(
 
 
 def _absorb(attention: ir.Node, query: ir.Node, key: ir.Node, tables: list[ir.Value]) -> None:
-    attention.resize_inputs(max(len(attention.inputs), FIRST_TABLE + len(tables)))  # a sink may stand behind
+    # a later input, the attention sink, may be there already
+    attention.resize_inputs(max(len(attention.inputs), FIRST_TABLE + len(tables)))
     for place, value in enumerate([query.inputs[0], key.inputs[0]]):
         attention.replace_input_with(place, value)
     for place, value in enumerate(tables):

@@ -1,4 +1,4 @@
-"""Compute only while instructions are read what only then is needed."""
+"""Compute what only the reading of instructions needs in no other step."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class SinkIntoIfPass(ir.passes.InPlacePass):
         shared = [node for node in graph if len(owners.get(node, ())) > 1]
         if shared:
             _sink_shared(graph, shared, flag)
-        own = defaultdict(list)
+        by_marker = defaultdict(list)
         for node in graph:
             if len(owners.get(node, ())) == 1:
-                own[next(iter(owners[node]))].append(node)
+                by_marker[next(iter(owners[node]))].append(node)
         for marker in markers:
-            _sink(graph, marker, own[marker])
+            _sink(graph, marker, by_marker[marker])
         model.opset_imports.pop(MARKER_DOMAIN, None)
         TopologicalSortPass()(model)
         return ir.passes.PassResult(model, True)
@@ -72,29 +72,29 @@ def _owners(graph: ir.Graph, markers: list[ir.Node]) -> dict[ir.Node, frozenset[
     for node in reversed(list(graph)):
         if node in kept:
             continue
-        found: set[ir.Node] = set()
+        needed_by: set[ir.Node] = set()
         alone = not any(value in outputs for value in node.outputs)
         for value in node.outputs:
             for user, place in value.uses():
                 if user in markers and place == 0:
-                    found.add(user)
+                    needed_by.add(user)
                 elif user in owners:
-                    found |= owners[user]
+                    needed_by |= owners[user]
                 else:
                     alone = False
-        if alone and found and (len(found) == 1 or node not in after):
-            owners[node] = frozenset(found)
+        if alone and needed_by and (len(needed_by) == 1 or node not in after):
+            owners[node] = frozenset(needed_by)
     return owners
 
 
 def _after_markers(graph: ir.Graph, markers: set[ir.Node]) -> set[ir.Node]:
     """Nodes that depend on a marker's result."""
-    found: set[ir.Node] = set()
+    after: set[ir.Node] = set()
     for node in graph:
         producers = [value.producer() for value in node.inputs if value is not None]
-        if any(producer in markers or producer in found for producer in producers):
-            found.add(node)
-    return found
+        if any(producer in markers or producer in after for producer in producers):
+            after.add(node)
+    return after
 
 
 def _sink(graph: ir.Graph, marker: ir.Node, nodes: list[ir.Node]) -> None:

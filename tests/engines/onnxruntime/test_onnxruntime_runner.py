@@ -28,7 +28,7 @@ def spec(dtype: str = "fp32") -> GraphSpec:
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Any:
-    """Writes a graph that turns ``x [batch, 3]`` and hands ``rows`` back."""
+    """Writes a graph that transposes ``x [batch, 3]`` and hands ``rows`` back."""
 
     def write(dtype: str = "fp32") -> Path:
         kind = KINDS[dtype][0]

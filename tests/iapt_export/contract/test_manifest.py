@@ -118,10 +118,10 @@ def test_bytes_are_stable(bundle: Path) -> None:
 
 def test_the_order_of_fields_and_files_changes_no_byte(bundle: Path, tmp_path: Path) -> None:
     original = example(bundle)
-    turned = dataclasses.replace(original, files=dict(reversed(original.files.items())))
+    reordered = dataclasses.replace(original, files=dict(reversed(original.files.items())))
     other = tmp_path / "other"
     other.mkdir()
-    turned.save(other)
+    reordered.save(other)
     assert (other / "manifest.json").read_bytes() == (bundle / "manifest.json").read_bytes()
 
 

@@ -101,7 +101,7 @@ def test_what_a_pass_requires(step: ir.passes.PassBase, model: ir.Model, text: s
         (NameNodesPass(), called_alike(), "several nodes are called node 0"),
         (PackProjectionsPass(), attention(1), "takes neither query, key and value nor one packed"),
         (QuantiseWeightsPass(8), graph(("", "MatMul", 2), weight=MATRIX), "w are still fp32"),
-        (RotaryInAttentionPass(8), attention(0), "some attentions turn queries and keys"),
+        (RotaryInAttentionPass(8), attention(0), "some attentions rotate queries and keys"),
         (SinkIntoIfPass(), graph((MARKER_DOMAIN, MARKER, 3)), "markers are left: node 0"),
         (UseTensorScatterPass(), graph((MARKER_DOMAIN, MARKER, 3)), "nodes of ai.iapt.trace are left"),
     ],

@@ -65,7 +65,7 @@ def test_transposed_weights_are_stored_transposed() -> None:
             "{ t = Transpose <perm = [1, 0]> (w)\n z = MatMul (x, t)\n s = ReduceSum (w)\n y = Add (z, s) }",
             {"w": WEIGHT},
         ),
-        # nothing is turned
+        # nothing is transposed
         (
             "g (float[n, 3] x) => (float[n, 4] y)\n{ t = Transpose <perm = [0, 1]> (w)\n y = MatMul (x, t) }",
             {"w": WEIGHT},

@@ -62,7 +62,7 @@ def test_heads_stay_flat_around_a_rotary_embedding() -> None:
     assert np.array_equal(made, run_onnx(before, feeds)["y"])
 
 
-def test_heads_that_are_not_turned_need_no_nodes() -> None:
+def test_heads_that_are_not_rotated_need_no_nodes() -> None:
     text = ROTARY.replace("r = RotaryEmbedding <num_heads = 2> (b, c, s)", "r = Identity (b)")
     assert operators(lean(text.replace("r = Identity (b)\n", "").replace("(r)", "(b)"), **SIZES_OF_TWO_HEADS)) == [
         "Relu"
@@ -78,7 +78,7 @@ def test_heads_that_are_not_turned_need_no_nodes() -> None:
         "g (float[2, 3, 4] x) => (float[3, 4, 2] y)\n"
         "{ a = Transpose <perm = [1, 2, 0]> (x)\n b = Identity (a)\n y = Relu (b) }",
     ],
-    ids=["not turned back", "something between", "another shape", "a single transposition"],
+    ids=["not transposed back", "something between", "another shape", "a single transposition"],
 )
 def test_other_nodes_stay(text: str) -> None:
     weights = {**SIZES_OF_TWO_HEADS, "w": shape(4, 4), "v": shape(8, 2)}
@@ -87,7 +87,7 @@ def test_other_nodes_stay(text: str) -> None:
 
 
 def attention(angles: str, *, width: int = 16, between: str = "", kind: str = "") -> ir.Model:
-    """One attention whose query and key are turned; ``angles`` makes ``a [B, T, K/2]`` of ``position_ids``."""
+    """One attention whose query and key are rotated; ``angles`` makes ``a [B, T, K/2]`` of ``position_ids``."""
     register_schemas()
     cache = f"float[b, 1, c, {width}]"
     text = (
@@ -111,7 +111,7 @@ PLAIN = "a = Mul (p, f)"
 LONGEST = "m = ReduceMax (p)\n n = Div (p, m)\n a = Mul (n, f)"
 
 
-def test_attention_turns_queries_and_keys_itself() -> None:
+def test_attention_rotates_queries_and_keys_itself() -> None:
     source = np.random.default_rng(0)
     feeds: Arrays = {name: source.normal(size=(2, 3, 16)).astype(np.float32) for name in ("q", "k")} | {
         name: np.zeros((2, 1, 8, 16), np.float32) for name in ("pk", "pv")
@@ -120,15 +120,15 @@ def test_attention_turns_queries_and_keys_itself() -> None:
     feeds["total"] = np.array(3, np.int32)
     wanted = run_onnx(ir.to_proto(attention(PLAIN)).SerializeToString(), feeds)
     model = attention(PLAIN)
-    turned = RotaryInAttentionPass(8)
-    assert turned(model).modified and turned.reason == ""
+    rotary_pass = RotaryInAttentionPass(8)
+    assert rotary_pass(model).modified and rotary_pass.reason == ""
     ir.passes.common.RemoveUnusedNodesPass()(model)
     assert operators(model) == ["GroupQueryAttention"]
     made = run_onnx(ir.to_proto(model).SerializeToString(), feeds)
     assert worst(made["nk"], wanted["nk"]) < LIMIT
     assert worst(made["y"][0], wanted["y"][0]) < LIMIT
     assert worst(made["y"][1, :2], wanted["y"][1, :2]) < LIMIT
-    # in a later step each row turns at its own place
+    # in a later step each row is rotated by its own position
     step = {name: feeds[name][:, :1] for name in ("q", "k")} | {"pk": wanted["nk"], "pv": wanted["nv"]}
     step |= {"position_ids": np.array([[3], [2]]), "lengths": np.array([3, 2], np.int32)}
     step["total"] = np.array(4, np.int32)
@@ -140,10 +140,10 @@ def test_attention_turns_queries_and_keys_itself() -> None:
     ("model", "reason"),
     [
         (lambda: attention(LONGEST), "its cosines depend on positions through ReduceMax"),
-        (lambda: attention(PLAIN, width=8), "heads are 8 wide, and GroupQueryAttention turns multiples of 16"),
+        (lambda: attention(PLAIN, width=8), "heads are 8 wide, and GroupQueryAttention rotates multiples of 16"),
         (lambda: attention(PLAIN, between="k1 = Relu (k0)"), "1 of 1 attentions do not follow a rotary embedding"),
-        (lambda: attention(PLAIN, kind=", interleaved = 1"), "queries and keys are turned differently"),
-        (lambda: attention(PLAIN, kind=", rotary_embedding_dim = 8"), "a part of each head is turned"),
+        (lambda: attention(PLAIN, kind=", interleaved = 1"), "queries and keys are rotated differently"),
+        (lambda: attention(PLAIN, kind=", rotary_embedding_dim = 8"), "only a part of each head is rotated"),
         (lambda: lean(ROTARY, **SIZES_OF_TWO_HEADS), "the graph has no GroupQueryAttention"),
     ],
     ids=["looks at other positions", "narrow heads", "something between", "interleaved", "partial", "no attention"],
@@ -151,9 +151,9 @@ def test_attention_turns_queries_and_keys_itself() -> None:
 def test_other_rotary_embeddings_stay_and_the_pass_says_why(model: Any, reason: str) -> None:
     graph = model()
     before = operators(graph)
-    turned = RotaryInAttentionPass(8)
-    assert not turned(graph).modified
-    assert turned.reason.startswith(reason)
+    rotary_pass = RotaryInAttentionPass(8)
+    assert not rotary_pass(graph).modified
+    assert rotary_pass.reason.startswith(reason)
     assert operators(graph) == before
 
 
@@ -198,7 +198,7 @@ def two_steps(model: Any, path: Path, limit: float = LIMIT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "fields", "turned"),
+    ("make", "fields", "rotated"),
     [
         (tiny_llama, {"num_attention_heads": 2, "num_key_value_heads": 1}, True),
         (tiny_llama, {}, False),  # heads of eight
@@ -209,7 +209,7 @@ def two_steps(model: Any, path: Path, limit: float = LIMIT) -> None:
     ids=["llama", "llama with narrow heads", "qwen2", "qwen3", "gpt2"],
 )
 def test_backbones_are_served_as_pytorch_runs_them(
-    make: Any, fields: dict[str, Any], turned: bool, tmp_path: Path
+    make: Any, fields: dict[str, Any], rotated: bool, tmp_path: Path
 ) -> None:
     fields = fields if make is tiny_gpt2 else {"num_hidden_layers": 1, **fields}
     model = make(**fields)
@@ -217,11 +217,11 @@ def test_backbones_are_served_as_pytorch_runs_them(
     two_steps(model, path)
     nodes = list(ir.load(path).graph)
     (rotary,) = {node.attributes.get_int("do_rotary", 0) for node in nodes if node.op_type == "GroupQueryAttention"}
-    assert rotary == turned
+    assert rotary == rotated
     left = [node.op_type for node in nodes]
     packed = [node for node in nodes if node.op_type == "GroupQueryAttention" and node.inputs[1] is None]
-    assert len(packed) == (1 if turned and make is not tiny_qwen3 else 0), "products alone stand before the attention"
-    assert left.count("RotaryEmbedding") == (2 if make is tiny_llama and not turned else 0)
+    assert len(packed) == (1 if rotated and make is not tiny_qwen3 else 0), "products alone stand before the attention"
+    assert left.count("RotaryEmbedding") == (2 if make is tiny_llama and not rotated else 0)
     assert left.count("Transpose") <= 1, "none but for a tied embedding at the head"
     apart = [node for node in nodes if node.op_type == "Reshape" and len(node.outputs[0].shape or ()) == 4]
     assert len(apart) == (2 if make is tiny_qwen3 else 0), "only a normalisation of each head needs the heads apart"
