@@ -212,7 +212,13 @@ class _LoRA(PeftForm):
     def read(
         self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
     ) -> tuple[Any, dict[str, Tensor]]:
-        configs = _configs(fields, tensors, sizes, source)
+        try:
+            configs = _configs(fields, tensors, sizes, source)
+        except (TypeError, AttributeError, re.error) as error:
+            raise IaptError(
+                f"{source}: which layers it changes, or their ranks, cannot be read from its configuration ({error}); "
+                "expected what PEFT writes"
+            ) from error
         shapes: dict[str, tuple[int, ...]] = {}
         for module, config in configs.items():
             inputs, outputs = sizes.linears[_linear(module)]

@@ -317,6 +317,22 @@ def test_a_file_that_lacks_a_layer_is_refused(options: dict[str, Any], lost: str
         adapter_from_peft(folder, backbone_of(tiny_llama()))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": 5},
+        {"target_modules": "(q_proj"},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"(q_proj": 3}},
+        {"layers_to_transform": "first"},
+    ],
+)
+def test_a_selection_of_layers_that_makes_no_sense_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = lora_directory(tmp_path, **options)
+    with pytest.raises(IaptError, match="which layers it changes, or their ranks, cannot be read"):
+        adapter_from_peft(folder, backbone_of(tiny_llama()))
+
+
 def test_a_rank_that_the_configuration_does_not_say_is_refused(tmp_path: Path) -> None:
     folder = lora_directory(tmp_path, rank_pattern={"v_proj": 4})
     with pytest.raises(IaptError, match=r"v_proj.lora_A.weight has shape \(2, 32\), expected \(4, 32\)"):
