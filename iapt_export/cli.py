@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,30 +188,58 @@ def validate(
         raise ParityError(failure(found))
 
 
-def generate(bundle: BundleFolder, /, *, asked: Answering, common: Common = Common()) -> None:
-    """Answer prompts with one tenant of a bundle; one prompt streams, several are printed when all have ended."""
+def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common: Common = Common()) -> None:
+    """Answer with tenants of a bundle; one instruction streams, several are printed in their order."""
+    from engines.request_file import read_messages, read_requests, refuse_lines
     from engines.serving.sampling import Sampling
     from engines.serving.session import Request, Session
 
     sampling = Sampling(asked.temperature, asked.top_p, asked.seed)
-    prompts, length = asked.prompt, asked.max_new_tokens
-    requests = [Request(asked.tenant, prompt, max_new_tokens=length, sampling=sampling) for prompt in prompts]
-    texts = [""] * len(requests)
-    ids: list[list[int]] = [[] for _ in requests]
-    reasons: list[str | None] = [None] * len(requests)
-    streams = len(requests) == 1 and not common.json
-    with Session.open(bundle, asked.target, device=asked.device) as session:
-        for token in session.stream(requests):
-            texts[token.index] += token.text
-            ids[token.index].append(token.token)
-            reasons[token.index] = token.finish_reason
-            if streams:
-                print(token.text, end="", flush=True)
-    if common.json:
-        rows = zip(prompts, texts, ids, reasons, strict=True)
-        _print_json([{"prompt": p, "text": t, "tokens": i, "finish_reason": r} for p, t, i, r in rows])
+    settings: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "sampling": sampling, "system": asked.system}
+    if asked.requests:
+        lines = read_requests(asked.requests, asked.max_new_tokens, sampling)
+    elif asked.messages:
+        lines = {1: Request(asked.tenant or "", messages=read_messages(asked.messages), **settings)}
     else:
-        print() if streams else print("\n---\n".join(texts))
+        lines = {n: Request(asked.tenant or "", prompt, **settings) for n, prompt in enumerate(asked.prompt or (), 1)}
+    session = Session.open(bundle, asked.target, device=asked.device)
+    problems = []
+    for number, request in lines.items():
+        where = f"line {number}" if asked.requests else str(asked.messages or f"request {number - 1}")
+        try:
+            session.check(request, where)
+        except IaptError as error:
+            if not asked.requests:
+                raise
+            problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+    if asked.requests:
+        refuse_lines(asked.requests, problems)
+    requests = list(lines.values())
+    with session:
+        if len(requests) == 1 and not common.json:
+            for token in session.stream(requests):
+                print(token.text, end="", flush=True)
+            print()
+            return
+        _show_answers(requests, session.generate(requests), asked, common)
+
+
+def _show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Answering, common: Common) -> None:
+    """Answers in the order of their requests: of a file each as soon as it is there, of flags together."""
+    rows = []
+    for request, answer in zip(requests, answers, strict=True):
+        found = {"text": answer.text, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
+        if not asked.requests:
+            given = "messages" if asked.messages else "prompt"
+            rows.append({given: getattr(request, given), **found})
+        elif common.json:
+            print(json.dumps({"tenant": request.tenant, **found}, ensure_ascii=False), flush=True)
+        else:
+            print(f"--- {answer.index + 1} {request.tenant}\n{answer.text}", flush=True)
+    if rows and common.json:
+        _print_json(rows)
+    elif rows:
+        print("\n---\n".join(row["text"] for row in rows))
 
 
 def tenant(

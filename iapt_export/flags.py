@@ -110,17 +110,36 @@ class _Running:
     """Where ONNX Runtime runs."""
 
 
-@FLAT
+def _check_instruction(_: Any, asked: "Answering") -> None:
+    """One source of instructions, and with it what belongs to it."""
+    given = [name for name in ("prompt", "messages", "requests") if getattr(asked, name)]
+    if len(given) != 1:
+        flags = " and ".join(f"--{name}" for name in given)
+        raise ValueError(f"expected one of --prompt, --messages, --requests, found {flags or 'none of them'}")
+    if given != ["requests"] and not asked.tenant:
+        raise ValueError(f"--{given[0]} needs --tenant, whose adapter answers; --tenant is missing")
+    for name in ("tenant", "system"):
+        if given == ["requests"] and getattr(asked, name) is not None:
+            raise ValueError(f"--{name} is for --prompt and --messages; each line of --requests has a field {name}")
+
+
+@Parameter(name="*", validator=_check_instruction)
 @dataclass(frozen=True, kw_only=True)
 class Answering(_Running):
     """Which answers are wanted, and how they are made."""
 
-    tenant: Annotated[str, Parameter(metavar="NAME")]
-    """Whose adapter answers."""
-    prompt: Annotated[list[str], Parameter(metavar="TEXT")]
-    """Once for each row of a batch."""
+    tenant: Annotated[str | None, Parameter(metavar="NAME")] = None
+    """Whose adapter answers; with --prompt or --messages."""
+    prompt: Annotated[list[str] | None, Parameter(metavar="TEXT")] = None
+    """The instruction; once for each row of a batch."""
+    messages: Annotated[Path | None, Parameter(metavar="FILE.json")] = None
+    """Instead: a conversation, a list of {role, content}, the user's words last."""
+    requests: Annotated[Path | None, Parameter(metavar="FILE.jsonl")] = None
+    """Instead: a request a line, of any tenants: {"tenant": ..., "prompt": ...}, and other fields of Request."""
+    system: Annotated[str | None, Parameter(metavar="TEXT")] = None
+    """System prompt; without it, the one of the tenant's training; an empty text for none."""
     max_new_tokens: Annotated[int, Parameter(metavar="N")] = 64
-    """Longest answer."""
+    """Longest answer; like the next three, also of lines of --requests that do not say."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0

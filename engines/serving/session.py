@@ -210,6 +210,15 @@ class Session(Activated):
             raise
         return generation
 
+    def check(self, request: Request, where: str) -> None:
+        """Refuse, with `submit`'s errors, what it would refuse; ``where`` names the request in them.
+
+        It asks for no answer, and the session need not be active.
+        """
+        with self._lock:
+            tenant = self.stepper.bank.get(request.tenant)
+        self._entry(request, 0, tenant, where)
+
     async def submit_async(self, request: Request, number: int = 0) -> Generation:
         """`submit` for an event loop: waits for the queue without blocking, and not any more once it is cancelled.
 
@@ -312,8 +321,8 @@ class Session(Activated):
                 self._lock.notify_all()
         generation.give(item)
 
-    def _entry(self, request: Request, number: int, tenant: Tenant) -> Entry:
-        where = f"request {number}"
+    def _entry(self, request: Request, number: int, tenant: Tenant, where: str = "") -> Entry:
+        where = where or f"request {number}"
         backbone, ranges = self.manifest.backbone, self.manifest.ranges
         check_fields(where, request)
         prompt = [operator.index(token) for token in request.tokens]
