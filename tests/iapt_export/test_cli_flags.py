@@ -110,7 +110,7 @@ def test_version_and_module_agree() -> None:
         (["build", "-mm", "--adapter=a"], "--output is missing"),
         (["build", "--model=m", "-a=a", "-o=o", "--opset=new"], 'value for --opset: unable to convert "new" into int'),
         (["build", "--model=m", "-a=a", "-o=o", "--seed=1.5"], 'value for --seed: unable to convert "1.5" into int'),
-        (["generate", "bundle"], "iapt-export generate needs BUNDLE, --tenant, --prompt; --tenant is missing"),
+        (["generate", "bundle"], "expected one of --prompt, --messages, --requests, found none of them"),
         (["validate", "bundle", "--device=tpu"], 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda"'),
         (["validate", "bundle", "--new-token=3"], "Unknown option: --new-token. Did you mean --new-tokens?"),
         (["inspect"], "iapt-export inspect needs PATH; PATH is missing"),
