@@ -316,7 +316,7 @@ def _configs(fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, s
             target_modules=chosen,
         )
         for module in modules
-        if module in there or (_linear(module) in linears and _is_target(fields, module))
+        if _linear(module) in linears and (_is_target(fields, module) or module in there)
     }
 
 
