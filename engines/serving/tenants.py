@@ -289,11 +289,11 @@ def _read_weights(path: Path, remedy: str) -> tuple[dict[str, str], Arrays]:
         raise BundleError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
 
 
-def _check_tensor(found: np.ndarray | None, name: str, shape: list[int | str], what: str) -> None:
-    if found is None or list(found.shape) != shape:
-        came = "nothing" if found is None else f"shape {list(found.shape)}"
+def _check_tensor(tensor: np.ndarray | None, name: str, shape: list[int | str], what: str) -> None:
+    if tensor is None or list(tensor.shape) != shape:
+        came = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
         raise BundleError(f"{what}: {name} has {came}, the bundle expects {shape}")
-    if not np.isfinite(found).all():
+    if not np.isfinite(tensor).all():
         raise BundleError(f"{what}: {name} holds NaN or infinity; train the adapter again")
 
 

@@ -121,11 +121,11 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _compare(what: str, expected: Any, found: Any) -> None:
-    if expected != found:
+def _compare(what: str, expected: Any, actual: Any) -> None:
+    if expected != actual:
         raise BundleError(
             f"this machine reads the bundle's text in another way than training did: {what} should be {expected!r} "
-            f"and is {found!r}; install the version of tokenizers that the manifest names, or feed token ids"
+            f"and is {actual!r}; install the version of tokenizers that the manifest names, or feed token ids"
         )
 
 

@@ -209,15 +209,15 @@ def _profile_shape(tensor: TensorSpec, sizes: dict[str, Range]) -> ProfileShape:
     return ProfileShape(resolve("min"), resolve("opt"), resolve("max"))
 
 
-def _tensor_problems(kind: str, expected: TensorSpec, found: EngineTensor) -> list[str]:
+def _tensor_problems(kind: str, expected: TensorSpec, actual: EngineTensor) -> list[str]:
     problems = []
-    if found.dtype != expected.dtype:
-        problems.append(f"{kind} {found.name} is {found.dtype}, expected {expected.dtype}")
-    same_rank = len(found.shape) == len(expected.shape)
+    if actual.dtype != expected.dtype:
+        problems.append(f"{kind} {actual.name} is {actual.dtype}, expected {expected.dtype}")
+    same_rank = len(actual.shape) == len(expected.shape)
     if not same_rank or not all(
-        _fits(kind, wanted, size) for wanted, size in zip(expected.shape, found.shape, strict=True)
+        _fits(kind, wanted, size) for wanted, size in zip(expected.shape, actual.shape, strict=True)
     ):
-        problems.append(f"{kind} {found.name} has shape {found.shape}, expected {expected.shape}")
+        problems.append(f"{kind} {actual.name} has shape {actual.shape}, expected {expected.shape}")
     return problems
 
 

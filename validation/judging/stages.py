@@ -170,9 +170,9 @@ def _compare_cache(step: Step, wanted: list[RowCache], stage: str, case: str, dt
         errors.judge(stage, case, dtype, {"relative": by_layer[worst_layer]}, detail, f"{name}s")
 
 
-def _entries_error(made: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
+def _entries_error(actual: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
     """Error of the entries ``[H, S, K]`` that both have; the reference ends before the last token that it chose."""
-    return worst_but(entry_errors(made[:, : wanted.shape[1]], wanted), OUTLIERS.get(dtype, 0.0))
+    return worst_but(entry_errors(actual[:, : wanted.shape[1]], wanted), OUTLIERS.get(dtype, 0.0))
 
 
 def compare_refusal(session: Session, case: Case, errors: Errors) -> None:
