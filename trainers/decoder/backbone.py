@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from trainers.decoder.checkpoint import check_loading, read_warnings
+from trainers.decoder.family import ENCODER_AND_DECODER, check_family
 from trainers.decoder.gguf_config import gguf_config
 from trainers.decoder.gguf_file import GgufFile
 from trainers.decoder.gguf_tokenizer import gguf_tokenizer
@@ -80,31 +83,81 @@ def load_backbone(
         trust_remote_code: run code from the model's repository; off unless the user asks.
 
     Raises:
-        IaptError: nothing usable stands there; its weights are missing, left over or of another shape; or a GGUF
+        IaptError: nothing usable stands there; it is of a family that is refused, which is found before its weights
+            are read; its weights are missing, left over or of another shape; or a GGUF
             field or tensor has no place in transformers' model.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
     if dtype not in FLOATS:
         raise IaptError(f"dtype {dtype!r} is not known; use one of {', '.join(FLOATS)}")
     kind = getattr(torch, TENSOR_TYPES[dtype])
     source, gguf_file = _locate(name_or_path)
     options = {"revision": revision} if revision else {}
-    try:
-        with read_warnings():
-            if gguf_file:
-                model, tokenizer = _load_gguf(Path(source) / gguf_file, kind)
-            else:
-                model, tokenizer = _load_folder(source, kind, trust_remote_code, options)
-    except (OSError, ValueError, AssertionError, ImportError, StrictDataclassError, SafetensorError) as error:
-        raise IaptError(
-            f"the backbone {name_or_path!r} could not be loaded: {_first_line(error)} "
-            "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"
-        ) from error
+    with _explained(name_or_path):
+        check_family(_outline(source, gguf_file, name_or_path, trust_remote_code, options), name_or_path)
+        if gguf_file:
+            model, tokenizer = _load_gguf(Path(source) / gguf_file, kind)
+        else:
+            model, tokenizer = _load_folder(source, kind, trust_remote_code, options)
     model.requires_grad_(False)
     return Backbone(model.eval(), tokenizer, name_or_path, revision)
+
+
+def load_outline(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A backbone's model on the meta device: from its configuration alone, its weights need not be there.
+
+    Args:
+        name_or_path: as `load_backbone` takes it.
+        revision: hub commit or branch.
+        trust_remote_code: run code from the model's repository.
+
+    Returns:
+        A causal LM of transformers in evaluation mode, for `trainers.decoder.family.family_of` and sizes.
+
+    Raises:
+        IaptError: nothing usable stands there, or its configuration is of no causal LM.
+    """
+    source, gguf_file = _locate(name_or_path)
+    with _explained(name_or_path):
+        options = {"revision": revision} if revision else {}
+        return _outline(source, gguf_file, name_or_path, trust_remote_code, options)
+
+
+def _outline(source: str, gguf_file: str | None, name: str, trust_remote_code: bool, options: dict[str, str]) -> Any:
+    """`load_outline` of what `_locate` found."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if gguf_file:
+            config = gguf_config(GgufFile(Path(source) / gguf_file))
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        if config.is_encoder_decoder:
+            raise IaptError(f"{name} is not supported: {ENCODER_AND_DECODER}")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise IaptError(
+            f"the configuration of {name} describes no model that can be made: {_first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What the loaders of configurations and weights raise, in our words; warnings are read, see `read_warnings`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        with read_warnings():
+            yield
+    except (OSError, ValueError, AssertionError, ImportError, StrictDataclassError, SafetensorError) as error:
+        raise IaptError(
+            f"the backbone {name!r} could not be loaded: {_first_line(error)} "
+            "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"
+        ) from error
 
 
 def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict[str, str]) -> tuple[Any, Any]:

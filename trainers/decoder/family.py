@@ -30,6 +30,9 @@ PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj"}
 """Families whose code attends by itself, and whose rows are tested not to depend on padding."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers whose cache is keys and values alone."""
+ENCODER_AND_DECODER = "it is an encoder and a decoder; only decoders are"
+NOT_ARCHITECTURE = ("dtype", "_name_or_path")
+"""Fields of a configuration on which no verdict depends."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def family_of(model: Any) -> Family:
     Args:
         model: a causal LM of transformers; it is not changed.
     """
-    key = f"{type(model).__module__}.{type(model).__qualname__} {json.dumps(model.config.to_dict(), default=str)}"
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_ARCHITECTURE}
+    key = f"{type(model).__module__}.{type(model).__qualname__} {json.dumps(fields, default=str)}"
     if key not in _known:
         with torch.device("meta"):
             trial_model = type(model)(copy.deepcopy(model.config)).eval()
@@ -138,7 +142,7 @@ def _told_by_configuration(model: Any) -> str:
     """Why a decoder is refused, where its configuration or class says so."""
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
-        return "it is an encoder and a decoder; only decoders are"
+        return ENCODER_AND_DECODER
     kinds = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
     if getattr(model, "_is_stateful", False) or kinds:
         what = ", ".join(sorted(kinds)) or "a recurrent state"
