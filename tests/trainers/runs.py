@@ -36,13 +36,15 @@ class InterruptedRunError(Exception):
     """Stands for Ctrl-C."""
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException] = InterruptedRunError
+) -> None:
     """Let the coming run end after so many steps."""
     step = AdapterTrainer.training_step
 
     def interrupt(self: AdapterTrainer, *arguments: Any) -> Any:
         if self.state.global_step == number:
-            raise InterruptedRunError
+            raise error
         return step(self, *arguments)
 
     monkeypatch.setattr(AdapterTrainer, "training_step", interrupt)

@@ -71,7 +71,7 @@ def command_line(run: Run) -> str:
     for config in (method, run.config):
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if value == field.default or field.name in ("resume", "data_note"):
+            if value == field.default or field.name in ("resume", "overwrite", "data_note"):
                 continue
             words += [
                 "--" + field.name.replace("_", "-"),

@@ -69,8 +69,8 @@ class TrainConfig:
     """Evaluate the backbone without adapter as well, for the model card."""
     eval_steps: int = 0
     """Measure the evaluation loss every so many steps; 0 only at the end."""
-    save_steps: int = 0
-    """Write a checkpoint to resume from every so many steps; 0 writes none."""
+    save_steps: int = 100
+    """Write a checkpoint to resume from every so many steps and at the last; 0 writes none."""
     logging_steps: int = 10
     """Report loss and learning rate every so many steps."""
     report_to: str = "none"
@@ -82,7 +82,9 @@ class TrainConfig:
     group_by_length: bool = True
     """Put examples of like length into one batch: less padding, same data."""
     resume: bool = False
-    """Go on from the newest checkpoint of the same output."""
+    """Go on from the newest checkpoint of the same output; from the first step where there is none."""
+    overwrite: bool = False
+    """Replace the finished adapter at the output, when the new one is done."""
     seed: int = 0
     """Decides initial weights, order of the data, the held-out part and the evaluation sample."""
     revision: str = ""

@@ -78,6 +78,16 @@ class GenerationReport:
 Report = ClassificationReport | GenerationReport
 
 
+def report_from_dict(fields: dict[str, Any] | None) -> Report | None:
+    """A report from what its ``to_dict`` became in JSON; None stays None."""
+    if fields is None:
+        return None
+    if "confusion" not in fields:
+        return GenerationReport(**fields)
+    rows = tuple(map(tuple, fields["confusion"]))
+    return ClassificationReport(**{**fields, "labels": tuple(fields["labels"]), "confusion": rows})
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What to evaluate on, and how it is fed."""

@@ -17,15 +17,20 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from iapt_export.contract.errors import IaptError
-from trainers.adapters.adapter import AdapterConfig
+from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.decoder.method import Method, rows_of
 from trainers.training.evaluate import response_loss
+from trainers.training.work import UNFINISHED, place_checkpoint
 
 COEFFICIENTS = ("numerator", "denominator")
 """What the second level of bi-level learning trains."""
 MEGABATCH = 50
 """Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
+
+
+KEPT_CHECKPOINTS = 2
+"""One more than is needed, should the newest be damaged."""
 
 
 class DivergedError(IaptError):
@@ -131,6 +136,7 @@ class AdapterTrainer(Trainer):
         self.sampler = sampler
         self.method: Method = self.accelerator.unwrap_model(self.model).method
         self.model_accepts_loss_kwargs = False
+        self.is_saving = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
@@ -187,13 +193,37 @@ class AdapterTrainer(Trainer):
         tensors = {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
         save_adapter(Path(output_dir or str(self.args.output_dir)), self.adapter, tensors)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        adapter = load_adapter(resume_from_checkpoint)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let the Trainer write under another name, and rename what is whole."""
+        self.is_saving = True
+        super()._save_checkpoint(model, trial)
+        self.is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            work = Path(str(self.args.output_dir))
+            place_checkpoint(work / UNFINISHED / f"checkpoint-{self.state.global_step}", keep=KEPT_CHECKPOINTS)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self.is_saving else folder
+
+    def check_checkpoint(self, checkpoint: Path) -> Adapter:
+        """The adapter of a checkpoint.
+
+        Raises:
+            IaptError: it is of another run.
+        """
+        adapter = load_adapter(checkpoint)
         if adapter.config != self.adapter:
             raise IaptError(
-                f"{resume_from_checkpoint} was written by a run with other settings or another backbone; "
+                f"{checkpoint} was written by a run with other settings or another backbone; "
                 "resume with the same settings, or delete the folder and start anew"
             )
+        return adapter
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapter = self.check_checkpoint(Path(resume_from_checkpoint))
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         target.method.load_state_dict(adapter.tensors)
 
@@ -206,8 +236,14 @@ class Progress(TrainerCallback):
         self.started, self.first = time.monotonic(), 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock."""
+        """Start the clock, and warn of a warm-up that the run does not outlast."""
         self.started, self.first = time.monotonic(), state.global_step
+        if state.is_world_process_zero and (warmup := args.get_warmup_steps(state.max_steps)) >= state.max_steps:
+            reached = args.learning_rate * (state.max_steps - 1) / warmup
+            self.say(
+                f"warning: the warm-up takes {warmup} steps and the run has {state.max_steps}, so the learning rate "
+                f"reaches {reached:.1e} instead of {args.learning_rate:.1e}; a lower warmup_steps leaves it time"
+            )
 
     def on_log(
         self,

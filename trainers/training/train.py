@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import sys
 import time
@@ -12,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 
 from iapt_export.contract.errors import IaptError
-from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter, AdapterConfig
+from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.family import check_family
@@ -25,7 +25,7 @@ from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
-from trainers.training.card import CARD_FILE, CURVE_FILE, REPORT_FILE, Run, write_card
+from trainers.training.card import Run, write_card
 from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.data import (
     Example,
@@ -38,33 +38,27 @@ from trainers.training.data import (
     split_holdout,
 )
 from trainers.training.evaluate import Evaluation, Report, evaluate
+from trainers.training.finished import TrainResult, find_finished
 from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
+from trainers.training.work import (
+    FINISHED,
+    STATE_FILE,
+    UNFINISHED,
+    begin,
+    kept,
+    newest_whole,
+    publish,
+    record_of,
+    sync,
+    work_folder,
+    write_record,
+)
 
-OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, CURVE_FILE, REPORT_FILE, EXAMPLES_FILE}
-"""All that an adapter directory holds; a folder with anything else in it is never replaced."""
+ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
 
 
-@dataclass
-class TrainResult:
-    """What `train` did."""
-
-    output: Path
-    """The adapter directory."""
-    steps: int
-    """Optimiser steps of the whole run."""
-    history: list[tuple[int, float]]
-    """(step, mean training loss since the step before)."""
-    report: Report | None
-    """The adapter on the evaluation data; None on all but the first process."""
-    baseline: Report | None
-    """The plain backbone on the same data."""
-    seconds: float
-    """Wall-clock time of the fit."""
-
-    @property
-    def adapter(self) -> Adapter:
-        """The trained adapter, read from its directory."""
-        return load_adapter(self.output)
+class InterruptedTraining(KeyboardInterrupt):
+    """Ctrl-C, with a text that says what is kept and how to go on."""
 
 
 @dataclass
@@ -79,7 +73,14 @@ class Setup:
     """With its random initial weights."""
     config: TrainConfig
     work: Path
-    """``OUTPUT.training``: checkpoints and the staged result."""
+    """``OUTPUT.training``, see `trainers.training.work`."""
+    record: dict[str, Any]
+    """The run's settings, by which its checkpoints and its adapter are known."""
+
+    @property
+    def staged(self) -> Path:
+        """Where the adapter is put together."""
+        return self.work / UNFINISHED / "adapter"
 
 
 def train(
@@ -98,26 +99,35 @@ def train(
         The adapter with its scores, loss history and times.
 
     Raises:
-        IaptError: bad data, an output that is not ours, an earlier run's checkpoints without ``resume``, a
-            backbone that cannot be loaded, or a loss that is no number.
+        IaptError: bad data, an output that is not ours, a finished adapter without ``overwrite``, an earlier run's
+            checkpoints without ``resume``, a backbone that cannot be loaded, or a loss that is no number.
+        InterruptedTraining: a KeyboardInterrupt that says what is kept.
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    model_name, data, output = request.model, request.data, Path(request.output)
-    method, config = request.method, request.config
+    config = request.config
     if config.learning_rate == 0:
-        config = replace(config, learning_rate=METHODS[method_name(method)].learning_rate)
-    work = _check_output(output, config)
-    setup = _setup(model_name, Path(data), method, config, work)
+        config = replace(config, learning_rate=METHODS[method_name(request.method)].learning_rate)
+        request = replace(request, config=config)
+    record = record_of(request)
+    try:
+        return find_finished(request, record, say) or _train(request, record, say, command)
+    except KeyboardInterrupt:
+        output = Path(request.output)
+        raise InterruptedTraining(f"train was interrupted; {kept(work_folder(output), output)}") from None
+
+
+def _train(
+    request: TrainRequest, record: dict[str, Any], say: Callable[[str], None], command: str | None
+) -> TrainResult:
+    setup = _setup(request, record)
     trainer = _trainer(setup, say)
-    seconds = _fit(trainer, setup, say)
-    history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    trainer.save_model(str(work / "adapter"))  # every process takes part when the model is sharded
-    if not trainer.is_world_process_zero():
-        return TrainResult(output, trainer.state.global_step, history, None, None, seconds)
-    report, baseline = _evaluate(trainer, setup, say)
-    result = TrainResult(output, trainer.state.global_step, history, report, baseline, seconds)
-    _save(setup, result, str(data), model_name, command)
-    say(f"wrote {output}: {report.summary()}")
+    state, seconds = _fit(trainer, setup, say)
+    history = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+    result = TrainResult(Path(request.output), state.global_step, history, None, None, seconds)
+    if trainer.is_world_process_zero():
+        result.report, result.baseline = _evaluate(trainer, setup, say)
+        _save(setup, result, request, command)
+        say(f"wrote {result.output}: {result.report.summary()}")
     return result
 
 
@@ -160,25 +170,10 @@ def evaluate_adapter(
     return evaluate(backbone.model, loaded.module() if loaded else None, task, say)
 
 
-def _check_output(output: Path, config: TrainConfig) -> Path:
-    """Refuse to overwrite what is not ours, and return the work folder."""
-    if output.exists():
-        names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-        strangers = sorted(names - OUR_FILES)
-        if not output.is_dir() or strangers or (names and CONFIG_FILE not in names):
-            what = f"it holds {', '.join(strangers[:5])}" if strangers else "it is no adapter directory"
-            raise IaptError(f"{output} exists and is not replaced, because {what}; choose another output")
-    work = output.with_name(output.name + ".training")
-    if work.exists() and not config.resume and get_last_checkpoint(str(work)):
-        raise IaptError(
-            f"{work} holds checkpoints of an unfinished run; set resume to go on with it, or delete it to start anew"
-        )
-    return work
-
-
-def _setup(model_name: str, data: Path, method: Any, config: TrainConfig, work: Path) -> Setup:
+def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
     """Read the data before the backbone: its errors are the more frequent ones."""
-    examples = read_examples(data)
+    model_name, method, config = request.model, request.method, request.config
+    examples = read_examples(request.data)
     labels = find_labels(examples, config.task)
     if config.eval_file:
         training, held_out = examples, read_examples(config.eval_file)
@@ -206,7 +201,8 @@ def _setup(model_name: str, data: Path, method: Any, config: TrainConfig, work: 
         labels=labels,
     )
     held_out = sample(held_out, config.max_eval_examples, config.seed)
-    return Setup(backbone, training, held_out, adapter, module, config, work)
+    work = work_folder(Path(request.output))
+    return Setup(backbone, training, held_out, adapter, module, config, work, record)
 
 
 def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
@@ -263,7 +259,6 @@ def _arguments(setup: Setup) -> TrainingArguments:
         eval_steps=config.eval_steps or None,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        save_total_limit=2,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         report_to=config.report_to,
@@ -279,16 +274,36 @@ def _arguments(setup: Setup) -> TrainingArguments:
     )
 
 
-def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> float:
-    """Run the Trainer, from the newest checkpoint if asked; returns the seconds it took."""
+def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> tuple[TrainerState, float]:
+    """Train, from the newest checkpoint if asked, and stage the adapter.
+
+    Returns:
+        The state after the last step, and the seconds it took.
+    """
     count = sum(parameter.numel() for parameter in setup.method.parameters())
     say(f"training {count:,} parameters on {len(setup.training):,} examples")
-    checkpoint = get_last_checkpoint(str(setup.work)) if setup.config.resume and setup.work.is_dir() else None
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
+    checkpoint = newest_whole(setup.work, say) if setup.config.resume else None
+    trainer.accelerator.wait_for_everyone()  # nobody removes what another is still looking at
+    if trainer.is_world_process_zero():
+        begin(setup.work, setup.record, checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    if setup.config.resume:
+        say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at the first step")
+    if (
+        checkpoint
+        and (state := TrainerState.load_from_json(str(checkpoint / STATE_FILE))).global_step == state.max_steps
+    ):
+        say(f"step {state.global_step} was the last one: nothing is left to train")
+        trainer.check_checkpoint(checkpoint)
+        setup.staged.mkdir(parents=True, exist_ok=True)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(checkpoint / file, setup.staged / file)
+        return state, 0.0
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return time.monotonic() - start
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - start
+    trainer.save_model(str(setup.staged))  # every process takes part when the model is sharded
+    return trainer.state, seconds
 
 
 def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> tuple[Report, Report | None]:
@@ -297,7 +312,7 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
         backbone = _load(backbone.name_or_path, config)
     task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
-    method = load_adapter(setup.work / "adapter").module()
+    method = load_adapter(setup.staged).module()
     say(f"evaluating the adapter on {len(setup.evaluation)} examples")
     report = evaluate(backbone.model, method, task, say)
     if not config.baseline:
@@ -306,14 +321,13 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     return report, evaluate(backbone.model, None, task, say)
 
 
-def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command: str | None) -> None:
-    """Write the card into the staged directory and move it to its place."""
-    staged = setup.work / "adapter"
+def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str | None) -> None:
+    """Write the card and the record beside the staged adapter, and move it to its place."""
     run = Run(
         adapter=setup.adapter,
         config=setup.config,
-        model_name=model_name,
-        data=data,
+        model_name=request.model,
+        data=str(request.data),
         training_size=len(setup.training),
         steps=result.steps,
         seconds=result.seconds,
@@ -323,14 +337,14 @@ def _save(setup: Setup, result: TrainResult, data: str, model_name: str, command
         output=str(result.output),
         command=command,
     )
-    write_card(staged, run)
+    write_card(setup.staged, run)
+    write_record(setup.staged, setup.record, steps=result.steps, history=result.history)
     examples = result.output / EXAMPLES_FILE
     if examples.is_file():  # the user's own prompts outlive a new training
-        shutil.copyfile(examples, staged / EXAMPLES_FILE)
-    if result.output.exists():
-        result.output.rename(setup.work / "replaced")
-    staged.rename(result.output)
-    shutil.rmtree(setup.work)
+        shutil.copyfile(examples, setup.staged / EXAMPLES_FILE)
+    sync(setup.staged)
+    os.replace(setup.staged, setup.work / FINISHED)
+    publish(setup.work, result.output)
 
 
 def _load(name: str, config: TrainConfig) -> Backbone:

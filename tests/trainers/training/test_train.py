@@ -42,7 +42,7 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
     config = dataclasses.replace(RUN, base_model_name="org/model", data_note="From nowhere.", baseline=True)
     result = train(TrainRequest(backbone, data, tmp_path / "a", METHOD, config), say=lines.append)
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg"}
+    assert names == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg", "run.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     count = sum(parameter.numel() for parameter in IAPT(METHOD, Sizes(32, 3)).parameters())
@@ -105,10 +105,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         "trainer_state.json",
     }
     assert (checkpoint / "optimizer.pt").stat().st_size < 4 * (checkpoint / WEIGHTS_FILE).stat().st_size
-    with pytest.raises(IaptError, match="holds checkpoints of an unfinished run; set resume to go on with it"):
+    with pytest.raises(IaptError, match="holds checkpoints of an unfinished run; give --resume to go on with it"):
         run(backbone, data, tmp_path / "cut", method, **fields)
     other = dataclasses.replace(method, bias=False)
-    with pytest.raises(IaptError, match="was written by a run with other settings or another backbone"):
+    with pytest.raises(IaptError, match="was written by a run with other settings: bias True there, False here"):
         run(backbone, data, tmp_path / "cut", other, resume=True, **fields)
     result = run(backbone, data, tmp_path / "cut", method, resume=True, **fields)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
@@ -196,7 +196,7 @@ def test_an_adapter_is_replaced_when_all_is_done(
 ) -> None:
     run(backbone, data, tmp_path / "a")
     before = weights(tmp_path / "a")
-    run(backbone, data, tmp_path / "a", seed=1)
+    run(backbone, data, tmp_path / "a", seed=1, overwrite=True)
     after = weights(tmp_path / "a")
     assert after != before
     forward = PromptTuned.forward
@@ -206,7 +206,7 @@ def test_an_adapter_is_replaced_when_all_is_done(
 
     monkeypatch.setattr(PromptTuned, "forward", poisoned)
     with pytest.raises(IaptError) as caught:
-        run(backbone, data, tmp_path / "a")
+        run(backbone, data, tmp_path / "a", overwrite=True)
     assert "the loss became nan at step 1; try a lower learning_rate (now 0.01)" in str(caught.value)
     assert weights(tmp_path / "a") == after
 
