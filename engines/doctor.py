@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,20 @@ def abilities(parts: list[Finding]) -> list[Finding]:
         *_tensorrt_abilities(DATACENTRE, "tensorrt", found),
         _ability("compile the C++ parts", found, ("g++", "make", "cmake", "npm")),
     ]
+
+
+def model_finding(name: str, verdict: Mapping[str, Any]) -> Finding:
+    """A backbone among the abilities.
+
+    Args:
+        name: as the user gave it.
+        verdict: what `iapt_export.inspection.describe_model` says of it.
+    """
+    if verdict["verdict"] == "refused":
+        return Finding(f"serve {name}", MISSING, detail=verdict["reason"], kind="ability")
+    limits = verdict.get("restrictions", ())
+    detail = "; ".join((verdict["verdict"], *limits, f"{verdict['model_type']} of {verdict['parameters']} parameters"))
+    return Finding(f"serve {name}", LIMITED if limits else OK, detail=detail, kind="ability")
 
 
 def table(findings: list[Finding]) -> RenderableType:

@@ -293,23 +293,38 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
 
 
 def inspect(
-    path: Annotated[Path, Parameter(metavar="PATH", help="Adapter directory, bundle, .onnx or .engine file.")],
+    path: Annotated[
+        Path, Parameter(metavar="PATH", help="Adapter directory, bundle, .onnx or .engine file, model, tenant's file.")
+    ],
     /,
     *,
+    model: Annotated[
+        str | None, Parameter(alias="-m", metavar="M", help="Backbone with which build would take the adapter at PATH.")
+    ] = None,
     common: Common = Common(),
 ) -> None:
-    """Show what an adapter, a bundle, an ONNX file or an engine holds."""
+    """Show what a model, an adapter, a bundle or one of its files holds, and whether it is supported."""
     from iapt_export.inspection import describe, table
 
-    found = describe(path)
+    found = describe(path, model)
     _show(common, found, table(found))
 
 
-def doctor(*, common: Common = Common()) -> None:
+def doctor(
+    *,
+    model: Annotated[
+        str | None, Parameter(alias="-m", metavar="M", help="Also say whether this backbone is supported.")
+    ] = None,
+    common: Common = Common(),
+) -> None:
     """Show what this machine can build and run, and how to get what is missing."""
-    from engines.doctor import diagnose, table
+    from engines.doctor import diagnose, model_finding, table
 
     findings = diagnose()
+    if model:
+        from iapt_export.inspection import describe_model
+
+        findings.append(model_finding(model, describe_model(model)))
     _show(common, [dataclasses.asdict(finding) for finding in findings], table(findings))
 
 

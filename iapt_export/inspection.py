@@ -1,4 +1,4 @@
-"""Describe what a path holds: an adapter directory, a bundle, an ONNX graph, or an engine with its record."""
+"""Describe what a path holds: a model, an adapter, a tenant's file, a bundle, an ONNX graph, or an engine."""
 
 from __future__ import annotations
 
@@ -6,29 +6,80 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
+from iapt_export.contract.tenant_card import TenantCard
+
+if TYPE_CHECKING:
+    from trainers.decoder.backbone import Backbone
+
+EXPECTED = "an adapter directory, a tenant's file, a model (folder or .gguf), a bundle, a .onnx or a .engine file"
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, model: str | None = None) -> dict[str, Any]:
     """What stands at a path, as plain data with a ``kind``.
 
+    Args:
+        path: any of `EXPECTED`.
+        model: the backbone with which an adapter is compared; its weights are not read.
+
     Raises:
-        IaptError: nothing stands there, or nothing that this tool writes.
+        IaptError: nothing stands there, nothing that is known, or a model is given for what is no adapter.
     """
     if not path.exists():
-        raise IaptError(f"{path} does not exist; expected an adapter directory, a bundle, a .onnx or a .engine file")
+        raise IaptError(f"{path} does not exist; expected {EXPECTED}")
+    if (path / "adapter_config.json").is_file():
+        return _describe_adapter(path, model)
+    if model is not None:
+        raise IaptError(f"--model is for an adapter directory, with which it is compared; {path} is none")
     if (path / MANIFEST_FILE).is_file():
         return _describe_bundle(path)
-    if (path / "adapter_config.json").is_file():
-        return _describe_adapter(path)
-    if path.suffix == ".onnx":
-        return _describe_graph(path)
-    if path.suffix == ".engine":
-        return _describe_engine(path)
-    raise IaptError(f"{path} is no adapter directory, no bundle, no .onnx and no .engine file")
+    of_suffix = {".onnx": _describe_graph, ".engine": _describe_engine, ".safetensors": _describe_tenant}
+    if path.is_file() and path.suffix in of_suffix:
+        return of_suffix[path.suffix](path)
+    if path.suffix == ".gguf" or (path / "config.json").is_file() or any(path.glob("*.gguf")):
+        return describe_model(str(path))
+    if any(path.glob("*/adapter_config.json")):
+        from trainers.adapters.adapter import read_fields
+
+        read_fields(path)  # says which adapters these are
+    raise IaptError(f"{path} is none of what is known; expected {EXPECTED}")
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """What `train` and `build` say of a backbone, and its sizes; its weights need not be there.
+
+    Args:
+        name: Hugging Face id, local folder, or GGUF file or folder.
+
+    Returns:
+        ``verdict`` is ``supported``, ``supported by portable graphs only`` or ``refused``, the last with a ``reason``.
+    """
+    from trainers.decoder.backbone import load_outline
+    from trainers.decoder.family import check_family
+    from trainers.decoder.insertion import sizes_of
+
+    try:
+        model = load_outline(name)
+        family, sizes = check_family(model, name), sizes_of(model)
+    except IaptError as error:
+        return {"kind": "model", "verdict": "refused", "reason": str(error)}
+    config = model.config.get_text_config()
+    positions = family.max_positions or getattr(config, "max_position_embeddings", None)
+    return {
+        "kind": "model",
+        "verdict": "supported" if family.in_place else "supported by portable graphs only",
+        **({"restrictions": list(family.restrictions)} if family.restrictions else {}),
+        "model_type": config.model_type,
+        "layers": sizes.num_layers,
+        "width": sizes.hidden_size,
+        "vocabulary": sizes.vocab_size,
+        "cache": f"{sizes.num_kv_heads} heads of {sizes.head_dim}",
+        **({"positions": positions} if positions else {}),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def table(found: dict[str, Any]) -> Any:
@@ -76,9 +127,13 @@ def _target_line(target: Any) -> str:
     return f"{target.name} {target.dtype}, opset {target.opset}, runtime {target.runtime_version}{built_for}"
 
 
-def _describe_adapter(path: Path) -> dict[str, Any]:
-    from trainers.adapters.directory import load_adapter
+def _describe_adapter(path: Path, model: str | None) -> dict[str, Any]:
+    from trainers.adapters.adapter import read_fields
+    from trainers.adapters.directory import is_stock_peft, load_adapter
 
+    fields = read_fields(path)
+    if is_stock_peft(fields):
+        return _describe_stock_adapter(path, fields, model)
     adapter = load_adapter(path)
     config = dataclasses.asdict(adapter.config)
     return {
@@ -86,10 +141,69 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         **{name: config[name] for name in ("peft_type", "base_model_name_or_path", "prompt_format", "labels")},
         "backbone": f"{config['num_layers']} layers, width {config['hidden_size']}, "
         f"fingerprint {config['backbone_fingerprint']}",
+        **({"build": _said_by_build(path, model)} if model else {}),
         "method": config["method"],
         "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
         "tensors": {name: list(tensor.shape) for name, tensor in adapter.tensors.items()},
     }
+
+
+def _describe_stock_adapter(path: Path, fields: dict[str, Any], model: str | None) -> dict[str, Any]:
+    from trainers.adapters.adapter import read_tensors
+    from trainers.adapters.peft_format import PEFT_METHODS
+
+    method, tensors = fields["peft_type"], read_tensors(path)
+    if model:
+        said = _said_by_build(path, model)
+    elif method not in PEFT_METHODS:
+        said = f"refused: PEFT's method {method!r} is not supported; use one of {', '.join(PEFT_METHODS)}"
+    else:
+        said = "not checked: options and tensors are compared with those of its backbone; name that with --model"
+    shown = ("r", "lora_alpha", "target_modules", "num_virtual_tokens", "num_tasks")
+    return {
+        "kind": "adapter of stock PEFT",
+        "peft_type": method,
+        "build": said,
+        "base_model_name_or_path": fields.get("base_model_name_or_path"),
+        **{name: fields[name] for name in shown if fields.get(name) is not None},
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
+
+
+def _said_by_build(path: Path, model: str) -> str:
+    """What `build` says of an adapter and a backbone, whose weights are not read."""
+    from trainers.adapters.directory import check_adapter_fits, load_adapter
+
+    try:
+        backbone = _outline_of(model)
+        adapter = load_adapter(path, backbone)
+        check_adapter_fits(adapter.config, backbone, str(path))
+    except IaptError as error:
+        return f"refused: {error}"
+    return f"supported as {adapter.config.peft_type}"
+
+
+def _outline_of(model: str) -> Backbone:
+    from trainers.decoder.backbone import Backbone, load_outline
+    from trainers.decoder.family import check_family
+
+    outline = load_outline(model)
+    check_family(outline, model)
+    return Backbone(outline, None, model)
+
+
+def _describe_tenant(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    except (OSError, SafetensorError) as error:
+        raise IaptError(f"{path} is no whole safetensors file: {error}") from error
+    card = dataclasses.asdict(TenantCard.from_metadata(metadata, str(path)))
+    return {"kind": "tenant's file", **card, "tensors": tensors}
 
 
 def _describe_graph(path: Path) -> dict[str, Any]:

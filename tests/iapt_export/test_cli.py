@@ -104,8 +104,8 @@ def test_inspect_knows_what_it_is_shown(tiny_build: TinyBuild) -> None:
 def test_inspect_refuses_the_rest(tmp_path: Path) -> None:
     (tmp_path / "empty.onnx").write_bytes(b"not protobuf")
     for path, text in (
-        (tmp_path / "nothing", "does not exist; expected an adapter directory, a bundle"),
-        (tmp_path, "is no adapter directory, no bundle, no .onnx and no .engine file"),
+        (tmp_path / "nothing", "does not exist; expected an adapter directory, a tenant's file"),
+        (tmp_path, "is none of what is known; expected an adapter directory, a tenant's file, a model"),
         (tmp_path / "empty.onnx", "is not an ONNX file"),
     ):
         outcome = run("inspect", path)

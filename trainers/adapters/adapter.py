@@ -108,10 +108,14 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """Read ``adapter_config.json`` as it is.
 
     Raises:
-        IaptError: it is missing or no JSON object.
+        IaptError: it is missing, also where the folder only holds folders of adapters, or it is no JSON object.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
+        # PEFT's save_pretrained writes an adapter that is not called "default" into a folder of its name
+        if inner := sorted(item.parent for item in folder.glob(f"*/{CONFIG_FILE}")):
+            flags = ", ".join(f"--adapter {item.name}={item}" for item in inner)
+            raise IaptError(f"{folder} is no adapter but holds {len(inner)} in folders of their own; give {flags}")
         raise IaptError(f"{folder}: {CONFIG_FILE} is missing; expected an adapter directory written by a trainer")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

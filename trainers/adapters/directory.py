@@ -81,7 +81,7 @@ def load_adapter(
     """
     folder = Path(folder)
     path = folder / WEIGHTS_FILE
-    if backbone is not None and _is_stock_peft(read_fields(folder)):
+    if backbone is not None and is_stock_peft(read_fields(folder)):
         adapter = adapter_from_peft(folder, backbone, peft_prompt_format, peft_task)
     else:
         config = read_adapter_config(folder)
@@ -103,7 +103,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             fields.
     """
     path, fields = folder / CONFIG_FILE, read_fields(folder)
-    if _is_stock_peft(fields):
+    if is_stock_peft(fields):
         raise IaptError(
             f"{path} was written by stock PEFT and does not say which sizes its backbone has; load it together with "
             "its backbone, as the build command does with --model"
@@ -161,7 +161,7 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
         )
 
 
-def _is_stock_peft(fields: dict[str, Any]) -> bool:
+def is_stock_peft(fields: dict[str, Any]) -> bool:
     """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
     only_ours = set(METHOD_CONFIGS) - set(PEFT_TYPES)
     return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in only_ours

@@ -25,6 +25,8 @@ from trainers.methods.configs import METHOD_CONFIGS, method_name
 
 PEFT_TYPES = tuple(name for name in FORMS if name in METHOD_CONFIGS)
 """Our methods whose directories stock PEFT reads and writes."""
+PEFT_METHODS = tuple(FORMS)
+"""Methods of stock PEFT whose directories are read, by its names."""
 
 
 def adapter_from_peft(

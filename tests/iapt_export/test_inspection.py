@@ -1,0 +1,156 @@
+"""`inspect` and `doctor --model` say of models and adapters what `train` and `build` say, without any weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.inspection import describe
+from tests.bundles import NUM_LAYERS, TENANTS, TinyBuild, run, save_tiny_adapter
+from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
+from tests.tiny import save_tiny_backbone, tiny_llama
+from tests.trainers.adapters.test_peft_format import stock
+from tests.trainers.decoder.gguf_files import TinyFile, write
+from trainers.decoder.backbone import config_fingerprint, load_backbone
+
+WORDS = {IN_PLACE: "supported", "portable": "supported by portable graphs only", REFUSED: "refused"}
+LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone's folder without weights."""
+    folder = save_tiny_backbone(tmp_path_factory.mktemp("tiny") / "model", tiny_llama(num_hidden_layers=NUM_LAYERS))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def save_stock(folder: Path, kind: str = "LoraConfig", options: dict[str, Any] = LORA, **saving: Any) -> Path:
+    stock(lambda: tiny_llama(num_hidden_layers=NUM_LAYERS), kind, options).save_pretrained(folder, **saving)
+    return folder
+
+
+def inspected(path: Path, *flags: str) -> dict[str, Any]:
+    data, shown = run("inspect", path, *flags, "--json"), run("inspect", path, *flags)
+    assert (data.code, shown.code) == (0, 0), data.err
+    found: dict[str, Any] = json.loads(data.out)
+    assert found["kind"] in shown.out
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "lfm2", "deepseek_v3", "gemma2"])
+def test_the_verdict_on_a_model(name: str, tmp_path: Path) -> None:
+    expected, *_ = FAMILIES[name]
+    made = tiny_family(name)
+    made.config.save_pretrained(tmp_path)
+    found = inspected(tmp_path)
+    assert (found["kind"], found["verdict"]) == ("model", WORDS[expected])
+    doctor = json.loads(run("doctor", f"--model={tmp_path}", "--json").out)[-1]
+    assert (doctor["name"], doctor["kind"]) == (f"serve {tmp_path}", "ability")
+    assert (doctor["status"] == "missing") == (expected == REFUSED) and (doctor["status"] == "ok") == (
+        expected == IN_PLACE
+    )
+    if expected == REFUSED:
+        with pytest.raises(IaptError) as caught:
+            load_backbone(str(tmp_path))
+        assert found["reason"] == doctor["detail"] == str(caught.value)
+    else:
+        assert found["parameters"] == sum(parameter.numel() for parameter in made.parameters())
+        assert (found["model_type"], found["layers"]) == (made.config.model_type, made.config.num_hidden_layers)
+        assert all(text in doctor["detail"] for text in found.get("restrictions", []))
+
+
+def test_models_of_other_kinds_of_files(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", TinyFile("llama"))
+    for place in (path, tmp_path):
+        assert (inspected(place)["verdict"], inspected(place)["width"]) == ("supported", 64)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(path.read_bytes()[:100])
+    found = inspected(broken)
+    assert found["verdict"] == "refused" and "is not a whole GGUF file" in found["reason"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for text in ("{", "[]", "{}", '{"model_type": "none such"}', '{"model_type": "llama", "num_attention_heads": 0}'):
+        (folder / "config.json").write_text(text, "utf-8")
+        assert inspected(folder)["verdict"] == "refused", text
+
+
+def test_an_adapter_of_stock_peft(model: Path, tmp_path: Path) -> None:
+    lora = save_stock(tmp_path / "lora")
+    found = inspected(lora)
+    assert (found["kind"], found["peft_type"], found["r"]) == ("adapter of stock PEFT", "LORA", 2)
+    assert sorted(found["target_modules"]) == ["down_proj", "q_proj"]
+    assert found["build"].startswith("not checked") and "--model" in found["build"]
+    assert inspected(lora, f"--model={model}")["build"] == "supported as LORA"
+    prompt = save_stock(tmp_path / "prompt", "PromptTuningConfig", {"num_virtual_tokens": 4})
+    found = inspected(prompt, f"--model={model}")
+    assert (found["build"], found["num_virtual_tokens"]) == ("supported as PROMPT_TUNING", 4)
+
+
+def test_an_adapter_of_stock_peft_that_build_refuses(model: Path, tmp_path: Path) -> None:
+    for name, changes, text in (
+        ("dora", {"use_dora": True}, "use_dora=True is not supported"),
+        ("other", {"peft_type": "IA3"}, "PEFT's method 'IA3' is not supported; use one of PROMPT_TUNING"),
+    ):
+        folder = save_stock(tmp_path / name)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+        said = inspected(folder, f"--model={model}")["build"]
+        assert said.startswith("refused: ") and text in said
+        assert (name == "other") == inspected(folder)["build"].startswith("refused: ")
+    narrow = save_tiny_backbone(tmp_path / "narrow", tiny_llama(num_hidden_layers=NUM_LAYERS, intermediate_size=64))
+    assert inspected(tmp_path / "dora", f"--model={narrow}")["build"].startswith("refused: ")
+    (narrow / "config.json").write_text("{}", "utf-8")
+    assert inspected(tmp_path / "dora", f"--model={narrow}")["build"].startswith("refused: ")
+
+
+def test_an_adapter_of_ours_and_a_backbone(model: Path, tmp_path: Path) -> None:
+    fingerprint = config_fingerprint(tiny_llama(num_hidden_layers=NUM_LAYERS).config)
+    mine, other = (save_tiny_adapter(tmp_path / text, 0, text) for text in (fingerprint, "other"))
+    assert "build" not in describe(mine)
+    assert describe(mine, str(model))["build"] == "supported as IAPT"
+    assert "fingerprint is other in the adapter" in describe(other, str(model))["build"]
+    refused = run("inspect", model, f"--model={model}")
+    assert refused.code == 1 and "--model is for an adapter directory" in refused.err
+
+
+def test_a_tenants_file(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    (path, *_) = sorted((tiny_build.bundle / "tenants").glob("*.safetensors"))
+    found = inspected(path)
+    assert (found["kind"], found["name"], found["form"]) == ("tenant's file", TENANTS[0], "IAPT")
+    assert found["tensors"] and all(isinstance(size, int) for shape in found["tensors"].values() for size in shape)
+    for name, content, text in (
+        (
+            "whole.safetensors",
+            (tiny_build.adapters["alpha"] / "adapter_model.safetensors").read_bytes(),
+            "no tenant card",
+        ),
+        ("cut.safetensors", path.read_bytes()[:100], "is no whole safetensors file"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused = run("inspect", tmp_path / name)
+        assert refused.code == 1 and text in refused.err
+
+
+def test_adapters_of_several_names_in_one_folder(model: Path, tmp_path: Path) -> None:
+    """As PEFT's save_pretrained leaves them where an adapter is not called "default"."""
+    made = stock(lambda: tiny_llama(num_hidden_layers=NUM_LAYERS), "LoraConfig", LORA)
+    for name in ("tone", "topic"):
+        made.add_adapter(name, made.peft_config["default"])
+    folder = tmp_path / "all"
+    made.save_pretrained(folder, selected_adapters=["tone", "topic"])
+    assert not (folder / "adapter_config.json").exists()
+    wanted = f"{folder} is no adapter but holds 2 in folders of their own; give --adapter tone={folder / 'tone'}, "
+    wanted += f"--adapter topic={folder / 'topic'}"
+    full = save_tiny_backbone(tmp_path / "model", tiny_llama(num_hidden_layers=NUM_LAYERS))
+    for argv in (
+        ("inspect", folder),
+        ("build", f"--model={full}", f"--adapter={folder}", f"--output={tmp_path / 'bundle'}"),
+    ):
+        outcome = run(*argv)
+        assert outcome.code == 1 and wanted in outcome.err and outcome.err.count("\n") <= 3, outcome.err
+    assert inspected(folder / "tone", f"--model={model}")["build"] == "supported as LORA"
