@@ -149,10 +149,11 @@ check: venv  ## lint, format and types, as CI sees them
 	@if test -f $(COMPILE_COMMANDS); then $(MAKE) --no-print-directory tidy; \
 	else echo "No build/cpp: clang-tidy is skipped (make cpp tidy)"; fi
 
+# What clang warns of in the system's headers is no error, also where the build makes errors of warnings.
 tidy: venv  ## look for defects in the C++ sources that `make cpp` compiled
 	@test -f $(COMPILE_COMMANDS) || { echo "$(COMPILE_COMMANDS) is missing: make cpp"; exit 1; }
 	sed -n 's/.*"file": "\(.*\/engines\/cpp\/.*\.cc\)".*/\1/p' $(COMPILE_COMMANDS) | sort -u | \
-	    xargs -P 2 -n 1 $(BIN)/clang-tidy -p $(dir $(COMPILE_COMMANDS)) --quiet
+	    xargs -P 2 -n 1 $(BIN)/clang-tidy -p $(dir $(COMPILE_COMMANDS)) --quiet --extra-arg=-Wno-error
 
 format: venv  ## rewrite the sources the way `check` wants them
 	$(BIN)/ruff check --fix .
