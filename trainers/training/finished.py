@@ -80,7 +80,8 @@ def find_finished(request: TrainRequest, record: dict[str, Any], say: Callable[[
         say(f"{output} is finished and stays as it is; --overwrite without --resume trains it again")
         return _read_result(output)
     if stands and not config.overwrite:
-        told = differences(read_record(output).get("settings", {}), record) if config.resume else ""
+        there = read_record(output).get("settings")
+        told = differences(there, record) if config.resume and there else ""
         raise IaptError(
             f"{output} holds a finished adapter{f' of other settings ({told})' if told else ''}, and training writes "
             "a new one; give --overwrite to replace it when the new one is done, or another --output"

@@ -113,7 +113,7 @@ def train(
         return find_finished(request, record, say) or _train(request, record, say, command)
     except KeyboardInterrupt:
         output = Path(request.output)
-        raise InterruptedTraining(f"train was interrupted; {kept(work_folder(output), output)}") from None
+        raise InterruptedTraining(f"train was interrupted; {kept(work_folder(output), output, record)}") from None
 
 
 def _train(

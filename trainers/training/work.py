@@ -115,7 +115,7 @@ def newest_whole(work: Path, say: Callable[[str], None]) -> Path | None:
     for checkpoint in checkpoints(work):
         if (problem := _damage(checkpoint)) is None:
             return checkpoint
-        say(f"{checkpoint} is damaged and left aside: {problem}")
+        say(f"{checkpoint} is damaged and passed over: {problem}")
     return None
 
 
@@ -134,8 +134,6 @@ def place_checkpoint(written: Path, keep: int) -> None:
     aside, work = written.parent, written.parent.parent
     final = work / written.name
     sync(written)
-    if final.exists():
-        shutil.rmtree(final)
     os.replace(written, final)
     _sync_folder(work)
     for old in checkpoints(work)[keep:]:
@@ -167,13 +165,15 @@ def sync(folder: Path) -> None:
     _sync_folder(folder)
 
 
-def kept(work: Path, output: Path) -> str:
+def kept(work: Path, output: Path, settings: dict[str, Any]) -> str:
     """What an interrupted run leaves, and how to go on."""
     same = "the same command with --resume"
     if (work / FINISHED).is_dir():
         return f"the finished adapter is kept in {work / FINISHED}, and {same} moves it to {output}"
     if found := checkpoints(work):
         return f"{found[0]} is kept, and {same} goes on from there"
+    if read_record(output).get("settings") == settings:
+        return f"{output} is finished"
     return f"no checkpoint was written yet (see --save-steps), so {same} starts at the first step"
 
 

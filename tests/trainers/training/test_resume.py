@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         (newest / name).write_bytes(content)
     lines = told(backbone, data, cut, resume=True, **FIELDS)
     assert any(
-        line.startswith(f"{newest} is damaged and left aside: ") and name.partition(".")[0] in line for line in lines
+        line.startswith(f"{newest} is damaged and passed over: ") and name.partition(".")[0] in line for line in lines
     ), lines
     assert f"resuming from {newest.with_name('checkpoint-2')}" in lines
     run(backbone, data, tmp_path / "whole", **FIELDS)
@@ -106,6 +106,37 @@ def test_a_finished_run_is_not_repeated(backbone: str, data: Path, tmp_path: Pat
     with pytest.raises(IaptError, match=r"holds a finished adapter of other settings \(max_steps 5 there, 6 here\)"):
         run(backbone, data, output, resume=True, **{**FIELDS, "max_steps": 6})
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()} == before
+
+
+def test_an_adapter_without_record_is_not_taken_for_the_same_run(backbone: str, data: Path, tmp_path: Path) -> None:
+    """Older versions wrote none."""
+    run(backbone, data, tmp_path / "a")
+    (tmp_path / "a" / RECORD_FILE).unlink()
+    with pytest.raises(IaptError, match="holds a finished adapter, and training writes a new one; give --overwrite"):
+        run(backbone, data, tmp_path / "a", resume=True)
+    run(backbone, data, tmp_path / "a", resume=True, overwrite=True)
+    assert (tmp_path / "a" / RECORD_FILE).is_file()
+
+
+def test_an_interrupt_at_the_very_end(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter stands at its place already, and only the folder beside it has still to go."""
+
+    remove = shutil.rmtree
+
+    def stop(folder: Path, **options: Any) -> None:
+        if folder == tmp_path / "a.training":
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.training.work.shutil.rmtree", stop)
+        with pytest.raises(InterruptedTraining, match=f"train was interrupted; {tmp_path / 'a'} is finished"):
+            run(backbone, data, tmp_path / "a", save_steps=0)
+    (line,) = told(backbone, data, tmp_path / "a", save_steps=0, resume=True)
+    assert line.startswith(f"{tmp_path / 'a'} is finished and stays as it is")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_reports_survive_json() -> None:
