@@ -50,7 +50,7 @@ def test_one_token_has_no_next(tiny_build: TinyBuild) -> None:
     ("flags", "text"),
     [
         (("--prompt-tokens=500",), "the prompt has 500 tokens; this bundle takes at most 96"),
-        (("--rows", "0"), "'0' is no whole number from 1 on"),
+        (("--rows", "0"), "for --rows. Must be > 0."),
         (("--rows", "99"), "99 rows cannot run at once: the bundle takes"),
         (("--output", "nowhere/bench.json"), "there is no folder nowhere; make it first"),
         (("--plot", "nowhere/bench.png"), "there is no folder nowhere; make it first"),

@@ -116,14 +116,11 @@ std::string TokenizerParts::refusal(const std::string& text) const {
     return "it may not be in Unicode's normal form C, into which the bundle's tokenizer brings it and this program "
            "does not";
   }
-  size_t spaces = 0;
   for (const uint32_t code : code_points(text)) {
     if (strips_right_ && is_space(code) && (code > ' ' || code == '\v' || code == '\f')) return "it holds rare spaces";
     if (by_classes_ && !has_known_class(code)) return "it holds letters that the tokenizer library does not know";
-    if (digits_alone_ && spaces > 1 && may_be_foreign_digit(code)) {
-      return "it may hold digits other than 0 to 9 behind several spaces";
-    }
-    spaces = is_space(code) ? spaces + 1 : 0;
+    // the tokenizer splits them off as well, and a space before one is then a piece of its own
+    if (digits_alone_ && may_be_foreign_digit(code)) return "it may hold digits other than 0 to 9";
   }
   return "";
 }

@@ -33,6 +33,7 @@ from tests.bundles import (
 )
 from tests.validation.sabotage import between
 from trainers.adapters.directory import load_adapter
+from trainers.adapters.peft_format import PEFT_TYPES
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.generate import greedy
 from trainers.decoder.method import rows_of
@@ -87,8 +88,12 @@ def validate(bundle: Path, *flags: str) -> Outcome:
 
 def test_every_row_is_as_in_pytorch(build: TinyBuild) -> None:
     report = json.loads((build.bundle / "report.json").read_text(encoding="utf-8"))
-    assert len(report["targets"]) == 2 and report["method"] == ", ".join(FORMS)
-    for target in report["targets"]:
+    *targets, peft = report["targets"]
+    assert len(targets) == 2 and report["method"] == ", ".join(FORMS)
+    assert (peft["name"], peft["status"]) == ("PEFT's own answer", "pass")
+    theirs = {name for name, form in zip(MIXED, FORMS, strict=True) if form in PEFT_TYPES}
+    assert {check["case"].partition(",")[0] for check in peft["checks"]} == theirs == {"topics", "style"}
+    for target in targets:
         assert report["verdict"] == target["status"] == "pass"
         assert {row["tenant"] for row in target["tokens"]} == set(MIXED)
         assert len(target["tokens"]) == 25 and all(row["reference"] == row["target"] for row in target["tokens"])

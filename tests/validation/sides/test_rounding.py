@@ -35,7 +35,7 @@ from validation.validate import validate_bundle
 
 LORA = LoRAConfig(rank=2, target_modules=("q_proj", "down_proj"))
 ADEPT = ADePTConfig(prompt_length=5, bottleneck=4)
-QUICK = Settings(0, NEW_TOKENS, depth="quick")
+QUICK = Settings(0, NEW_TOKENS, depth="quick", peft_check=False)
 DTYPES = tuple(QUANTISED)
 Plant = Callable[[Path, pytest.MonkeyPatch], None]
 
@@ -176,7 +176,7 @@ def test_small_faults_are_caught_and_located(
 
 def test_what_did_not_fail_is_looked_into_once(build: Any) -> None:
     made = build("int4", *((name, METHOD) for name in ("alpha", "beta", "gamma")))
-    rounded, exact = validate(made, made.bundle, Settings(0, NEW_TOKENS, depth="quick", bisect=True)).targets
+    rounded, exact = validate(made, made.bundle, dataclasses.replace(QUICK, bisect=True)).targets
     assert rounded.bisection is None and exact.bisection is not None
     assert exact.bisection.finding is None and exact.bisection.num_steps == NEW_TOKENS
     assert max(error for *_, error in exact.bisection.errors) < 1e-4
