@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from engines.serving.text import TextCodec
 from iapt_export.building.probes import CHATS, DATE, TEXTS, make_probes
@@ -132,6 +133,16 @@ def test_letters_that_are_their_own_normal_form() -> None:
             assert unicodedata.is_normalized("NFC", c) and not unicodedata.combining(c) and c not in seconds, hex(
                 ord(c)
             )
+
+
+def test_numbers_are_those_that_hugging_face_splits_off() -> None:
+    source = (ROOT / "engines" / "cpp" / "src" / "utf8.cc").read_text(encoding="utf-8")
+    table = source.split("kNumbers[] = {")[1].split("};")[0]
+    blocks = [(int(first, 16), int(last, 16)) for first, last in re.findall(r"\{(0x\w+), (0x\w+)\}", table)]
+    numbers = {code for first, last in blocks for code in range(first, last + 1)}
+    split = pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str
+    codes = [code for code in range(0x80, 0x20000) if not 0xD800 <= code < 0xE000]
+    assert {code for code in codes if len(split("a" + chr(code))) > 1} == numbers and len(numbers) > 1500
 
 
 @pytest.mark.parametrize("field", ["texts", "chats", "answers"])

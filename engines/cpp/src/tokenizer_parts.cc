@@ -49,8 +49,6 @@ bool is_known_split(const Json& part) {
   return known && part.value("behavior", "") == "Isolated" && !has(part, "invert");
 }
 
-bool is_digit(char letter) { return letter >= '0' && letter <= '9'; }
-
 // The character at a place, in bytes.
 size_t width_at(const std::string& text, size_t at) {
   size_t width = 1;
@@ -119,8 +117,6 @@ std::string TokenizerParts::refusal(const std::string& text) const {
   for (const uint32_t code : code_points(text)) {
     if (strips_right_ && is_space(code) && (code > ' ' || code == '\v' || code == '\f')) return "it holds rare spaces";
     if (by_classes_ && !has_known_class(code)) return "it holds letters that the tokenizer library does not know";
-    // the tokenizer splits them off as well, and a space before one is then a piece of its own
-    if (digits_alone_ && may_be_foreign_digit(code)) return "it may hold digits other than 0 to 9";
   }
   return "";
 }
@@ -133,7 +129,7 @@ std::vector<std::string> TokenizerParts::pieces(const std::string& text) const {
       return text.compare(at, content.size(), content) == 0;
     });
     const size_t width = token == added_.end() ? width_at(text, at) : token->size();
-    const bool alone = token == added_.end() && is_digit(text[at]);
+    const bool alone = token == added_.end() && is_number(code_points(text.substr(at, width)).front());
     if (alone && !found.back().empty()) found.emplace_back();
     found.back() += text.substr(at, width);
     if (alone) found.emplace_back();

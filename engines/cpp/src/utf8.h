@@ -22,8 +22,8 @@ bool is_surely_nfc(const std::string& text);
 // Whether the tokenizer library puts a code point into the class (letter, digit, space, other) that Hugging Face's
 // tokenizers put it into; its Unicode is of 2020.
 bool has_known_class(uint32_t code);
-// Whether a code point may be a digit or number beside 0 to 9.
-bool may_be_foreign_digit(uint32_t code);
+// Whether a code point is a digit or another number, as Hugging Face's Digits sees it.
+bool is_number(uint32_t code);
 bool is_space(uint32_t code);
 
 }  // namespace iapt
