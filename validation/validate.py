@@ -70,7 +70,7 @@ def validate_bundle(
             results.append(_not_run(bundle, manifest, target, str(error)))
     ran = [result for result in results if result.status in ("pass", "fail")]
     if settings.peft_check and truths.prompts:
-        peft = compare_peft(bundle, reference, truths.prompts, peft_folders, on_step)
+        peft = compare_peft(reference, truths.prompts, peft_folders, on_step)
         results += [peft] if peft else []
     passed = bool(ran) and all(check.passed for result in results for check in result.checks)
     name = name or bundle.name

@@ -19,7 +19,6 @@ PROMPTS, STEPS = 2, 8
 
 
 def compare_peft(
-    bundle: Path,
     reference: Reference,
     truths: list[Truth],
     folders: Mapping[str, PeftFolder] | None,
@@ -28,7 +27,6 @@ def compare_peft(
     """Compare PEFT's tokens and logits with the reference's.
 
     Args:
-        bundle: its folder.
         reference: the PyTorch side.
         truths: its answers to the tenants' prompts.
         folders: tenant to the directory that the bundle is built from; None writes them from the bundle.
@@ -45,7 +43,7 @@ def compare_peft(
     started, errors = time.perf_counter(), Errors()
     with tempfile.TemporaryDirectory() as scratch:
         if folders is None:
-            folders = write_folders(bundle, reference.manifest, reference.model, Path(scratch))
+            folders = write_folders(reference, Path(scratch))
         for tenant, folder in folders.items():
             rows = [truth for truth in truths if truth.prompt.tenant == tenant and truth.logits][:PROMPTS]
             for number, truth in enumerate(rows):

@@ -5,24 +5,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import BundleManifest, TenantSpec
-from iapt_export.contract.settings import config_from_dict
 from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import save_adapter
 from trainers.adapters.peft_format import PEFT_TYPES
 from trainers.decoder.attention import stock_attention
-from trainers.decoder.insertion import sizes_of
-from trainers.methods.configs import METHOD_CONFIGS
-from trainers.methods.forms import METHODS
+from validation.sides.reference import Reference
 
 ADVICE = "--no-peft-check leaves this comparison out"
 
@@ -54,12 +49,21 @@ def folders_of(adapters: Mapping[str, Adapter]) -> dict[str, PeftFolder]:
     }
 
 
-def write_folders(bundle: Path, manifest: BundleManifest, model: Any, folder: Path) -> dict[str, PeftFolder]:
-    """Write the tenants of methods that PEFT has as directories for it, from a bundle's own files."""
-    tenants = [tenant for tenant in manifest.tenants if tenant.trained_form in PEFT_TYPES]
-    for tenant in tenants:
-        save_adapter(folder / tenant.name, _config(tenant, manifest, model), _trained(bundle, tenant))
-    return {tenant.name: PeftFolder(folder / tenant.name) for tenant in tenants}
+def write_folders(reference: Reference, folder: Path) -> dict[str, PeftFolder]:
+    """Write the tenants of methods that PEFT has as directories for it, from what the bundle holds of them."""
+    manifest = reference.manifest
+    names = [tenant.name for tenant in manifest.tenants if tenant.trained_form in PEFT_TYPES]
+    for name in names:
+        method = reference.methods[name]
+        linears = {linear: method.sizes.linears[linear] for linear in method.linear_names}
+        config = AdapterConfig(
+            base_model_name_or_path=manifest.backbone.name_or_path,
+            backbone_fingerprint=manifest.backbone.fingerprint,
+            **asdict(replace(method.sizes, linears=linears)),
+            method=method.config,
+        )
+        save_adapter(folder / name, config, method.state_dict())
+    return {name: PeftFolder(folder / name) for name in names}
 
 
 def peft_answer(
@@ -112,25 +116,3 @@ def _unwrap(wrapped: Any) -> None:
     """Take out of the backbone what PEFT put into it."""
     with contextlib.suppress(AttributeError):  # prompts stand outside of it
         wrapped.base_model.unload()
-
-
-def _trained(bundle: Path, tenant: TenantSpec) -> dict[str, torch.Tensor]:
-    return load_file(bundle / (tenant.trained or tenant.path or ""))
-
-
-def _config(tenant: TenantSpec, manifest: BundleManifest, model: Any) -> AdapterConfig:
-    method = config_from_dict(METHOD_CONFIGS[tenant.trained_form], tenant.trained_config, "manifest.json")
-    sizes = sizes_of(model)
-    names = METHODS[tenant.trained_form](method, sizes).linear_names
-    return AdapterConfig(
-        base_model_name_or_path=manifest.backbone.name_or_path,
-        backbone_fingerprint=manifest.backbone.fingerprint,
-        hidden_size=sizes.hidden_size,
-        num_layers=sizes.num_layers,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        vocab_size=sizes.vocab_size,
-        linears={name: sizes.linears[name] for name in names},
-        layers_path=sizes.layers_path,
-        method=method,
-    )

@@ -140,7 +140,7 @@ def test_what_peft_computes_otherwise_is_seen(made: TinyBuild, tmp_path: Path) -
     before = weights_sha256(backbone.model), backbone.model.config._attn_implementation
 
     def compare(folders: dict[str, PeftFolder] | None) -> Any:
-        return compare_peft(made.bundle, reference, truths, folders, lambda _: None)
+        return compare_peft(reference, truths, folders, lambda _: None)
 
     result = compare(None)  # from the bundle's own files, where one task of the prompt is all that is left
     assert result.status == "pass" and {c.case.partition(",")[0] for c in result.checks} == set(ADAPTERS)
