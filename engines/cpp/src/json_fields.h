@@ -96,6 +96,19 @@ class Fields {
     for (const Json& element : *field) each(element, place(name) + "[" + std::to_string(index++) + "]");
   }
 
+  // A list of whole numbers; elements that are none are problems.
+  std::vector<int64_t> integers(const std::string& name) {
+    std::vector<int64_t> values;
+    array(name, [&](const Json& element, const std::string& where) {
+      if (element.is_number_integer()) {
+        values.push_back(element.get<int64_t>());
+      } else {
+        problems_.push_back(where + " is " + shown(element) + ", expected int");
+      }
+    });
+    return values;
+  }
+
   // Calls `each(key, value, place)` for every entry of an object.
   template <typename Each>
   void object(const std::string& name, Each each, bool required = true) {

@@ -61,13 +61,7 @@ BackboneSpec read_backbone(const Json& json, const std::string& where, Problems&
   fields.read("vocab_size", spec.vocab_size);
   fields.read("max_positions", spec.max_positions);
   fields.read("pad_token_id", spec.pad_token_id);
-  fields.array("eos_token_ids", [&](const Json& token, const std::string& place) {
-    if (token.is_number_integer()) {
-      spec.eos_token_ids.push_back(token.get<int64_t>());
-    } else {
-      problems.push_back(place + " is " + shown(token) + ", expected int");
-    }
-  });
+  spec.eos_token_ids = fields.integers("eos_token_ids");
   fields.refuse_unknown();
   return spec;
 }

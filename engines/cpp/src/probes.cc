@@ -9,18 +9,6 @@ namespace {
 
 using Problems = std::vector<std::string>;
 
-std::vector<int64_t> read_ids(Fields& fields, Problems& problems) {
-  std::vector<int64_t> ids;
-  fields.array("ids", [&](const Json& id, const std::string& place) {
-    if (id.is_number_integer()) {
-      ids.push_back(id.get<int64_t>());
-    } else {
-      problems.push_back(place + " is " + shown(id) + ", expected int");
-    }
-  });
-  return ids;
-}
-
 Message read_message(const Json& json, const std::string& where, Problems& problems) {
   Message message;
   Fields fields(json, where, problems);
@@ -55,7 +43,7 @@ Probes Probes::load(const std::filesystem::path& bundle) {
     Fields inner(item, place, problems);
     TextProbe probe;
     inner.read("text", probe.text);
-    probe.ids = read_ids(inner, problems);
+    probe.ids = inner.integers("ids");
     inner.refuse_unknown();
     probes.texts.push_back(std::move(probe));
   });
@@ -66,14 +54,14 @@ Probes Probes::load(const std::filesystem::path& bundle) {
       probe.messages.push_back(read_message(message, where, problems));
     });
     inner.read("text", probe.text);
-    probe.ids = read_ids(inner, problems);
+    probe.ids = inner.integers("ids");
     inner.refuse_unknown();
     probes.chats.push_back(std::move(probe));
   });
   fields.array("answers", [&](const Json& item, const std::string& place) {
     Fields inner(item, place, problems);
     AnswerProbe probe;
-    probe.ids = read_ids(inner, problems);
+    probe.ids = inner.integers("ids");
     inner.read("text", probe.text);
     inner.refuse_unknown();
     probes.answers.push_back(std::move(probe));
