@@ -124,7 +124,7 @@ cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h $(NATIVE)/json/nlohmann
 	cmake -S engines/cpp --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN))/python -DIAPT_OPS=OFF \
 	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
 	    -DNLOHMANN_JSON_INCLUDE_DIR=$(abspath $(NATIVE)/json) $(CMAKE_ARGS)
-	cmake --build build/cpp-sanitize --parallel 2 --target fuzz_manifest
+	cmake --build build/cpp-sanitize --parallel 2 --target fuzz_files
 
 # Tests that need the backbone skip, in words, where it cannot be fetched.
 test: venv  ## run the tests that need neither a GPU nor much time

@@ -17,7 +17,8 @@ from rich.box import Box
 from iapt_export import __version__, flags
 from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.contract.errors import IaptError, ParityError, explain
-from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Measuring
+from iapt_export.contract.places import check_outside_bundles
+from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 
@@ -89,7 +90,7 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         exit_on_error=False,
         print_error=False,
     )
-    commands: list[Callable[..., None]] = [build, validate, generate, tenant, bench, inspect, doctor]
+    commands: list[Callable[..., None]] = [build, validate, generate, tenant, bench, inspect, cache, doctor]
     for place, command in enumerate([train_command(method), *commands]):
         app.command(command, sort_key=place, help_epilogue="")
     app["train"].config = (*sources, flags.whole_numbers)
@@ -157,7 +158,8 @@ def validate(
     common: Common = Common(),
 ) -> None:
     """Compare a bundle with PyTorch again."""
-    from iapt_export.contract.manifest import BundleManifest, verify_files
+    from iapt_export.contract.integrity import open_manifest
+    from iapt_export.contract.manifest import BundleManifest
     from iapt_export.progress import Steps
     from trainers.decoder.backbone import load_backbone
     from validation.judging.compare import Settings
@@ -167,10 +169,11 @@ def validate(
     from validation.validate import validate_bundle
 
     _check_folders(asked.junit)
-    manifest = BundleManifest.load(bundle)
+    check_outside_bundles(asked.report, "--report")
+    BundleManifest.load(bundle)  # so that what is no bundle is refused in one line
     with Steps(quiet=common.quiet) as steps:
         steps("checking the files' hashes")
-        verify_files(bundle, manifest)
+        manifest = open_manifest(bundle, trust=asked.trust, allow_unproven=True)
         name = backbone.model or manifest.backbone.name_or_path
         steps(f"loading {name}")
         revision = backbone.revision or manifest.backbone.revision
@@ -203,7 +206,7 @@ def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common:
         lines = {1: Request(asked.tenant or "", messages=read_messages(asked.messages), **settings)}
     else:
         lines = {n: Request(asked.tenant or "", prompt, **settings) for n, prompt in enumerate(asked.prompt or (), 1)}
-    session = Session.open(bundle, asked.target, device=asked.device)
+    session = Session.open(bundle, asked.target, device=asked.device, **asked.checks)
     problems = []
     for number, request in lines.items():
         where = f"line {number}" if asked.requests else str(asked.messages or f"request {number - 1}")
@@ -260,6 +263,7 @@ def tenant(
     from iapt_export.contract.manifest import BundleManifest
     from trainers.decoder.backbone import load_backbone
 
+    _check_folders(output)
     spec = BundleManifest.load(bundle).backbone
     loaded = load_backbone(
         backbone.model or spec.name_or_path,
@@ -280,7 +284,10 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
     from iapt_export.progress import Steps
 
     _check_folders(asked.output, asked.plot)
-    with Session.open(bundle, asked.target, device=asked.device) as session, Steps(quiet=common.quiet) as steps:
+    with (
+        Session.open(bundle, asked.target, device=asked.device, **asked.checks) as session,
+        Steps(quiet=common.quiet) as steps,
+    ):
         figures = [
             measure(session, rows, asked.prompt_tokens, asked.new_tokens, asked.repeat, steps) for rows in asked.rows
         ]
@@ -310,6 +317,20 @@ def inspect(
     _show(common, found, table(found))
 
 
+def cache(*, asked: Keeping = Keeping(), common: Common = Common()) -> None:
+    """Show the finished stages that builds go on from, and remove what is old or left over."""
+    from iapt_export.building.stage_cache import default_cache, prune, stages, table
+
+    folder = asked.cache or default_cache()
+    if asked.prune:
+        removed = prune(folder, asked.max_bytes)
+        print(
+            f"{folder}: removed {len(removed)} stages ({sum(s.size_bytes for s in removed):,} bytes)", file=sys.stderr
+        )
+    found = stages(folder)
+    _show(common, [dataclasses.asdict(stage) for stage in found], table(folder, found))
+
+
 def doctor(
     *,
     model: Annotated[
@@ -329,10 +350,11 @@ def doctor(
 
 
 def _check_folders(*paths: Path | None) -> None:
-    """Refuse files that cannot be written before the work whose result they are to hold."""
+    """Refuse files that cannot be written, or would damage a bundle, before the work whose result they are to hold."""
     for path in paths:
         if path and not path.parent.is_dir():
             raise IaptError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        check_outside_bundles(path, "the file")
 
 
 def _show_report(common: Common, report: Any) -> None:

@@ -6,6 +6,7 @@ in the dataclasses that Python callers fill as well.
 
 import dataclasses
 import itertools
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from cyclopts.types import PositiveInt
 
 from iapt_export.building.build_request import Device
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.integrity import Checks
 from iapt_export.contract.settings import summary_of
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
 from trainers.training.config import TrainConfig, TrainPlaces, read_train_file
@@ -84,6 +86,8 @@ class Comparison:
     """Write report.json and report.html there."""
     junit: Annotated[Path | None, Parameter(metavar="FILE")] = None
     """Write the checks there as JUnit XML, for CI."""
+    trust: Annotated[Path | None, Parameter(metavar="KEY.pem")] = None
+    """Public ed25519 key; the bundle must be signed with its private key (build --sign)."""
     quick: bool = False
     """Few prompts, few tokens, no long cases: half a minute."""
     case: Annotated[str | None, Parameter(metavar="NAME")] = None
@@ -108,6 +112,15 @@ class _Running:
     """Which of the bundle's targets runs; without it, the first."""
     device: Device = "cpu"
     """Where ONNX Runtime runs."""
+    trust: Annotated[Path | None, Parameter(metavar="KEY.pem")] = None
+    """Public ed25519 key; the bundle must be signed with its private key (build --sign)."""
+    allow_unproven: bool = False
+    """Open also a bundle whose comparison with PyTorch was not made, or failed."""
+
+    @property
+    def checks(self) -> Checks:
+        """What is asked of the bundle."""
+        return {"trust": self.trust, "allow_unproven": self.allow_unproven}
 
 
 def _check_instruction(_: Any, asked: "Answering") -> None:
@@ -165,6 +178,33 @@ class Measuring(_Running):
     """Also write everything that was measured."""
     plot: Annotated[Path | None, Parameter(metavar="FILE.png")] = None
     """Also draw the time between tokens."""
+
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def _check_size(_: Any, text: str) -> None:
+    if not re.fullmatch(r"[0-9]+([.][0-9]+)? ?([kmgt]b)?", text.lower()):
+        raise ValueError(f"{text!r} is no size; expected such as 20GB, 500MB, or 0")
+
+
+@FLAT
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """What a cache keeps."""
+
+    cache: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    """The cache; without it, $IAPT_EXPORT_CACHE or the one in the user's cache folder."""
+    prune: bool = False
+    """Remove what killed builds left, then the stages that were not used for longest until --max-size is kept."""
+    max_size: Annotated[str, Parameter(metavar="SIZE", validator=_check_size)] = "20GB"
+    """What --prune lets stay; 0 for nothing."""
+
+    @property
+    def max_bytes(self) -> int:
+        """``max_size`` as a number."""
+        number, unit = re.fullmatch(r"([0-9.]+) ?([a-z]*)", self.max_size.lower()).groups()  # type: ignore[union-attr]
+        return int(float(number) * UNITS[unit])
 
 
 @FLAT

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
+from iapt_export.contract.schema import parse_json
 from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.contract.weights_header import read_header
 
 if TYPE_CHECKING:
     from trainers.decoder.backbone import Backbone
@@ -194,16 +195,12 @@ def _outline_of(model: str) -> Backbone:
 
 
 def _describe_tenant(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-    except (OSError, SafetensorError) as error:
+        metadata, entries = read_header(path)
+    except (OSError, ValueError) as error:
         raise IaptError(f"{path} is no whole safetensors file: {error}") from error
     card = dataclasses.asdict(TenantCard.from_metadata(metadata, str(path)))
-    return {"kind": "tenant's file", **card, "tensors": tensors}
+    return {"kind": "tenant's file", **card, "tensors": {name: entries[name].shape for name in sorted(entries)}}
 
 
 def _describe_graph(path: Path) -> dict[str, Any]:
@@ -230,7 +227,12 @@ def _describe_engine(path: Path) -> dict[str, Any]:
     record = path.with_suffix(".json")
     if not record.is_file():
         raise IaptError(f"{path}: its record {record.name} is missing; an engine alone opens only on its GPU")
-    fields = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        fields = parse_json(record.read_bytes())
+    except ValueError as error:
+        raise IaptError(f"{record}, the engine's record, is not JSON: {error}; build the bundle again") from error
+    if not isinstance(fields, dict):
+        raise IaptError(f"{record} is no engine's record; build the bundle again")
     return {"kind": "engine", **fields}
 
 

@@ -20,7 +20,7 @@ from engines.serving.session import Request, Session
 from iapt_export import BuildRequest, build
 from iapt_export.building.layout import with_files
 from iapt_export.cli import main
-from iapt_export.contract.manifest import BundleManifest
+from iapt_export.contract.manifest import BundleManifest, hash_line
 from tests.tiny import COMMON, save_tiny_backbone, tiny_llama
 from tests.traces import run_folder
 from trainers.adapters.adapter import Adapter, AdapterConfig
@@ -183,6 +183,12 @@ def change_manifest(bundle: Path, **fields: Any) -> None:
     path = bundle / "manifest.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(content | fields), encoding="utf-8")
+    seal(bundle)
+
+
+def seal(bundle: Path) -> None:
+    """Give a manifest that a test changed the hash that fits it."""
+    (bundle / "manifest.sha256").write_text(hash_line((bundle / "manifest.json").read_bytes()), encoding="utf-8")
 
 
 def rehash(bundle: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import verify_files
+from iapt_export.contract.integrity import verify_files
 from tests.bundles import METHOD, TinyBuild
 
 RANGES = {"batch": "1:2:8", "sequence": "1:16:96", "past": "5:64:160", "tenants": "1:3:4"}

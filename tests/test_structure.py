@@ -40,9 +40,10 @@ DOORS = {
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config train",
-    "iapt_export.contract": "errors graphs manifest probes settings sizes tenant_card types",
+    "iapt_export.contract": "disk errors graphs integrity manifest places probes schema settings sizes tenant_card "
+    "types weights_header",
     "iapt_export.graphs": "export installed interface ops passes quantise save table",
-    "iapt_export.building": "build build_request layout tenant_file",
+    "iapt_export.building": "build build_request layout stage_cache tenant_file",
     "engines.onnxruntime": "runner",
     "engines.tensorrt": "builder engine_info flavour runner",
     "engines.cuda": "driver memory",

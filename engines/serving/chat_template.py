@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +16,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from iapt_export.contract.errors import BundleError
+
+CPU_SECONDS = 0.5
+"""What a template may compute for one conversation, or while it is compiled; a real one takes a thousandth of it."""
+WALL_SECONDS = 10.0
+"""The same on a machine that has no time for it."""
+LONGEST_TEXT = 2**24
+"""Characters that a template may make of a conversation."""
 
 
 class ChatTemplate:
@@ -35,29 +45,82 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         self._special_tokens = dict(special_tokens)
         try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise BundleError(f"the bundle's chat template is not valid: {error}") from error
+            self._template = _limited(lambda: environment.from_string(source))
+        except BundleError:
+            raise
+        except Exception as error:  # it is the author's code, constants of which are computed here
+            raise BundleError(f"the bundle's chat template is not valid: {_told(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], date: str | None = None) -> str:
         """The conversation up to where the answer begins; templates that write the date get ``date``, or today's.
 
         Raises:
-            BundleError: the template refuses the conversation, or fails.
+            BundleError: the template refuses the conversation, fails, or takes too long.
         """
+        fields: dict[str, Any] = {
+            **self._special_tokens,
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "strftime_now": lambda pattern: date or datetime.now().strftime(pattern),
+        }
         try:
-            return self._template.render(
-                **{
-                    **self._special_tokens,
-                    "messages": [dict(message) for message in messages],
-                    "tools": None,
-                    "documents": None,
-                    "add_generation_prompt": True,
-                    "strftime_now": lambda pattern: date or datetime.now().strftime(pattern),
-                },
+            text = _limited(lambda: self._template.render(fields))
+        except BundleError:
+            raise
+        except Exception as error:  # whatever the author's code raises
+            raise BundleError(f"the bundle's chat template failed: {_told(error)}") from error
+        if len(text) > LONGEST_TEXT:
+            raise BundleError(
+                f"the bundle's chat template made {len(text)} characters, expected at most {LONGEST_TEXT}"
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise BundleError(f"the bundle's chat template failed: {error}") from error
+        return text
+
+
+class _Stopped(BaseException):
+    """Raised in a template that takes too long; none of its own ``except`` catches it."""
+
+
+def _limited(work: Callable[[], Any]) -> Any:
+    """The result of ``work``, or what it raises, or a `BundleError` when it takes too long.
+
+    It runs in a thread of its own, into which an exception can be thrown. One operation of Python cannot be stopped;
+    it then ends on its own, and nobody waits for it.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = work()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="iapt-template", daemon=True)
+    end = time.monotonic() + WALL_SECONDS
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+        if thread.is_alive() and (_cpu_seconds(thread) > CPU_SECONDS or time.monotonic() > end):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped))
+            raise BundleError(
+                f"the bundle's chat template was stopped after {CPU_SECONDS} s of computing; it does not end, or does "
+                "too much. Give token ids, or build the bundle with another template"
+            )
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
+def _cpu_seconds(thread: threading.Thread) -> float:
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+    except OSError:  # it has just ended
+        return 0.0
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 class GenerationTag(Extension):

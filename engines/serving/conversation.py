@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
 from engines.serving.text import TextCodec
@@ -13,6 +15,8 @@ from iapt_export.contract.errors import IaptError
 
 ROLES = ("system", "user", "assistant")
 """Who may speak: those that training data may name."""
+MAX_STOPS, LONGEST_STOP, MAX_STOP_IDS = 16, 256, 64
+"""Each token of a row is compared with all of them, while the other rows wait."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ def conversation(where: str, request: Request, trained_system: str | None) -> li
         if problems:
             raise IaptError(f"{where}: " + "; ".join(problems))
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
+        for message in messages:
+            _check_characters(where, message["content"])
         if messages[-1]["role"] != "user":
             raise IaptError(f"{where}: the last message is the {messages[-1]['role']}'s; expected the user's")
     if messages[0]["role"] == "system":
@@ -77,7 +83,7 @@ def _problems(index: int, message: Any) -> list[str]:
     if not isinstance(message, Mapping):
         return [f"message {index} is {type(message).__name__}, expected an object with role and content"]
     problems = []
-    if message.get("role") not in ROLES:
+    if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
         problems.append(f"message {index} has role {message.get('role')!r}, expected {', '.join(ROLES)}")
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
@@ -98,10 +104,35 @@ def check_text_fields(where: str, request: Request) -> None:
     Raises:
         IaptError: what was expected, and what came.
     """
+    for name in ("tenant", "prompt"):
+        if not isinstance(value := getattr(request, name), str):
+            raise IaptError(f"{where}: {name} is {type(value).__name__}, expected text")
+    if isinstance(request.tokens, str | bytes | Mapping) or not hasattr(request.tokens, "__len__"):
+        raise IaptError(f"{where}: tokens is {type(request.tokens).__name__}, expected a list of token ids")
     if isinstance(request.messages, str | Mapping) or not isinstance(request.messages, Sequence):
         raise IaptError(f"{where}: messages is {type(request.messages).__name__}, expected a list of messages")
+    for name in ("stop", "stop_token_ids"):
+        if not isinstance(value := getattr(request, name), Sequence | np.ndarray):
+            raise IaptError(f"{where}: {name} is {type(value).__name__}, expected a tuple")
+    stops = [] if isinstance(request.stop, str) else [stop for stop in request.stop if isinstance(stop, str)]
+    if len(stops) > MAX_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+        raise IaptError(f"{where}: expected at most {MAX_STOPS} stop texts of at most {LONGEST_STOP} characters")
+    if len(request.stop_token_ids) > MAX_STOP_IDS:
+        raise IaptError(
+            f"{where}: {len(request.stop_token_ids)} stop token ids are given, expected at most {MAX_STOP_IDS}"
+        )
     given = [name for name in ("prompt", "messages", "tokens") if len(getattr(request, name))]
     if len(given) > 1:
         raise IaptError(f"{where}: {' and '.join(given)} are given; expected one of them")
     if request.system is not None and (given == ["tokens"] or not isinstance(request.system, str)):
         raise IaptError(f"{where}: system is {request.system!r}, expected text, beside a prompt or messages")
+    for text in (request.prompt, request.system or ""):
+        _check_characters(where, text)
+
+
+def _check_characters(where: str, text: str) -> None:
+    """Refuse halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise IaptError(f"{where}: the text has a broken character at place {error.start}; expected Unicode") from None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
+from engines.serving.own_process import check_process
 from engines.serving.request import Answer, Item, Token
 from engines.serving.scheduler import Entry
+from iapt_export.contract.errors import IaptError
 
 
 class Generation:
@@ -33,6 +36,7 @@ class Generation:
         self.done = False
         """Whether everything has been read."""
         self._error: Exception | None = None
+        self._process = os.getpid()
 
     def __iter__(self) -> Iterator[Token]:
         """Tokens as they come.
@@ -84,11 +88,23 @@ class Generation:
         """Called by the session with each token, None for a cancelled request that was dropped, or its failure."""
         with self._lock:
             self._items.put(item)
-            for tell in self._listeners:
-                tell()
+            for tell in list(self._listeners):
+                try:
+                    tell()
+                except Exception as error:  # the client's own code: its request ends, and no other
+                    self._listeners.remove(tell)
+                    self._entry.cancelled = True
+                    failure = IaptError(f"request {self._entry.number}: what listens to it failed: {error!r}")
+                    failure.__cause__ = error
+                    if isinstance(item, Token) and item.finish_reason is None:
+                        self._items.put(failure)
 
     def listen(self, tell: Callable[[], None]) -> None:
-        """Call ``tell`` for each item that waits to be read, and for each that comes; it must not block."""
+        """Call ``tell`` for each item that waits to be read, and for each that comes; it must not block.
+
+        What it raises while tokens come ends this request with an `IaptError`, and no other.
+        """
+        check_process(self._process)
         with self._lock:
             for _ in range(self._items.qsize()):
                 tell()
@@ -97,7 +113,8 @@ class Generation:
     def forget(self, tell: Callable[[], None]) -> None:
         """Call it no more."""
         with self._lock:
-            self._listeners.remove(tell)
+            if tell in self._listeners:
+                self._listeners.remove(tell)
 
     def take(self) -> Token | None:
         """The next token if one waits to be read.

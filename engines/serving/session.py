@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from engines.runner import Activated
 from engines.serving.conversation import check_text_fields, encode_request
 from engines.serving.generation import Generation, in_order_of_arrival
 from engines.serving.loading import open_stepper
+from engines.serving.own_process import OwnCondition
 from engines.serving.request import Answer, Item, Request, Token
 from engines.serving.sampling import Sampling
 from engines.serving.scheduler import Entry, Scheduler
@@ -31,7 +33,8 @@ from engines.serving.stepper import Stepper
 from engines.serving.tenants import Tenant, cast
 from engines.serving.text import TOKENIZER_FILE, TextCodec
 from iapt_export.contract.errors import IaptError, QueueFullError
-from iapt_export.contract.manifest import BundleManifest, TargetSpec, verify_files
+from iapt_export.contract.integrity import Checks, open_manifest
+from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 MAX_WAITING = 256
 POLL_SECONDS = 0.005
@@ -53,9 +56,8 @@ class Session(Activated):
     ) -> None:
         """Bind the parts together; `open` makes them from a bundle."""
         if max_waiting < 1:
-            raise IaptError(
-                f"max_waiting is {max_waiting}, expected at least 1; to wait for nothing, submit with timeout=0"
-            )
+            text = "expected at least 1; to wait for nothing, submit with timeout=0"
+            raise IaptError(f"max_waiting is {max_waiting}, {text}")
         self.bundle = bundle
         self.manifest = manifest
         self.target = target
@@ -66,7 +68,7 @@ class Session(Activated):
         self._scheduler = Scheduler(stepper, continuous=continuous)
         self._opening = threading.Lock()
         """Held while the session opens or closes."""
-        self._lock = threading.Condition()
+        self._lock = OwnCondition()
         """Guards everything below, and the bank; the scheduler belongs to the thread alone."""
         self._arrived: list[Entry] = []
         self._generations: dict[Entry, Generation] = {}
@@ -81,10 +83,10 @@ class Session(Activated):
         target: str | None = None,
         *,
         device: str = "cpu",
-        verify: bool = True,
         in_place: bool | None = None,
         continuous: bool = True,
         max_waiting: int = MAX_WAITING,
+        **checks: Unpack[Checks],
     ) -> Session:
         """Read a bundle and prepare one of its targets; `activate` (or a with block) loads it.
 
@@ -92,18 +94,17 @@ class Session(Activated):
             bundle: the folder that ``iapt-export build`` wrote.
             target: its name; None takes the bundle's first.
             device: ``cpu`` or ``cuda``, for ONNX Runtime.
-            verify: check every file's hash first.
             in_place: which kind of cache, see `engines.serving.loading.open_stepper`.
             continuous: let requests join while others run; else a batch runs to its end before the next begins.
             max_waiting: requests that may wait for a row; `submit` makes callers wait beyond that.
+            checks: ``verify``, ``trust="key.pub.pem"``, ``allow_unproven``; see
+                `iapt_export.contract.integrity.Checks`.
 
         Raises:
-            IaptError: the bundle is damaged, or this machine cannot run the target.
+            IaptError: the bundle is damaged, not trusted or not proven, or this machine cannot run the target.
         """
         folder = Path(bundle)
-        manifest = BundleManifest.load(folder)
-        if verify:
-            verify_files(folder, manifest)
+        manifest = open_manifest(folder, **checks)
         chosen = manifest.target(target)
         stepper = open_stepper(folder, manifest, chosen, device=device, in_place=in_place)
         return cls(folder, manifest, chosen, stepper, continuous=continuous, max_waiting=max_waiting)
@@ -115,6 +116,7 @@ class Session(Activated):
                 return
             self.stepper.activate()
             self._closing, self._failure = False, None
+            self._lock.own()
             self._thread = threading.Thread(target=self._serve, name="iapt-session", daemon=True)
             self._thread.start()
 

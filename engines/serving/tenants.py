@@ -18,6 +18,10 @@ from engines.runner import Arrays, numpy_type
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import TENANT_INDEX, BundleManifest, MethodSpec, TargetSpec, TenantSpec
 from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.contract.weights_header import read_header
+
+FLOATS = ("float32", "float16", "bfloat16")
+"""Types that a tenant's file may have."""
 
 
 @dataclass
@@ -73,7 +77,7 @@ class TenantBank:
         self._entries: dict[str, list[Tenant | None]] = {}
         for method in manifest.methods:
             specs = manifest.tenants_of(method.name)
-            files = [_read_tenant(bundle, spec, method) for spec in specs]
+            files = [_read_tenant(bundle, manifest, spec, method) for spec in specs]
             for weight in method.weights:
                 name = f"{method.name}.{weight.name}"
                 stack = np.stack([file[weight.name] for file in files])
@@ -120,6 +124,11 @@ class TenantBank:
                 f"{', '.join(map(str, ends)) or 'none'}, so they would run on; build the bundle again with its adapter"
             )
         method = self._method_of(card, path)
+        if card.prompt_length not in (None, method.prompt_length):
+            raise IaptError(
+                f"{path}: its prompts take {card.prompt_length} cache entries, those of method {method.name} in this "
+                f"bundle {method.prompt_length}; build the bundle again with its adapter"
+            )
         entries = {}
         for weight in method.weights:
             tensor = tensors.get(weight.name)
@@ -272,10 +281,16 @@ def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:
     return TenantCard.from_metadata(metadata, str(path)), tensors
 
 
-def _read_tenant(bundle: Path, spec: TenantSpec, method: MethodSpec) -> Arrays:
+def _read_tenant(bundle: Path, manifest: BundleManifest, spec: TenantSpec, method: MethodSpec) -> Arrays:
     if spec.path is None:
         raise BundleError(f"tenant {spec.name} is of method {method.name} but names no weights file")
-    _, tensors = _read_weights(bundle / spec.path, "build the bundle again")
+    metadata, tensors = _read_weights(bundle / spec.path, "build the bundle again")
+    card = TenantCard.from_metadata(metadata, str(bundle / spec.path))
+    if problems := card.contradictions(manifest, spec, method):
+        raise BundleError(
+            f"{bundle / spec.path} is not what the manifest says of tenant {spec.name}: its card's "
+            f"{'; '.join(problems)}. Build the bundle again"
+        )
     for weight in method.weights:
         _check_tensor(tensors.get(weight.name), weight.name, weight.shape, f"tenant {spec.name}")
     return tensors
@@ -283,9 +298,10 @@ def _read_tenant(bundle: Path, spec: TenantSpec, method: MethodSpec) -> Arrays:
 
 def _read_weights(path: Path, remedy: str) -> tuple[dict[str, str], Arrays]:
     try:
+        metadata, entries = read_header(path)
         with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            return metadata, {name: file.get_tensor(name) for name in entries}
+    except (SafetensorError, OSError, ValueError) as error:
         raise BundleError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
 
 
@@ -293,7 +309,9 @@ def _check_tensor(tensor: np.ndarray | None, name: str, shape: list[int | str], 
     if tensor is None or list(tensor.shape) != shape:
         came = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
         raise BundleError(f"{what}: {name} has {came}, the bundle expects {shape}")
-    if not np.isfinite(tensor).all():
+    if tensor.dtype.name not in FLOATS:
+        raise BundleError(f"{what}: {name} is of type {tensor.dtype.name}, expected one of {', '.join(FLOATS)}")
+    if not np.isfinite(tensor.astype(np.float32)).all():
         raise BundleError(f"{what}: {name} holds NaN or infinity; train the adapter again")
 
 

@@ -12,11 +12,11 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engines.tensorrt.flavour import PORTABLE, RTX
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.manifest import GraphSpec, Range, Ranges, TensorSpec, file_sha256, write_atomically
+from iapt_export.contract.schema import parse_json, read_fields
 
 SCHEMA_VERSION = 1
 
@@ -84,19 +84,22 @@ class EngineInfo:
         """
         path = info_path(engine_path)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            version = fields.pop("schema_version")
-            if version != SCHEMA_VERSION:
+            fields = parse_json(path.read_bytes())
+            if (version := fields["schema_version"]) != SCHEMA_VERSION:
                 raise BundleError(
                     f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; "
                     "upgrade iapt-export, or build the engine again"
                 )
-            return _from_fields(fields)
+            problems: list[str] = []
+            info: EngineInfo = read_fields(cls, fields, "record", problems)
+            if problems:
+                raise ValueError("; ".join(problems))
+            return info
         except FileNotFoundError as error:
             raise BundleError(
                 f"{path} is missing; the builder writes it beside every engine: copy or build both again"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{path} is no engine record ({error}); build the engine again") from error
 
 
@@ -184,12 +187,6 @@ def interface_problems(spec: GraphSpec, inputs: list[EngineTensor], outputs: lis
             if tensor.name in by_name:
                 problems += _tensor_problems(kind, tensor, by_name[tensor.name])
     return problems
-
-
-def _from_fields(fields: dict[str, Any]) -> EngineInfo:
-    tensors = {kind: [EngineTensor(**tensor) for tensor in fields.pop(kind)] for kind in ("inputs", "outputs")}
-    profiles = [{name: ProfileShape(**shape) for name, shape in profile.items()} for profile in fields.pop("profiles")]
-    return EngineInfo(inputs=tensors["inputs"], outputs=tensors["outputs"], profiles=profiles, **fields)
 
 
 def _is_dynamic(tensor: TensorSpec) -> bool:

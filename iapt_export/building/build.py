@@ -19,10 +19,12 @@ from engines.tensorrt.engine_info import EngineInfo
 from engines.tensorrt.flavour import runtime_version
 from iapt_export.building import layout as layout
 from iapt_export.building.build_request import BuildRequest
-from iapt_export.building.jobs import BuildPlan, EngineJob, GraphJob, check_request, plan_build
+from iapt_export.building.jobs import BuildPlan, EngineJob, GraphJob, cache_of, check_request, plan_build
+from iapt_export.building.output import claimed, publish, temporary_folder
 from iapt_export.building.plan import TENSORRT, TargetPlan, onnx_variant
-from iapt_export.building.stage_cache import publish, run_stage, temporary_folder
+from iapt_export.building.stage_cache import in_use, run_stage
 from iapt_export.contract.errors import ParityError
+from iapt_export.contract.integrity import sign
 from iapt_export.contract.manifest import BundleManifest, TargetSpec, file_sha256
 from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.installed import computing_fields
@@ -54,11 +56,21 @@ def build(request: BuildRequest, on_step: OnStep = lambda *_: None) -> BundleMan
         ParityError: what was built does not compute what PyTorch computes; nothing stands at the output then.
     """
     check_request(request)  # the plan does it again; here, so that it is refused before the backbone is loaded
+    with claimed(Path(request.output)), in_use(cache_of(request)):
+        try:
+            return _build(request, on_step)
+        except OSError as error:
+            error.filename = error.filename or request.output  # not every library says which file it was
+            raise
+
+
+def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
     on_step(f"loading {request.model}")
     backbones = _Backbones(request)
     plan = plan_build(request, backbones.load("fp32"))
     on_step("looking for an up-to-date bundle")
     if layout.is_current(plan.output, plan.key):
+        _sign(plan.output, request)
         return BundleManifest.load(plan.output)
     graphs = {job.variant: _export(job, plan, backbones, on_step) for job in plan.graphs}
     with temporary_folder(plan.output) as bundle:
@@ -66,8 +78,14 @@ def build(request: BuildRequest, on_step: OnStep = lambda *_: None) -> BundleMan
         manifest = _lay_out(plan, targets, graphs, backbones.load("fp32"), bundle)
         if request.prove:
             manifest = _prove(plan, bundle, manifest, backbones.load("fp32"), on_step)
+        _sign(bundle, request)
         publish(bundle, plan.output)
     return manifest
+
+
+def _sign(bundle: Path, request: BuildRequest) -> None:
+    if request.sign:
+        sign(bundle, Path(request.sign))
 
 
 class _Backbones:

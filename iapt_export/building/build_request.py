@@ -74,6 +74,8 @@ class BuildRequest:
     prove: Annotated[bool, Parameter(parse=False)] = True
     """Compare with PyTorch before the bundle is published. Without it the manifest's verdict is ``not run``: for
     measurements alone."""
+    sign: Annotated[str | Path | None, Parameter(metavar="KEY.pem")] = None
+    """Sign the manifest with this private ed25519 key; whoever runs the bundle can ask for that with --trust."""
     cache: Annotated[str | Path | None, Parameter(metavar="DIR")] = None
     """Where finished stages are kept; without it, in $IAPT_EXPORT_CACHE or the user's cache."""
     revision: Annotated[str | None, Parameter(metavar="REV")] = None

@@ -19,6 +19,7 @@ from engines.tensorrt.builder import BuildOptions, check_options
 from engines.tensorrt.flavour import check_target, load_tensorrt
 from iapt_export.building import layout as layout
 from iapt_export.building.build_request import BuildRequest
+from iapt_export.building.output import check_output
 from iapt_export.building.plan import (
     TENSORRT,
     TargetPlan,
@@ -31,9 +32,10 @@ from iapt_export.building.plan import (
     plan_targets,
     plan_tenants,
 )
-from iapt_export.building.stage_cache import check_output, content_key, default_cache
+from iapt_export.building.stage_cache import content_key, default_cache
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS
+from iapt_export.contract.integrity import load_private_key
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.table import graph_specs
@@ -41,7 +43,18 @@ from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.family import Family, check_family
 
-NOT_IN_KEY = ("model", "revision", "trust_remote_code", "adapters", "output", "cache", "prove", "dtype", "opset")
+NOT_IN_KEY = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "adapters",
+    "output",
+    "cache",
+    "prove",
+    "sign",
+    "dtype",
+    "opset",
+)
 """Fields of a request that a build's key leaves out: it hashes what stands at a place, and each target's type and
 opset; a bundle without proof is never up to date."""
 
@@ -86,13 +99,18 @@ class BuildPlan:
 
     @property
     def output(self) -> Path:
-        """The bundle's folder."""
-        return Path(self.request.output)
+        """The bundle's folder, without links."""
+        return Path(self.request.output).resolve()
 
     @property
     def cache(self) -> Path:
         """Where stages are kept."""
-        return Path(self.request.cache) if self.request.cache else default_cache()
+        return cache_of(self.request)
+
+
+def cache_of(request: BuildRequest) -> Path:
+    """Where a request's stages are kept."""
+    return Path(request.cache) if request.cache else default_cache()
 
 
 def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
@@ -102,10 +120,12 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
         The targets and ranges that are asked for.
 
     Raises:
-        IaptError: contradicting or unknown settings, an output that is not ours, or engines that this machine
-            cannot build.
+        IaptError: contradicting or unknown settings, an output that is not ours, no key to sign with, or engines
+            that this machine cannot build.
     """
-    check_output(Path(request.output))
+    check_output(Path(request.output), cache_of(request))
+    if request.sign:
+        load_private_key(Path(request.sign))
     targets = plan_targets(request.targets, request.dtype, request.opset)
     check_device(targets, request.device)
     _check_engines(request, targets)

@@ -20,8 +20,9 @@ from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import STAGE_FILE, place
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.graphs import ENCODER, step_graphs
+from iapt_export.contract.integrity import verify_files
 from iapt_export.contract.manifest import (
-    MANIFEST_FILE,
+    OUTSIDE_MANIFEST,
     BackboneSpec,
     BundleManifest,
     FileSpec,
@@ -32,7 +33,6 @@ from iapt_export.contract.manifest import (
     TargetSpec,
     TenantSpec,
     file_sha256,
-    verify_files,
     write_atomically,
 )
 from iapt_export.contract.sizes import BackboneSizes
@@ -140,6 +140,7 @@ def tenant_card(name: str, plan: TenantPlan, backbone: BackboneSpec) -> TenantCa
         system_prompt=adapter.system_prompt,
         eos_token_id=adapter.eos_token_id,
         labels=list(adapter.labels),
+        prompt_length=item.method.num_slots,
     )
 
 
@@ -258,7 +259,7 @@ def new_manifest(
 
 def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:
     """The manifest with the hash and size of every file that stands in the bundle now."""
-    paths = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    paths = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name not in OUTSIDE_MANIFEST)
     files = {path.relative_to(bundle).as_posix(): FileSpec(file_sha256(path), path.stat().st_size) for path in paths}
     return dataclasses.replace(manifest, files=files)
 

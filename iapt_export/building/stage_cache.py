@@ -3,6 +3,10 @@
 A stage is a folder named after the hash of everything that went into it. It is written under a
 temporary name and renamed when complete, so a folder that bears its name is whole; its files' hashes
 are checked again before every use, so that an altered file is rebuilt and not shipped.
+
+    .lock               shared by the builds that use the cache; held alone by `prune`
+    .STAGE.lock         held while a stage is made, so that two builds do not make it twice
+    .STAGE.building     the stage, until it is whole
 """
 
 from __future__ import annotations
@@ -10,17 +14,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iapt_export.building.output import temporary_folder
+from iapt_export.contract.disk import locked
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import MANIFEST_FILE, file_sha256, write_atomically
+from iapt_export.contract.manifest import file_sha256, write_atomically
 
 STAGE_FILE = "stage.json"
 CACHE_VARIABLE = "IAPT_EXPORT_CACHE"
+CACHE_LOCK = ".lock"
+STAGE_NAME = re.compile(r"[a-z0-9_.-]+-[0-9a-f]{16}", re.IGNORECASE)
+LEFTOVER = re.compile(r"\..+-[0-9a-f]{16}\.(lock|building(-[0-9]+)?)")
+"""Also as older versions called them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is kept."""
+
+    name: str
+    size_bytes: int
+    used: float
+    """When a build used it last, in seconds since 1970."""
 
 
 def default_cache() -> Path:
@@ -35,8 +58,16 @@ def content_key(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@contextmanager
+def in_use(cache: Path) -> Iterator[None]:
+    """Keep `prune` away from a cache while the context is open; any number of builds may use it at once."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / CACHE_LOCK, shared=True):
+        yield
+
+
 def run_stage(cache: Path, name: str, inputs: dict[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
-    """Make a stage's files, or find them made.
+    """Make a stage's files, or find them made; waits while another build makes the same.
 
     Args:
         cache: where stages are kept.
@@ -48,80 +79,72 @@ def run_stage(cache: Path, name: str, inputs: dict[str, Any], make: Callable[[Pa
         The stage's folder, and whether it was found made.
     """
     folder = cache / f"{name}-{content_key(inputs)}"
-    if _is_whole(folder):
-        return folder, True
-    shutil.rmtree(folder, ignore_errors=True)
-    with temporary_folder(folder) as temporary:
-        make(temporary)
-        hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        write_atomically(temporary / STAGE_FILE, json.dumps({"inputs": inputs, "files": hashes}, indent=2).encode())
-        try:
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / f".{folder.name}.lock"):
+        if _is_whole(folder):
+            os.utime(folder / STAGE_FILE)
+            return folder, True
+        shutil.rmtree(folder, ignore_errors=True)
+        with temporary_folder(folder) as temporary:
+            make(temporary)
+            hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+            write_atomically(temporary / STAGE_FILE, json.dumps({"inputs": inputs, "files": hashes}, indent=2).encode())
             os.replace(temporary, folder)
-        except OSError:
-            if not _is_whole(folder):  # else another build finished the same stage meanwhile, and its files serve
-                raise
     return folder, False
 
 
-@contextmanager
-def temporary_folder(final: Path) -> Iterator[Path]:
-    """An empty folder beside ``final`` that is gone when the context closes, unless it was renamed away.
-
-    Leftovers of killed runs are removed first.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(f".{final.name}.building-*"):
-        if not _is_alive(leftover.name.rsplit("-", 1)[1]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = final.parent / f".{final.name}.building-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def stages(cache: Path) -> list[Stage]:
+    """What a cache keeps, the stage that was used last first; empty where there is no cache."""
+    found = []
+    for folder in cache.iterdir() if cache.is_dir() else ():
+        if STAGE_NAME.fullmatch(folder.name) and folder.is_dir():
+            record = folder / STAGE_FILE
+            used = record.stat().st_mtime if record.is_file() else 0.0
+            found.append(Stage(folder.name, _size(folder), used))
+    return sorted(found, key=lambda stage: (-stage.used, stage.name))
 
 
-def check_output(output: Path) -> None:
-    """Refuse to replace anything but a bundle; put back one that a killed build had moved aside.
+def prune(cache: Path, max_bytes: int) -> list[Stage]:
+    """Remove what killed builds left, and the stages that were not used for longest, until the rest fits.
+
+    Args:
+        cache: where stages are kept; files of others in it stay.
+        max_bytes: what may stay.
+
+    Returns:
+        The stages that were removed.
 
     Raises:
-        IaptError: something else stands there.
+        IaptError: there is no such folder, or a build is using it.
     """
-    for aside in output.parent.glob(f".{output.name}.old-*"):
-        if _is_alive(aside.name.rsplit("-", 1)[1]):
-            continue
-        if output.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(aside, output)
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() and not _is_bundle(output):
-        raise IaptError(f"--output {output} exists and is not a bundle; nothing was changed. Give another --output")
+    if not cache.is_dir():
+        raise IaptError(f"there is no cache at {cache}; nothing to prune")
+    with locked(cache / CACHE_LOCK, f"a build is using the cache {cache}; prune it when that is done"):
+        for path in list(cache.iterdir()):
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        removed, left = [], 0
+        for stage in stages(cache):
+            left += stage.size_bytes
+            if left > max_bytes or stage.used == 0:
+                shutil.rmtree(cache / stage.name)
+                removed.append(stage)
+                left -= stage.size_bytes
+    return removed
 
 
-def _is_bundle(folder: Path) -> bool:
-    """Whether a manifest of ours stands there; web pages and other tools have files of that name too."""
-    try:
-        fields = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(fields, dict) and {"schema_version", "build_key", "tenants"} <= set(fields)
+def table(cache: Path, kept: list[Stage]) -> Any:
+    """The stages as a rich table."""
+    from rich.table import Table
 
-
-def publish(built: Path, output: Path) -> None:
-    """Rename a finished bundle into place; one that stood there goes only when the new one stands."""
-    old = output.parent / f".{output.name}.old-{os.getpid()}"
-    if output.exists():
-        os.replace(output, old)
-    try:
-        os.replace(built, output)
-    except BaseException:  # an interrupt too: what stood there must stand there again
-        if old.exists():
-            os.replace(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    total = sum(stage.size_bytes for stage in kept)
+    result = Table(title=f"{cache}: {len(kept)} stages, {total / 1e6:,.1f} MB", box=None, title_justify="left")
+    for name in ("stage", "MB", "last used"):
+        result.add_column(name, justify="right" if name == "MB" else "left", overflow="fold")
+    for stage in kept:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(stage.used)) if stage.used else "never finished"
+        result.add_row(stage.name, f"{stage.size_bytes / 1e6:,.1f}", used)
+    return result
 
 
 def place(source: Path, folder: Path) -> None:
@@ -141,9 +164,5 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in hashes.items())
 
 
-def _is_alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (OSError, ValueError):
-        return False
-    return True
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

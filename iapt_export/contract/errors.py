@@ -27,10 +27,29 @@ class NotRunnableError(IaptError):
     """This machine lacks what a target needs: a runtime, a driver, a GPU. The files themselves may be fine."""
 
 
-EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "yaml"), "train") | dict.fromkeys(
-    ("onnx", "onnx_ir", "onnxscript", "matplotlib"), "export"
+EXTRAS = (
+    dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "yaml"), "train")
+    | dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "matplotlib"), "export")
+    | {"cryptography": "sign"}
 )
 """Packages that only some commands need, to the extra that brings them."""
+
+
+_ELSEWHERE = "write to another place"
+REMEDIES = {
+    errno.ENOSPC: "free space, then run the command again",
+    errno.EDQUOT: "free space of your quota, then run the command again",
+    errno.EFBIG: "the file system or a limit (ulimit -f) takes no such file; raise it or write to another place",
+    errno.EACCES: f"get that permission, or {_ELSEWHERE}",
+    errno.EPERM: f"get that permission, or {_ELSEWHERE}",
+    errno.EROFS: _ELSEWHERE,
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "a part of the path is a file; expected a folder",
+    errno.EISDIR: "it is a folder; expected a file",
+    errno.ELOOP: "a link leads back to itself; remove it",
+    errno.EIO: "the disk cannot be read or written there; check it",
+}
+"""What a user can do about an error of the file system, whatever the command."""
 
 
 def explain(error: Exception) -> str | None:
@@ -39,9 +58,6 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
         return f"{error.name} is not installed and this command needs it; try: pip install 'iapt-export[{extra}]'"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return (
-            f"{error.strerror}: {error.filename or 'writing output'}; nothing was left half-written. Free space or "
-            "choose another --output or --cache, then run the command again: it goes on where it stopped"
-        )
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return f"{error.strerror}: {error.filename or 'writing a file'}; {REMEDIES[error.errno]}"
     return None

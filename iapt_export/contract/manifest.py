@@ -1,7 +1,7 @@
 """``manifest.json``, the contract between the exporter and everything that runs a bundle.
 
 Standard library only: a deployment machine reads it without torch. The reader checks the schema
-version first, then every field, and reports all problems together; `verify_files` checks the hashes.
+version first, then every field, and reports all problems together; `iapt_export.contract.integrity` checks the hashes.
 
 Shape legend of the graphs: ``batch`` B, ``sequence`` T, ``past`` S, ``total`` S+1, ``tenants`` N.
 """
@@ -11,16 +11,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iapt_export.contract.disk import file_sha256 as file_sha256
+from iapt_export.contract.disk import write_atomically as write_atomically
 from iapt_export.contract.errors import BundleError
-from iapt_export.contract.schema import read_fields
-from iapt_export.contract.sizes import BackboneSizes
+from iapt_export.contract.graphs import step_graphs
+from iapt_export.contract.schema import parse_json, read_fields
+from iapt_export.contract.sizes import MOST, MOST_LAYERS, BackboneSizes
+from iapt_export.contract.types import TENSOR_TYPES
 
 MANIFEST_FILE = "manifest.json"
+HASH_FILE = "manifest.sha256"
+"""The manifest's own hash, as ``sha256sum`` writes and checks it."""
+SIGNATURE_FILE = "manifest.sig"
+OUTSIDE_MANIFEST = (MANIFEST_FILE, HASH_FILE, SIGNATURE_FILE)
+"""The files of a bundle that its manifest does not list."""
+PROMPT_FORMATS = ("chat", "plain")
+LONGEST = 2**31
+"""Positions, and sizes of a dynamic dimension, at most."""
 SCHEMA_VERSION = 2
 READS_INSTRUCTION = "reads_instruction"
 """Input of ``serve``, a boolean: whether this step reads instructions or goes on from them."""
@@ -40,6 +54,10 @@ class TensorSpec:
     shape: list[int | str]
     """Fixed sizes as numbers, dynamic ones by name (see the legend)."""
 
+    def __post_init__(self) -> None:
+        if any(isinstance(size, int) and size < 0 for size in self.shape):
+            raise BundleError(f"shape is {self.shape}, expected no negative size")
+
 
 @dataclass(frozen=True)
 class Range:
@@ -53,6 +71,8 @@ class Range:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise BundleError(f"range {self.min}/{self.opt}/{self.max} is not ordered: expected 1 <= min <= opt <= max")
+        if self.max > LONGEST:
+            raise BundleError(f"range ends at {self.max}, expected at most {LONGEST}")
 
 
 @dataclass(frozen=True)
@@ -95,10 +115,13 @@ class BackboneSpec(BackboneSizes):
     pad_token_id: int
 
     def __post_init__(self) -> None:
-        sizes = {item.name: getattr(self, item.name) for item in dataclasses.fields(BackboneSizes)}
-        for name, size in {**sizes, "max_positions": self.max_positions}.items():
-            if size < 1:
-                raise BundleError(f"{name} is {size}, expected at least 1")
+        limits = {item.name: MOST for item in dataclasses.fields(BackboneSizes)}
+        for name, most in (limits | {"num_layers": MOST_LAYERS, "max_positions": LONGEST}).items():
+            if not 1 <= (size := getattr(self, name)) <= most:
+                raise BundleError(f"{name} is {size}, expected 1 to {most}")
+        for token in (self.pad_token_id, *self.eos_token_ids):
+            if not 0 <= token < self.vocab_size:
+                raise BundleError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +140,10 @@ class MethodSpec:
     """Tensors of one tenant, in the order of the inputs ``NAME.TENSOR``, without the tenants axis."""
     in_decode: bool = False
     """Whether decode steps take its weights too; else they are the plain backbone's."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prompt_length <= MOST:
+            raise BundleError(f"prompt_length is {self.prompt_length}, expected 0 to {MOST}")
 
 
 @dataclass(frozen=True)
@@ -142,6 +169,10 @@ class TenantSpec:
     """JSONL with a ``prompt`` on each line: inputs that the tenant was made for, used by validation."""
     system_prompt: str | None = None
     """What all of its training examples began with; empty for none, None where they differ or did not say."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_format not in PROMPT_FORMATS:
+            raise BundleError(f"prompt_format is {self.prompt_format!r}, expected chat or plain")
 
 
 @dataclass(frozen=True)
@@ -172,6 +203,10 @@ class FileSpec:
 
     sha256: str
     size_bytes: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256) or self.size_bytes < 0:
+            raise BundleError("expected a SHA-256 in 64 hex digits and a size of at least 0")
 
 
 @dataclass(frozen=True)
@@ -247,13 +282,14 @@ class BundleManifest:
         return next((spec.prompt_length for spec in self.methods if spec.name == method), 0)
 
     def save(self, bundle: Path) -> None:
-        """Write ``manifest.json`` whole or not at all."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
-        write_atomically(bundle / MANIFEST_FILE, text.encode())
+        """Write ``manifest.json`` and ``manifest.sha256``, each whole or not at all."""
+        data = (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n").encode()
+        write_atomically(bundle / MANIFEST_FILE, data)
+        write_atomically(bundle / HASH_FILE, hash_line(data).encode())
 
     @classmethod
     def load(cls, bundle: Path) -> BundleManifest:
-        """Read and check ``manifest.json``; files are checked by `verify_files`.
+        """Read and check ``manifest.json``; its hash and the files are checked by `iapt_export.contract.integrity`.
 
         Raises:
             BundleError: it is missing, no JSON, of another schema, has missing, unknown or wrong fields, or
@@ -262,9 +298,14 @@ class BundleManifest:
         path = bundle / MANIFEST_FILE
         if not path.is_file():
             raise BundleError(f"{bundle} holds no {MANIFEST_FILE}; expected a bundle written by 'iapt-export build'")
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, path: str) -> BundleManifest:
+        """`load` from bytes; ``path`` names them in errors."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            fields = parse_json(data)
+        except ValueError as error:
             raise BundleError(f"{path} is not JSON: {error}; build the bundle again") from error
         version = fields.get("schema_version") if isinstance(fields, dict) else None
         if version != SCHEMA_VERSION:
@@ -274,32 +315,14 @@ class BundleManifest:
             )
         problems: list[str] = []
         manifest: BundleManifest = read_fields(cls, fields, "manifest", problems)
-        problems += [] if manifest is None else _path_problems(manifest) + _method_problems(manifest)
+        for check in (_path_problems, _reference_problems, _type_problems) if manifest else ():
+            problems += check(manifest)
         if problems:
             raise BundleError(f"{path} is not a valid manifest: " + "; ".join(problems))
         return manifest
 
 
-def verify_files(bundle: Path, manifest: BundleManifest) -> None:
-    """Check that every file the manifest names is there, with its size and hash.
-
-    Raises:
-        BundleError: files are missing or altered; all of them are listed.
-    """
-    problems = [f"{name} is used but has no hash" for name in _used_paths(manifest) if name not in manifest.files]
-    for name, spec in manifest.files.items():
-        path = bundle / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != spec.size_bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes, expected {spec.size_bytes}")
-        elif file_sha256(path) != spec.sha256:
-            problems.append(f"{name} was altered: its SHA-256 differs from the manifest's")
-    if problems:
-        raise BundleError(f"{bundle} is damaged: " + "; ".join(problems) + ". Copy or build the bundle again")
-
-
-def _used_paths(manifest: BundleManifest) -> list[str]:
+def used_paths(manifest: BundleManifest) -> list[str]:
     """Paths of the files that a session or a comparison opens by name."""
     tenants = [path for tenant in manifest.tenants for path in (tenant.path, tenant.trained, tenant.examples)]
     graphs = [graph.path for target in manifest.targets for graph in target.graphs.values()]
@@ -308,39 +331,61 @@ def _used_paths(manifest: BundleManifest) -> list[str]:
 
 def _path_problems(manifest: BundleManifest) -> list[str]:
     """One line for each path that could lead out of the bundle."""
-    paths = sorted({*_used_paths(manifest), *manifest.files})
+    paths = sorted({*used_paths(manifest), *manifest.files})
     return [
         f"path {path!r} leaves the bundle; expected a relative path without '..'"
         for path in paths
-        if path.startswith("/") or "\\" in path or not set(path.split("/")).isdisjoint({"", ".", ".."})
+        if "\\" in path or "\0" in path or not set(path.split("/")).isdisjoint({"", ".", ".."})
     ]
 
 
-def _method_problems(manifest: BundleManifest) -> list[str]:
-    """One line for each tenant whose method the manifest does not describe, or that has no weights."""
+def _reference_problems(manifest: BundleManifest) -> list[str]:
+    """One line for each name that is there twice, each tenant without weights or with a method that is not described,
+    and each target without graphs to serve from.
+    """
     known = {method.name for method in manifest.methods}
+    kinds: dict[str, Sequence[MethodSpec | TenantSpec | TargetSpec]] = {
+        "method": manifest.methods,
+        "tenant": manifest.tenants,
+        "target": manifest.targets,
+    }
+    return (
+        [
+            f"{kind} {name} is named twice"
+            for kind, specs in kinds.items()
+            for name, count in Counter(spec.name for spec in specs).items()
+            if count > 1
+        ]
+        + [
+            f"target {target.name} has no graphs that read instructions and go on from them"
+            for target in manifest.targets
+            if not step_graphs(target.graphs, in_place=True) and not step_graphs(target.graphs, in_place=False)
+        ]
+        + [
+            f"tenant {tenant.name} is of method {tenant.method!r}, which the manifest does not describe"
+            for tenant in manifest.tenants
+            if tenant.method is not None and tenant.method not in known
+        ]
+        + [
+            f"tenant {tenant.name} names no weights, neither as path nor as trained"
+            for tenant in manifest.tenants
+            if tenant.path is None and tenant.trained is None
+        ]
+    )
+
+
+def hash_line(data: bytes) -> str:
+    """What ``manifest.sha256`` says of a manifest's bytes."""
+    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST_FILE}\n"
+
+
+def _type_problems(manifest: BundleManifest) -> list[str]:
+    """One line for each tensor of a type that no graph takes or gives."""
+    graphs = [graph for target in manifest.targets for graph in target.graphs.values()]
+    tensors = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
+    tensors += [tensor for method in manifest.methods for tensor in method.weights]
     return [
-        f"tenant {tenant.name} is of method {tenant.method!r}, which the manifest does not describe"
-        for tenant in manifest.tenants
-        if tenant.method is not None and tenant.method not in known
-    ] + [
-        f"tenant {tenant.name} names no weights, neither as path nor as trained"
-        for tenant in manifest.tenants
-        if tenant.path is None and tenant.trained is None
+        f"dtype of {tensor.name} is {tensor.dtype!r}, expected one of {', '.join(TENSOR_TYPES)}"
+        for tensor in tensors
+        if tensor.dtype not in TENSOR_TYPES
     ]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)

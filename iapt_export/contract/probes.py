@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iapt_export.contract.errors import BundleError
-from iapt_export.contract.schema import read_fields
+from iapt_export.contract.schema import parse_json, read_fields
 
 PROBES_FILE = "probes.json"
 SCHEMA_VERSION = 1
@@ -70,8 +70,8 @@ class Probes:
         """
         path = bundle / PROBES_FILE
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            fields = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read: {error}; build the bundle again") from error
         version = fields.get("schema_version") if isinstance(fields, dict) else None
         if version != SCHEMA_VERSION:

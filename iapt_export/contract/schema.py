@@ -1,13 +1,67 @@
-"""Parsed JSON into dataclasses, every problem told at once. Standard library only."""
+"""JSON from outside: parsed as its standard has it, then read into dataclasses, every problem told at once.
+
+Standard library only. ``engines/cpp/src/json_fields.h`` takes and refuses the same bytes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 import types
 import typing
-from typing import Any
+from typing import Any, NoReturn
 
 from iapt_export.contract.errors import BundleError
+
+DEEPEST = 64
+"""Lists and objects inside each other, at most."""
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_INT64 = range(-(2**63), 2**63)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON strictly: UTF-8, no NaN or infinity, no half surrogates, no name twice, at most `DEEPEST` levels.
+
+    Raises:
+        ValueError: it is none, with the reason.
+    """
+    text = data.decode("utf-8") if isinstance(data, bytes) else data
+    depth = 0
+    for mark in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
+        depth += 1 if mark in "[{" else -1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    value = json.loads(
+        text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite_int, object_pairs_hook=_once
+    )
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("an object has a name twice")
+    return fields
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _finite_int(text: str) -> int:
+    if len(text) > 300:
+        _finite(text)
+    return int(text)
 
 
 def read_fields(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
@@ -16,21 +70,29 @@ def read_fields(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, where, problems)
     if origin in (types.UnionType, typing.Union):
-        if not any(isinstance(value, option) and not isinstance(value, bool) for option in arguments):
-            problems.append(f"{where} is {value!r}, expected {hint}")
+        fits = any(isinstance(value, option) and not isinstance(value, bool) for option in arguments)
+        if not fits or (isinstance(value, int) and value not in _INT64):
+            problems.append(f"{where} is {_shown(value)}, expected {hint}")
         return value
     if origin is list and isinstance(value, list):
         return [read_fields(arguments[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: read_fields(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
-    if hint is not Any and (not isinstance(value, origin or hint) or (hint is int and isinstance(value, bool))):
-        problems.append(f"{where} is {value!r}, expected {getattr(origin or hint, '__name__', hint)}")
+    wrong_int = hint is int and (isinstance(value, bool) or (isinstance(value, int) and value not in _INT64))
+    if hint is not Any and (not isinstance(value, origin or hint) or wrong_int):
+        problems.append(f"{where} is {_shown(value)}, expected {getattr(origin or hint, '__name__', hint)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's text, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _dataclass(cls: Any, value: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
-        problems.append(f"{where} is {value!r}, expected an object")
+        problems.append(f"{where} is {_shown(value)}, expected an object")
         return None
     hints = typing.get_type_hints(cls)
     required = {

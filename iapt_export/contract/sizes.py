@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST = 2**24
+"""What any of these sizes is at most."""
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class BackboneSizes:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.schema import read_fields
+from iapt_export.contract.manifest import BundleManifest, MethodSpec, TenantSpec
+from iapt_export.contract.schema import parse_json, read_fields
 
 CARD_KEY = "iapt_tenant"
 SCHEMA_VERSION = 1
@@ -39,12 +40,36 @@ class TenantCard:
     eos_token_id: int | None = None
     """What ended its answers in training, which must be an end token of the bundle; None where it is not known."""
     labels: list[str] = field(default_factory=list)
+    prompt_length: int | None = None
+    """Cache entries that its prompts take, as its method's in the bundle; None in files of older versions."""
     schema_version: int = SCHEMA_VERSION
 
     def fits(self, form: str, config: Mapping[str, Any]) -> bool:
         """Whether a bundle's method computes what this tenant needs; how weights were found does not count."""
         mine, theirs = (_comparable(form, fields) for fields in (self.config, config))
         return self.form == form and all(theirs.get(name) == value for name, value in mine.items())
+
+    def contradictions(self, manifest: BundleManifest, spec: TenantSpec, method: MethodSpec) -> list[str]:
+        """One line for each thing that a bundle's manifest says otherwise of its own tenant."""
+        told = {
+            "name": (self.name, spec.name),
+            "fingerprint": (self.fingerprint, manifest.backbone.fingerprint),
+            "trained_form": (self.trained_form, spec.trained_form),
+            "prompt_format": (self.prompt_format, spec.prompt_format),
+            "system_prompt": (self.system_prompt, spec.system_prompt),
+            "labels": (self.labels, spec.labels),
+            "prompt_length": (self.prompt_length, method.prompt_length),
+        }
+        problems = [
+            f"{name} is {mine!r}, and {theirs!r} in the manifest"
+            for name, (mine, theirs) in told.items()
+            if mine != theirs
+        ]
+        if not self.fits(method.form, method.config):
+            problems.append(f"form and config are not those of method {method.name}")
+        if self.eos_token_id is not None and self.eos_token_id not in manifest.backbone.eos_token_ids:
+            problems.append(f"eos_token_id is {self.eos_token_id}, which is none of the manifest's")
+        return problems
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors keeps it."""
@@ -58,8 +83,8 @@ class TenantCard:
             IaptError: there is none, or it is of another schema, or has missing, unknown or wrong fields.
         """
         try:
-            fields = json.loads(metadata[CARD_KEY])
-        except (KeyError, json.JSONDecodeError) as error:
+            fields = parse_json(metadata[CARD_KEY])
+        except (KeyError, ValueError) as error:
             raise IaptError(
                 f"{where} carries no tenant card; expected a file written by 'iapt-export tenant', or a bundle's "
                 "tenants/NAME.safetensors"
@@ -80,4 +105,4 @@ class TenantCard:
 def _comparable(form: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A form's settings with those that an older file lacks; lists of names in one order."""
     complete = {**OLDER.get(form, {}), **config}
-    return {name: sorted(value) if isinstance(value, list) else value for name, value in complete.items()}
+    return {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in complete.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import iapt_export
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import REMEDIES, IaptError
 from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
 
 ROOT = Path(iapt_export.__file__).resolve().parent.parent
@@ -170,7 +170,7 @@ def test_a_disk_that_refuses(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("iapt_export.contract.manifest.BundleManifest.load", fail)
     outcome = run("validate", tiny_build.bundle)
     assert outcome.code == 1
-    assert "reason: /some/file; nothing was left half-written. Free space" in outcome.err
+    assert outcome.err == f"iapt-export: error: reason: /some/file; {REMEDIES[number]}\n"
 
 
 def test_a_defect_keeps_its_trace(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ COMMANDS = {
     "tenant": ("ADAPTER", "--bundle", "--output -o FILE.safetensors", "--peft-prompt-format", "--trust-remote-code"),
     "bench": ("BUNDLE", "--rows N... Rows that run at once, one table line each. [default: 1,8]", "--plot FILE.png"),
     "inspect": ("PATH", "Adapter directory, bundle, .onnx or .engine"),
+    "cache": ("finished stages that builds go on from", "20GB"),
     "doctor": ("what this machine can build and run",),
 }
 
@@ -104,7 +105,7 @@ def test_version_and_module_agree() -> None:
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ([], "iapt-export needs a command: train, build, validate, generate, tenant, bench, inspect, doctor"),
+        ([], "iapt-export needs a command: train, build, validate, generate, tenant, bench, inspect, cache, doctor"),
         (["export"], 'Unknown command "export". Available commands: train, build'),
         (["build"], "iapt-export build needs --model, --adapter, --output; --model is missing"),
         (["build", "-mm", "--adapter=a"], "--output is missing"),

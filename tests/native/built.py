@@ -22,7 +22,8 @@ TOKENIZER = INSTALLED / "lib" / "libonnxruntime-genai.so"
 TENSORRT_RUNNER = INSTALLED / "lib" / "libiapt_tensorrt_rtx.so"
 READER = ROOT / "build" / "cpp" / "bin" / "read_texts"
 ROWS = ROOT / "build" / "cpp" / "bin" / "answer_rows"
-FUZZER = ROOT / "build" / "cpp-sanitize" / "bin" / "fuzz_manifest"
+JUDGE = ROOT / "build" / "cpp" / "bin" / "fuzz_files"
+FUZZER = ROOT / "build" / "cpp-sanitize" / "bin" / "fuzz_files"
 
 needs_runner = pytest.mark.skipif(not RUNNER.is_file(), reason="iapt_run is not built; 'make cpp' builds it")
 needs_tokenizer = pytest.mark.skipif(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_damage_is_found_before_anything_runs(tiny_bundle: Path) -> None:
         ({"build_key": 5}, "manifest.build_key is 5, expected string"),
         ({"more": 1}, "manifest.more is not a known field"),
         ({"ranges": {}}, "manifest.ranges.batch is missing; manifest.ranges.sequence is missing"),
-        ({"files": {"../x": {"sha256": "", "size_bytes": 1}}}, 'path "../x" leaves the bundle'),
+        ({"files": {"../x": {"sha256": "0" * 64, "size_bytes": 1}}}, 'path "../x" leaves the bundle'),
         ({"tenants": [{"name": 3}]}, "manifest.tenants[0].name is 3, expected str"),
         ({"methods": []}, 'tenant alpha is of method "iapt", which the manifest does not describe'),
     ],
@@ -282,12 +283,20 @@ def test_tensorrt_says_what_it_lacks(tiny_bundle: Path, monkeypatch: pytest.Monk
 
 
 @needs_fuzzer
-def test_malformed_files_under_the_sanitizers(tiny_build: TinyBuild) -> None:
-    """Five seconds of damaged manifests and weights, with address and undefined-behaviour sanitizers."""
-    weights = tiny_build.bundle / "tenants" / "alpha.safetensors"
-    outcome = subprocess.run(
-        [FUZZER, "5", tiny_build.bundle / "manifest.json", weights], capture_output=True, text=True, check=False
-    )
+def test_malformed_files_under_the_sanitizers(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    """Eight seconds of damaged manifests, weights, tokenizers and templates, with the sanitizers that see misuse of
+    memory and undefined behaviour. IAPT_FUZZ_SECONDS makes it longer.
+    """
+    seeds = Path(shutil.copytree(Path(__file__).parent / "corpus", tmp_path / "seeds"))
+    for kind, name in {
+        "manifest": "manifest.json",
+        "safetensors": "tenants/alpha.safetensors",
+        "tokenizer": "tokenizer.json",
+        "template": "chat_template.jinja",
+    }.items():
+        shutil.copy(tiny_build.bundle / name, seeds / kind / "tiny")
+    seconds = os.environ.get("IAPT_FUZZ_SECONDS", "8")
+    outcome = subprocess.run([FUZZER, seconds, seeds], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr[-2000:]
     count = int(outcome.stdout.split()[0])
     assert count > 100 and "each read or refused" in outcome.stdout

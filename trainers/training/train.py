@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 
+from iapt_export.contract.disk import sync
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.places import check_outside_bundles
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
@@ -47,9 +49,9 @@ from trainers.training.work import (
     begin,
     kept,
     newest_whole,
+    only_run,
     publish,
     record_of,
-    sync,
     work_folder,
     write_record,
 )
@@ -109,10 +111,12 @@ def train(
         config = replace(config, learning_rate=METHODS[method_name(request.method)].learning_rate)
         request = replace(request, config=config)
     record = record_of(request)
+    output = Path(request.output)
+    check_outside_bundles(output, "the output")
     try:
-        return find_finished(request, record, say) or _train(request, record, say, command)
+        with only_run(output):
+            return find_finished(request, record, say) or _train(request, record, say, command)
     except KeyboardInterrupt:
-        output = Path(request.output)
         raise InterruptedTraining(f"train was interrupted; {kept(work_folder(output), output, record)}") from None
 
 

@@ -17,10 +17,12 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from iapt_export.contract.disk import locked, sync, sync_folder
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import file_sha256, write_atomically
 from trainers.adapters.directory import load_adapter
@@ -53,6 +55,21 @@ WITHOUT_EFFECT = {
 def work_folder(output: Path) -> Path:
     """``OUTPUT.training``."""
     return output.with_name(output.name + ".training")
+
+
+def only_run(output: Path) -> AbstractContextManager[None]:
+    """Keep every other run away from ``OUTPUT`` and ``OUTPUT.training`` while the context is open.
+
+    The processes of one run are started together, and the first of them answers for all.
+
+    Raises:
+        IaptError: another run writes there.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return nullcontext()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"another run is training {output}; wait until it is done, or choose another output"
+    return locked(output.with_name(f".{output.name}.training.lock"), busy)
 
 
 def record_of(request: TrainRequest) -> dict[str, Any]:
@@ -135,7 +152,7 @@ def place_checkpoint(written: Path, keep: int) -> None:
     final = work / written.name
     sync(written)
     os.replace(written, final)
-    _sync_folder(work)
+    sync_folder(work)
     for old in checkpoints(work)[keep:]:
         os.replace(old, aside / old.name)
     shutil.rmtree(aside)
@@ -152,17 +169,8 @@ def publish(work: Path, output: Path) -> None:
         shutil.rmtree(work / REPLACED, ignore_errors=True)
         os.replace(output, work / REPLACED)
     os.replace(work / FINISHED, output)
-    _sync_folder(output.parent)
+    sync_folder(output.parent)
     shutil.rmtree(work)
-
-
-def sync(folder: Path) -> None:
-    """Flush a folder's files to disk, so that a rename cannot reach it before they do."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    _sync_folder(folder)
 
 
 def kept(work: Path, output: Path, settings: dict[str, Any]) -> str:
@@ -197,11 +205,3 @@ def _damage(checkpoint: Path) -> str | None:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

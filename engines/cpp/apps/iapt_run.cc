@@ -24,6 +24,8 @@ Answer a prompt with one tenant of a bundle; streams tokens.
   --temperature X      0 is greedy (default: 0)
   --top-p X            nucleus of the probabilities to sample from (default: 1)
   --seed N             seed of sampling (default: 0)
+  --trust KEY.pem      public ed25519 key; the bundle must be signed with its private key (build --sign)
+  --allow-unproven     open also a bundle whose comparison with PyTorch was not made, or failed
   --portable           run prefill.onnx and decode.onnx, also where the bundle has serve.onnx
   --json               print the result as JSON on stdout
   --verbose            say on stderr what runs
@@ -78,6 +80,8 @@ Arguments parse(int argc, char** argv) {
     if (word == "--json") found.json = true;
     else if (word == "--verbose") found.verbose = true;
     else if (word == "--portable") found.session.in_place = false;
+    else if (word == "--allow-unproven") found.session.allow_unproven = true;
+    else if (word == "--trust") found.session.trust = value();
     else if (word == "--tenant") found.tenant = value();
     else if (word == "--prompt") found.prompts.push_back(value());
     else if (word == "--tokens") found.tokens.push_back(value());

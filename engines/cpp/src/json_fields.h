@@ -4,15 +4,51 @@
 #define IAPT_SRC_JSON_FIELDS_H_
 
 #include <cstdint>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace iapt {
 
 using Json = nlohmann::json;
+
+constexpr int kDeepest = 64;  // lists and objects inside each other, at most
+
+// Strict JSON, as iapt_export/contract/schema.py takes it: no byte order mark, no NUL, no name twice in an object, at
+// most kDeepest levels. What is refused is discarded (is_discarded()).
+inline Json parse_json(std::string_view text) {
+  const Json refused(Json::value_t::discarded);
+  if (text.find('\0') != std::string_view::npos || text.substr(0, 3) == "\xef\xbb\xbf") return refused;
+  int depth = 0;
+  bool in_string = false;
+  for (size_t at = 0; at < text.size(); ++at) {  // before the parser, which takes any depth
+    const char letter = text[at];
+    if (in_string) {
+      if (letter == '\\') ++at;
+      in_string = letter != '"';
+    } else if (letter == '"') {
+      in_string = true;
+    } else if (letter == '[' || letter == '{') {
+      if (++depth > kDeepest) return refused;
+    } else if (letter == ']' || letter == '}') {
+      --depth;
+    }
+  }
+  bool is_twice = false;
+  std::vector<std::set<std::string>> names;
+  const auto look = [&](int, Json::parse_event_t event, Json& parsed) {
+    if (event == Json::parse_event_t::object_start) names.emplace_back();
+    if (event == Json::parse_event_t::object_end) names.pop_back();
+    if (event == Json::parse_event_t::key) is_twice |= !names.back().insert(parsed.get<std::string>()).second;
+    return true;
+  };
+  Json json = Json::parse(text.begin(), text.end(), look, /*allow_exceptions=*/false);
+  return is_twice ? refused : json;
+}
 
 // A value in an error's text, cut to a readable length.
 inline std::string shown(const Json& value) {
@@ -70,8 +106,7 @@ class Fields {
   void read(const std::string& name, int64_t& value) {
     const Json* field = find(name);
     if (field == nullptr) return;
-    // what does not fit 64 bits is parsed as unsigned or as a float
-    if (field->is_number_integer() && (!field->is_number_unsigned() || field->get<uint64_t>() <= INT64_MAX)) {
+    if (is_int64(*field)) {
       value = field->get<int64_t>();
     } else {
       expected(name, *field, "int");
@@ -82,8 +117,7 @@ class Fields {
   void skip(const std::string& name, Json::value_t kind, bool required = true, bool or_null = false) {
     const Json* field = find(name, required);
     if (field == nullptr || field->type() == kind || (or_null && field->is_null())) return;
-    const bool both_whole = kind == Json::value_t::number_integer && field->is_number_integer();
-    if (!both_whole) expected(name, *field, Json(kind).type_name());
+    expected(name, *field, Json(kind).type_name());
   }
 
   // Calls `each(element, place)` for every element of an array.
@@ -100,12 +134,41 @@ class Fields {
   std::vector<int64_t> integers(const std::string& name) {
     std::vector<int64_t> values;
     array(name, [&](const Json& element, const std::string& where) {
-      if (element.is_number_integer()) {
+      if (is_int64(element)) {
         values.push_back(element.get<int64_t>());
       } else {
         problems_.push_back(where + " is " + shown(element) + ", expected int");
       }
     });
+    return values;
+  }
+
+  // A list of texts.
+  std::vector<std::string> texts(const std::string& name, bool required = true) {
+    std::vector<std::string> values;
+    array(
+        name,
+        [&](const Json& element, const std::string& where) {
+          if (element.is_string()) return values.push_back(element.get<std::string>());
+          problems_.push_back(where + " is " + shown(element) + ", expected str");
+        },
+        required);
+    return values;
+  }
+
+  // An object of texts.
+  std::map<std::string, std::string> text_map(const std::string& name, bool required = true) {
+    std::map<std::string, std::string> values;
+    object(
+        name,
+        [&](const std::string& key, const Json& value, const std::string& where) {
+          if (value.is_string()) {
+            values[key] = value.get<std::string>();
+          } else {
+            problems_.push_back(where + " is " + shown(value) + ", expected str");
+          }
+        },
+        required);
     return values;
   }
 
@@ -129,6 +192,11 @@ class Fields {
   void problem(const std::string& text) { problems_.push_back(where_ + text); }
 
  private:
+  // what does not fit 64 bits is parsed as unsigned or as a float
+  static bool is_int64(const Json& value) {
+    return value.is_number_integer() && (!value.is_number_unsigned() || value.get<uint64_t>() <= INT64_MAX);
+  }
+
   void expected(const std::string& name, const Json& field, const std::string& type) {
     problems_.push_back(place(name) + " is " + shown(field) + ", expected " + type);
   }

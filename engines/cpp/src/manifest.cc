@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <set>
 
 #include "iapt/graphs.h"
 #include "json_fields.h"
@@ -13,15 +14,20 @@ namespace {
 
 using Problems = std::vector<std::string>;
 constexpr auto kObject = Json::value_t::object;
-constexpr auto kArray = Json::value_t::array;
 constexpr auto kString = Json::value_t::string;
-constexpr auto kInteger = Json::value_t::number_integer;
+constexpr int64_t kMost = 1 << 24;  // what a size is at most
+constexpr int64_t kMostLayers = 10000;
+constexpr int64_t kLongest = int64_t{1} << 31;  // positions, and sizes of a dynamic dimension
+constexpr const char* kTensorTypes[] = {"int64", "int32", "bool", "fp32", "fp16", "bf16"};
 
 TensorSpec read_tensor(const Json& json, const std::string& where, Problems& problems) {
   TensorSpec spec;
   Fields fields(json, where, problems);
   fields.read("name", spec.name);
   fields.read("dtype", spec.dtype);
+  if (std::find(std::begin(kTensorTypes), std::end(kTensorTypes), spec.dtype) == std::end(kTensorTypes)) {
+    fields.problem(".dtype is " + shown(spec.dtype) + ", expected one of int64, int32, bool, fp32, fp16, bf16");
+  }
   fields.array("shape", [&](const Json& size, const std::string& place) {
     if (size.is_string()) {
       spec.shape.emplace_back(size.get<std::string>());
@@ -52,7 +58,8 @@ GraphSpec read_graph(const Json& json, const std::string& where, Problems& probl
 BackboneSpec read_backbone(const Json& json, const std::string& where, Problems& problems) {
   BackboneSpec spec;
   Fields fields(json, where, problems);
-  for (const char* name : {"name_or_path", "fingerprint", "weights_sha256", "model_type"}) fields.skip(name, kString);
+  for (const char* name : {"name_or_path", "weights_sha256", "model_type"}) fields.skip(name, kString);
+  fields.read("fingerprint", spec.fingerprint);
   fields.skip("revision", kString, true, true);
   fields.read("hidden_size", spec.hidden_size);
   fields.read("num_layers", spec.num_layers);
@@ -63,6 +70,22 @@ BackboneSpec read_backbone(const Json& json, const std::string& where, Problems&
   fields.read("pad_token_id", spec.pad_token_id);
   spec.eos_token_ids = fields.integers("eos_token_ids");
   fields.refuse_unknown();
+  const auto limit = [&](const char* name, int64_t size, int64_t most) {
+    if (size >= 1 && size <= most) return;
+    fields.problem(std::string(".") + name + " is " + std::to_string(size) + ", expected 1 to " + std::to_string(most));
+  };
+  limit("hidden_size", spec.hidden_size, kMost);
+  limit("num_layers", spec.num_layers, kMostLayers);
+  limit("num_kv_heads", spec.num_kv_heads, kMost);
+  limit("head_dim", spec.head_dim, kMost);
+  limit("vocab_size", spec.vocab_size, kMost);
+  limit("max_positions", spec.max_positions, kLongest);
+  auto tokens = spec.eos_token_ids;
+  tokens.push_back(spec.pad_token_id);
+  for (const int64_t token : tokens) {
+    if (token >= 0 && token < spec.vocab_size) continue;
+    fields.problem(": token id " + std::to_string(token) + " is not in the vocabulary");
+  }
   return spec;
 }
 
@@ -70,15 +93,16 @@ MethodSpec read_method(const Json& json, const std::string& where, Problems& pro
   MethodSpec spec;
   Fields fields(json, where, problems);
   fields.read("name", spec.name);
-  fields.skip("form", kString);
+  fields.read("form", spec.form);
   fields.skip("config", kObject);
+  if (const Json* config = fields.find("config", false)) spec.config = config->dump();
   fields.read("prompt_length", spec.prompt_length);
   fields.array("weights", [&](const Json& tensor, const std::string& place) {
     spec.weights.push_back(read_tensor(tensor, place, problems));
   });
   fields.skip("in_decode", Json::value_t::boolean, false);
   fields.refuse_unknown();
-  if (spec.prompt_length < 0) fields.problem(".prompt_length is negative");
+  if (spec.prompt_length < 0 || spec.prompt_length > kMost) fields.problem(".prompt_length is out of range");
   return spec;
 }
 
@@ -88,14 +112,17 @@ TenantSpec read_tenant(const Json& json, const std::string& where, Problems& pro
   fields.read("name", spec.name);
   fields.read("method", spec.method);
   fields.read("path", spec.path);
-  fields.skip("trained_form", kString);
+  fields.read("trained_form", spec.trained_form);
   fields.skip("trained_config", kObject);
   fields.read("prompt_format", spec.prompt_format);
   fields.read("system_prompt", spec.system_prompt, false);
-  fields.skip("labels", kArray, false);
-  fields.skip("trained", kString, false, true);
-  fields.skip("examples", kString, false, true);
+  spec.labels = fields.texts("labels", false);
+  fields.read("trained", spec.trained, false);
+  fields.read("examples", spec.examples, false);
   fields.refuse_unknown();
+  if (spec.prompt_format != "chat" && spec.prompt_format != "plain") {
+    fields.problem(".prompt_format is " + shown(spec.prompt_format) + ", expected chat or plain");
+  }
   return spec;
 }
 
@@ -110,6 +137,7 @@ Range read_range(const Json* json, const std::string& where, Problems& problems)
   if (!(1 <= range.min && range.min <= range.opt && range.opt <= range.max)) {
     fields.problem(" is not ordered: expected 1 <= min <= opt <= max");
   }
+  if (range.max > kLongest) fields.problem(".max is too large: expected at most " + std::to_string(kLongest));
   return range;
 }
 
@@ -129,14 +157,20 @@ TargetSpec read_target(const Json& json, const std::string& where, Problems& pro
   Fields fields(json, where, problems);
   fields.read("name", spec.name);
   fields.read("dtype", spec.dtype);
-  fields.skip("opset", kInteger);
+  int64_t opset = 0;
+  fields.read("opset", opset);
   fields.object("graphs", [&](const std::string& name, const Json& graph, const std::string& place) {
     spec.graphs[name] = read_graph(graph, place, problems);
   });
   fields.read("runtime_version", spec.runtime_version);
   fields.skip("compute_capability", kString, false, true);
-  fields.skip("source_sha256", kObject, false);
-  fields.skip("passes", kObject, false);
+  fields.text_map("source_sha256", false);
+  fields.object(
+      "passes",
+      [&](const std::string& name, const Json&, const std::string&) {
+        Fields(*fields.find("passes"), fields.place("passes"), problems).text_map(name);
+      },
+      false);
   spec.rational = "function";
   fields.read("rational", spec.rational, false);
   fields.refuse_unknown();
@@ -152,6 +186,9 @@ FileSpec read_file(const Json& json, const std::string& where, Problems& problem
   fields.read("sha256", spec.sha256);
   fields.read("size_bytes", spec.size_bytes);
   fields.refuse_unknown();
+  const bool is_hex =
+      spec.sha256.size() == 64 && spec.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (!is_hex || spec.size_bytes < 0) fields.problem(": expected a SHA-256 in 64 hex digits and a size of at least 0");
   return spec;
 }
 
@@ -159,7 +196,7 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
   BundleManifest manifest;
   Fields fields(json, "manifest", problems);
   fields.find("schema_version");
-  fields.skip("versions", kObject);
+  fields.text_map("versions");
   fields.skip("build_key", kString);
   if (const Json* backbone = fields.find("backbone")) {
     manifest.backbone = read_backbone(*backbone, fields.place("backbone"), problems);
@@ -175,11 +212,18 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
   }
   fields.skip("cache_layout", kString, false);
   fields.skip("op_domain", kString);
-  fields.skip("op_version", kInteger);
+  int64_t op_version = 0;
+  fields.read("op_version", op_version);
   fields.array("targets", [&](const Json& item, const std::string& place) {
     manifest.targets.push_back(read_target(item, place, problems));
   });
-  fields.skip("parity", kObject);
+  if (const Json* parity = fields.find("parity")) {
+    Fields proof(*parity, fields.place("parity"), problems);
+    proof.read("verdict", manifest.verdict);
+    proof.skip("tolerances", kObject, false);
+    proof.skip("measured", kObject, false);
+    proof.refuse_unknown();
+  }
   fields.object("files", [&](const std::string& name, const Json& item, const std::string& place) {
     manifest.files[name] = read_file(item, place, problems);
   });
@@ -187,11 +231,13 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
   return manifest;
 }
 
-// Paths of the files that a session opens by name.
+// Paths of the files that a session or a comparison opens by name.
 std::vector<std::string> used_paths(const BundleManifest& manifest) {
   std::vector<std::string> paths;
   for (const auto& tenant : manifest.tenants) {
-    if (tenant.path) paths.push_back(*tenant.path);
+    for (const auto& path : {tenant.path, tenant.trained, tenant.examples}) {
+      if (path) paths.push_back(*path);
+    }
   }
   for (const auto& target : manifest.targets) {
     for (const auto& [name, graph] : target.graphs) paths.push_back(graph.path);
@@ -211,6 +257,14 @@ bool leaves_bundle(const std::string& path) {
   }
 }
 
+template <typename Items>
+void refuse_twice(const std::string& kind, const Items& items, Problems& problems) {
+  std::set<std::string> names;
+  for (const auto& item : items) {
+    if (!names.insert(item.name).second) problems.push_back(kind + " " + item.name + " is named twice");
+  }
+}
+
 void check_references(const BundleManifest& manifest, Problems& problems) {
   auto paths = used_paths(manifest);
   for (const auto& [name, file] : manifest.files) paths.push_back(name);
@@ -227,7 +281,37 @@ void check_references(const BundleManifest& manifest, Problems& problems) {
       problems.push_back("tenant " + tenant.name + " is of method " + shown(*tenant.method) +
                          ", which the manifest does not describe");
     }
+    if (!tenant.path && !tenant.trained) {
+      problems.push_back("tenant " + tenant.name + " names no weights, neither as path nor as trained");
+    }
   }
+  refuse_twice("method", manifest.methods, problems);
+  refuse_twice("tenant", manifest.tenants, problems);
+  refuse_twice("target", manifest.targets, problems);
+}
+
+// The files of a bundle that its manifest does not list: itself, its hash as sha256sum writes it, its signature.
+constexpr const char* kOutside[] = {"manifest.json", "manifest.sha256", "manifest.sig"};
+
+Problems seal_problems(const std::filesystem::path& bundle) {
+  std::ifstream stream(bundle / "manifest.sha256", std::ios::binary);
+  if (!stream) return {"manifest.sha256 is missing"};
+  const std::string seal(std::istreambuf_iterator<char>(stream), {});
+  if (seal == file_sha256(bundle / "manifest.json") + "  manifest.json\n") return {};
+  return {"manifest.json was altered: its SHA-256 differs from that in manifest.sha256"};
+}
+
+// Every file of a bundle, and every link to a folder, by its path in the bundle.
+Problems files_of(const std::filesystem::path& bundle) {
+  Problems names;
+  std::error_code failure;
+  for (std::filesystem::recursive_directory_iterator item(bundle, failure), end; item != end; item.increment(failure)) {
+    if (failure) throw Error(bundle.string() + " cannot be read: " + failure.message());
+    if (item->is_symlink() || !item->is_directory())
+      names.push_back(item->path().lexically_relative(bundle).generic_string());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
 }
 
 template <typename Items>
@@ -244,7 +328,7 @@ bool GraphSpec::takes(std::string_view input) const {
 }
 
 BundleManifest BundleManifest::parse(std::string_view text, const std::string& where) {
-  const Json json = Json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
+  const Json json = parse_json(text);
   if (json.is_discarded()) throw Error(where + " is not JSON; build the bundle again");
   const auto version = json.is_object() && json.contains("schema_version") ? json["schema_version"] : Json();
   if (!version.is_number_integer() || version != kSchemaVersion) {
@@ -306,7 +390,7 @@ int64_t BundleManifest::num_slots() const {
 }
 
 void verify_files(const std::filesystem::path& bundle, const BundleManifest& manifest) {
-  Problems problems;
+  Problems problems = seal_problems(bundle);
   for (const auto& name : used_paths(manifest)) {
     if (manifest.files.count(name) == 0) problems.push_back(name + " is used but has no hash");
   }
@@ -320,6 +404,12 @@ void verify_files(const std::filesystem::path& bundle, const BundleManifest& man
       problems.push_back(name + " has " + std::to_string(size) + " bytes, expected " + std::to_string(spec.size_bytes));
     } else if (file_sha256(path) != spec.sha256) {
       problems.push_back(name + " was altered: its SHA-256 differs from the manifest's");
+    }
+  }
+  for (const auto& name : files_of(bundle)) {
+    if (manifest.files.count(name) == 0 &&
+        std::find(std::begin(kOutside), std::end(kOutside), name) == std::end(kOutside)) {
+      problems.push_back(name + " is not in the manifest");
     }
   }
   if (!problems.empty()) {

@@ -1,6 +1,7 @@
 #include "probes.h"
 
 #include <fstream>
+#include <iterator>
 
 #include "json_fields.h"
 
@@ -28,7 +29,7 @@ Probes Probes::load(const std::filesystem::path& bundle) {
                 " holds no probes.json, by which this program's text is compared with training's; "
                 "build the bundle again");
   }
-  const Json json = Json::parse(stream, nullptr, /*allow_exceptions=*/false);
+  const Json json = parse_json(std::string(std::istreambuf_iterator<char>(stream), {}));
   Problems problems;
   Probes probes;
   Fields fields(json, "probes", problems);

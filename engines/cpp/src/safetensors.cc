@@ -1,8 +1,10 @@
 #include "safetensors.h"
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <tuple>
 
 #include "json_fields.h"
 
@@ -19,57 +21,89 @@ const char* dtype_of(const std::string& name) {
   throw Error("it has a tensor of type " + name);
 }
 
-Tensor read_tensor(const Json& entry, const char* data, size_t size) {
+constexpr uint64_t kLongestHeader = 100000000;
+
+// Where a tensor lies in the data.
+struct Place {
+  int64_t begin, end;
+};
+
+Tensor read_tensor(const Json& entry, std::string_view data, std::vector<Place>& places) {
   std::vector<std::string> problems;
   Fields fields(entry, "tensor", problems);
   std::string dtype;
   fields.read("dtype", dtype);
-  std::vector<int64_t> shape, offsets;
-  const auto whole = [&](std::vector<int64_t>& into) {
-    return [&](const Json& item, const std::string& place) {
-      if (item.is_number_integer() && item >= 0 && item <= INT64_MAX) return into.push_back(item.get<int64_t>());
-      problems.push_back(place + " is no size");
-    };
-  };
-  fields.array("shape", whole(shape));
-  fields.array("data_offsets", whole(offsets));
+  const auto shape = fields.integers("shape"), offsets = fields.integers("data_offsets");
+  fields.refuse_unknown();
   if (!problems.empty()) throw Error(problems.front());
+  const auto is_negative = [](int64_t size) { return size < 0; };
+  if (std::any_of(shape.begin(), shape.end(), is_negative) ||
+      std::any_of(offsets.begin(), offsets.end(), is_negative)) {
+    throw Error("it has a tensor with a negative size or offset");
+  }
   Tensor tensor;
   tensor.dtype = dtype_of(dtype);
   tensor.shape = shape;
   const size_t bytes = tensor.num_bytes();  // before memory is taken for it
-  if (offsets.size() != 2 || offsets[0] > offsets[1] || static_cast<size_t>(offsets[1]) > size ||
+  if (offsets.size() != 2 || offsets[0] > offsets[1] || static_cast<size_t>(offsets[1]) > data.size() ||
       static_cast<size_t>(offsets[1] - offsets[0]) != bytes) {
     throw Error("its offsets do not fit its shapes or its size");
   }
+  places.push_back({offsets[0], offsets[1]});
   tensor = Tensor(tensor.dtype, shape);
-  std::memcpy(tensor.data.get(), data + offsets[0], bytes);
+  if (bytes > 0) std::memcpy(tensor.data.get(), data.data() + offsets[0], bytes);
   return tensor;
+}
+
+// Every byte belongs to one tensor: nothing is hidden in the file, and nothing is read twice.
+void check_places(std::vector<Place> places, size_t size) {
+  std::sort(places.begin(), places.end(), [](const Place& some, const Place& other) {
+    return std::tie(some.begin, some.end) < std::tie(other.begin, other.end);
+  });
+  int64_t at = 0;
+  for (const Place& place : places) {
+    if (place.begin != at) throw Error("its tensors leave a hole or overlap");
+    at = place.end;
+  }
+  if (static_cast<size_t>(at) != size) throw Error("it has bytes behind its last tensor");
+}
+
+Weights parse(std::string_view file) {
+  uint64_t length = 0;  // little-endian, as is every machine that this runs on
+  if (file.size() < sizeof(length)) throw Error("it is too short");
+  std::memcpy(&length, file.data(), sizeof(length));
+  if (length > kLongestHeader || length > file.size() - sizeof(length)) {
+    throw Error("its header is longer than the file");
+  }
+  const std::string_view header = file.substr(sizeof(length), length), data = file.substr(sizeof(length) + length);
+  const Json json = header.substr(0, 1) == "{" ? parse_json(header) : Json();
+  if (!json.is_object()) throw Error("its header is no JSON object");
+  Weights weights;
+  std::vector<std::string> problems;
+  weights.metadata = Fields(json, "header", problems).text_map("__metadata__", /*required=*/false);
+  if (!problems.empty()) throw Error(problems.front());
+  std::vector<Place> places;
+  for (const auto& [name, entry] : json.items()) {
+    if (name != "__metadata__") weights.tensors[name] = read_tensor(entry, data, places);
+  }
+  check_places(std::move(places), data.size());
+  return weights;
 }
 
 }  // namespace
 
-Tensors read_safetensors(const std::filesystem::path& path) {
+Weights parse_safetensors(std::string_view bytes, const std::string& where) {
+  try {
+    return parse(bytes);
+  } catch (const Error& error) {
+    throw Error(where + " is not a whole safetensors file: " + error.what());
+  }
+}
+
+Weights read_safetensors(const std::filesystem::path& path) {
   std::ifstream stream(path, std::ios::binary);
   const std::string file(std::istreambuf_iterator<char>(stream), {});
-  try {
-    uint64_t length = 0;  // little-endian, as is every machine that this runs on
-    if (!stream || file.size() < sizeof(length)) throw Error("it is too short");
-    std::memcpy(&length, file.data(), sizeof(length));
-    if (length > file.size() - sizeof(length)) throw Error("its header is longer than the file");
-    const char* header = file.data() + sizeof(length);
-    const char* data = header + length;
-    const Json json = Json::parse(header, data, nullptr, /*allow_exceptions=*/false);
-    if (!json.is_object()) throw Error("its header is no JSON object");
-    Tensors tensors;
-    for (const auto& [name, entry] : json.items()) {
-      if (name == "__metadata__") continue;
-      tensors[name] = read_tensor(entry, data, file.size() - sizeof(length) - length);
-    }
-    return tensors;
-  } catch (const Error& error) {
-    throw Error(path.string() + " is not a whole safetensors file: " + error.what());
-  }
+  return parse_safetensors(file, path.string());
 }
 
 }  // namespace iapt

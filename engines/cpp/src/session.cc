@@ -28,7 +28,15 @@ Session::~Session() = default;
 
 Session Session::open(const std::filesystem::path& bundle, const SessionOptions& options) {
   auto manifest = BundleManifest::load(bundle);
+  if (!options.trust.empty() && !options.verify) {
+    throw Error("a signature says nothing of files that are not checked; leave verify = false out");
+  }
+  if (!options.trust.empty()) check_signature(bundle, options.trust);
   if (options.verify) verify_files(bundle, manifest);
+  if (manifest.verdict != "pass" && !options.allow_unproven) {
+    throw Error(bundle.string() + " is not proven to answer as PyTorch does: its verdict is '" + manifest.verdict +
+                "', expected 'pass'; build it again, or allow it (allow_unproven, --allow-unproven)");
+  }
   return Session(bundle, std::move(manifest), options);
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "safetensors.h"
+#include "tenant_card.h"
 
 namespace iapt {
 namespace {
@@ -23,10 +24,13 @@ std::string shown(const std::vector<int64_t>& shape) {
   return "[" + text + "]";
 }
 
-Tensors load_tenant(const std::filesystem::path& bundle, const TenantSpec& tenant, const MethodSpec& method) {
+Tensors load_tenant(const std::filesystem::path& bundle, const BundleManifest& manifest, const TenantSpec& tenant,
+                    const MethodSpec& method) {
   if (!tenant.path)
     throw Error("tenant " + tenant.name + " is of method " + method.name + " but names no weights file");
-  Tensors tensors = read_safetensors(bundle / *tenant.path);
+  const auto path = bundle / *tenant.path;
+  auto [tensors, metadata] = read_safetensors(path);
+  check_card(metadata, path.string(), manifest, tenant, method);
   for (const TensorSpec& weight : method.weights) {
     const auto found = tensors.find(weight.name);
     const auto expected = sizes_of(weight);
@@ -62,7 +66,7 @@ Tensors load_tenants(const std::filesystem::path& bundle, const BundleManifest& 
   for (const auto& method : manifest.methods) {
     std::vector<Tensors> files;
     for (const TenantSpec* tenant : manifest.tenants_of(method.name)) {
-      files.push_back(load_tenant(bundle, *tenant, method));
+      files.push_back(load_tenant(bundle, manifest, *tenant, method));
     }
     for (const auto& weight : method.weights) {
       const std::string name = method.name + "." + weight.name;

@@ -57,7 +57,7 @@ class TokenizerFolder {
 
 Json read_json(const std::filesystem::path& path) {
   std::ifstream stream(path, std::ios::binary);
-  return Json::parse(stream, nullptr, /*allow_exceptions=*/false);
+  return parse_json(std::string(std::istreambuf_iterator<char>(stream), {}));
 }
 
 // What a template may call bos_token, eos_token, ... and a model's own, as transformers names them.

@@ -125,3 +125,50 @@ def test_what_is_no_conversation(folder: Path, fields: dict[str, Any], text: str
 def test_what_says_twice_what_to_read(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(IaptError, match=text):
         check_text_fields("request 0", Request("t", **fields))
+
+
+DEEP: Any = []
+for _ in range(2000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"tenant": 3}, "request 0: tenant is int, expected text"),
+        ({"prompt": None}, "request 0: prompt is NoneType, expected text"),
+        ({"prompt": b"yes"}, "request 0: prompt is bytes, expected text"),
+        ({"prompt": DEEP}, "request 0: prompt is list, expected text"),
+        ({"tokens": 5}, "request 0: tokens is int, expected a list of token ids"),
+        ({"tokens": "567"}, "request 0: tokens is str, expected a list of token ids"),
+        ({"tokens": {5: 6}}, "request 0: tokens is dict, expected a list of token ids"),
+        ({"prompt": "yes", "stop": 5}, "request 0: stop is int, expected a tuple"),
+        ({"prompt": "yes", "stop": ("x",) * 17}, "expected at most 16 stop texts of at most 256 characters"),
+        ({"prompt": "yes", "stop": ("x" * 257,)}, "expected at most 16 stop texts of at most 256 characters"),
+        ({"prompt": "yes", "stop_token_ids": 5}, "request 0: stop_token_ids is int, expected a tuple"),
+        ({"prompt": "yes", "stop_token_ids": (5,) * 65}, "65 stop token ids are given, expected at most 64"),
+        ({"messages": 5}, "request 0: messages is int, expected a list of messages"),
+        ({"prompt": "yes", "system": 3}, "request 0: system is 3, expected text, beside a prompt or messages"),
+        ({"prompt": "yes \ud800"}, "request 0: the text has a broken character at place 4; expected Unicode"),
+        ({"prompt": "yes", "system": "\udc00"}, "request 0: the text has a broken character at place 0"),
+    ],
+)
+def test_fields_of_other_types_are_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        check_text_fields("request 0", Request(**{"tenant": "t", **fields}))
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": [], "content": "a"}, "message 0 has role [], expected system, user, assistant"),
+        ({"role": "user", "content": float("nan")}, "message 0 has content nan, expected text"),
+        ({"role": "user", "content": "a\ud800"}, "the text has a broken character at place 1"),
+        ({("a",): 1, "role": "user", "content": "a"}, "message 0 has ('a',), expected role and content alone"),
+    ],
+)
+def test_messages_of_other_types_are_refused(folder: Path, message: Any, text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        encode_request("request 0", Request("t", messages=[message]), tenant(), TextCodec(folder))
+    assert text in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -151,3 +152,27 @@ def test_an_endless_source_is_answered(tiny_build: TinyBuild, call: str) -> None
         rows = {each.index for each in itertools.islice(answers, 40)}
         answers.close()
     assert len(rows) >= 20 and len(taken) <= max(rows) + 1 + session.stepper.max_rows + 2
+
+
+def test_a_listener_that_fails_ends_its_request_alone(session: Session) -> None:
+    """In the session's own thread, which goes on for all others."""
+    other = session.submit(Request("beta", tokens=(6,), max_new_tokens=20, ignore_eos=True))
+    made = session.submit(Request("alpha", tokens=(5,), max_new_tokens=LONG, ignore_eos=True), 7)
+
+    def fail() -> None:
+        raise ZeroDivisionError("mine")
+
+    with contextlib.suppress(ZeroDivisionError):  # where a token waits already, the caller hears of it
+        made.listen(fail)
+    made._listeners.append(fail)
+    told = within(SECONDS, lambda: _raised(made))
+    assert str(told) == "request 7: what listens to it failed: ZeroDivisionError('mine')"
+    assert len(other.result().tokens) == 20
+    assert len(session.submit(Request("alpha", tokens=(5,), max_new_tokens=3, ignore_eos=True)).result().tokens) == 3
+
+
+def _raised(made: Generation) -> object:
+    try:
+        return made.result()
+    except IaptError as error:
+        return error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from engines.serving.loading import open_stepper
@@ -216,4 +219,44 @@ def test_a_weight_that_the_targets_type_cannot_hold(tiny_bundle: Path) -> None:
 
 def change(path: Path, name: str, array: np.ndarray | None) -> None:
     tensors = {key: value for key, value in load_file(path).items() if key != name}
-    save_file(tensors if array is None else {**tensors, name: array}, path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(tensors if array is None else {**tensors, name: array}, path, metadata)
+
+
+def test_a_forked_child_is_told_so_at_its_first_call(tiny_build: TinyBuild) -> None:
+    """Rather than waiting for a thread that only its parent has."""
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        under_way = session.submit(Request("alpha", tokens=(5,), max_new_tokens=30, ignore_eos=True))
+        calls = [
+            lambda: session.submit(Request("alpha", tokens=(5,))),
+            lambda: session.check(Request("alpha", tokens=(5,)), "request"),
+            lambda: session.tenants,
+            lambda: session.remove_tenant("alpha"),
+            lambda: session.add_tenant("none"),
+            under_way.result,
+        ]
+        told = [_in_child(call) for call in calls]
+        assert len(under_way.result().tokens) == 30, "the parent goes on"
+    assert told == [f"the session was activated in process {os.getpid()}, and this is a forked child of it"] * len(
+        calls
+    )
+    unused = Session.open(tiny_build.bundle, verify=False)
+    assert _in_child(lambda: unused.tenants) == "", "a session that no process has activated may be taken along"
+
+
+def _in_child(call: Callable[[], Any]) -> str:
+    """How the refusal of a call begins in a forked child; empty where there is none."""
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+            sender.send("")
+        except IaptError as error:
+            sender.send(str(error).split(" (")[0])
+        finally:
+            os._exit(0)
+    assert receiver.poll(20), "the child waits"
+    os.waitpid(child, 0)
+    return str(receiver.recv())

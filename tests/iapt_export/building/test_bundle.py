@@ -127,7 +127,7 @@ def test_a_bundles_files_and_tenants(tiny_build: TinyBuild) -> None:
         assert tenant.examples is not None
         assert (tiny_build.bundle / tenant.examples).read_bytes() == (source / "examples.jsonl").read_bytes()
     found = {p.relative_to(tiny_build.bundle).as_posix() for p in tiny_build.bundle.rglob("*") if p.is_file()}
-    assert found == {"manifest.json", *manifest.files}
+    assert found == {"manifest.json", "manifest.sha256", *manifest.files}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= found
     assert {"prefill.onnx", "decode.onnx", "generator.onnx", "weights.data", "report.json", "report.html"} <= found
     assert found.isdisjoint({"stage.json", "passes.json"}) and not any(name.endswith(".tmp") for name in found)

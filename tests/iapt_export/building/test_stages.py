@@ -1,27 +1,27 @@
-"""Finished stages are kept, interrupted ones leave nothing, and only bundles are ever replaced."""
+"""Finished stages are kept and shared, interrupted ones leave nothing, old ones are pruned."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import subprocess
-import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from iapt_export.building import stage_cache as stages
+from iapt_export.building import stage_cache as module
 from iapt_export.building.stage_cache import (
     STAGE_FILE,
-    check_output,
     content_key,
     default_cache,
+    in_use,
     place,
-    publish,
+    prune,
     run_stage,
-    temporary_folder,
+    stages,
 )
 from iapt_export.contract.errors import IaptError
 
@@ -43,13 +43,6 @@ class Maker:
         if self.stop is not None:
             raise self.stop
         (folder / "second").write_bytes(b"two")
-
-
-@pytest.fixture
-def dead_process() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    return done.pid
 
 
 def test_a_finished_stage_is_not_made_again(tmp_path: Path) -> None:
@@ -86,7 +79,7 @@ def test_a_stage_whose_record_cannot_be_written_does_not_count(tmp_path: Path, m
     def fail(*_: Any) -> None:
         raise FULL
 
-    monkeypatch.setattr(stages, "write_atomically", fail)
+    monkeypatch.setattr(module, "write_atomically", fail)
     with pytest.raises(OSError, match="No space left"):
         run_stage(tmp_path, "graphs", INPUTS, Maker())
     assert list(tmp_path.iterdir()) == []
@@ -116,125 +109,23 @@ def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: Any) -> None:
     assert run_stage(tmp_path, "graphs", INPUTS, make)[1]
 
 
-def test_a_stage_that_another_build_finished_meanwhile_is_used(tmp_path: Path) -> None:
-    def make_while_another_build_does(folder: Path) -> None:
-        Maker()(folder)
-        other = tmp_path / "other"
-        made, _ = run_stage(other, "graphs", INPUTS, Maker())
-        made.rename(tmp_path / "cache" / made.name)
+def test_a_stage_that_another_build_makes_is_waited_for_and_not_made_twice(tmp_path: Path) -> None:
+    first, second, begun, go_on = Maker(), Maker(), threading.Event(), threading.Event()
 
-    folder, found = run_stage(tmp_path / "cache", "graphs", INPUTS, make_while_another_build_does)
-    assert not found
-    assert (folder / STAGE_FILE).is_file()
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    def make_slowly(folder: Path) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        first(folder)
 
-
-def test_a_broken_folder_in_the_way_is_an_error(tmp_path: Path) -> None:
-    def make_while_something_blocks(folder: Path) -> None:
-        Maker()(folder)
-        final = tmp_path / folder.name.split(".building-")[0].removeprefix(".")
-        final.mkdir()
-        (final / "half").write_text("written", encoding="utf-8")
-
-    with pytest.raises(OSError, match="not empty"):
-        run_stage(tmp_path, "graphs", INPUTS, make_while_something_blocks)
-
-
-@pytest.mark.parametrize("stands", [False, True])
-def test_a_bundle_that_a_killed_build_moved_aside_comes_back(tmp_path: Path, dead_process: int, stands: bool) -> None:
-    output = tmp_path / "bundle"
-    aside = tmp_path / f".bundle.old-{dead_process}"
-    fields = {"schema_version": 2, "build_key": "old", "tenants": []}
-    for folder in [aside, *([output] if stands else [])]:
-        folder.mkdir()
-        (folder / "manifest.json").write_text(json.dumps(fields | {"build_key": folder.name}), encoding="utf-8")
-    check_output(output)
-    assert not aside.exists()
-    kept = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["build_key"]
-    assert kept == ("bundle" if stands else aside.name)
-
-
-def test_leftovers_of_dead_processes_are_removed(tmp_path: Path, dead_process: int) -> None:
-    final = tmp_path / "bundle"
-    dead = tmp_path / f".bundle.building-{dead_process}"
-    alive = tmp_path / f".bundle.building-{os.getppid()}"
-    odd = tmp_path / ".bundle.building-x"
-    other = tmp_path / f".other.building-{dead_process}"
-    for folder in (dead, alive, odd, other):
-        folder.mkdir()
-        (folder / "half").write_text("half")
-    with temporary_folder(final) as temporary:
-        assert not dead.exists() and not odd.exists()
-        assert alive.exists() and other.exists()
-        assert temporary.parent == final.parent and list(temporary.iterdir()) == []
-    assert not temporary.exists() and not final.exists()
-
-
-def test_a_temporary_folder_starts_empty_and_makes_its_parents(tmp_path: Path) -> None:
-    final = tmp_path / "a" / "b" / "bundle"
-    with temporary_folder(final) as temporary:
-        (temporary / "x").touch()
-        os.replace(temporary, final)
-    assert (final / "x").exists() and [path.name for path in final.parent.iterdir()] == ["bundle"]
-
-
-def bundle(folder: Path, content: str = "old") -> Path:
-    folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"schema_version": 1, "build_key": content, "tenants": []}))
-    return folder
-
-
-def test_output_may_be_new_empty_or_a_bundle(tmp_path: Path) -> None:
-    check_output(tmp_path / "new")
-    check_output(tmp_path / "new" / "deeper")
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty")
-    check_output(bundle(tmp_path / "bundle"))
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "web app", "broken manifest", "list manifest"])
-def test_output_that_is_not_ours_is_refused(tmp_path: Path, kind: str) -> None:
-    output = tmp_path / "output"
-    if kind == "file":
-        output.write_text("mine")
-    else:
-        output.mkdir()
-        (output / "mine").write_text("mine")
-        manifests = {"web app": '{"name": "app", "icons": []}', "broken manifest": "{", "list manifest": "[]"}
-        if kind in manifests:
-            (output / "manifest.json").write_text(manifests[kind])
-    with pytest.raises(IaptError) as caught:
-        check_output(output)
-    assert str(caught.value) == (
-        f"--output {output} exists and is not a bundle; nothing was changed. Give another --output"
-    )
-    assert ((output / "mine") if output.is_dir() else output).read_text() == "mine"
-
-
-def test_publishing_replaces_a_whole_bundle_by_a_whole_bundle(tmp_path: Path) -> None:
-    old, new = bundle(tmp_path / "bundle"), bundle(tmp_path / "built", "new")
-    publish(new, old)
-    assert json.loads((old / "manifest.json").read_text())["build_key"] == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-@pytest.mark.parametrize("stop", [FULL, KeyboardInterrupt()], ids=repr)
-def test_a_failed_publication_puts_the_old_bundle_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
-) -> None:
-    old, new = bundle(tmp_path / "bundle"), bundle(tmp_path / "built", "new")
-    honest = os.replace
-
-    def replace(source: Path, target: Path) -> None:
-        if source == new:
-            raise stop
-        honest(source, target)
-
-    monkeypatch.setattr(stages.os, "replace", replace)
-    with pytest.raises(type(stop)):
-        publish(new, old)
-    assert json.loads((old / "manifest.json").read_text())["build_key"] == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["built", "bundle"]
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run_stage, tmp_path, "graphs", INPUTS, make_slowly)
+        assert begun.wait(10)
+        other = pool.submit(run_stage, tmp_path, "graphs", INPUTS, second)
+        go_on.set()
+        assert (one.result()[1], other.result()[1]) == (False, True)
+        assert one.result()[0] == other.result()[0]
+    assert (first.calls, second.calls) == (1, 0)
+    assert [path.name for path in tmp_path.iterdir()] == [one.result()[0].name]
 
 
 def test_a_placed_file_is_nobody_elses(tmp_path: Path) -> None:
@@ -255,3 +146,56 @@ def test_where_stages_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert default_cache() == Path.home() / ".cache" / "iapt-export"
     monkeypatch.setenv("IAPT_EXPORT_CACHE", str(tmp_path / "named"))
     assert default_cache() == tmp_path / "named"
+
+
+def three_stages(cache: Path) -> list[Path]:
+    """Of six bytes and their records, used one, two and three days after 1970."""
+    folders = [run_stage(cache, "graphs", {"number": number}, Maker())[0] for number in range(3)]
+    for day, folder in enumerate(folders, 1):
+        os.utime(folder / STAGE_FILE, (day * 86400, day * 86400))
+    return folders
+
+
+def test_what_a_cache_keeps_is_told_by_its_last_use(tmp_path: Path) -> None:
+    assert stages(tmp_path / "none") == []
+    folders = three_stages(tmp_path)
+    (tmp_path / "notes").mkdir()
+    found = stages(tmp_path)
+    assert [stage.name for stage in found] == [folder.name for folder in reversed(folders)]
+    assert [stage.used for stage in found] == [259200, 172800, 86400]
+    assert found[0].size_bytes == 6 + (folders[2] / STAGE_FILE).stat().st_size
+    run_stage(tmp_path, "graphs", {"number": 0}, Maker())
+    assert stages(tmp_path)[0].name == folders[0].name, "finding a stage is a use of it"
+
+
+def test_pruning_keeps_what_was_used_last(tmp_path: Path) -> None:
+    folders = three_stages(tmp_path)
+    size = stages(tmp_path)[0].size_bytes
+    assert prune(tmp_path, 3 * size) == []
+    assert [stage.name for stage in prune(tmp_path, 2 * size)] == [folders[0].name]
+    assert [folder.is_dir() for folder in folders] == [False, True, True]
+    assert len(prune(tmp_path, 0)) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_removes_what_killed_builds_left_and_nothing_of_others(tmp_path: Path) -> None:
+    (stage, *_) = three_stages(tmp_path)
+    for name in (f".{stage.name}.building", f".{stage.name}.building-77", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    (tmp_path / f".{stage.name}.lock").touch()
+    (stage / STAGE_FILE).unlink()  # as a kill while it was removed
+    assert [left.name for left in prune(tmp_path, 10**9)] == [stage.name]
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == sorted(["notes", *(left.name for left in stages(tmp_path))]) and len(kept) == 3
+
+
+def test_a_cache_in_use_is_not_pruned(tmp_path: Path) -> None:
+    folders = three_stages(tmp_path)
+    with in_use(tmp_path), in_use(tmp_path), pytest.raises(IaptError) as caught:
+        prune(tmp_path, 0)
+    assert str(caught.value) == f"a build is using the cache {tmp_path}; prune it when that is done"
+    assert all(folder.is_dir() for folder in folders)
+    assert len(prune(tmp_path, 0)) == 3
+    with pytest.raises(IaptError, match="there is no cache at"):
+        prune(tmp_path / "none", 0)

@@ -45,12 +45,15 @@ struct Ranges {
 
 struct BackboneSpec {
   int64_t hidden_size = 0, num_layers = 0, num_kv_heads = 0, head_dim = 0, vocab_size = 0, max_positions = 0;
+  std::string fingerprint;  // as tenants' cards name it
   std::vector<int64_t> eos_token_ids;
   int64_t pad_token_id = 0;
 };
 
 struct MethodSpec {
   std::string name;
+  std::string form;                 // what is computed: IAPT, PROMPT_TUNING, ...
+  std::string config;               // that form's settings, as JSON
   int64_t prompt_length = 0;        // cache entries (P) before the instruction
   std::vector<TensorSpec> weights;  // of one tenant, without the tenants axis
 };
@@ -59,7 +62,10 @@ struct TenantSpec {
   std::string name;
   std::optional<std::string> method;  // none where it is merged into the backbone's weights
   std::optional<std::string> path;
+  std::string trained_form;
   std::string prompt_format;  // chat or plain
+  std::vector<std::string> labels;
+  std::optional<std::string> trained, examples;  // files that validation alone opens
   // what all of its training examples began with; empty for none, nothing where they differ or did not say
   std::optional<std::string> system_prompt;
 };
@@ -83,7 +89,8 @@ struct BundleManifest {
   std::vector<TenantSpec> tenants;
   Ranges ranges;
   std::vector<TargetSpec> targets;
-  std::map<std::string, FileSpec> files;  // every file but manifest.json, by path
+  std::map<std::string, FileSpec> files;  // every file but manifest.json, its hash and its signature, by path
+  std::string verdict;                    // of the comparison with PyTorch: pass, fail or not run
 
   // Reads manifest.json of a bundle. Throws Error: it is missing, no JSON, of another schema, has missing, unknown or
   // wrong fields (all of them listed), or names a file outside the bundle.
@@ -100,8 +107,13 @@ struct BundleManifest {
   int64_t num_slots() const;
 };
 
-// Checks that every file is there with its size and hash. Throws Error: all that are missing or altered are listed.
+// Checks that the bundle has the files that its manifest names, no others, with their sizes and hashes. Throws Error:
+// all that are missing, altered or not named are listed, the manifest among them.
 void verify_files(const std::filesystem::path& bundle, const BundleManifest& manifest);
+
+// Checks that the bundle's manifest was signed with the private key of `key`, a public ed25519 key in PEM. Throws
+// Error: it was not, or `key` is no such key.
+void check_signature(const std::filesystem::path& bundle, const std::filesystem::path& key);
 
 }  // namespace iapt
 

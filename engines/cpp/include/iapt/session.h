@@ -41,7 +41,9 @@ struct Token {
 struct SessionOptions {
   std::string target;  // empty takes the bundle's first
   RunnerOptions runner;
-  bool verify = true;  // check every file's hash first
+  bool verify = true;           // check every file's hash first
+  std::filesystem::path trust;  // a public ed25519 key in PEM, whose private key must have signed; empty for anybody
+  bool allow_unproven = false;  // open also a bundle whose comparison with PyTorch was not made, or failed
   // The cache that is written in place, or the one that each step concatenates (the portable graphs prefill and
   // decode); nothing takes the first where target and device have it.
   std::optional<bool> in_place;
