@@ -38,6 +38,7 @@ from iapt_export.contract.graphs import KINDS
 from iapt_export.contract.integrity import load_private_key
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
+from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
 from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
@@ -144,7 +145,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     """
     targets, ranges = check_request(request)
     family = check_family(backbone.model, request.model)
-    _check_targets(targets, family)
+    _check_targets(request, targets, family)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
     _check_text(backbone, adapters)
     tenants = plan_tenants(
@@ -197,8 +198,10 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
             encode_request(f"tenant {name}", Request(name, "Hello"), tenant, codec)
 
 
-def _check_targets(targets: list[TargetPlan], family: Family) -> None:
+def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Family) -> None:
     """Refuse targets that need graphs which a family cannot have."""
+    if request.rational == "plugin" and not family.in_place:
+        raise _no_node_for_plugin(f"this backbone ({'; '.join(family.restrictions)})", "use --rational function")
     quantised = [target.dtype for target in targets if target.weight_bits is not None]
     if quantised and not family.in_place:
         raise IaptError(
@@ -207,9 +210,16 @@ def _check_targets(targets: list[TargetPlan], family: Family) -> None:
         )
 
 
+def _no_node_for_plugin(where: str, try_this: str) -> IaptError:
+    return IaptError(
+        f"--rational plugin needs a graph over a cache that is written in place, which {where} does not have: engines "
+        f"come from the portable graphs then, where the activation is written in standard operators; {try_this}"
+    )
+
+
 def _capacity(target: TargetPlan, ranges: Ranges) -> int | None:
     """Cache entries of a row that a target's graphs have room for, if that is fixed."""
-    return ranges.past.max if target.name in TENSORRT and target.opset >= 23 else None
+    return ranges.past.max if target.name in TENSORRT and target.opset >= SCATTER_OPSET - 1 else None
 
 
 def _graph_jobs(targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]], ranges: Ranges) -> list[GraphJob]:
@@ -240,6 +250,8 @@ def _check_engines(request: BuildRequest, targets: list[TargetPlan]) -> None:
         raise IaptError("--rational plugin is for TensorRT targets; add --target tensorrt or leave it out")
     for target in plans:
         check_options(_options(request, target))
+        if request.rational == "plugin" and target.opset < SCATTER_OPSET - 1:
+            raise _no_node_for_plugin(f"opset {target.opset}", "leave out --opset")
         check_target(target.name, target.dtype, target.opset, request.compute_capability)
         load_tensorrt(target.name)
     if request.rational == "plugin":

@@ -37,6 +37,8 @@ KINDS: dict[str, GraphKind] = {
     GENERATOR: GraphKind(),
 }
 """Name in a manifest and of the file to what it is for; of graphs for one purpose, the better first."""
+PORTABLE = (ENCODER, "prefill", "decode")
+"""The graphs that are written for any runtime: of standard operators without functions, every known size a number."""
 
 
 def step_graphs(names: Container[str], *, in_place: bool, device: str = "cpu") -> tuple[str, ...]:

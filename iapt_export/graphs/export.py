@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.graphs import PORTABLE
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.contract.types import OPSETS
 from iapt_export.graphs.installed import Installed, rational_forms
@@ -69,7 +70,7 @@ def export_graphs(
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
         graph_passes += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
-        passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes)
+        passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes, portable=name in PORTABLE)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")
     save_graphs(models, folder)

@@ -117,6 +117,12 @@ def test_flags_of_methods_that_are_not_there(
         (["--target=onnxruntime", "--target=onnxruntime"], "target 'onnxruntime' is given twice"),
         (["--compute-capability=8.9"], "--compute-capability is for TensorRT targets; add --target tensorrt-rtx"),
         (["--rational=plugin"], "--rational plugin is for TensorRT targets; add --target tensorrt or leave it out"),
+        (
+            ["--target=tensorrt", "--rational=plugin", "--opset=20"],
+            "--rational plugin needs a graph over a cache that is written in place, which opset 20 does not have: "
+            "engines come from the portable graphs then, where the activation is written in standard operators; "
+            "leave out --opset",
+        ),
         (["--target=tensorrt-rtx", "--rational=plugin"], "target tensorrt-rtx has no plugins (--rational plugin)"),
         (["--target=tensorrt-rtx", "--compute-capability=9.0"], "compute capability '9.0' is not supported"),
         (["--batch=many"], "--batch 'many' is not MAX or MIN:OPT:MAX in whole numbers"),

@@ -16,6 +16,7 @@ from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.runner import NOWHERE
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.tenants import TenantBank
+from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
 from tests.validation import sabotage
 
 Plant = Callable[[Path, pytest.MonkeyPatch], None]
@@ -121,8 +122,11 @@ def sigmoid_alone(graph: onnx.GraphProto) -> None:
 def raw_input(graph: onnx.GraphProto) -> None:
     """The generators read hidden states as they are."""
     made = {node.output[0]: node for node in graph.node}
-    for rational in [node for node in graph.node if node.op_type == "Rational"]:
-        value, seen = rational.input[0], set()
+    read = [node.input[0] for node in graph.node if node.op_type == "Rational"]
+    read += [node.input[1] for node in graph.node if node.name.endswith(f"{RATIONAL_MODULE}/Mul")]
+    assert read
+    for value in read:
+        seen: set[str] = set()
         waiting = [value]
         while waiting:  # back to the normalisation nearest to the activation
             node = made.get(waiting.pop(0))

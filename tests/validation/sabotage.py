@@ -10,6 +10,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from iapt_export.graphs.ops.rational_op import rational_function
+from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
 
 
 def between(bundle: Path, file: str, value: str, operator: str, constant: int) -> None:
@@ -60,12 +61,33 @@ def no_mask_in_decode(bundle: Path) -> None:
 def wrong_activation_form(bundle: Path) -> None:
     for file in ("prefill.onnx", "generator.onnx"):
         model = onnx.load(bundle / file, load_external_data=False)
+        if file == "prefill.onnx":
+            as_nodes(model)
         del model.functions[:]
         model.functions.append(rational_function(6, 4, "A", 23))
         for node in model.graph.node:  # a compiled kernel does not read the body
             if node.op_type == "Rational":
                 next(attribute for attribute in node.attribute if attribute.name == "form").s = b"A"
         (bundle / file).write_bytes(model.SerializeToString())
+
+
+def as_nodes(model: onnx.ModelProto) -> None:
+    """Make nodes again of rational activations that are written in standard operators."""
+    modules: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if (path := node.name.rpartition("/")[0]).endswith(RATIONAL_MODULE):
+            modules.setdefault(path, []).append(node)
+    for path, nodes in modules.items():
+        coefficients = [node.input[0] for node in nodes if node.op_type == "Split"]
+        variable = next(node.input[1] for node in nodes if node.op_type == "Mul")
+        name = f"{path.removesuffix(RATIONAL_MODULE)}/Rational"
+        whole = helper.make_node(
+            "Rational", [variable, *coefficients], nodes[-1].output, name, domain="ai.iapt", form="B"
+        )
+        model.graph.node.insert(list(model.graph.node).index(nodes[-1]), whole)
+        for node in nodes:
+            model.graph.node.remove(node)
+    model.opset_import.append(helper.make_opsetid("ai.iapt", 1))
 
 
 SABOTAGES: dict[Callable[[Path], None], tuple[set[str], set[str]]] = {

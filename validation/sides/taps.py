@@ -25,6 +25,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
 from iapt_export.graphs.ops.serving_ops import PRODUCT
+from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
 
 SHAPE_OPERATORS = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Range", "Cast")
 """Operators that appear in modules only to compute shapes and masks, next to the one that does the work."""
@@ -92,8 +93,25 @@ class TappedGraph:
             if node.op_type in ATTENTION_OPERATORS and path and node.input[1]:  # else it gets query, key, value in one
                 taps += self._tap(f"{path}.query", node.input[0])
             if node.op_type == RATIONAL and path:
-                taps += self._tap(f"{path}.pooled", node.input[0]) + self._tap(f"{path}.activated", node.output[0])
+                taps += self._rational(path, node.input[0], node.output[0])
+        for path in {self.module(place) for place in range(len(self.nodes))}:
+            if path.endswith(RATIONAL_MODULE):
+                taps += self._rational(path.removesuffix(RATIONAL_MODULE), *self.ends_of_rational(path))
         return sorted(taps, key=lambda tap: (tap.place, tap.name.endswith(".input")))
+
+    def ends_of_rational(self, path: str) -> tuple[str, str]:
+        """What the activation reads and makes where it is written in standard operators.
+
+        Args:
+            path: of its nodes' module, which ends in `RATIONAL_MODULE`.
+        """
+        places = self.of_module(path)
+        # Horner's rule begins with the highest coefficient times the variable, see `rational_op.rational_function`
+        product = next(place for place in places if self.nodes[place].op_type == "Mul")
+        variable = self.nodes[product].input[1]
+        if (cast := self.maker.get(variable)) in places:
+            variable = self.nodes[cast].input[0]
+        return variable, self.nodes[places[-1]].output[0]
 
     def operators_between(self, tap: Tap, known: set[str]) -> list[int]:
         """Places of the nodes that make a tap out of values that are known to be right."""
@@ -118,6 +136,9 @@ class TappedGraph:
 
     def _tap(self, name: str, value: str) -> list[Tap]:
         return [Tap(name, value, self.maker[value])] if value in self.maker else []
+
+    def _rational(self, path: str, reads: str, makes: str) -> list[Tap]:
+        return self._tap(f"{path}.pooled", reads) + self._tap(f"{path}.activated", makes)
 
     def _around(self, path: str) -> list[Tap]:
         places = self.of_module(path)

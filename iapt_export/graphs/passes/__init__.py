@@ -35,11 +35,13 @@ from iapt_export.graphs.passes.flatten_heads import FlattenHeadsPass
 from iapt_export.graphs.passes.fold_constants import FoldConstantsPass
 from iapt_export.graphs.passes.fold_transposes import FoldTransposesPass
 from iapt_export.graphs.passes.fuse_opset23 import FuseOpset23Pass
+from iapt_export.graphs.passes.inline_rational import InlineRationalPass
 from iapt_export.graphs.passes.name_interface import NameInterfacePass
 from iapt_export.graphs.passes.name_nodes import NameNodesPass
 from iapt_export.graphs.passes.pack_projections import PackProjectionsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
 from iapt_export.graphs.passes.sink_into_if import SinkIntoIfPass
+from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 
 
 def ship_pipeline(
@@ -47,6 +49,8 @@ def ship_pipeline(
     rational_forms: set[tuple[int, int, str]],
     opset: int,
     own: Sequence[ir.passes.PassBase] = (),
+    *,
+    portable: bool = False,
 ) -> ir.passes.Sequential:
     """The passes for one graph.
 
@@ -55,14 +59,17 @@ def ship_pipeline(
         rational_forms: (numerator coefficients, denominator coefficients, form) of the activations, one at most.
         opset: version of the standard operators.
         own: passes of this graph alone, see `serve_passes`.
+        portable: the graph is for any runtime, also those that read no functions and infer few shapes.
     """
     return ir.passes.Sequential(
+        *([InlineRationalPass(rational_forms, opset)] if portable else []),
         InlinePass(),
         FoldTransposesPass(),
         FoldConstantsPass(),
         RewritePass([mul_by_1_rule, no_op_cast_rule, no_op_expand_rule, no_op_transpose_rule]),
         IdentityEliminationPass(),
         FuseOpset23Pass(opset),
+        *([WriteSizesPass()] if portable else []),
         RemoveUnusedNodesPass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         DeduplicateInitializersPass(),

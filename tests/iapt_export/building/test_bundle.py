@@ -133,7 +133,7 @@ def test_a_bundles_files_and_tenants(tiny_build: TinyBuild) -> None:
     assert found.isdisjoint({"stage.json", "passes.json"}) and not any(name.endswith(".tmp") for name in found)
     notes = manifest.target().passes
     assert notes.keys() == manifest.target().graphs.keys()
-    assert notes["prefill"]["AddRationalBody"] == "degrees (5, 4) form B"
+    assert notes["serve"]["AddRationalBody"] == "degrees (5, 4) form B"
     assert "attentions take one product" in notes["serve"]["PackProjections"]
 
 

@@ -18,6 +18,7 @@ from iapt_export.graphs.passes.add_rational_body import AddRationalBodyPass
 from iapt_export.graphs.passes.check import CheckPass
 from iapt_export.graphs.passes.fold_transposes import FoldTransposesPass
 from iapt_export.graphs.passes.fuse_opset23 import FuseOpset23Pass
+from iapt_export.graphs.passes.inline_rational import InlineRationalPass
 from iapt_export.graphs.passes.name_interface import NameInterfacePass
 from iapt_export.graphs.passes.name_nodes import NameNodesPass
 from iapt_export.graphs.passes.pack_projections import PackProjectionsPass
@@ -25,6 +26,7 @@ from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
 from iapt_export.graphs.passes.sink_into_if import SinkIntoIfPass
 from iapt_export.graphs.passes.use_tensor_scatter import UseTensorScatterPass
+from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 
 
 def graph(*nodes: tuple[str, str, int], opset: int = 23, weight: np.ndarray | None = None) -> ir.Model:
@@ -74,6 +76,7 @@ SPEC = GraphSpec(
     ("step", "model", "text"),
     [
         (AddRationalBodyPass(set(), 23), graph(RATIONAL), "0 forms of ai.iapt::Rational, expected one"),
+        (InlineRationalPass(set(), 23), graph(RATIONAL), "0 forms of ai.iapt::Rational, expected one"),
         (NameNodesPass(), graph(("", "Abs", 1)), "no node has pkg.torch.onnx.name_scopes"),
         (
             QuantiseWeightsPass(8),
@@ -97,12 +100,14 @@ def test_what_a_pass_requires(step: ir.passes.PassBase, model: ir.Model, text: s
         (AddRationalBodyPass(set(), 23), graph(RATIONAL), "Rational has nodes and no body"),
         (FoldTransposesPass(), graph(("", "Transpose", 1), weight=MATRIX), "weights are still transposed by node 0"),
         (FuseOpset23Pass(20), graph(("", "RMSNormalization", 1), opset=20), "operators of opset 23 stand in a graph"),
+        (InlineRationalPass(set(), 23), graph(RATIONAL), "1 nodes of ai.iapt::Rational are left"),
         (NameInterfacePass(SPEC), graph(("", "Abs", 1)), "prefill.onnx: names are not input_ids"),
         (NameNodesPass(), called_alike(), "several nodes are called node 0"),
         (PackProjectionsPass(), attention(1), "takes neither query, key and value nor one packed"),
         (QuantiseWeightsPass(8), graph(("", "MatMul", 2), weight=MATRIX), "w are still fp32"),
         (RotaryInAttentionPass(8), attention(0), "some attentions rotate queries and keys"),
         (SinkIntoIfPass(), graph((MARKER_DOMAIN, MARKER, 3)), "markers are left: node 0"),
+        (WriteSizesPass(), graph(("", "ConstantOfShape", 1)), "sizes or values are left to inference in node 0"),
         (UseTensorScatterPass(), graph((MARKER_DOMAIN, MARKER, 3)), "nodes of ai.iapt.trace are left"),
     ],
     ids=lambda value: type(value).__name__,

@@ -18,8 +18,10 @@ from iapt_export.graphs.passes.check import CheckPass
 from iapt_export.graphs.passes.fold_constants import MAX_ELEMENTS, FoldConstantsPass
 from iapt_export.graphs.passes.fold_transposes import FoldTransposesPass
 from iapt_export.graphs.passes.fuse_opset23 import FuseOpset23Pass
+from iapt_export.graphs.passes.inline_rational import InlineRationalPass
 from iapt_export.graphs.passes.name_interface import NameInterfacePass
-from iapt_export.graphs.passes.name_nodes import SCOPES
+from iapt_export.graphs.passes.name_nodes import SCOPES, NameNodesPass
+from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 from tests.graphs import run_onnx
 
 
@@ -119,6 +121,67 @@ FORMS = {(6, 4, "B")}
 RATIONAL = (
     'g (float[n, 4] x, float[6] a, float[4] b) => (float[n, 4] y)\n{ y = ai.iapt.Rational <form = "B"> (x, a, b) }'
 )
+
+
+@pytest.mark.parametrize("form", ["A", "B"])
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_an_inlined_activation_is_the_function(form: str, dtype: str) -> None:
+    text = RATIONAL.replace('"B"', f'"{form}"').replace("float[n, 4]", f"{dtype}[n, 4]")
+    whole, model = parse(text), parse(text)
+    AddRationalBodyPass(FORMS, 23)(whole)
+    model.graph.node(0).metadata_props[SCOPES] = "['', 'backbone', 'backbone.layers.0', 'rational']"
+    step = InlineRationalPass(FORMS, 23)
+    assert step(model).modified and step.note == "1 rational activations are written as standard operators"
+    assert not model.functions and "ai.iapt" not in model.opset_imports
+    NameNodesPass()(model)
+    assert {str(node.name).rpartition("/")[0] for node in model.graph} == {"layers.0.rational"}
+    source = np.random.default_rng(0)
+    feeds = {"x": source.normal(size=(3, 4)).astype(np.float16 if dtype == "float16" else np.float32)}
+    feeds |= {name: source.normal(size=size).astype(np.float32) for name, size in (("a", 6), ("b", 4))}
+    assert np.array_equal(run(model, **feeds), run(whole, **feeds))
+    assert not step(model).modified
+
+
+def test_an_activation_outside_of_modules_is_inlined_too() -> None:
+    model = parse(RATIONAL)
+    model.graph.node(0).metadata_props[SCOPES] = "['', 'rational']"
+    InlineRationalPass(FORMS, 23)(model)
+    NameNodesPass()(model)
+    assert all(str(node.name).startswith("/") for node in model.graph)
+
+
+BY_PARTS = (
+    "g (float[n, t, 8] x, int64[1] n_now, int64[1] t_now) => (float[n, t, 2, 4] y)\n{"
+    " s = Concat <axis = 0> (n_now, t_now, infer, four)\n y = Reshape <allowzero = 1> (x, s) }"
+)
+
+
+def test_a_size_that_is_known_is_written_down() -> None:
+    model = parse(BY_PARTS, infer=np.array([-1]), four=np.array([4]))
+    step = WriteSizesPass()
+    assert step(model).modified and step.note == "1 sizes of reshapes and 0 values of constants are written down"
+    sizes = model.graph.node(-1).inputs[1].producer()
+    assert [part.producer().attributes["value"].as_tensor().numpy().tolist() for part in sizes.inputs[2:3]] == [[2]]
+    x = np.arange(48, dtype=np.float32).reshape(2, 3, 8)
+    feeds = {"x": x, "n_now": np.array([2]), "t_now": np.array([3])}
+    assert np.array_equal(run(model, **feeds), x.reshape(2, 3, 2, 4))
+    assert not step(model).modified
+
+
+@pytest.mark.parametrize(("infer", "shape"), [([-1], "n, t, heads, 4"), ([2], "n, t, 2, 4")])
+def test_a_size_that_nobody_knows_stays(infer: list[int], shape: str) -> None:
+    model = parse(BY_PARTS.replace("n, t, 2, 4", shape), infer=np.array(infer), four=np.array([4]))
+    assert not WriteSizesPass()(model).modified
+
+
+def test_a_constant_of_a_shape_says_what_it_holds() -> None:
+    model = parse("g (int64[1] s) => (float[n] y)\n{ y = ConstantOfShape (s) }")
+    wanted = run(model, s=np.array([3]))
+    assert WriteSizesPass()(model).modified
+    assert "value" in model.graph.node(0).attributes
+    made = run(model, s=np.array([3]))
+    assert made.dtype == wanted.dtype == np.float32 and np.array_equal(made, wanted)
+    assert not WriteSizesPass()(model).modified
 
 
 def test_the_rational_body_comes_with_its_nodes_only() -> None:
