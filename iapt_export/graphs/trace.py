@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -27,6 +28,10 @@ from trainers.decoder.attention import attending_with, grouped_attention, mask_b
 
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""How terminals are told to change colour."""
 
 
 def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: GraphSpec, opset: int) -> ir.Model:
@@ -67,10 +72,10 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
                 verbose=False,
                 custom_translation_table=rational.translation_table() | serving.translation_table(),
             )
-        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
+        except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not
             raise IaptError(
-                f"{type(backbone).__name__} could not be traced into {name}.onnx: {_first_line(error)} "
-                "Only decoders whose forward pass torch.export can follow are supported; see the chained error"
+                f"{type(backbone).__name__} could not be traced into {name}.onnx: {deepest_cause(error)}; only "
+                "decoders whose forward pass torch.export can follow are supported, see docs/models.md"
             ) from error
     assert onnx_program is not None
     return onnx_program.model
@@ -81,9 +86,17 @@ def exportable(backbone: Any) -> AbstractContextManager[None]:
     return attending_with(backbone, "iapt_export", grouped_attention, mask_by_position)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def deepest_cause(error: BaseException) -> str:
+    """What an error came from in the end, in one line without colours; the exporter wraps it in pages."""
+    text = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = [line.strip() for line in COLOUR.sub("", str(cause)).splitlines()]
+        first = next(filter(None, lines), "")
+        # a bare KeyError or AssertionError says little without its name
+        text = (f"{type(cause).__name__}: {first}" if not isinstance(cause, RuntimeError) else first) if first else text
+        cause = cause.__cause__
+    return (text or type(error).__name__).rstrip(".;: ")
 
 
 def _example(tensor: TensorSpec) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.graphs.trace import EXAMPLE_SIZES, trace_graph
+from iapt_export.graphs.trace import EXAMPLE_SIZES, deepest_cause, trace_graph
 from tests.graphs import installed, specs_for
 from tests.tiny import tiny_llama
 
@@ -31,11 +32,42 @@ def test_a_forward_pass_that_depends_on_values_is_refused() -> None:
         trace(model)
     text = str(caught.value)
     assert text.startswith("LlamaForCausalLM could not be traced into decode.onnx: ") and "\n" not in text
-    assert text.endswith(
-        "Only decoders whose forward pass torch.export can follow are supported; see the chained error"
-    )
+    assert "Could not guard on data-dependent expression" in text
+    assert text.endswith("; only decoders whose forward pass torch.export can follow are supported, see docs/models.md")
     assert caught.value.__cause__ is not None
     assert model.config._attn_implementation == before
+
+
+def test_an_operator_that_onnx_lacks_is_named_without_colours() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    model.model.norm.register_forward_hook(lambda _module, _args, output: torch.special.bessel_j0(output))
+    with pytest.raises(IaptError) as caught:
+        trace(model)
+    text = str(caught.value)
+    assert "\x1b" in str(caught.value.__cause__), "the exporter's own text, three causes above"
+    assert "\x1b" not in text and "\n" not in text
+    assert "could not be traced into decode.onnx: No ONNX function found for <OpOverload(op='prims.bessel_j0'" in text
+
+
+def raised(*errors: Exception) -> Exception:
+    """The first error, caused by the second, and so on."""
+    for error, cause in itertools.pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("errors", "text"),
+    [
+        ([RuntimeError("\x1b[1;31mpages\x1b[0m"), RuntimeError("\n\x1b[96mThe cause\x1b[0m.\nmore\n")], "The cause"),
+        ([RuntimeError("a text"), KeyError("layer")], "KeyError: 'layer'"),
+        ([RuntimeError("a text"), AssertionError()], "a text"),
+        ([RuntimeError()], "RuntimeError"),
+    ],
+    ids=["colours", "another kind", "a cause without text", "no text"],
+)
+def test_the_deepest_cause_is_shown(errors: list[Exception], text: str) -> None:
+    assert deepest_cause(raised(*errors)) == text
 
 
 def test_an_error_without_text_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
