@@ -166,11 +166,12 @@ def validate(
     from validation.reporting.junit import write_junit
     from validation.reporting.report import write_report
     from validation.reporting.summary import failure
-    from validation.validate import validate_bundle
+    from validation.validate import compared_targets, validate_bundle
 
     _check_folders(asked.junit)
     check_outside_bundles(asked.report, "--report")
-    BundleManifest.load(bundle)  # so that what is no bundle is refused in one line
+    # what is no bundle, or cannot be run there, is refused in one line before the backbone is loaded
+    compared_targets(BundleManifest.load(bundle), asked.runner or "")
     with Steps(quiet=common.quiet) as steps:
         steps("checking the files' hashes")
         manifest = open_manifest(bundle, trust=asked.trust, allow_unproven=True)
@@ -180,7 +181,9 @@ def validate(
         loaded = load_backbone(name, revision=revision, trust_remote_code=backbone.trust_remote_code)
         depth = "quick" if asked.quick else "full"
         peft = not asked.no_peft_check
-        settings = Settings(asked.seed, asked.new_tokens, asked.device, depth, asked.case, asked.bisect, peft)
+        settings = Settings(
+            asked.seed, asked.new_tokens, asked.device, depth, asked.case, asked.bisect, peft, asked.runner or ""
+        )
         found = validate_bundle(bundle, manifest, loaded, settings, steps)
     if asked.junit:
         write_junit(found, asked.junit)

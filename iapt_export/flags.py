@@ -102,6 +102,8 @@ class Comparison:
     """Where ONNX Runtime runs."""
     no_peft_check: bool = False
     """Leave out the comparison with PEFT itself, which is made where it is installed and has the tenant's method."""
+    runner: Annotated[Literal["openvino"] | None, Parameter(metavar="R")] = None
+    """Run the portable graphs in another runtime, openvino, instead of the bundle's targets."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ ROOF = {
 ROOMS = {
     "trainers": ("decoder", "methods", "adapters", "training"),
     "iapt_export": ("contract", "graphs", "building"),
-    "engines": ("onnxruntime", "tensorrt", "cuda", "serving"),
+    "engines": ("onnxruntime", "openvino", "tensorrt", "cuda", "serving"),
     "validation": ("sides", "judging", "locating", "reporting"),
 }
 """The folders of each package; docs/architecture.md says what is in which."""
@@ -45,10 +45,11 @@ DOORS = {
     "iapt_export.graphs": "export installed interface ops passes quantise save table",
     "iapt_export.building": "build build_request layout stage_cache tenant_file",
     "engines.onnxruntime": "runner",
+    "engines.openvino": "runner",
     "engines.tensorrt": "builder engine_info flavour runner",
     "engines.cuda": "driver memory",
     "engines.serving": "conversation loading request sampling session stepper tenants text",
-    "validation.sides": "cases peft_side recording reference rounding stepping taps truth",
+    "validation.sides": "cases peft_side portable recording reference rounding stepping taps truth",
     "validation.judging": "compare engine_interface metrics peft result tolerances",
     "validation.locating": "locate",
     "validation.reporting": "junit report summary",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engines.native import add_kernels
-from engines.serving.loading import cache_kinds
+from engines.serving.loading import cache_kinds, open_runners, stepper_over
 from engines.serving.session import Session
 from iapt_export.contract.errors import NotRunnableError
-from iapt_export.contract.integrity import Checks
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from iapt_export.graphs.quantise import QUANTISED
 from validation.judging.compare import OnStep, Settings, Truths, compare_target, measure_truth
@@ -22,6 +22,7 @@ from validation.judging.result import Report, TargetResult
 from validation.judging.tolerances import rows_for
 from validation.locating.locate import look_inside
 from validation.sides.peft_side import PeftFolder, peft_version
+from validation.sides.portable import portable_runners, portable_target
 from validation.sides.reference import Reference
 from validation.sides.rounding import unrounded_session, with_rounded_weights
 
@@ -53,14 +54,16 @@ def validate_bundle(
     Raises:
         IaptError: the backbone is another one, or the example prompts cannot be read.
     """
+    targets = compared_targets(manifest, settings.runner)
+    open_graphs = portable_runners if settings.runner else functools.partial(open_runners, device=settings.device)
     reference = Reference(bundle, manifest, backbone)
     truths = measure_truth(bundle, manifest, reference, settings, on_step)
     results = []
-    for target in manifest.targets:
+    for target in targets:
         try:
             for in_place in cache_kinds(target, settings.device):
-                unchecked: Checks = {"verify": False, "allow_unproven": True}  # the caller did, and this is the proof
-                session = Session.open(bundle, target.name, device=settings.device, in_place=in_place, **unchecked)
+                stepper = stepper_over(bundle, manifest, target, open_graphs(bundle, target), in_place=in_place)
+                session = Session(bundle, manifest, target, stepper)
                 with session:
                     result = compare_target(session, reference, truths, settings, on_step)
                 if target.dtype in QUANTISED:
@@ -89,8 +92,19 @@ def validate_bundle(
         targets=results,
         command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
         f"--seed {settings.seed} --new-tokens {settings.new_tokens}"
-        + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else ""),
+        + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else "")
+        + (f" --runner {settings.runner}" if settings.runner else ""),
     )
+
+
+def compared_targets(manifest: BundleManifest, runner: str = "") -> list[TargetSpec]:
+    """What is compared: the bundle's targets, or its portable graphs in another runtime.
+
+    Raises:
+        NotRunnableError: that runtime is not installed.
+        IaptError: the bundle has no graphs for it.
+    """
+    return [portable_target(manifest)] if runner else manifest.targets
 
 
 def _without_rounding(

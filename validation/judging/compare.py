@@ -53,6 +53,8 @@ class Settings:
     """Look inside the graphs although nothing failed."""
     peft_check: bool = True
     """Hold the reference against PEFT itself where a tenant's method is PEFT's and PEFT is installed."""
+    runner: str = ""
+    """``openvino``: compare the portable graphs there, and nothing else; empty compares the bundle's targets."""
 
     @property
     def is_quick(self) -> bool:

@@ -1,0 +1,1 @@
+"""OpenVINO behind the runner contract, for portable graphs."""
