@@ -64,7 +64,7 @@ def play(bundle: Path, trace: Sequence[Arrival], *, continuous: bool) -> dict[st
         for thread in threads:
             thread.join()
         passed = time.perf_counter() - start
-    assert sum(counts) == sum(request.max_new_tokens for _, request in trace)
+    assert sum(counts) == sum((request.max_new_tokens or 0) for _, request in trace)
     return _speeds(trace, passed, list(first.values()), list(last.values()))
 
 
@@ -82,10 +82,10 @@ def play_whole(bundle: Path, trace: Sequence[Arrival]) -> dict[str, float]:
             batch = [waiting.popleft() for _ in range(stepper.max_rows) if waiting and waiting[0][0] <= now]
             rows = [Instruction(stepper.bank.get(request.tenant), request.tokens) for _, request in batch]
             made = stepper.read(rows).argmax(axis=1).tolist()
-            for number in range(1, 1 + max(request.max_new_tokens for _, request in batch)):
+            for number in range(1, 1 + max((request.max_new_tokens or 0) for _, request in batch)):
                 passed = time.perf_counter() - start
                 first += [passed - seconds for seconds, _ in batch if number == 1]
-                last += [passed - seconds for seconds, request in batch if number == request.max_new_tokens]
+                last += [passed - seconds for seconds, request in batch if number == (request.max_new_tokens or 0)]
                 made = stepper.step(made).argmax(axis=1).tolist()
             while stepper.num_rows:
                 stepper.leave(stepper.num_rows - 1)
@@ -94,7 +94,7 @@ def play_whole(bundle: Path, trace: Sequence[Arrival]) -> dict[str, float]:
 
 def _speeds(trace: Sequence[Arrival], passed: float, first: list[float], last: list[float]) -> dict[str, float]:
     """Tokens a second from the first arrival to the last answer, and the medians of the seconds that requests wait."""
-    tokens = sum(request.max_new_tokens for _, request in trace)
+    tokens = sum((request.max_new_tokens or 0) for _, request in trace)
     return {"tokens_per_s": tokens / passed, "first_token_s": median(first), "answer_s": median(last)}
 
 

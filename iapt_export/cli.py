@@ -18,7 +18,7 @@ from iapt_export import __version__, flags
 from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
-from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring
+from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 
@@ -90,7 +90,7 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         exit_on_error=False,
         print_error=False,
     )
-    commands: list[Callable[..., None]] = [build, validate, generate, tenant, bench, inspect, cache, doctor]
+    commands: list[Callable[..., None]] = [build, validate, generate, serve, tenant, bench, inspect, cache, doctor]
     for place, command in enumerate([train_command(method), *commands]):
         app.command(command, sort_key=place, help_epilogue="")
     app["train"].config = (*sources, flags.whole_numbers)
@@ -247,6 +247,26 @@ def _show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Answer
         _print_json(rows)
     elif rows:
         print("\n---\n".join(row["text"] for row in rows))
+
+
+def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common = Common()) -> None:
+    """Serve a bundle over HTTP, by OpenAI's protocol; the model picks the tenant."""
+    from engines.http.server import ServerConfig
+    from engines.http.server import serve as run
+    from engines.serving.session import Session
+
+    config = ServerConfig(
+        host=asked.host,
+        port=asked.port,
+        keys=asked.keys,
+        tenants=asked.tenants,
+        admin_token=asked.admin_token,
+        metrics_prefix=asked.metrics_prefix,
+        ready_delay_s=asked.ready_delay,
+        drain_s=asked.drain,
+    )
+    settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads}
+    run(Session.open(bundle, asked.target, device=asked.device, verify=not asked.no_verify, **settings), config)
 
 
 def tenant(

@@ -211,6 +211,35 @@ class Keeping:
 
 @FLAT
 @dataclass(frozen=True, kw_only=True)
+class Serving(_Running):
+    """Where a server listens, whom it lets in, and how it ends."""
+
+    host: Annotated[str, Parameter(metavar="ADDRESS")] = "127.0.0.1"
+    """Where to listen; 0.0.0.0 for every interface."""
+    port: Annotated[int, Parameter(metavar="N")] = 8000
+    """Port to listen on; 0 takes a free one."""
+    keys: Annotated[Path | None, Parameter(metavar="FILE.json")] = None
+    """API keys, each with its tenants: {"KEY": ["reviews"], "OTHER KEY": ["*"]}; without it, everybody is let in."""
+    tenants: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    """Folder whose NAME.safetensors are installed when a request names them."""
+    admin_token: Annotated[str | None, Parameter(metavar="TOKEN", env_var="IAPT_ADMIN_TOKEN")] = None
+    """Lets whoever has it load and unload tenants of that folder over HTTP; better given as IAPT_ADMIN_TOKEN."""
+    max_waiting: PositiveInt = 256
+    """Requests that may wait for a row; beyond that, clients get status 429."""
+    threads: Annotated[PositiveInt | None, Parameter(metavar="N")] = None
+    """Of ONNX Runtime on the CPU; without it, as many as this process may use cores."""
+    metrics_prefix: Annotated[str, Parameter(metavar="TEXT")] = "vllm:"
+    """What names of metrics begin with."""
+    ready_delay: Annotated[float, Parameter(metavar="SECONDS")] = 0.0
+    """At SIGTERM, how long /ready says no before the server stops listening."""
+    drain: Annotated[float, Parameter(metavar="SECONDS")] = 60.0
+    """At SIGTERM, how long answers under way may take."""
+    no_verify: bool = False
+    """Do not check the files' hashes at the start."""
+
+
+@FLAT
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """What is trained, and a file of settings."""
 

@@ -31,7 +31,7 @@ ROOF = {
 ROOMS = {
     "trainers": ("decoder", "methods", "adapters", "training"),
     "iapt_export": ("contract", "graphs", "building"),
-    "engines": ("onnxruntime", "openvino", "tensorrt", "cuda", "serving"),
+    "engines": ("onnxruntime", "openvino", "tensorrt", "cuda", "serving", "http"),
     "validation": ("sides", "judging", "locating", "reporting"),
 }
 """The folders of each package; docs/architecture.md says what is in which."""
@@ -48,7 +48,8 @@ DOORS = {
     "engines.openvino": "runner",
     "engines.tensorrt": "builder engine_info flavour runner",
     "engines.cuda": "driver memory",
-    "engines.serving": "conversation loading request sampling session stepper tenants text",
+    "engines.serving": "conversation generation grammar loading request sampling session stepper tenants text",
+    "engines.http": "server",
     "validation.sides": "cases peft_side portable recording reference rounding stepping taps truth",
     "validation.judging": "compare engine_interface metrics peft result tolerances",
     "validation.locating": "locate",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from engines.native import add_kernels
+from engines.onnxruntime.cores import available_cores
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.contract.errors import IaptError, NotRunnableError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
@@ -71,7 +71,8 @@ class OnnxRuntimeRunner(Runner):
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = self.threads or available_cores()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.rational = add_kernels(options, self.device)
         try:
             self._session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])

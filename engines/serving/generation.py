@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from types import TracebackType
+from typing import ClassVar
 
+from engines.serving.entry import Entry, Times
 from engines.serving.own_process import check_process
-from engines.serving.request import Answer, Item, Token
-from engines.serving.scheduler import Entry
+from engines.serving.request import Answer, Ended, Item, Token
 from iapt_export.contract.errors import IaptError
+
+
+class Bell:
+    """Wakes the readers of one event loop: however many tokens come between two turns of the loop, it is told once."""
+
+    _bells: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bell]] = weakref.WeakKeyDictionary()
+    _making: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._ringing: deque[asyncio.Event] = deque()
+        self._lock = threading.Lock()
+        self._told = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Bell:
+        """The loop's own."""
+        with cls._making:
+            return cls._bells.setdefault(loop, cls(loop))
+
+    def ring(self, event: asyncio.Event) -> None:
+        """Set an event of the loop, from any thread."""
+        self._ringing.append(event)
+        with self._lock:
+            told, self._told = self._told, True
+        if not told and (loop := self._loop()) is not None:
+            try:
+                loop.call_soon_threadsafe(self._set)
+            except RuntimeError:  # of a closed loop, whose clients are gone
+                self._told = False
+
+    def _set(self) -> None:
+        with self._lock:
+            self._told = False
+        while self._ringing:
+            self._ringing.popleft().set()
 
 
 class Generation:
@@ -33,6 +71,7 @@ class Generation:
         """Guards the listeners, and that each hears of every item."""
         self._listeners: list[Callable[[], None]] = []
         self._tokens: list[Token] = []
+        self._ended: Ended | None = None
         self.done = False
         """Whether everything has been read."""
         self._error: Exception | None = None
@@ -48,12 +87,8 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Tokens as they come, for an event loop; raises like `__iter__`."""
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # of a closed loop, whose client is gone
-                loop.call_soon_threadsafe(arrived.set)
-
+        arrived = asyncio.Event()
+        tell = functools.partial(Bell.of(asyncio.get_running_loop()).ring, arrived)
         self.listen(tell)
         try:
             while not self.done:
@@ -72,6 +107,24 @@ class Generation:
             pass
         return self._answer()
 
+    @property
+    def partial(self) -> Answer:
+        """What has been read so far, also after a failure, whose reason is then ``error``."""
+        reason = self._tokens[-1].finish_reason if self._tokens else None
+        reason = "error" if self._error is not None else self._ended.finish_reason if self._ended else reason
+        text = "".join(token.text for token in self._tokens) + (self._ended.text if self._ended else "")
+        return Answer(self._entry.number, [token.token for token in self._tokens], text, reason or "")
+
+    @property
+    def times(self) -> Times:
+        """When the request came, got a row, its first token, its end."""
+        return self._entry.times
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of its instruction."""
+        return len(self._entry.instruction)
+
     async def wait(self) -> Answer:
         """`result` for an event loop."""
         async for _ in self:
@@ -85,7 +138,7 @@ class Generation:
             self._wake()
 
     def give(self, item: Item) -> None:
-        """Called by the session with each token, None for a cancelled request that was dropped, or its failure."""
+        """Called by the session with each token, an end between two, or the request's failure."""
         with self._lock:
             self._items.put(item)
             for tell in list(self._listeners):
@@ -129,14 +182,18 @@ class Generation:
         if isinstance(item, Token):
             self._tokens.append(item)
             self.done = item.finish_reason is not None
-        else:
-            self.done = True
-            self._error = item or self._error
-        if self.done:
-            self._items.put(self._error)  # for the next reader
+            if self.done:
+                self._items.put(Ended(""))  # for the next reader
+            return item
         if isinstance(item, Exception):
-            raise item
-        return item
+            self._error = item
+        elif self._ended is None and not self.done:
+            self._ended = item
+        self.done = True
+        self._items.put(item)
+        if self._error is not None:
+            raise self._error
+        return None
 
     def __enter__(self) -> Generation:
         return self
@@ -149,9 +206,7 @@ class Generation:
     def _answer(self) -> Answer:
         if self._error is not None:
             raise self._error
-        reason = self._tokens[-1].finish_reason if self._tokens else None
-        text = "".join(token.text for token in self._tokens)
-        return Answer(self._entry.number, [token.token for token in self._tokens], text, reason or "cancelled")
+        return self.partial
 
 
 def in_order_of_arrival(generations: Iterable[Generation], window: int) -> Iterator[Token]:
@@ -182,5 +237,41 @@ def in_order_of_arrival(generations: Iterable[Generation], window: int) -> Itera
                 yield token
     finally:
         for generation, tell in running.items():
+            generation.forget(tell)
+            generation.cancel()
+
+
+async def in_batches(generations: Sequence[Generation]) -> AsyncIterator[list[tuple[int, list[Token]]]]:
+    """What has arrived of several requests, for an event loop: the place of each that has news, and its new tokens.
+
+    A request's last item has its end: a token with a reason, or no token where it ended between two. However fast the
+    tokens come, the loop turns once for all that are there. Leaving it cancels what is not finished.
+
+    Raises:
+        IaptError: a request failed, or the session was closed or has failed.
+    """
+    arrived = asyncio.Event()
+    tell = functools.partial(Bell.of(asyncio.get_running_loop()).ring, arrived)
+    running = dict(enumerate(generations))
+    for generation in generations:
+        generation.listen(tell)
+    try:
+        while running:
+            batch = []
+            for place, generation in list(running.items()):
+                tokens: list[Token] = []
+                while not generation.done and (token := generation.take()) is not None:
+                    tokens.append(token)
+                if generation.done:
+                    del running[place]
+                if tokens or generation.done:
+                    batch.append((place, tokens))
+            if batch:
+                yield batch
+            if running:
+                await arrived.wait()
+                arrived.clear()
+    finally:
+        for generation in generations:
             generation.forget(tell)
             generation.cancel()

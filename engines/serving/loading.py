@@ -13,19 +13,23 @@ from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 
-def open_runners(bundle: Path, target: TargetSpec, *, device: str = "cpu") -> dict[str, Runner]:
+def open_runners(
+    bundle: Path, target: TargetSpec, *, device: str = "cpu", threads: int | None = None
+) -> dict[str, Runner]:
     """A runner for each graph of a target, not yet active.
 
     Args:
         bundle: the bundle's folder.
         target: one of its targets.
         device: ``cpu`` or ``cuda``, for ONNX Runtime; TensorRT always runs on the GPU.
+        threads: of ONNX Runtime on the CPU; None takes as many as this process may use cores.
     """
     if target.name == "onnxruntime":
         from engines.onnxruntime.runner import OnnxRuntimeRunner
 
         return {
-            name: OnnxRuntimeRunner(bundle / spec.path, spec, device=device) for name, spec in target.graphs.items()
+            name: OnnxRuntimeRunner(bundle / spec.path, spec, device=device, threads=threads)
+            for name, spec in target.graphs.items()
         }
     from engines.cuda.memory import CudaStream
     from engines.tensorrt.runner import TensorRTRunner
@@ -43,7 +47,13 @@ def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
 
 
 def open_stepper(
-    bundle: Path, manifest: BundleManifest, target: TargetSpec, *, device: str = "cpu", in_place: bool | None = None
+    bundle: Path,
+    manifest: BundleManifest,
+    target: TargetSpec,
+    *,
+    device: str = "cpu",
+    in_place: bool | None = None,
+    threads: int | None = None,
 ) -> Stepper:
     """The stepper of a target with the bundle's tenants, not yet active.
 
@@ -54,6 +64,7 @@ def open_stepper(
         device: ``cpu`` or ``cuda``, for ONNX Runtime.
         in_place: take the cache that is written in place, or the one that each step concatenates; None takes the
             first where target and device have it.
+        threads: of ONNX Runtime on the CPU; None takes as many as this process may use cores.
 
     Raises:
         BundleError: a tenant's file is damaged.
@@ -64,7 +75,8 @@ def open_stepper(
     if chosen not in offered:
         graphs = ", ".join(target.graphs)
         raise IaptError(f"target {target.name} has no graph for that cache on device {device}; its graphs: {graphs}")
-    return stepper_over(bundle, manifest, target, open_runners(bundle, target, device=device), in_place=chosen)
+    runners = open_runners(bundle, target, device=device, threads=threads)
+    return stepper_over(bundle, manifest, target, runners, in_place=chosen)
 
 
 def stepper_over(

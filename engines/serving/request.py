@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engines.serving.grammar import Grammar
 from engines.serving.renamed import renamed
 from engines.serving.sampling import Sampling
+from engines.serving.shaping import LogitsHook
 
 
 @renamed(prompts="soft_prompts")
@@ -17,6 +19,7 @@ class Request:
     """One instruction for one tenant."""
 
     tenant: str
+    """Its name; an empty text, or the backbone's name, asks the backbone itself."""
     prompt: str = ""
     """The instruction's text; or give ``tokens``."""
     tokens: tuple[int, ...] = ()
@@ -28,7 +31,8 @@ class Request:
     """A system prompt; None takes the one that the tenant was trained with, an empty text takes none."""
     soft_prompts: np.ndarray | None = None
     """``[P, D]``, which the client computed, for a tenant whose method takes them (LoPA)."""
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = 64
+    """The longest answer; None for as long as the cache holds."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
@@ -36,6 +40,18 @@ class Request:
     """Token ids that end the answer beside the bundle's end tokens; their text is not part of it."""
     ignore_eos: bool = False
     """Go on to ``max_new_tokens`` whatever is generated (for measurements)."""
+    min_tokens: int = 0
+    """The answer has so many tokens before an end token, a stop token or a stop text may end it."""
+    logprobs: int | None = None
+    """Give each token's log-probability, and those of this many of the likeliest; None for none."""
+    grammar: Grammar | None = None
+    """What the answer must match: JSON, a JSON schema, a regular expression, one of some texts."""
+    logits_hook: LogitsHook | None = None
+    """Changes the logits of each step, see `engines.serving.shaping.LogitsHook`."""
+    priority: int = 0
+    """Requests of a smaller number get a free row first, whoever else waits."""
+    deadline_s: float | None = None
+    """Seconds after `submit` at which the answer ends with what it has, as ``deadline``."""
 
 
 @renamed(row="index")
@@ -51,10 +67,24 @@ class Token:
     """The text that this token adds; what could be part of a character or of a stop text waits for the next."""
     finish_reason: str | None
     """``eos``, ``length`` or ``stop`` on the last token, else None."""
+    logprob: float | None = None
+    """Natural logarithm of the probability that the model gave it, before any setting of `Sampling`; if asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """Token ids and log-probabilities of the likeliest."""
 
 
-Item = Token | Exception | None
-"""What a request gets: a token, its failure, or None where it was cancelled and dropped."""
+@dataclass(frozen=True)
+class Ended:
+    """A request ends between two tokens."""
+
+    finish_reason: str
+    """``cancelled`` or ``deadline``."""
+    text: str = ""
+    """What was said and not handed out."""
+
+
+Item = Token | Ended | Exception
+"""What a request gets: a token, its end between two, or its failure."""
 
 
 @renamed(row="index")
@@ -67,4 +97,4 @@ class Answer:
     """Token ids, the end token included."""
     text: str
     finish_reason: str
-    """``eos``, ``length``, ``stop`` or ``cancelled``."""
+    """``eos``, ``length``, ``stop``, ``cancelled``, ``deadline``, or ``error`` of a partial answer."""

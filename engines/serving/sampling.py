@@ -1,8 +1,9 @@
-"""Choose the next token: greedy, or temperature and nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751)."""
+"""Choose the next token: greedy, or temperature with top-k, min-p (arXiv 2407.01082) and nucleus (arXiv 1904.09751)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from iapt_export.contract.errors import IaptError
 
 LEAST = (1e-2, 1e-4, 1e-7)
 """Least weight of the tokens that are sorted, the likeliest token's being 1; where they cover too little, the next."""
+MAX_PENALTY = 2.0
+"""Largest presence and frequency penalty, either sign, as in OpenAI's protocol."""
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,53 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise logits are divided by it."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probabilities sum to at least this."""
+    """Sample from the smallest set of tokens whose probabilities sum to at least this, of those that the next two
+    settings leave."""
     seed: int = 0
     """Seed of a row's random numbers; the same seed and prompt give the same text whatever shares the batch."""
+    top_k: int = 0
+    """Sample from this many of the likeliest tokens; 0 for all."""
+    min_p: float = 0.0
+    """Sample from tokens that are at least this times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the instruction or the answer holds are divided by it, or multiplied where negative (Keskar
+    et al. 2019, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Is taken from the logits of tokens that the answer holds."""
+    frequency_penalty: float = 0.0
+    """The same for each time that the answer holds them."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id to what is added to its logit."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             what = "negative" if self.temperature < 0 else "no finite number"
-            raise IaptError(f"temperature {self.temperature} is {what}; use 0 for greedy, or a positive number")
+            raise _wrong("temperature", f"{self.temperature} is {what}; use 0 for greedy, or a positive number")
         if not 0 < self.top_p <= 1:
-            raise IaptError(f"top_p {self.top_p} is out of range; expected more than 0 and at most 1")
+            raise _wrong("top_p", f"{self.top_p} is out of range; expected more than 0 and at most 1")
         if self.seed < 0:
-            raise IaptError(f"seed {self.seed} is negative; expected 0 or more")
+            raise _wrong("seed", f"{self.seed} is negative; expected 0 or more")
+        if self.top_k < 0:
+            raise _wrong("top_k", f"{self.top_k} is negative; expected 0 for all tokens, or how many")
+        if not 0 <= self.min_p <= 1:
+            raise _wrong("min_p", f"{self.min_p} is out of range; expected 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise _wrong("repetition_penalty", f"{self.repetition_penalty} is out of range; expected more than 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
+                raise _wrong(name, f"{getattr(self, name)} is out of range; expected {-MAX_PENALTY} to {MAX_PENALTY}")
+        for token, bias in self.logit_bias.items():
+            if not hasattr(token, "__index__") or not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise _wrong("logit_bias", f"{token}: {bias} is out of range; expected token ids to -100 to 100")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits depend on more than the model."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+def _wrong(name: str, text: str) -> IaptError:
+    return IaptError(f"{name} {text}", field=name)
 
 
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
@@ -57,6 +96,8 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
         return best
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest tokens alone
         scaled = (logits.astype(np.float64) - np.float64(logits[best])) / sampling.temperature
+    if sampling.top_k or sampling.min_p:
+        _rule_out(scaled, sampling)
     weights = np.exp(scaled)
     total, drawn = weights.sum(), random.random()
     whole = sampling.top_p == 1
@@ -69,6 +110,40 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
         total = covered[-1]
     place = np.searchsorted(covered, drawn * total, side="right")
     return int(order[min(int(place), len(covered) - 1)])
+
+
+def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """What the model gave a token, and the likeliest tokens: natural logarithms, before any setting of `Sampling`.
+
+    Args:
+        logits: ``[V]``, any float type.
+        token: the one that was chosen.
+        top: how many of the likeliest, the first of equals first.
+    """
+    exact = logits.astype(np.float64)
+    largest = exact.max()
+    exact -= largest + np.log(np.exp(exact - largest).sum())
+    best = _first(exact, top) if top else ()
+    return float(exact[token]), tuple((int(place), float(exact[place])) for place in best)
+
+
+def _rule_out(scaled: np.ndarray, sampling: Sampling) -> None:
+    """Leave out what top_k and min_p leave out; the likeliest token, whose entry is 0, stays."""
+    if 0 < sampling.top_k < len(scaled):
+        kept = _first(scaled, sampling.top_k)
+        values = scaled[kept]
+        scaled[:] = -np.inf
+        scaled[kept] = values
+    if sampling.min_p:
+        scaled[scaled < np.log(sampling.min_p)] = -np.inf
+
+
+def _first(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the largest ``count`` values, the largest first, the first of equals first."""
+    count = min(count, len(values))
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")][:count]
 
 
 def _likeliest(scaled: np.ndarray, weights: np.ndarray, needed: float) -> np.ndarray:

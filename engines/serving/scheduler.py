@@ -12,110 +12,55 @@ request's logits or text ends that request alone. One thread; `engines.serving.s
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from engines.serving.request import Item, Request, Token
-from engines.serving.sampling import choose
+from engines.serving.account import Share
+from engines.serving.entry import Entry
+from engines.serving.fair_queue import FairQueue
+from engines.serving.request import Item, Token
 from engines.serving.stepper import Instruction, Stepper
-from engines.serving.tenants import Tenant
-from engines.serving.text import TextCodec
 from iapt_export.contract.errors import IaptError
 
 READ_TOKENS = 1024
 """Instruction tokens, padding included, that are read at once at most: how long the running rows wait for new ones."""
 
 
-@dataclass(eq=False)
-class Entry:
-    """A request on its way through the scheduler."""
-
-    request: Request
-    number: int
-    """The request's place among those that were given together."""
-    tenant: Tenant
-    instruction: list[int]
-    codec: TextCodec | None
-    """None where the bundle has no tokenizer: its answers are token ids without text."""
-    eos_token_ids: frozenset[int]
-    random: np.random.Generator
-    soft_prompts: np.ndarray | None = None
-    """What the client sent: the copy that was checked."""
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    """The part of the answer's text that was handed out so far."""
-    cancelled: bool = False
-
-    @property
-    def length(self) -> int:
-        """Cache entries that are taken when the instruction has been read."""
-        return self.tenant.prompt_length + len(self.instruction)
-
-    def take(self, logits: np.ndarray) -> Token:
-        """Choose the next token from ``logits [V]``.
-
-        Raises:
-            IaptError: the logits hold NaN.
-        """
-        token = choose(logits, self.request.sampling, self.random)
-        self.tokens.append(token)
-        reason = None
-        if token in self.eos_token_ids and not self.request.ignore_eos:
-            reason = "eos"
-        elif token in self.request.stop_token_ids:
-            reason = "stop"
-        elif len(self.tokens) >= self.request.max_new_tokens:
-            reason = "length"
-        spoken = self.tokens[:-1] if reason == "stop" else self.tokens
-        whole = self.codec.decode(spoken) if self.codec else ""
-        cut = min((place for stop in self.request.stop if (place := whole.find(stop)) >= 0), default=None)
-        if cut is not None:
-            whole, reason = whole[:cut], "stop"
-        end = len(whole) if reason else _settled(whole, self.request.stop)
-        added, self.text = whole[len(self.text) : end], whole[: max(end, len(self.text))]
-        return Token(self.number, len(self.tokens) - 1, token, added, reason)
-
-
 class Scheduler:
     """Waiting requests and running rows of one stepper."""
 
-    def __init__(self, stepper: Stepper, *, continuous: bool = True) -> None:
+    def __init__(self, stepper: Stepper, *, continuous: bool = True, shares: Mapping[str, Share] | None = None) -> None:
         """Start with nothing.
 
         Args:
             stepper: active, without rows.
             continuous: let requests join while others run; else a batch runs to its end before the next begins.
+            shares: see `FairQueue`.
         """
         self.stepper = stepper
         self.continuous = continuous
-        self.waiting: deque[Entry] = deque()
+        self.waiting = FairQueue(shares)
         self.running: list[Entry] = []
         """In the order of the stepper's rows."""
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.waiting or self.running)
+        return bool(self.running or len(self.waiting))
 
     def add(self, entry: Entry) -> None:
         """Let a request wait for its turn."""
-        self.waiting.append(entry)
+        self.waiting.add(entry)
 
     def step(self) -> Iterator[tuple[Entry, Item]]:
         """Advance everything by a token.
 
         Yields:
-            Each request with its token, with None where it was cancelled and dropped, or with its failure.
+            Each request with its token, its end where it was cancelled or is late, or its failure.
         """
-        for entry in [entry for entry in self.waiting if entry.cancelled]:
-            self.waiting.remove(entry)
-            yield entry, None
-        for row in reversed(range(len(self.running))):
-            if self.running[row].cancelled:
-                yield self._leave(row), None
+        yield from self._dropped()
         before = len(self.running)
         if before:
             logits = self.stepper.step([entry.tokens[-1] for entry in self.running])
@@ -126,18 +71,32 @@ class Scheduler:
             self.running += joining
             yield from self._advance(self.stepper.read(instructions), first)
 
+    def _dropped(self) -> Iterator[tuple[Entry, Item]]:
+        """Those that were cancelled, or are late."""
+        now = time.monotonic()
+        for entry in [entry for entry in self.waiting if entry.cancelled or entry.deadline <= now]:
+            self.waiting.drop(entry)
+            yield entry, entry.end("cancelled" if entry.cancelled else "deadline")
+        for row in reversed(range(len(self.running))):
+            entry = self.running[row]
+            if entry.cancelled or entry.deadline <= now:
+                self._leave(row)
+                yield entry, entry.end("cancelled" if entry.cancelled else "deadline")
+
     def _joining(self, before: int) -> list[Entry]:
-        """The waiting requests whose turn has come, first come first served."""
+        """The waiting requests whose turn has come."""
         if before and not self.continuous:
             return []
         free = self.stepper.max_rows - len(self.running)
         joining: list[Entry] = []
-        longest = 0
-        while self.waiting and len(joining) < free:
-            longest = max(longest, self.waiting[0].length)
+        longest, now = 0, time.monotonic()
+        while len(joining) < free and (entry := self.waiting.peek()) is not None:
+            longest = max(longest, entry.length)
             if joining and longest * (len(joining) + 1) > READ_TOKENS:
                 break
-            joining.append(self.waiting.popleft())
+            self.waiting.take(entry)
+            entry.times.started = now
+            joining.append(entry)
         return joining
 
     def _advance(self, logits: np.ndarray, first: int) -> Iterator[tuple[Entry, Item]]:
@@ -153,27 +112,21 @@ class Scheduler:
                 self._leave(row)
         yield from pairs
 
-    def _leave(self, row: int) -> Entry:
-        entry = self.running[row]
+    def _leave(self, row: int) -> None:
+        self.running[row].account.running -= 1
         self.running[row] = self.running[-1]
         self.running.pop()
         self.stepper.leave(row)
-        return entry
 
 
 def _token_or_failure(entry: Entry, logits: np.ndarray) -> Item:
     try:
-        return entry.take(logits)
+        token = entry.take(logits)
     except Exception as error:
-        failure = IaptError(f"request {entry.number} of tenant {entry.tenant.name} failed: {error}")
+        failure = IaptError(
+            f"request {entry.number} of tenant {entry.tenant.name} failed: {error}", code="generation_failed"
+        )
         failure.__cause__ = error
         return failure
-
-
-def _settled(text: str, stops: tuple[str, ...]) -> int:
-    """How much of an unfinished text can be handed out: no half character, nothing that a stop text may begin with."""
-    end = len(text)
-    while end and text[end - 1] == "\N{REPLACEMENT CHARACTER}":
-        end -= 1
-    starts = (stop[:size] for stop in stops for size in range(1, len(stop)))
-    return end - max((len(start) for start in starts if text[:end].endswith(start)), default=0)
+    entry.account.generated()
+    return token

@@ -12,33 +12,39 @@ from any thread, and a `Generation` may be awaited.
 from __future__ import annotations
 
 import asyncio
-import operator
+import contextlib
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Unpack
 
-import numpy as np
-
 from engines.runner import Activated
-from engines.serving.conversation import check_text_fields, encode_request
+from engines.serving.account import Share
+from engines.serving.admission import Admission
+from engines.serving.entry import Entry
 from engines.serving.generation import Generation, in_order_of_arrival
+from engines.serving.grammar import Grammar
+from engines.serving.inbox import Inbox, Turn, loop_turn, thread_turn
 from engines.serving.loading import open_stepper
 from engines.serving.own_process import OwnCondition
 from engines.serving.request import Answer, Item, Request, Token
 from engines.serving.sampling import Sampling
-from engines.serving.scheduler import Entry, Scheduler
+from engines.serving.scheduler import Scheduler
+from engines.serving.state import SessionState, state_of
 from engines.serving.stepper import Stepper
-from engines.serving.tenants import Tenant, cast
-from engines.serving.text import TOKENIZER_FILE, TextCodec
-from iapt_export.contract.errors import IaptError, QueueFullError
+from engines.serving.text import TextCodec
+from iapt_export.contract.errors import IaptError
 from iapt_export.contract.integrity import Checks, open_manifest
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 MAX_WAITING = 256
-POLL_SECONDS = 0.005
-"""How often an event loop looks whether a full queue has room."""
+INLINE_CHARACTERS = 4000
+"""Longer texts are encoded in another thread than an event loop's, which they would hold up for milliseconds."""
+
+_log = logging.getLogger(__name__)
 
 
 class Session(Activated):
@@ -63,17 +69,17 @@ class Session(Activated):
         self.target = target
         self.stepper = stepper
         self.max_waiting = max_waiting
-        self._codec: TextCodec | None = None
-        self._reading = threading.Lock()
-        self._scheduler = Scheduler(stepper, continuous=continuous)
+        self._admission = Admission(bundle, manifest, stepper)
+        self._shares: dict[str, Share] = {}
+        self._scheduler = Scheduler(stepper, continuous=continuous, shares=self._shares)
         self._opening = threading.Lock()
         """Held while the session opens or closes."""
         self._lock = OwnCondition()
         """Guards everything below, and the bank; the scheduler belongs to the thread alone."""
-        self._arrived: list[Entry] = []
-        self._generations: dict[Entry, Generation] = {}
+        self._inbox = Inbox(self._lock, stepper.bank, self._scheduler.waiting, max_waiting)
+        self._generations = self._inbox.generations
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._draining = False
         self._failure: Exception | None = None
 
     @classmethod
@@ -86,6 +92,7 @@ class Session(Activated):
         in_place: bool | None = None,
         continuous: bool = True,
         max_waiting: int = MAX_WAITING,
+        threads: int | None = None,
         **checks: Unpack[Checks],
     ) -> Session:
         """Read a bundle and prepare one of its targets; `activate` (or a with block) loads it.
@@ -96,7 +103,9 @@ class Session(Activated):
             device: ``cpu`` or ``cuda``, for ONNX Runtime.
             in_place: which kind of cache, see `engines.serving.loading.open_stepper`.
             continuous: let requests join while others run; else a batch runs to its end before the next begins.
-            max_waiting: requests that may wait for a row; `submit` makes callers wait beyond that.
+            max_waiting: requests that may wait for a row; `submit` makes callers wait beyond that. A tenant of which
+                none waits may still queue one, so that others cannot shut it out.
+            threads: of ONNX Runtime on the CPU; None takes as many as this process may use cores.
             checks: ``verify``, ``trust="key.pub.pem"``, ``allow_unproven``; see
                 `iapt_export.contract.integrity.Checks`.
 
@@ -106,7 +115,7 @@ class Session(Activated):
         folder = Path(bundle)
         manifest = open_manifest(folder, **checks)
         chosen = manifest.target(target)
-        stepper = open_stepper(folder, manifest, chosen, device=device, in_place=in_place)
+        stepper = open_stepper(folder, manifest, chosen, device=device, in_place=in_place, threads=threads)
         return cls(folder, manifest, chosen, stepper, continuous=continuous, max_waiting=max_waiting)
 
     def activate(self) -> None:
@@ -115,13 +124,15 @@ class Session(Activated):
             if self._thread is not None:
                 return
             self.stepper.activate()
-            self._closing, self._failure = False, None
+            self._closing, self._draining, self._failure = False, False, None
             self._lock.own()
             self._thread = threading.Thread(target=self._serve, name="iapt-session", daemon=True)
             self._thread.start()
 
     def deactivate(self) -> None:
-        """Stop serving and give the memory back; requests under way end with an error."""
+        """Stop serving and give the memory back; requests under way end with an error, and keep what they have as
+        `Generation.partial`.
+        """
         with self._opening:
             with self._lock:
                 thread, self._thread, self._closing = self._thread, None, True
@@ -130,19 +141,60 @@ class Session(Activated):
                 thread.join()
                 self.stepper.deactivate()
 
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> bool:
+        """Refuse new requests, and `deactivate`.
+
+        Args:
+            drain: answer first what was submitted.
+            timeout: seconds to wait for that; None waits as long as it takes.
+
+        Returns:
+            Whether everything was answered.
+        """
+        with self._lock:
+            self._draining = True
+            if drain:
+                self._lock.wait_for(lambda: not self._inbox.is_busy or self._thread is None, timeout)
+            busy = self._inbox.is_busy
+        self.deactivate()
+        return not busy
+
     @property
     def codec(self) -> TextCodec:
-        """The bundle's tokenizer, read when first needed, by one thread alone: it takes tens of megabytes."""
-        with self._reading:
-            if self._codec is None:
-                self._codec = TextCodec(self.bundle)
-            return self._codec
+        """The bundle's tokenizer."""
+        return self._admission.codec
 
     @property
     def tenants(self) -> list[str]:
         """Names of the tenants that are installed now."""
         with self._lock:
             return list(self.stepper.bank.tenants)
+
+    @property
+    def base(self) -> str | None:
+        """The name under which the backbone itself answers; None where a tenant is merged into it."""
+        base = self.stepper.bank.base
+        return None if base is None else base.name
+
+    def set_share(self, tenant: str, share: Share) -> None:
+        """Say what a tenant gets from now on: its weight beside others, its rows, its places in the queue.
+
+        Args:
+            tenant: its name, which need not be installed yet; ``*`` for all that are not named.
+            share: what it gets.
+        """
+        with self._lock:
+            self._shares[tenant] = share
+            for name, account in self._scheduler.waiting.accounts.items():
+                account.share = self._scheduler.waiting.share_of(name)
+
+    def state(self) -> SessionState:
+        """Rows, queue, cache and tenants now; from any thread, and cheap enough for every second."""
+        with self._lock:
+            status = "failed"
+            if self._failure is None and (self._thread is None or self._thread.is_alive()):
+                status = "closed" if self._thread is None else "draining" if self._draining else "serving"
+            return state_of(status, self._failure, self._scheduler, self._inbox.arrived, self.max_waiting)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Answer requests in their order; they are taken as there is room for them, so there may be any number.
@@ -189,28 +241,30 @@ class Session(Activated):
             IaptError: an unknown tenant, an empty or too long prompt, a token id out of range, a request that can
                 never fit into the cache, or a session that is not open.
         """
-        with self._lock:
-            self._check_open()
-            tenant = self.stepper.bank.acquire(request.tenant)
-        try:
-            entry = self._entry(request, number, tenant)
-            generation = Generation(entry, self._wake)
-            with self._lock:
-                free = self._lock.wait_for(self._has_room, timeout)
-                self._check_open()
-                if not free:
-                    raise QueueFullError(
-                        f"{self.max_waiting} requests are waiting already; try again later, or open the session with "
-                        "a larger max_waiting"
-                    )
-                self._generations[entry] = generation
-                self._arrived.append(entry)
-                self._lock.notify_all()
-        except BaseException:
-            with self._lock:
-                self.stepper.bank.release(tenant)
-            raise
-        return generation
+        with self._inbox.place(request.tenant, self._check_taking) as place:
+            entry = self._admission.entry(request, number, place.tenant)
+            place.turn, entered = thread_turn(entry, Generation(entry, self._wake))
+            if not self._enter(place.turn):
+                entered.wait(timeout)
+            return self._leave_line(place.turn)
+
+    async def submit_async(self, request: Request, number: int = 0, *, timeout: float | None = None) -> Generation:
+        """`submit` for an event loop: waits in line without blocking it, and not any more once it is cancelled.
+
+        Raises:
+            IaptError: as `submit`.
+        """
+        with self._inbox.place(request.tenant, self._check_taking) as place:
+            size = len(request.prompt) + sum(len(str(message)) for message in request.messages)
+            if size > INLINE_CHARACTERS or request.grammar is not None:
+                entry = await asyncio.to_thread(self._admission.entry, request, number, place.tenant)
+            else:
+                entry = self._admission.entry(request, number, place.tenant)
+            place.turn, entered = loop_turn(entry, Generation(entry, self._wake))
+            if not self._enter(place.turn):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(entered, timeout)
+            return self._leave_line(place.turn)
 
     def check(self, request: Request, where: str) -> None:
         """Refuse, with `submit`'s errors, what it would refuse; ``where`` names the request in them.
@@ -219,21 +273,7 @@ class Session(Activated):
         """
         with self._lock:
             tenant = self.stepper.bank.get(request.tenant)
-        self._entry(request, 0, tenant, where)
-
-    async def submit_async(self, request: Request, number: int = 0) -> Generation:
-        """`submit` for an event loop: waits for the queue without blocking, and not any more once it is cancelled.
-
-        Raises:
-            IaptError: as `submit`.
-        """
-        while True:
-            if self._has_room():
-                try:
-                    return self.submit(request, number, timeout=0)
-                except QueueFullError:
-                    pass  # another client was faster
-            await asyncio.sleep(POLL_SECONDS)
+        self._admission.entry(request, 0, tenant, where)
 
     def add_tenant(self, path: str | Path, name: str | None = None, *, replace: bool = False) -> str:
         """Install a tenant while serving; it waits for no step, and a step waits at most for its weights to be copied.
@@ -269,13 +309,31 @@ class Session(Activated):
 
     def _check_open(self) -> None:
         if self._failure is not None:
-            raise IaptError(f"the session has failed and serves no more: {self._failure}") from self._failure
+            text = f"the session has failed and serves no more: {self._failure}"
+            raise IaptError(text, code="session_failed") from self._failure
         if self._thread is None:
-            raise IaptError("the session is not open; use it in a with block, or call activate() first")
+            text = "the session is not open; use it in a with block, or call activate() first"
+            raise IaptError(text, code="session_closed")
 
-    def _has_room(self) -> bool:
-        waiting = len(self._arrived) + len(self._scheduler.waiting)
-        return self._thread is None or self._failure is not None or waiting < self.max_waiting
+    def _check_taking(self) -> None:
+        self._check_open()
+        if self._draining:
+            raise IaptError("the session is closing and takes no more requests", code="session_closed")
+
+    def _enter(self, turn: Turn) -> bool:
+        """Let a request into the queue, or get in line."""
+        with self._lock:
+            self._check_open()
+            self._inbox.line.append(turn)
+            self._inbox.let_in()
+            return turn.has_entered
+
+    def _leave_line(self, turn: Turn) -> Generation:
+        with self._lock:
+            if not turn.has_entered:
+                self._check_open()
+            self._inbox.check_entered(turn)
+            return turn.generation
 
     @property
     def _window(self) -> int:
@@ -288,113 +346,41 @@ class Session(Activated):
 
     def _serve(self) -> None:
         """What the session's thread does: steps while there is work."""
-        failure: Exception = IaptError("the session was closed before the answer was finished")
+        failure: Exception = IaptError("the session was closed before the answer was finished", code="closed")
         try:
             while self._wait_for_work():
                 for entry, item in self._scheduler.step():
                     self._hand_out(entry, item)
-        except Exception as error:
-            failure = self._failure = error
+        except BaseException as error:
+            ended = IaptError(f"its thread was ended by {type(error).__name__}", code="session_failed")
+            failure = self._failure = error if isinstance(error, Exception) else ended
+            _log.exception("the session has failed and serves no more")
         with self._lock:
-            for entry, generation in self._generations.items():
-                self.stepper.bank.release(entry.tenant)
-                generation.give(failure)
-            self._generations.clear()
-            self._arrived.clear()
-            self._scheduler = Scheduler(self.stepper, continuous=self._scheduler.continuous)
+            self._inbox.fail(failure)
+            self._scheduler = Scheduler(self.stepper, continuous=self._scheduler.continuous, shares=self._shares)
+            self._inbox.queue = self._scheduler.waiting
             self._lock.notify_all()
 
     def _wait_for_work(self) -> bool:
         with self._lock:
-            if self._has_room():  # the last step may have taken in some of those that waited
-                self._lock.notify_all()
-            self._lock.wait_for(lambda: self._closing or self._arrived or self._scheduler.has_work)
-            for entry in self._arrived:
+            self._inbox.let_in()  # the last step may have taken in some of those that waited
+            self._lock.wait_for(lambda: self._closing or self._inbox.arrived or self._scheduler.has_work)
+            for entry in self._inbox.arrived:
                 self._scheduler.add(entry)
-            self._arrived.clear()
+            self._inbox.arrived.clear()
             return not self._closing
 
     def _hand_out(self, entry: Entry, item: Item) -> None:
         generation = self._generations[entry]
+        if not entry.times.first_token and entry.tokens:
+            entry.times.first_token = time.monotonic()
         if not isinstance(item, Token) or item.finish_reason:
+            entry.times.finished = time.monotonic()
             with self._lock:
                 del self._generations[entry]
                 self.stepper.bank.release(entry.tenant)
                 self._lock.notify_all()
         generation.give(item)
 
-    def _entry(self, request: Request, number: int, tenant: Tenant, where: str = "") -> Entry:
-        where = where or f"request {number}"
-        backbone, ranges = self.manifest.backbone, self.manifest.ranges
-        check_fields(where, request)
-        prompt = [operator.index(token) for token in request.tokens]
-        prompt = prompt or encode_request(where, request, tenant, self.codec)
-        wrong = [token for token in (*prompt, *request.stop_token_ids) if not 0 <= token < backbone.vocab_size]
-        if wrong:
-            raise IaptError(
-                f"{where}: token id {wrong[0]} is out of range; the vocabulary has {backbone.vocab_size} entries"
-            )
-        if len(prompt) > ranges.sequence.max:
-            raise IaptError(
-                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at most {ranges.sequence.max} "
-                "(shorten it, or build with a larger --sequence)"
-            )
-        if len(prompt) < ranges.sequence.min:
-            raise IaptError(
-                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at least {ranges.sequence.min} "
-                "(build with a smaller --sequence)"
-            )
-        needed = tenant.prompt_length + len(prompt) + request.max_new_tokens - 1
-        if needed > self.stepper.capacity:
-            raise IaptError(
-                f"{where} needs {needed} cache entries ({tenant.prompt_length} prompt, {len(prompt)} instruction, the "
-                f"rest new tokens); this bundle has {self.stepper.capacity} (lower --max-new-tokens, or build with a "
-                "larger --past)"
-            )
-        has_text = request.stop or (self.bundle / TOKENIZER_FILE).is_file()
-        return Entry(
-            request,
-            number,
-            tenant,
-            prompt,
-            self.codec if has_text else None,
-            frozenset(backbone.eos_token_ids),
-            np.random.default_rng(request.sampling.seed),
-            None if request.soft_prompts is None else self._checked(where, tenant, request.soft_prompts),
-        )
 
-    def _checked(self, where: str, tenant: Tenant, prompts: np.ndarray) -> np.ndarray:
-        """A copy of the prompts that a client sent; its own array may change while the request waits."""
-        spec = self.stepper.sent_prompts
-        if spec is None or spec.name.split(".")[0] != tenant.method:
-            raise IaptError(
-                f"{where}: tenant {tenant.name} was trained with {tenant.trained_form}, which makes its own prompts; "
-                "send none (only LoPA's may be computed by the client)"
-            )
-        copied = cast(np.array(prompts), spec.dtype)
-        if list(copied.shape) != spec.shape[1:]:
-            raise IaptError(f"{where}: the sent prompts have shape {list(copied.shape)}, expected {spec.shape[1:]}")
-        if not np.isfinite(copied.astype(np.float32)).all():
-            raise IaptError(f"{where}: the sent prompts hold NaN or infinity, or numbers too large for {spec.dtype}")
-        return copied
-
-
-def check_fields(where: str, request: Request) -> None:
-    """Refuse a request whose fields no session could serve.
-
-    Raises:
-        IaptError: what was expected, and what came.
-    """
-    check_text_fields(where, request)
-    if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
-        raise IaptError(f"{where}: stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
-    if "" in request.stop:
-        raise IaptError(f"{where}: a stop text is empty; leave it out")
-    if not hasattr(request.max_new_tokens, "__index__") or request.max_new_tokens < 1:
-        raise IaptError(f"{where}: max_new_tokens is {request.max_new_tokens}, expected at least 1, a whole number")
-    strange = [token for token in (*request.tokens, *request.stop_token_ids) if not hasattr(token, "__index__")]
-    if strange:
-        raise IaptError(f"{where}: {strange[0]!r} is no token id; expected whole numbers")
-
-
-__all__ = ["Answer", "Generation", "Request", "Sampling", "Session", "Token"]
+__all__ = ["Answer", "Generation", "Grammar", "Request", "Sampling", "Session", "Share", "Token"]

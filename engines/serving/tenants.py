@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from engines.runner import Arrays, numpy_type
+from engines.serving.text import template_source
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import TENANT_INDEX, BundleManifest, MethodSpec, TargetSpec, TenantSpec
 from iapt_export.contract.tenant_card import TenantCard
@@ -87,17 +88,27 @@ class TenantBank:
         for spec in manifest.tenants:
             if spec.method is None:
                 self._enter(spec, -1)
+        self.base = _base(bundle, manifest)
+        """The backbone alone; None where a tenant is merged into its weights."""
 
     def get(self, name: str) -> Tenant:
-        """The tenant of that name.
+        """The tenant of that name; the backbone alone for an empty one or its own.
 
         Raises:
             BundleError: no such tenant.
         """
-        if name not in self.tenants:
-            known = ", ".join(self.tenants) or "none"
-            raise BundleError(f"tenant {name!r} is not in this bundle; its tenants are {known}")
-        return self.tenants[name]
+        if name in self.tenants:
+            return self.tenants[name]
+        if self.base is not None and name in ("", self.base.name, self.manifest.backbone.name_or_path):
+            return self.base
+        known = ", ".join(self.tenants) or "none"
+        text = f"tenant {name!r} is not in this bundle; its tenants are {known}"
+        if name == "":
+            text = (
+                "the backbone alone cannot be asked in this bundle: a tenant is merged into it, or it was built by an "
+                f"earlier version; its tenants are {known}"
+            )
+        raise BundleError(text, code="tenant_not_found", field="tenant")
 
     def read(self, path: Path, name: str | None = None) -> NewTenant:
         """Read a tenant's file, as ``iapt-export tenant`` writes it; while steps run, because nothing changes.
@@ -181,6 +192,8 @@ class TenantBank:
             IaptError: it is merged into the backbone.
         """
         tenant = self.get(name)
+        if tenant is self.base:
+            raise IaptError(f"{tenant.name} is the backbone and cannot be removed")
         if tenant.method is None:
             raise IaptError(f"tenant {name} is merged into the backbone's weights and cannot be removed")
         tenant.removed = True
@@ -269,6 +282,15 @@ class TenantBank:
         if not np.isfinite(converted.astype(np.float32)).all():
             raise BundleError(f"{what} has numbers too large for {self.types[name]}; build for fp32 or bf16")
         return converted
+
+
+def _base(bundle: Path, manifest: BundleManifest) -> Tenant | None:
+    if not manifest.serves_backbone:
+        return None
+    named = manifest.backbone.name_or_path
+    is_hub_id = named.count("/") == 1 and named[0] not in "/.~"
+    form = "plain" if template_source(bundle) is None else "chat"
+    return Tenant(named if is_hub_id else Path(named).name, None, -1, 0, form, "none")
 
 
 def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:

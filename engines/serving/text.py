@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from engines.serving.chat_template import ChatTemplate
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.probes import PROBES_FILE, Probes
 
 TOKENIZER_FILE = "tokenizer.json"
+HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are no character yet decode to."""
 
 
 class TextCodec:
@@ -38,9 +41,10 @@ class TextCodec:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         settings = _read_json(bundle / "tokenizer_config.json")
-        path = bundle / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-        self._template = ChatTemplate(source, special_tokens(settings)) if isinstance(source, str) else None
+        source = template_source(bundle)
+        self._template = None if source is None else ChatTemplate(source, special_tokens(settings))
+        self._streams = True
+        """Whether tokenizers' stream gives the text that decoding all at once gives; else each step decodes all."""
         if check and (bundle / PROBES_FILE).is_file():
             self.check_probes(Probes.load(bundle))
 
@@ -82,9 +86,17 @@ class TextCodec:
             raise IaptError("the adapter expects chat prompts, but the bundle's tokenizer has no chat template")
         return self._template.render(messages, date)
 
-    def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; special tokens are left out, unless they are asked for."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
+
+    def stream(self) -> TextStream:
+        """The text of one answer, token by token."""
+        return TextStream(self._tokenizer, self._streams)
+
+    def to_json(self) -> str:
+        """The tokenizer as ``tokenizer.json`` holds it."""
+        return str(self._tokenizer.to_str())
 
     def check_probes(self, probes: Probes) -> None:
         """Compare with what transformers made of texts, conversations and ids when the bundle was built.
@@ -105,6 +117,41 @@ class TextCodec:
                 _compare(f"the ids of {what}", chat.ids, self._tokenizer.encode(rendered, add_special_tokens=False).ids)
         for answer in probes.answers:
             _compare(f"the text of the ids {answer.ids}", answer.text, self.decode(answer.ids))
+            stream = self.stream()
+            streamed = "".join(stream.add(answer.ids[: size + 1]) for size in range(len(answer.ids)))
+            self._streams = self._streams and answer.text.startswith(streamed)
+
+
+class TextStream:
+    """The text that each token adds to an answer; what may be half a character waits for the next."""
+
+    def __init__(self, tokenizer: Tokenizer, streams: bool) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True) if streams else None
+        self._length = 0
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that the last of all the answer's tokens adds."""
+        if self._stream is not None:
+            try:
+                added = self._stream.step(self._tokenizer, tokens[-1]) or ""
+            except Exception:  # tokenizers raises plain Exception where a text does not begin with the one before
+                self._stream = None
+            else:
+                self._length += len(added)
+                return added
+        added = self._tokenizer.decode(list(tokens), skip_special_tokens=True).rstrip(HALF_CHARACTER)[self._length :]
+        self._length += len(added)
+        return added
+
+
+def template_source(bundle: Path) -> str | None:
+    """The bundle's chat template, if it has one."""
+    path = bundle / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    source = _read_json(bundle / "tokenizer_config.json").get("chat_template")
+    return source if isinstance(source, str) else None
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -254,6 +254,7 @@ def new_manifest(
         files={},
         op_domain=DOMAIN,
         op_version=DOMAIN_VERSION,
+        serves_backbone=all(tenant.method is not None for tenant in tenants),
     )
 
 

@@ -10,6 +10,22 @@ class IaptError(Exception):
     raised is a defect of this project and keeps its trace.
     """
 
+    def __init__(self, *args: object, code: str = "invalid", field: str | None = None, remedy: str = "") -> None:
+        """Say what is wrong.
+
+        Args:
+            args: the text.
+            code: a word for programs, such as ``tenant_not_found``.
+            field: the field of a request that is at fault, such as ``max_new_tokens``.
+            remedy: what whoever runs the program can do, shown in brackets; a server's clients cannot, so it leaves
+                that out.
+        """
+        super().__init__(f"{args[0]} ({remedy})" if remedy else "".join(map(str, args)))
+        self.code = code
+        self.field = field
+        self.what = str(args[0]) if args else ""
+        """The text without the remedy."""
+
 
 class BundleError(IaptError):
     """A bundle's file is missing, altered, of a newer schema, or contradicts another."""
@@ -31,6 +47,7 @@ EXTRAS = (
     dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "yaml"), "train")
     | dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "matplotlib"), "export")
     | {"cryptography": "sign"}
+    | dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"), "serve")
 )
 """Packages that only some commands need, to the extra that brings them."""
 

@@ -241,6 +241,8 @@ class BundleManifest:
     parity: Parity
     files: dict[str, FileSpec]
     """Every file but this one, by path."""
+    serves_backbone: bool = False
+    """Whether a row may have no method, so that the backbone alone answers beside its tenants."""
     schema_version: int = SCHEMA_VERSION
 
     def target(self, name: str | None = None) -> TargetSpec:

@@ -44,22 +44,21 @@ class Installed:
         if self.method.rational_form:
             self.method.rational = torch.ops.iapt.rational  # one node in a trace; in eager mode the same function
 
-    def part(self, inputs: Mapping[str, Tensor], mixed: bool) -> Part:
-        """This method with each row's weights.
+    def part(self, inputs: Mapping[str, Tensor]) -> Part:
+        """This method with each row's weights; other rows may be of other methods, or the backbone alone.
 
         Args:
             inputs: a graph's inputs by name; those called ``NAME.*`` count.
-            mixed: whether other rows may be of other methods.
         """
         index = inputs.get(f"{self.name}.{TENANT_INDEX}")
-        active = index >= 0 if mixed and index is not None else None
+        active = None if index is None else index >= 0
         if self.encoder:
             return Part(self.method, {SENT_PROMPTS: inputs[f"{self.name}.{SENT_PROMPTS}"]}, active)
         return Part(self.method, self.method.expanded(self.stacked_rows(inputs)), active)
 
     def stacked_rows(self, inputs: Mapping[str, Tensor]) -> Weights:
         """Each row's own weights ``[B, ...]``, picked from the stacks ``NAME.TENSOR [N, ...]``."""
-        index = inputs[f"{self.name}.{TENANT_INDEX}"].clamp(min=0)  # rows of other methods pick any, and drop it
+        index = inputs[f"{self.name}.{TENANT_INDEX}"].clamp(min=0)  # other rows pick any, and drop it
         stacks = {name: inputs[f"{self.name}.{name}"] for name, _ in self.stacked.named_parameters()}
         return self.stacked.picked(stacks, index)
 
@@ -75,7 +74,7 @@ def rows_from_inputs(
         only: the methods that take part in this graph; None means all.
     """
     chosen = installed if only is None else only
-    return Rows(*(item.part(inputs, mixed=len(installed) > 1) for item in chosen))
+    return Rows(*(item.part(inputs) for item in chosen))
 
 
 def in_decode(installed: list[Installed]) -> list[Installed]:

@@ -15,6 +15,7 @@ namespace {
 using Problems = std::vector<std::string>;
 constexpr auto kObject = Json::value_t::object;
 constexpr auto kString = Json::value_t::string;
+constexpr auto kBoolean = Json::value_t::boolean;
 constexpr int64_t kMost = 1 << 24;  // what a size is at most
 constexpr int64_t kMostLayers = 10000;
 constexpr int64_t kLongest = int64_t{1} << 31;  // positions, and sizes of a dynamic dimension
@@ -227,6 +228,7 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
   fields.object("files", [&](const std::string& name, const Json& item, const std::string& place) {
     manifest.files[name] = read_file(item, place, problems);
   });
+  fields.skip("serves_backbone", kBoolean, false);
   fields.refuse_unknown();
   return manifest;
 }

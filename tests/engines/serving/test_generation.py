@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from engines.serving.entry import Entry
 from engines.serving.generation import Generation, in_order_of_arrival
 from engines.serving.request import Item, Request, Token
-from engines.serving.scheduler import Entry
 from engines.serving.session import Session
 from engines.serving.tenants import Tenant
 from iapt_export.contract.errors import IaptError

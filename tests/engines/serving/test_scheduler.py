@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from engines.serving.request import Request, Token
-from engines.serving.scheduler import READ_TOKENS, Entry, Scheduler
+from engines.serving.entry import Entry
+from engines.serving.request import Ended, Request, Token
+from engines.serving.scheduler import READ_TOKENS, Scheduler
 from engines.serving.stepper import Instruction
 from engines.serving.tenants import Tenant
 from engines.serving.text import TextCodec
@@ -125,7 +126,7 @@ def run(scheduler: Scheduler) -> dict[Entry, list[int]]:
     made: dict[Entry, list[int]] = {}
     while scheduler.has_work:
         for entry, token in scheduler.step():
-            if token is not None:
+            if isinstance(token, Token):
                 made.setdefault(entry, []).append(token.token)
     return made
 
@@ -174,7 +175,7 @@ def test_cancelled_requests_leave_before_the_next_step(codec: TextCodec) -> None
         scheduler.add(entry)
     list(scheduler.step())
     second.cancelled = waiting.cancelled = True
-    dropped = [entry for entry, token in scheduler.step() if token is None]
+    dropped = [entry for entry, item in scheduler.step() if isinstance(item, Ended)]
     assert dropped == [waiting, second] and counter.log[-1] == "step 2"
     assert run(scheduler).keys() == {first, third}
 

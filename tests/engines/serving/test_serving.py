@@ -114,8 +114,8 @@ def test_a_full_queue_refuses_or_waits(tiny_build: TinyBuild) -> None:
         with pytest.raises(
             QueueFullError, match="1 requests are waiting already; try again later, or open the session with"
         ):
-            session.submit(request(9), timeout=0)
-        late = session.submit(request(9))
+            session.submit(request(11), timeout=0)
+        late = session.submit(request(11))
         assert len(late.result().tokens) == 12
         assert all(len(generation.result().tokens) == LONG for generation in running)
 

@@ -1,0 +1,96 @@
+"""``iapt-export serve``: a session, the endpoints over it, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from engines.http.access import Access
+from engines.http.app import Door, make_app
+from engines.http.telemetry import Telemetry
+from engines.http.tenant_folder import TenantFolder
+from engines.serving.session import Session
+from iapt_export.contract.errors import IaptError
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections; a server that closes first races with a client's next request."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where a server listens, and whom it lets in."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    keys: Path | None = None
+    """JSON: API key to names of tenants, ``*`` for all; None lets everybody in."""
+    tenants: Path | None = None
+    """Folder of tenant files that are installed when they are asked for."""
+    admin_token: str | None = None
+    """What ``/v1/load_lora_adapter`` asks for; None turns that off."""
+    metrics_prefix: str = "vllm:"
+    max_body_bytes: int = 4 << 20
+    ready_delay_s: float = 0.0
+    """How long ``/ready`` says no before the server stops listening, so that a balancer sees it."""
+    drain_s: float = 60.0
+    """How long streams under way may take at the end."""
+
+    def __post_init__(self) -> None:
+        if self.tenants is not None and not self.tenants.is_dir():
+            raise IaptError(f"{self.tenants} is no folder; expected one with tenants' files")
+        if self.admin_token is not None and (self.tenants is None or not self.admin_token):
+            raise IaptError("an admin token is for loading tenants from a folder; name the folder too")
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's, which says at the first signal that it is not ready, and ends when all answers are out."""
+
+    def __init__(self, config: uvicorn.Config, door: Door, ready_delay_s: float) -> None:
+        super().__init__(config)
+        self._door = door
+        self._delay = ready_delay_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the end, the second hurries it; the exit code stays 0."""
+        if self._door.is_draining:
+            self.should_exit = True
+            self.force_exit = sig == signal.SIGINT
+            return
+        self._door.is_draining = True
+        _log.info("no longer ready; answers under way are finished")
+        asyncio.get_running_loop().call_later(self._delay, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+def serve(session: Session, config: ServerConfig) -> None:
+    """Serve until a signal comes; opens the session, and closes it when all is answered.
+
+    Raises:
+        IaptError: the bundle cannot run here, or the keys cannot be read.
+    """
+    access = Access.read(config.keys, config.admin_token)
+    telemetry = Telemetry(session, config.metrics_prefix)
+    door = Door(session, access, TenantFolder(session, config.tenants), telemetry, config.max_body_bytes)
+    settings = uvicorn.Config(
+        make_app(door),
+        host=config.host,
+        port=config.port,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(config.drain_s),
+        server_header=False,
+        ws="none",
+    )
+    with session:
+        Server(settings, door, config.ready_delay_s).run()

@@ -1,0 +1,207 @@
+"""From a request to an entry of the queue: every check of its fields, its text as token ids, its grammar."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from engines.serving.conversation import check_text_fields, encode_request
+from engines.serving.entry import Entry
+from engines.serving.grammar import Grammar, GrammarCompiler
+from engines.serving.request import Request
+from engines.serving.shaping import Shaping
+from engines.serving.stepper import Stepper
+from engines.serving.stop_texts import MAX_STOP_CHARACTERS
+from engines.serving.tenants import Tenant, cast
+from engines.serving.text import TOKENIZER_FILE, TextCodec
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BundleManifest
+
+MAX_LOGPROBS = 100
+
+
+class Admission:
+    """Checks requests against one bundle."""
+
+    def __init__(self, bundle: Path, manifest: BundleManifest, stepper: Stepper) -> None:
+        self._bundle = bundle
+        self._manifest = manifest
+        self._stepper = stepper
+        self._reading = threading.Lock()
+        self._codec: TextCodec | None = None
+        self._compiler: GrammarCompiler | None = None
+
+    @property
+    def codec(self) -> TextCodec:
+        """The bundle's tokenizer, read when first needed, by one thread alone: it takes tens of megabytes."""
+        with self._reading:
+            if self._codec is None:
+                self._codec = TextCodec(self._bundle)
+            return self._codec
+
+    def entry(self, request: Request, number: int, tenant: Tenant, where: str = "") -> Entry:
+        """What the scheduler takes.
+
+        Args:
+            request: the request.
+            number: what its tokens carry as ``index``.
+            tenant: its tenant.
+            where: names the request in errors.
+
+        Raises:
+            IaptError: it cannot be answered; the error names the field.
+        """
+        where = where or f"request {number}"
+        check_fields(where, request)
+        prompt = self._prompt(where, request, tenant)
+        if request.max_new_tokens is None:
+            room = self._stepper.capacity - tenant.prompt_length - len(prompt) + 1
+            request = dataclasses.replace(request, max_new_tokens=max(room, request.min_tokens, 1))
+        self._check_room(where, request, tenant, prompt)
+        has_text = request.stop or (self._bundle / TOKENIZER_FILE).is_file()
+        ends = frozenset(self._manifest.backbone.eos_token_ids)
+        return Entry(
+            request,
+            number,
+            tenant,
+            prompt,
+            self.codec if has_text else None,
+            ends,
+            np.random.default_rng(request.sampling.seed),
+            None if request.soft_prompts is None else self._sent(where, tenant, request.soft_prompts),
+            self._shaping(request, prompt, ends),
+        )
+
+    def _prompt(self, where: str, request: Request, tenant: Tenant) -> list[int]:
+        prompt = [operator.index(token) for token in request.tokens]
+        prompt = prompt or encode_request(where, request, tenant, self.codec)
+        size = self._manifest.backbone.vocab_size
+        named = {
+            "tokens": prompt,
+            "stop_token_ids": request.stop_token_ids,
+            "logit_bias": request.sampling.logit_bias,
+        }
+        for name, tokens in named.items():
+            wrong = [token for token in tokens if not 0 <= token < size]
+            if wrong:
+                raise IaptError(
+                    f"{where}: token id {wrong[0]} is out of range; the vocabulary has {size} entries", field=name
+                )
+        return prompt
+
+    def _check_room(self, where: str, request: Request, tenant: Tenant, prompt: list[int]) -> None:
+        limits = self._manifest.ranges.sequence
+        if len(prompt) > limits.max:
+            raise IaptError(
+                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at most {limits.max}",
+                code="context_length_exceeded",
+                field="prompt",
+                remedy="shorten it, or build with a larger --sequence",
+            )
+        if len(prompt) < limits.min:
+            raise IaptError(
+                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at least {limits.min}",
+                field="prompt",
+                remedy="build with a smaller --sequence",
+            )
+        assert request.max_new_tokens is not None
+        needed = tenant.prompt_length + len(prompt) + request.max_new_tokens - 1
+        if needed > self._stepper.capacity:
+            raise IaptError(
+                f"{where} needs {needed} cache entries ({tenant.prompt_length} prompt, {len(prompt)} instruction, the "
+                f"rest new tokens); this bundle has {self._stepper.capacity}",
+                code="context_length_exceeded",
+                field="max_new_tokens",
+                remedy="lower --max-new-tokens, or build with a larger --past",
+            )
+
+    def _shaping(self, request: Request, prompt: list[int], ends: frozenset[int]) -> Shaping | None:
+        """What changes its logits; None where nothing does, so that the row costs what the model costs."""
+        sampling = request.sampling
+        if not (sampling.changes_logits or request.min_tokens or request.logits_hook or request.grammar):
+            return None
+        return Shaping(
+            sampling,
+            prompt,
+            ends=(frozenset() if request.ignore_eos else ends) | frozenset(request.stop_token_ids),
+            min_tokens=request.min_tokens,
+            hook=request.logits_hook,
+            matcher=None if request.grammar is None else self._grammars().compile(request.grammar),
+        )
+
+    def _grammars(self) -> GrammarCompiler:
+        codec, backbone = self.codec, self._manifest.backbone
+        with self._reading:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(codec.to_json(), backbone.vocab_size, backbone.eos_token_ids)
+            return self._compiler
+
+    def _sent(self, where: str, tenant: Tenant, prompts: np.ndarray) -> np.ndarray:
+        """A copy of the prompts that a client sent; its own array may change while the request waits."""
+        spec = self._stepper.sent_prompts
+        if spec is None or spec.name.split(".")[0] != tenant.method:
+            raise IaptError(
+                f"{where}: tenant {tenant.name} was trained with {tenant.trained_form}, which makes its own prompts; "
+                "send none (only LoPA's may be computed by the client)",
+                field="soft_prompts",
+            )
+        copied = cast(np.array(prompts), spec.dtype)
+        if list(copied.shape) != spec.shape[1:]:
+            raise IaptError(
+                f"{where}: the sent prompts have shape {list(copied.shape)}, expected {spec.shape[1:]}",
+                field="soft_prompts",
+            )
+        if not np.isfinite(copied.astype(np.float32)).all():
+            raise IaptError(
+                f"{where}: the sent prompts hold NaN or infinity, or numbers too large for {spec.dtype}",
+                field="soft_prompts",
+            )
+        return copied
+
+
+def check_fields(where: str, request: Request) -> None:
+    """Refuse a request whose fields no session could serve.
+
+    Raises:
+        IaptError: what was expected, and what came.
+    """
+    check_text_fields(where, request)
+
+    def refuse(name: str, text: str) -> None:
+        raise IaptError(f"{where}: {text}", field=name)
+
+    if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
+        refuse("stop", f"stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
+    if "" in request.stop:
+        refuse("stop", "a stop text is empty; leave it out")
+    if (size := sum(map(len, request.stop))) > MAX_STOP_CHARACTERS:
+        refuse("stop", f"its stop texts have {size} characters; expected at most {MAX_STOP_CHARACTERS} together")
+    longest = request.max_new_tokens
+    if longest is not None and (not _is_whole(longest) or longest < 1):
+        refuse("max_new_tokens", f"max_new_tokens is {longest}, expected at least 1, a whole number")
+    for name in ("tokens", "stop_token_ids"):
+        strange = [token for token in getattr(request, name) if not _is_whole(token)]
+        if strange:
+            refuse(name, f"{strange[0]!r} is no token id; expected whole numbers")
+    if not _is_whole(request.min_tokens) or not 0 <= request.min_tokens <= (longest or request.min_tokens):
+        refuse("min_tokens", f"min_tokens is {request.min_tokens}, expected 0 to max_new_tokens, a whole number")
+    if request.logprobs is not None and (not _is_whole(request.logprobs) or not 0 <= request.logprobs <= MAX_LOGPROBS):
+        refuse("logprobs", f"logprobs is {request.logprobs}, expected None, or 0 to {MAX_LOGPROBS}")
+    if not _is_whole(request.priority):
+        refuse("priority", f"priority is {request.priority!r}, expected a whole number")
+    if request.deadline_s is not None and not request.deadline_s > 0:
+        refuse("deadline_s", f"deadline_s is {request.deadline_s}, expected more than 0 seconds, or None")
+    if request.grammar is not None and not isinstance(request.grammar, Grammar):
+        refuse("grammar", f"grammar is {type(request.grammar).__name__}, expected a Grammar")
+    if request.grammar is not None and request.ignore_eos:
+        refuse("ignore_eos", "an answer with a grammar ends where the grammar ends; leave out ignore_eos")
+    if request.logits_hook is not None and not callable(request.logits_hook):
+        refuse("logits_hook", f"logits_hook is {type(request.logits_hook).__name__}, expected a function")
+
+
+def _is_whole(value: object) -> bool:
+    return hasattr(value, "__index__")

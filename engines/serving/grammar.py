@@ -1,0 +1,149 @@
+"""Answers of a form: JSON, a JSON schema, a regular expression, one of some texts. llguidance says which tokens fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iapt_export.contract.errors import IaptError, NotRunnableError
+
+MAX_GRAMMAR_CHARACTERS = 65_536
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How JSON is written: in one line, as Python does. Where white space is free, small models write it without end."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match; give one of the fields.
+
+    Raises:
+        IaptError: none or several are given, or one is no JSON, or too long.
+    """
+
+    json_object: bool = False
+    """Any JSON object."""
+    json_schema: Mapping[str, Any] | None = None
+    """JSON that fits this schema."""
+    regex: str | None = None
+    """The whole answer, in the syntax of Rust's regex crate (no look-around, no back references)."""
+    choice: Sequence[str] = ()
+    """One of these texts."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json_object", "json_schema", "regex", "choice") if self._is_given(name)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise _wrong(f"expected one of json_object, json_schema, regex, choice, found {found}")
+        if isinstance(self.choice, str) or not all(isinstance(text, str) and text for text in self.choice):
+            raise _wrong(f"choice is {self.choice!r}, expected texts in a list, none of them empty")
+        if len(self.source()) > MAX_GRAMMAR_CHARACTERS:
+            raise _wrong(f"it has {len(self.source())} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
+
+    def source(self) -> str:
+        """The same as JSON, which two equal grammars share."""
+        try:
+            schema = {"type": "object"} if self.json_object else self.json_schema
+            return json.dumps([schema, self.regex, list(self.choice)], sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _wrong(f"json_schema is no JSON: {error}") from error
+
+    def _is_given(self, name: str) -> bool:
+        value = getattr(self, name)
+        return value is not None and value is not False and (name != "choice" or len(value) > 0)
+
+
+class GrammarCompiler:
+    """Makes matchers over one tokenizer; a few milliseconds once, fractions of one for each request."""
+
+    def __init__(self, tokenizer: str, vocabulary: int, ends: Sequence[int]) -> None:
+        """Read the tokenizer.
+
+        Args:
+            tokenizer: content of ``tokenizer.json``.
+            vocabulary: width of the logits (V).
+            ends: ids of the tokens that end an answer.
+
+        Raises:
+            NotRunnableError: llguidance is not installed.
+            IaptError: it does not read this tokenizer, or there is no end token.
+        """
+        try:
+            import llguidance
+        except ImportError as error:
+            raise NotRunnableError(
+                "answers of a form need llguidance, which is not installed; try: pip install 'iapt-export[grammar]'",
+                field="grammar",
+            ) from error
+        if not ends:
+            raise _wrong("this bundle has no end token, so an answer of a form could not end")
+        try:
+            self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
+        except ValueError as error:
+            raise _wrong(f"llguidance does not read this bundle's tokenizer: {error}") from error
+
+    def compile(self, grammar: Grammar) -> Matcher:
+        """A matcher for one answer.
+
+        Raises:
+            IaptError: the grammar is not valid, or says what llguidance does not support.
+        """
+        from llguidance import LLMatcher, grammar_from
+
+        try:
+            if grammar.regex is not None:
+                text = grammar_from("regex", grammar.regex)
+            elif grammar.choice:
+                text = grammar_from("lark", "start: " + " | ".join(json.dumps(each) for each in grammar.choice))
+            else:
+                schema = {"type": "object"} if grammar.json_object else dict(grammar.json_schema or {})
+                text = grammar_from("json_schema", json.dumps({**schema, "x-guidance": WRITTEN}))
+        except ValueError as error:
+            raise _wrong(_in_a_line(str(error))) from error
+        found = LLMatcher(self._tokenizer, text, log_level=0)
+        if found.is_error():
+            raise _wrong(_in_a_line(found.get_error()))
+        return Matcher(found)
+
+
+class Matcher:
+    """How far one answer has come in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self._mask: np.ndarray | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def forbid(self, logits: np.ndarray) -> None:
+        """Set the logits ``[V]`` of tokens that do not fit to minus infinity.
+
+        Raises:
+            IaptError: the grammar became too large on the way.
+        """
+        from llguidance import numpy as masks
+
+        if self._mask is None:
+            self._mask = masks.allocate_token_bitmask(1, len(logits))
+        masks.fill_next_token_bitmask(self._matcher, self._mask)
+        if self._matcher.is_error():
+            raise _wrong(_in_a_line(self._matcher.get_error()))
+        masks.apply_token_bitmask_inplace(logits[None], self._mask)
+
+    def took(self, token: int) -> None:
+        """A token was chosen."""
+        self._matcher.consume_token(token)
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _wrong(text: str) -> IaptError:
+    return IaptError(f"the answer's grammar: {text}", field="grammar")

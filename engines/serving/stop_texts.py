@@ -1,0 +1,85 @@
+"""Find stop texts in an answer as it grows, with work per character that neither their number nor their length raises.
+
+Aho and Corasick 1975 (https://doi.org/10.1145/360825.360855): one state says how much of which stop text the answer
+ends with, so a character is looked at once and nothing is searched again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+MAX_STOP_CHARACTERS = 32_768
+"""Of all stop texts of a request together: its automaton takes some hundred bytes for each."""
+
+
+class StopTexts:
+    """Where an answer that comes in pieces holds one of some texts first."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Build the automaton; time and memory follow the number of characters.
+
+        Args:
+            texts: not empty, each of a character or more.
+        """
+        self._next: dict[tuple[int, str], int] = {}
+        self._shorter = [0]
+        """State to that of the longest proper end of it which begins a text, too."""
+        self._depth = [0]
+        self._found = [0]
+        """State to the length of the longest text that it ends with; 0 for none."""
+        for text in texts:
+            self._add(text)
+        self._link()
+        self._state = self._seen = 0
+
+    @property
+    def held(self) -> int:
+        """Characters at the end of the answer that a stop text may begin with."""
+        return self._depth[self._state]
+
+    def find(self, added: str) -> int | None:
+        """Look at the next piece of the answer.
+
+        Returns:
+            Where in the whole answer the first of the stop texts begins that end within this piece.
+        """
+        first = None
+        for character in added:
+            self._state = self._step(self._state, character)
+            self._seen += 1
+            if length := self._found[self._state]:
+                begin = self._seen - length
+                first = begin if first is None else min(first, begin)
+        return first
+
+    def _add(self, text: str) -> None:
+        state = 0
+        for character in text:
+            following = self._next.get((state, character))
+            if following is None:
+                following = self._next[state, character] = len(self._depth)
+                self._shorter.append(0)
+                self._depth.append(self._depth[state] + 1)
+                self._found.append(0)
+            state = following
+        self._found[state] = self._depth[state]
+
+    def _link(self) -> None:
+        """Find each state's shorter one, the near ones first."""
+        children: dict[int, list[tuple[str, int]]] = {}
+        for (state, character), following in self._next.items():
+            children.setdefault(state, []).append((character, following))
+        waiting = deque([0])
+        while waiting:
+            state = waiting.popleft()
+            for character, following in children.get(state, ()):
+                shorter = self._step(self._shorter[state], character) if state else 0
+                self._shorter[following] = shorter
+                self._found[following] = max(self._found[following], self._found[shorter])
+                waiting.append(following)
+
+    def _step(self, state: int, character: str) -> int:
+        while (following := self._next.get((state, character))) is None and state:
+            state = self._shorter[state]
+        return following or 0

@@ -1,0 +1,118 @@
+"""Servers of the tests: a process of its own as users start it, or a thread where a test reaches inside."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from engines.http.access import Access
+from engines.http.app import Door, make_app
+from engines.http.server import KEEP_ALIVE_SECONDS
+from engines.http.telemetry import Telemetry
+from engines.http.tenant_folder import TenantFolder
+from engines.serving.session import Session
+
+ROOT = Path(__file__).resolve().parents[3]
+SECONDS = 60
+
+
+@dataclass
+class Served:
+    """A server that listens."""
+
+    port: int
+    process: subprocess.Popen[str] | None = None
+    session: Session | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """Status, content and headers; ``body`` is sent as JSON, or as it is if it is bytes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            sent = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+            connection.request("GET" if body is None else "POST", path, sent, headers)
+            response = connection.getresponse()
+            raw = response.read()
+            content = json.loads(raw) if "json" in response.headers["content-type"] else raw.decode()
+            return response.status, content, {name.lower(): value for name, value in response.getheaders()}
+
+    def open(self, path: str, body: Any) -> socket.socket:
+        """A connection that has sent a request and read nothing."""
+        sent = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
+        made = socket.create_connection(("127.0.0.1", self.port), SECONDS)
+        made.sendall(head.encode() + sent)
+        return made
+
+    def state(self) -> Any:
+        return self.ask("/state")[1]
+
+    def wait_until_idle(self, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while (state := self.state())["running"] or state["waiting"]:
+            assert time.monotonic() < deadline, f"rows stay occupied: {state}"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def in_process(bundle: Path, *flags: str) -> Iterator[Served]:
+    """``iapt-export serve`` on a free port."""
+    command = [sys.executable, "-m", "iapt_export", "serve", str(bundle), "--port", "0", "--threads", "1", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"running on http://[\d.]+:(\d+)", line):
+            break
+    else:
+        raise AssertionError("the server did not start: " + "".join(lines))
+    threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
+    try:
+        yield Served(int(found[1]), process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def in_thread(
+    bundle: Path, *, access: Access | None = None, folder: Path | None = None, max_waiting: int = 256
+) -> Iterator[Served]:
+    """The same endpoints over a session that the test holds."""
+    with Session.open(bundle, verify=False, max_waiting=max_waiting, threads=1) as session:
+        door = Door(session, access or Access(), TenantFolder(session, folder), Telemetry(session, "vllm:"), 1 << 20)
+        config = uvicorn.Config(
+            make_app(door), port=0, log_level="critical", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield Served(server.servers[0].sockets[0].getsockname()[1], session=session)
+        server.should_exit = True
+        thread.join(SECONDS)
+
+
+def events(text: str) -> list[Any]:
+    """The content of server-sent events, ``[DONE]`` as text."""
+    found = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [each if each == "[DONE]" else json.loads(each) for each in found]

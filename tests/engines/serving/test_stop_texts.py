@@ -1,0 +1,61 @@
+"""Stop texts are found wherever an answer is cut into pieces, and long or many ones cost other rows nothing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.serving.request import Request
+from engines.serving.session import Session
+from engines.serving.stop_texts import MAX_STOP_CHARACTERS, StopTexts
+from iapt_export.contract.errors import IaptError
+from tests.bundles import TinyBuild
+
+SHORT = st.text("ab", min_size=1, max_size=4)
+
+
+def by_definition(answer: str, stops: list[str]) -> tuple[int | None, int]:
+    """Where the first stop text begins in a piece-by-piece answer, and what its end may begin."""
+    found = [place for stop in stops if (place := answer.find(stop)) >= 0]
+    starts = [stop[:size] for stop in stops for size in range(1, len(stop) + 1)]
+    return min(found, default=None), max((len(start) for start in starts if answer.endswith(start)), default=0)
+
+
+@given(stops=st.lists(SHORT, min_size=1, max_size=4), pieces=st.lists(st.text("abc", max_size=5), max_size=8))
+def test_any_pieces_give_what_searching_all_gives(stops: list[str], pieces: list[str]) -> None:
+    finder, answer = StopTexts(stops), ""
+    for piece in pieces:
+        answer += piece
+        cut = finder.find(piece)
+        place, held = by_definition(answer, stops)
+        assert cut == place
+        if cut is not None:
+            return
+        assert finder.held == held
+
+
+@pytest.mark.parametrize("stops", [["x" * 20_000], [f"stop text {number:08d}" for number in range(1_500)]])
+def test_a_character_costs_the_same_however_many_are_sought(stops: list[str]) -> None:
+    few, many = StopTexts(["END"]), StopTexts(stops)
+    answer = "xxxxx stop text 0000 " * 400
+
+    def seconds(finder: StopTexts) -> float:
+        start = time.process_time()
+        for character in answer:
+            finder.find(character)
+        return time.process_time() - start
+
+    least = min(seconds(few) for _ in range(3))
+    assert min(seconds(many) for _ in range(3)) < 10 * least
+
+
+def test_more_than_any_answer_needs_is_refused(tiny_build: TinyBuild) -> None:
+    session = Session.open(tiny_build.bundle, verify=False)
+    long = "x" * MAX_STOP_CHARACTERS
+    session.check(Request("alpha", "yes", stop=(long,)), "it")
+    with pytest.raises(IaptError, match="it: its stop texts have 32769 characters; expected at most 32768") as caught:
+        session.check(Request("alpha", "yes", stop=(long, "x")), "it")
+    assert caught.value.field == "stop"
