@@ -25,7 +25,7 @@ BUNDLE   := $(CACHE)/demo-bundle
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo cpp test test-slow test-gpu check tidy format clean
+.PHONY: help venv backbone demo serve cpp test test-slow test-gpu check tidy format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	    "; name another with PYTHON=") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes minutes"
-	$(INSTALL) -e ".[train,export,cpu,dev]"
+	$(INSTALL) -e ".[train,export,cpu,serve,grammar,dev]"
 	$(INSTALL) -e ".[tensorrt-rtx]" || echo "TensorRT for RTX could not be installed here; its engines will be skipped"
 	@touch $@
 
@@ -61,6 +61,10 @@ demo: venv backbone  ## build, validate and run a bundle with three tenants
 	    --cache $(CACHE)/build --output $(BUNDLE)
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/ask_tenants.sh $(BUNDLE)
 	@echo "The bundle is $(BUNDLE); its proof of parity, for a browser, is $(BUNDLE)/report.html"
+
+serve: venv  ## serve the demo's bundle over HTTP on port 8000, and make it first if it is missing
+	@test -f $(BUNDLE)/manifest.json || $(MAKE) --no-print-directory demo
+	$(BIN)/iapt-export serve $(BUNDLE) $(SERVE_ARGS)
 
 # Headers come from an SDK where one is named, else from packages: ONNX Runtime's wheel has the library but no headers,
 # so those come from a package of npm that carries them; TensorRT's come in a small wheel. Fetched once.

@@ -266,7 +266,8 @@ def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common
         drain_s=asked.drain,
     )
     settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads}
-    run(Session.open(bundle, asked.target, device=asked.device, verify=not asked.no_verify, **settings), config)
+    settings |= {**asked.checks, "verify": not asked.no_verify}
+    run(Session.open(bundle, asked.target, device=asked.device, **settings), config)
 
 
 def tenant(

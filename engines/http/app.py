@@ -28,6 +28,9 @@ from engines.serving.session import Generation, Session
 from iapt_export.contract.errors import IaptError
 
 PAGE = Path(__file__).with_name("page.html")
+PAGE_MAY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 VERSION = version_of("iapt-export")
 
 
@@ -219,6 +222,4 @@ def _add_watching(app: FastAPI, door: Door) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-        text = PAGE.read_text(encoding="utf-8")
-        return HTMLResponse(text, headers={"content-security-policy": policy})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_MAY})

@@ -19,10 +19,11 @@ from iapt_export.building.plan import TenantPlan
 from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import STAGE_FILE, place
 from iapt_export.contract.errors import BundleError
-from iapt_export.contract.graphs import ENCODER, step_graphs
+from iapt_export.contract.graphs import ENCODER, KINDS, step_graphs
 from iapt_export.contract.integrity import verify_files
 from iapt_export.contract.manifest import (
     OUTSIDE_MANIFEST,
+    TENANT_INDEX,
     BackboneSpec,
     BundleManifest,
     FileSpec,
@@ -254,8 +255,16 @@ def new_manifest(
         files={},
         op_domain=DOMAIN,
         op_version=DOMAIN_VERSION,
-        serves_backbone=all(tenant.method is not None for tenant in tenants),
+        serves_backbone=_serves_backbone(methods, tenants, targets),
     )
+
+
+def _serves_backbone(methods: list[MethodSpec], tenants: list[TenantSpec], targets: list[TargetSpec]) -> bool:
+    """Nobody is merged into the backbone, and each graph that reads instructions can be told to leave a row alone."""
+    reading = [spec for target in targets for name, spec in target.graphs.items() if KINDS[name].reads]
+    taken = [{tensor.name for tensor in spec.inputs} for spec in reading]
+    told = all(f"{method.name}.{TENANT_INDEX}" in names for method in methods for names in taken)
+    return told and all(tenant.method is not None for tenant in tenants)
 
 
 def with_files(manifest: BundleManifest, bundle: Path) -> BundleManifest:

@@ -206,10 +206,16 @@ def test_rows_of_one_method_each_have_their_own_weights(model: Any) -> None:
     inputs = feeds(methods, prompt_tuning=[1, 0, 1])
     rows = rows_from_inputs(methods, inputs)
     (part,) = rows.parts
-    assert part.active is None and not rows.mixed
+    assert part.active is not None and part.active.tolist() == [True] * 3
     stack = inputs["prompt_tuning.prompt"]
     assert torch.equal(part.weights["prompt"], stack[[1, 0, 1]])
     assert rows.slot_mask(torch.ones(3, 2, dtype=torch.long)).tolist() == [[1] * 4] * 3
+
+
+def test_a_row_of_no_method_is_the_backbones(model: Any) -> None:
+    methods, _ = installed(model, PROMPT)
+    rows = rows_from_inputs(methods, feeds(methods, prompt_tuning=[1, -1]))
+    assert rows.slot_mask(torch.ones(2, 3, dtype=torch.long)).tolist() == [[1] * 4, [0] * 4]
 
 
 def test_rows_of_several_methods_take_turns(model: Any) -> None:

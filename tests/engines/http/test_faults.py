@@ -1,0 +1,254 @@
+"""Clients and operators that misbehave: they leave, stall, flood, attack; sessions die; servers are told to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bundles import TENANTS, TinyBuild
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+import engines.http.replies
+from engines.http.access import Access
+from engines.http.server import ServerConfig
+from iapt_export.contract.errors import IaptError
+from tests.engines.http.served import Served, events, in_process, in_thread
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ADMIN = {"Authorization": "Bearer let me in"}
+
+
+def long(model: str = "alpha", tokens: int = 150, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": [5], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **fields}
+
+
+@pytest.fixture
+def folder(tiny_build: TinyBuild, tmp_path: Path) -> Path:
+    """A folder of tenants: ``delta``, as good as beta."""
+    made = tmp_path / "tenants"
+    made.mkdir()
+    shutil.copy(tiny_build.bundle / "tenants" / "beta.safetensors", made / "delta.safetensors")
+    return made
+
+
+@pytest.fixture
+def server(tiny_build: TinyBuild, folder: Path) -> Iterator[Served]:
+    with in_thread(tiny_build.bundle, access=Access(None, "let me in"), folder=folder, max_waiting=120) as served:
+        yield served
+
+
+def slowed(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.01) -> None:
+    """Make steps take as long as a real model's."""
+    assert served.session is not None
+    step = served.session.stepper.step
+    monkeypatch.setattr(served.session.stepper, "step", lambda tokens: (time.sleep(seconds), step(tokens))[1])
+
+
+def test_clients_that_leave_free_their_rows_at_once(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(server, monkeypatch)
+    sockets = [server.open(TEXT, long(stream=n % 3 > 0)) for n in range(60)]
+    sockets[1].recv(100)
+    for each in sockets:
+        each.close()
+    server.wait_until_idle(5)
+    made = server.state()["tenants"]["alpha"]["generated_tokens"]
+    assert 0 < made < 0.1 * 60 * 150, made
+    assert server.session is not None and not server.session._generations
+    assert {tenant.users for tenant in server.session.stepper.bank.tenants.values()} == {0}
+
+
+def test_readers_that_never_read_hold_up_nobody(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.http.replies, "STALLED_SECONDS", 0.5)
+    sockets = [server.open(TEXT, long(stream=True, logprobs=20)) for _ in range(10)]
+    status, found, _ = server.ask(TEXT, long("beta", 5))
+    assert status == 200 and found["usage"]["completion_tokens"] == 5
+    server.wait_until_idle()
+    for each in sockets:
+        each.close()
+
+
+def test_a_flood_gets_429_and_another_tenant_an_answer(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(server, monkeypatch)
+    with ThreadPoolExecutor(40) as pool:
+        # eight rows, and 120 places in the queue
+        flood = [pool.submit(server.ask, TEXT, long(tokens=12, n=4)) for _ in range(40)]
+        while server.state()["waiting"] < 100:
+            time.sleep(0.005)
+        start = server.state()["tenants"]["alpha"]["generated_tokens"]
+        assert server.ask(TEXT, long("beta", 1))[0] == 200
+        waited = (server.state()["tenants"]["alpha"]["generated_tokens"] - start) / 8
+        found = [each.result() for each in flood]
+    assert waited < 40, "beta waited for a row, and not for all of alpha's 480 answers"
+    refused = [(content, headers) for status, content, headers in found if status == 429]
+    assert refused and all(status in (200, 429) for status, _, _ in found)
+    for content, headers in refused:
+        assert content["error"]["code"] == "queue_full" and headers["retry-after"] == "1"
+
+
+def test_a_dead_session_is_seen_within_a_second(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.session is not None
+
+    def fail(tokens: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    sockets = server.open(TEXT, long(stream=True))
+    sockets.recv(50)
+    monkeypatch.setattr(server.session.stepper, "step", fail)
+    status, found, _ = server.ask(TEXT, long())
+    assert status in (500, 503) and "error" in found
+    deadline = time.monotonic() + 1
+    while server.ask("/health")[0] != 503:
+        assert time.monotonic() < deadline
+    assert "the device is gone" in server.ask("/health")[1]["failure"] and server.ask("/ready")[0] == 503
+    status, found, headers = server.ask(TEXT, long())
+    assert status == 503 and found["error"]["code"] == "session_failed" and headers["retry-after"]
+
+
+def test_what_fails_after_the_first_token_is_an_event(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.session is not None
+    step, steps = server.session.stepper.step, iter(range(100))
+
+    def fail_later(tokens: Any) -> Any:
+        if next(steps) == 5:
+            raise RuntimeError("the device is gone")
+        time.sleep(0.02)
+        return step(tokens)
+
+    monkeypatch.setattr(server.session.stepper, "step", fail_later)
+    status, text, _ = server.ask(TEXT, long(stream=True))
+    found = events(text)
+    assert status == 200 and "event: error" in text and found[-1]["error"]["code"] == "internal_error"
+    assert "device" not in json.dumps(found[-1]), "what a defect says is for the log"
+
+
+def test_tenants_change_under_streams(server: Served) -> None:
+    wanted = server.ask(TEXT, long("beta", 60))[1]["choices"][0]["text"]
+    stop = threading.Event()
+
+    def change() -> int:
+        count = 0
+        while not stop.is_set():
+            loaded = server.ask(
+                "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "delta.safetensors"}, **ADMIN
+            )
+            gone = server.ask("/v1/unload_lora_adapter", {"lora_name": "new"}, **ADMIN)
+            assert loaded[0] == gone[0] == 200, (loaded, gone)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(9) as pool:
+        changes = pool.submit(change)
+        answers = list(pool.map(lambda _: server.ask(TEXT, long("beta", 60)), range(40)))
+        stop.set()
+        assert changes.result() > 3
+    assert {answer[1]["choices"][0]["text"] for answer in answers} == {wanted}
+
+
+def test_a_tenant_of_the_folder_is_there_when_it_is_asked(server: Served, folder: Path) -> None:
+    wanted = server.ask(TEXT, long("beta", 9))[1]["choices"][0]["text"]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: server.ask(TEXT, long("delta", 9)), range(6)))
+    assert {answer[1]["choices"][0]["text"] for answer in answers} == {wanted}
+    (folder / "broken.safetensors").write_bytes(b"x" * 100)
+    status, found, _ = server.ask(TEXT, long("broken"))
+    assert status == 400 and "is not a whole safetensors file" in found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("../secret.safetensors", 403),
+        ("/etc/passwd", 403),
+        ("link.safetensors", 403),
+        ("sub/../../secret.safetensors", 403),
+        ("/dev/zero", 403),
+        ("pipe.safetensors", 400),
+        ("sub", 400),
+        ("nothing.safetensors", 404),
+        ("a\0b", 404),
+        ("x" * 1000, 404),
+        ("text.txt", 400),
+        ("foreign.safetensors", 400),
+    ],
+)
+def test_attacks_on_the_path_of_a_tenant(server: Served, folder: Path, path: str, status: int) -> None:
+    (folder / "sub").mkdir()
+    (folder.parent / "secret.safetensors").write_bytes(b"x")
+    (folder / "link.safetensors").symlink_to(folder.parent / "secret.safetensors")
+    (folder / "foreign.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (folder / "text.txt").write_text("x", encoding="utf-8")
+    os.mkfifo(folder / "pipe.safetensors")
+    found = server.ask("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": path}, **ADMIN)
+    assert found[0] == status and found[1]["error"]["message"]
+    assert server.ask("/v1/models")[1]["data"][-2]["id"] == "gamma", "nothing was installed"
+
+
+@pytest.mark.parametrize("name", ["../delta", "a/b", "", "-x", "a\nb", "x" * 200])
+def test_names_that_are_none(server: Served, name: str) -> None:
+    found = server.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "delta.safetensors"}, **ADMIN)
+    assert found[0] == 400 and found[1]["error"]["param"] == "lora_name"
+
+
+def test_loading_needs_the_token(server: Served, tiny_build: TinyBuild) -> None:
+    body = {"lora_name": "new", "lora_path": "delta.safetensors"}
+    assert server.ask("/v1/load_lora_adapter", body)[0] == 401
+    assert server.ask("/v1/unload_lora_adapter", {"lora_name": "beta"}, Authorization="Bearer no")[0] == 401
+    with pytest.raises(IaptError, match="name the folder too"):
+        ServerConfig(admin_token="x")
+
+
+def test_keys_let_in_to_their_tenants(tiny_build: TinyBuild) -> None:
+    access = Access({"one": ["alpha"], "all": ["*"]})
+    with in_thread(tiny_build.bundle, access=access) as server:
+
+        def status(model: str, key: str | None) -> int:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            return server.ask(TEXT, long(model, 1), **headers)[0]
+
+        assert [status("alpha", key) for key in ("one", "all", "none", None, "")] == [200, 200, 401, 401, 401]
+        assert [status(model, "one") for model in ("beta", "unknown", "model")] == [403, 403, 403]
+        assert status("unknown", "all") == 404
+        listed = server.ask("/v1/models", Authorization="Bearer one")[1]["data"]
+        assert [model["id"] for model in listed] == ["alpha"]
+        assert server.ask("/state")[0] == 401 and server.ask("/health")[0] == 200
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"key": "alpha"}', '{" ": ["a"]}', '{"key": [1]}'])
+def test_files_of_keys_that_are_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(IaptError, match=r'expected \{"KEY": \["tenant"\]'):
+        Access.read(path, None)
+
+
+def test_sigterm_lets_streams_end(tiny_build: TinyBuild) -> None:
+    with in_process(tiny_build.bundle, "--ready-delay", "1", "--no-verify") as server:
+        assert server.process is not None
+        sockets = [server.open(TEXT, long(TENANTS[n % 3], stream=True)) for n in range(40)]
+        first = [each.recv(10) for each in sockets]
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 1
+        while server.ask("/ready")[0] == 200:
+            assert time.monotonic() < deadline
+        answers = []
+        for each, begun in zip(sockets, first, strict=True):
+            pieces = [begun]
+            while piece := each.recv(1 << 16):
+                pieces.append(piece)
+                if b"[DONE]" in b"".join(pieces[-2:]):
+                    break
+            answers.append(b"".join(pieces))
+            each.close()
+        assert all(answer.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in answer for answer in answers)
+        assert server.process.wait(20) == 0
