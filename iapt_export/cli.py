@@ -251,23 +251,14 @@ def _show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Answer
 
 def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common = Common()) -> None:
     """Serve a bundle over HTTP, by OpenAI's protocol; the model picks the tenant."""
-    from engines.http.server import ServerConfig
-    from engines.http.server import serve as run
+    from engines.http import server
     from engines.serving.session import Session
 
-    config = ServerConfig(
-        host=asked.host,
-        port=asked.port,
-        keys=asked.keys,
-        tenants=asked.tenants,
-        admin_token=asked.admin_token,
-        metrics_prefix=asked.metrics_prefix,
-        ready_delay_s=asked.ready_delay,
-        drain_s=asked.drain,
-    )
+    places = (asked.host, asked.port, asked.keys, asked.tenants, asked.admin_token, asked.metrics_prefix)
+    config = server.ServerConfig(*places, ready_delay_s=asked.ready_delay, drain_s=asked.drain)
     settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads}
     settings |= {**asked.checks, "verify": not asked.no_verify}
-    run(Session.open(bundle, asked.target, device=asked.device, **settings), config)
+    server.serve(Session.open(bundle, asked.target, device=asked.device, **settings), config)
 
 
 def tenant(
