@@ -88,6 +88,7 @@ class Reply(Response):
         self._stream = stream
         self._usage = usage
         self._n = n
+        self._sending_since: float | None = None
         self._gaps: list[list[float]] = [[] for _ in generations]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,10 +126,11 @@ class Reply(Response):
         form, begun, sent = self._form, False, [0] * len(self._generations)
 
         async def write(text: str, *, more: bool = True) -> None:
-            body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            async with asyncio.timeout(STALLED_SECONDS):
-                await send(body)
+            self._sending_since = time.monotonic()
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+            self._sending_since = None
 
+        guarding = asyncio.create_task(self._guard(asyncio.current_task()))
         try:
             async for batch in self._batches():
                 text = "" if begun else "".join(map(form.begin, range(len(self._generations))))
@@ -147,15 +149,22 @@ class Reply(Response):
                     await write(text)
             end = form.usage(self._counted()) if self._usage else ""
             await write(end + "data: [DONE]\n\n", more=False)
-        except TimeoutError:
-            _log.warning("a client of %s took nothing for %.0f s and was left", self._model, STALLED_SECONDS)
-            raise
         except Exception as error:
             if not begun:
                 await _refused(error)(scope, receive, send)
             else:
                 await write(f"event: error\ndata: {json.dumps(refusal_of(error).body())}\n\n", more=False)
                 _report(error)
+        finally:
+            guarding.cancel()
+
+    async def _guard(self, task: asyncio.Task[Any] | None) -> None:
+        """End a stream whose client takes nothing; one timer for a stream costs less than one for an event."""
+        while self._sending_since is None or time.monotonic() - self._sending_since < STALLED_SECONDS:
+            await asyncio.sleep(STALLED_SECONDS / 4)
+        _log.warning("a client of %s took nothing for %.0f s and was left", self._model, STALLED_SECONDS)
+        if task is not None:
+            task.cancel()
 
     async def _batches(self) -> AsyncIterator[list[tuple[int, list[Token]]]]:
         """What comes, with the time between tokens noted."""

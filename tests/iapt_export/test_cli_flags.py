@@ -105,7 +105,10 @@ def test_version_and_module_agree() -> None:
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ([], "iapt-export needs a command: train, build, validate, generate, tenant, bench, inspect, cache, doctor"),
+        (
+            [],
+            "iapt-export needs a command: train, build, validate, generate, serve, tenant, bench, inspect",
+        ),
         (["export"], 'Unknown command "export". Available commands: train, build'),
         (["build"], "iapt-export build needs --model, --adapter, --output; --model is missing"),
         (["build", "-mm", "--adapter=a"], "--output is missing"),
