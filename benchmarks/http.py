@@ -37,7 +37,7 @@ def processor_seconds(process: int | None = None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def over_session(bundle: Path, streams: int, tokens: int) -> dict[str, float]:
+def over_session(bundle: Path, streams: int, tokens: int, threads: int | None) -> dict[str, float]:
     """Iterate so many requests at once in an event loop."""
 
     async def one(session: Session, number: int) -> int:
@@ -48,7 +48,7 @@ def over_session(bundle: Path, streams: int, tokens: int) -> dict[str, float]:
     async def everyone(session: Session) -> int:
         return sum(await asyncio.gather(*(one(session, number) for number in range(streams))))
 
-    with Session.open(bundle, verify=False) as session:
+    with Session.open(bundle, verify=False, threads=threads) as session:
         _ = session.codec
         asyncio.run(everyone(session))  # the first round allocates
         start, used = time.perf_counter(), processor_seconds()
@@ -56,9 +56,10 @@ def over_session(bundle: Path, streams: int, tokens: int) -> dict[str, float]:
         return {"tokens_per_s": made / (time.perf_counter() - start), "us": 1e6 * (processor_seconds() - used) / made}
 
 
-def over_http(bundle: Path, streams: int, tokens: int) -> dict[str, float]:
+def over_http(bundle: Path, streams: int, tokens: int, threads: int | None) -> dict[str, float]:
     """Stream the same requests from a server."""
     command = [sys.executable, "-m", "iapt_export", "serve", str(bundle), "--port", "0", "--no-verify"]
+    command += ["--threads", str(threads)] if threads else []
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
@@ -121,11 +122,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime; as many as there are cores unless given")
     asked = parser.parse_args()
     rounds = []
     for number in range(asked.rounds):
-        session = over_session(asked.bundle, asked.streams, asked.tokens)
-        served = over_http(asked.bundle, asked.streams, asked.tokens)
+        session = over_session(asked.bundle, asked.streams, asked.tokens, asked.threads)
+        served = over_http(asked.bundle, asked.streams, asked.tokens, asked.threads)
         rounds.append((session, served))
         print(number, json.dumps({"session": session, "http": served}), file=sys.stderr, flush=True)
 

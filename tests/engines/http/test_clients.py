@@ -85,6 +85,7 @@ def test_langchain(server: Served, wanted: str) -> None:
     library("llguidance")
     schema = {"title": "label", "type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
     schema["additionalProperties"] = False
+    model = model.model_copy(update={"max_tokens": 40})
     formed = model.with_structured_output(schema, method="json_schema").invoke("yes")
     assert formed["a"] in ("x", "y")
     with pytest.raises(Exception, match="tools"):
