@@ -12,6 +12,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
+TORTURE_ARGS ?= --short
 
 BIN      := $(VENV)/bin
 INSTALL  := $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
@@ -25,7 +26,7 @@ BUNDLE   := $(CACHE)/demo-bundle
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo serve cpp test test-slow test-gpu check tidy format clean
+.PHONY: help venv backbone demo serve cpp torture test test-slow test-gpu check tidy format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -129,6 +130,9 @@ cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h $(NATIVE)/json/nlohmann
 	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
 	    -DNLOHMANN_JSON_INCLUDE_DIR=$(abspath $(NATIVE)/json) $(CMAKE_ARGS)
 	cmake --build build/cpp-sanitize --parallel 2 --target fuzz_files
+
+torture: venv  ## kill builds and trainings, feed mutated files: a minute (TORTURE_ARGS= for half an hour)
+	$(BIN)/python -m benchmarks.torture $(TORTURE_ARGS)
 
 # Tests that need the backbone skip, in words, where it cannot be fetched.
 test: venv  ## run the tests that need neither a GPU nor much time

@@ -52,6 +52,9 @@ ALLOWED_SHIFT = 0.10
 
 def main() -> None:
     """Run what is asked for."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # a forked child would wait for threads that it does not have
+        again = [sys.executable, "-m", "benchmarks.torture", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, "OMP_NUM_THREADS": "1"})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a minute instead of half an hour")
     parser.add_argument("--kills", type=int, default=1000, help="at most so many for each command")

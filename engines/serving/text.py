@@ -13,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 from engines.serving.chat_template import ChatTemplate
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.probes import PROBES_FILE, Probes
+from iapt_export.contract.schema import parse_json
 
 TOKENIZER_FILE = "tokenizer.json"
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -37,7 +38,10 @@ class TextCodec:
             raise BundleError(
                 f"{bundle} holds no {TOKENIZER_FILE}: its backbone came without a fast tokenizer, so feed token ids"
             )
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no class of its own for it
+            raise BundleError(f"{path} is no tokenizer that can be read ({error}); build the bundle again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         settings = _read_json(bundle / "tokenizer_config.json")
@@ -64,12 +68,18 @@ class TextCodec:
         if not text.strip():
             raise IaptError("the prompt is empty; expected an instruction of at least one word")
         if prompt_format == "chat":
-            ids = self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+            ids = self._ids_of(self.render(messages), add_special_tokens=False)
         else:
-            ids = self._tokenizer.encode(text).ids
+            ids = self._ids_of(text)
         if not ids:
             raise IaptError(f"the prompt {text!r} has no tokens in the bundle's vocabulary")
         return ids
+
+    def _ids_of(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # the library has no class of its own for it
+            raise BundleError(f"the bundle's tokenizer failed: {error}; build the bundle again") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], date: str | None = None) -> str:
         """A conversation as the chat template writes it, up to where the answer begins.
@@ -105,7 +115,7 @@ class TextCodec:
             BundleError: the first that differs, with what was expected and what came.
         """
         for text in probes.texts:
-            _compare(f"the ids of {text.text!r}", text.ids, self._tokenizer.encode(text.text).ids)
+            _compare(f"the ids of {text.text!r}", text.ids, self._ids_of(text.text))
         for chat in probes.chats:
             what = f"the conversation {json.dumps(chat.messages, ensure_ascii=False)}"
             try:
@@ -114,7 +124,7 @@ class TextCodec:
                 rendered = None
             _compare(f"the text of {what}", chat.text, rendered)
             if rendered is not None:
-                _compare(f"the ids of {what}", chat.ids, self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+                _compare(f"the ids of {what}", chat.ids, self._ids_of(rendered, add_special_tokens=False))
         for answer in probes.answers:
             _compare(f"the text of the ids {answer.ids}", answer.text, self.decode(answer.ids))
             stream = self.stream()
@@ -149,7 +159,7 @@ def template_source(bundle: Path) -> str | None:
     """The bundle's chat template, if it has one."""
     path = bundle / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     source = _read_json(bundle / "tokenizer_config.json").get("chat_template")
     return source if isinstance(source, str) else None
 
@@ -177,4 +187,19 @@ def _compare(what: str, expected: Any, actual: Any) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        fields = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}; build the bundle again") from error
+    if not isinstance(fields, dict):
+        raise BundleError(f"{path} is {type(fields).__name__}, expected an object; build the bundle again")
+    return fields
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8: {error}; build the bundle again") from error

@@ -21,7 +21,7 @@ constexpr int kDeepest = 64;  // lists and objects inside each other, at most
 // Strict JSON, as iapt_export/contract/schema.py takes it: no byte order mark, no NUL, no name twice in an object, at
 // most kDeepest levels. What is refused is discarded (is_discarded()).
 inline Json parse_json(std::string_view text) {
-  const Json refused(Json::value_t::discarded);
+  Json refused(Json::value_t::discarded);
   if (text.find('\0') != std::string_view::npos || text.substr(0, 3) == "\xef\xbb\xbf") return refused;
   int depth = 0;
   bool in_string = false;
@@ -47,7 +47,8 @@ inline Json parse_json(std::string_view text) {
     return true;
   };
   Json json = Json::parse(text.begin(), text.end(), look, /*allow_exceptions=*/false);
-  return is_twice ? refused : json;
+  if (is_twice) return refused;
+  return json;
 }
 
 // A value in an error's text, cut to a readable length.

@@ -245,3 +245,22 @@ def test_padding_and_truncation_of_the_file_are_ignored(damaged: Path) -> None:
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(damaged / "tokenizer.json"))
     assert TextCodec(damaged).encode("the film is a quiet joy", "plain") == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("tokenizer.json", b"{", "tokenizer.json is no tokenizer that can be read ("),
+        ("tokenizer.json", b"\xff", "tokenizer.json is no tokenizer that can be read ("),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON: "),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON: "),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json is list, expected an object"),
+        ("tokenizer_config.json", b"[" * 100_000, "it is nested deeper than 64 levels"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8: "),
+    ],
+)
+def test_broken_files_are_refused_in_words(damaged: Path, name: str, data: bytes, text: str) -> None:
+    (damaged / name).write_bytes(data)
+    with pytest.raises(BundleError) as caught:
+        TextCodec(damaged)
+    assert text in str(caught.value)
