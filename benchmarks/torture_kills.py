@@ -21,7 +21,7 @@ from iapt_export.building.stage_cache import STAGE_FILE, prune, run_stage, stage
 from iapt_export.building.tenant_file import write_tenant_file
 from iapt_export.contract.integrity import verify_files
 from iapt_export.contract.manifest import BundleManifest
-from tests.bundles import METHOD, RANGES
+from tests.bundles import METHOD, NEW_TOKENS, RANGES
 from trainers.decoder.backbone import load_backbone
 from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.train import train
@@ -58,7 +58,7 @@ def scenarios(base: Path) -> list[Scenario]:
 
     def request(folder: Path, adapters: list[Path]) -> BuildRequest:
         places = {"model": str(base / "model"), "output": folder / "out" / "bundle", "cache": folder / "cache"}
-        return BuildRequest(adapters=adapters, prove=False, **places, **RANGES)
+        return BuildRequest(adapters=adapters, prove=False, new_tokens=NEW_TOKENS, **places, **RANGES)
 
     def warm(folder: Path) -> None:
         shutil.copytree(base / "cache", folder / "cache")

@@ -40,7 +40,9 @@ class TextCodec:
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no class of its own for it
+        except BaseException as error:  # the library has no class of its own for it, and its panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise BundleError(f"{path} is no tokenizer that can be read ({error}); build the bundle again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -78,7 +80,9 @@ class TextCodec:
     def _ids_of(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # the library has no class of its own for it
+        except BaseException as error:  # as above
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise BundleError(f"the bundle's tokenizer failed: {error}; build the bundle again") from error
 
     def render(self, messages: Sequence[Mapping[str, str]], date: str | None = None) -> str:

@@ -1,0 +1,65 @@
+"""A short form of ``python -m benchmarks.torture``: kills of a cache's users, mutated files for every reader."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from benchmarks import torture, torture_inputs, torture_kills
+from tests.bundles import TinyBuild
+
+
+def test_no_reader_lets_a_raw_exception_through(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    adapter, engine = tiny_build.adapters["alpha"], dataclasses.asdict(torture.ENGINE)
+    readers = torture_inputs.readers(tiny_build.bundle, adapter, engine)
+    found = [torture_inputs.torment(reader, tmp_path, int(60 * reader.share), seed=5) for reader in readers]
+    assert len(found) == 14 and [fault for item in found for fault in (*item.raw, *item.slow)] == []
+    assert all(item.growth_mib <= torture_inputs.GROWTH_MIB for item in found)
+    assert all(item.accepted < item.inputs for item in found), "every reader refuses some"
+
+
+def test_no_altered_bundle_is_accepted(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    found = torture_inputs.altered_bundles(tiny_build.bundle, tmp_path, 60, seed=5)
+    assert (found.inputs, found.accepted, found.raw) == (60, 0, [])
+
+
+def test_a_reader_that_fails_is_seen(tmp_path: Path) -> None:
+    def fragile(path: Path) -> None:
+        if path.read_bytes() != b"{}":
+            raise ZeroDivisionError("mine")
+
+    found = torture_inputs.torment(torture_inputs.Reader("fragile", b"{}", fragile, "f.json"), tmp_path, 20)
+    assert len(found.raw) >= 5 and "ZeroDivisionError: mine" in found.raw[0]
+
+
+@pytest.fixture
+def cache() -> torture_kills.Scenario:
+    none = lambda _: None  # noqa: E731
+    return torture_kills.Scenario(
+        "cache", none, torture_kills._use_cache, torture_kills._cache_problems, torture_kills._cache_result
+    )
+
+
+def test_a_cache_survives_kills(cache: torture_kills.Scenario, tmp_path: Path) -> None:
+    tally = torture_kills.torment(cache, tmp_path, seconds=60, most=25)
+    assert tally.faults == [] and tally.kills == 25 and tally.operations > 40
+    assert 0 < tally.at_operations < 25
+
+
+def test_a_command_that_loses_something_is_seen(cache: torture_kills.Scenario, tmp_path: Path) -> None:
+    def careless(folder: Path, again: bool) -> None:
+        (folder / "answer").mkdir(exist_ok=True)
+        (folder / "answer" / "half").write_text("half")
+        (folder / "answer" / "rest").write_text("rest")
+
+    half = dataclasses.replace(
+        cache,
+        name="careless",
+        run=careless,
+        problems=lambda folder: [] if len(list(folder.rglob("*"))) in (0, 3) else ["half of it"],
+        result=lambda folder: len(list(folder.rglob("*"))),
+    )
+    tally = torture_kills.torment(half, tmp_path, seconds=60, most=6)
+    assert tally.operations == 3 and any("half of it" in fault for fault in tally.faults or ())
