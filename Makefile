@@ -26,7 +26,7 @@ BUNDLE   := $(CACHE)/demo-bundle
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo serve cpp torture test test-slow test-gpu check tidy format clean
+.PHONY: help venv backbone demo serve cpp torture test test-slow test-gpu test-runtimes test-lowest check tidy format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -144,6 +144,14 @@ test-slow: venv backbone  ## run the tests that take minutes: the real backbone 
 
 test-gpu: venv backbone  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# Each runtime gets an environment of its own in the cache, the newest and the oldest ONNX Runtime among them.
+# RUNTIMES_ARGS="--bundle DIR --runtime openvino" narrows it; needs npm for onnxruntime-web.
+test-runtimes: venv  ## compare the portable graphs in every runtime that reads them (minutes, installs them)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.runtimes.matrix $(RUNTIMES_ARGS)
+
+test-lowest: venv  ## run a few tests with the lowest versions that pyproject.toml allows (installs them)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.lowest
 
 CPP_SOURCES := $(wildcard engines/cpp/*/*.cc engines/cpp/*/*.h engines/cpp/*/*.cu engines/cpp/include/iapt/*.h \
     tests/native/*.cc examples/apps/*.cc)
