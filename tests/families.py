@@ -153,9 +153,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def tiny_family(name: str, seed: int = 0) -> Any:
-    """A model of a family with random weights; two calls with one seed give equal models."""
+def tiny_family(name: str, seed: int = 0, layers: int = 2) -> Any:
+    """A model of a family with random weights; two calls with one seed give equal models.
+
+    Of more than two layers, the first two kinds are repeated.
+    """
     _, config, fields = FAMILIES[name]
     torch.manual_seed(seed)
     fields = {key: list(value) if isinstance(value, list) else value for key, value in fields.items()}
+    if layers != 2:
+        for key in ("layer_types", "no_rope_layers"):
+            if key in fields:
+                fields[key] = [fields[key][index % 2] for index in range(layers)]
+        fields["n_layer" if "n_layer" in fields else "num_hidden_layers"] = layers
     return AutoModelForCausalLM.from_config(getattr(transformers, f"{config}Config")(**fields)).eval()

@@ -21,10 +21,24 @@ from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
+from iapt_export.graphs.lay_out import (
+    LayOutError,
+    first_layers,
+    lay_out,
+    layer_kinds,
+    layers_to_trace,
+    remove_marks,
+    shortened,
+)
+from iapt_export.graphs.ops import layer_end
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
+from iapt_export.graphs.ops.layer_end import layers_marked
 from iapt_export.graphs.table import TABLE
 from trainers.decoder.attention import attending_with, grouped_attention, mask_by_position, traceable_experts
+from trainers.decoder.insertion import decoder_layers
+
+LOGGER = logging.getLogger("iapt_export")
 
 EXAMPLE_SIZES = {"batch": 2, "sequence": 7, "places": 8, "past": 9, "total": 10, "capacity": 11, "tenants": 3}
 """Sizes of the example inputs; all differ and none is 1, so that no dimension is taken for a constant."""
@@ -50,12 +64,31 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
     Raises:
         IaptError: the backbone's code cannot be traced.
     """
+    kinds = layer_kinds(backbone, installed)
+    count = layers_to_trace(kinds)
+    if count < len(kinds):
+        short = shortened(spec, count)
+        with first_layers(backbone, count):
+            model = _traced(name, backbone, installed, short, opset)
+        try:
+            lay_out(model, short, spec, backbone, kinds)
+            return model
+        except LayOutError as reason:
+            LOGGER.info("%s.onnx: all %d layers are traced: %s", name, len(kinds), reason)
+    model = _traced(name, backbone, installed, spec, opset)
+    remove_marks(model)
+    return model
+
+
+def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpec, opset: int) -> ir.Model:
+    """A graph of all layers that the backbone has now, with their ends marked."""
     twin = TABLE[name].twin(backbone, installed, spec)
     num_plain = twin.num_plain
     examples = [_example(tensor) for tensor in spec.inputs]
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
     attention = in_place_attention if KINDS[name].in_place else exportable
-    with attention(backbone), traceable_experts(backbone), _quiet(), torch.no_grad():
+    marked = layers_marked(decoder_layers(backbone))
+    with attention(backbone), traceable_experts(backbone), marked, _quiet(), torch.no_grad():
         try:
             program = torch.export.export(
                 twin.eval(),
@@ -70,7 +103,9 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
                 opset_version=opset,
                 optimize=False,  # the default rewriter takes a minute on 30 layers; ours is iapt_export.graphs.passes
                 verbose=False,
-                custom_translation_table=rational.translation_table() | serving.translation_table(),
+                custom_translation_table=rational.translation_table()
+                | serving.translation_table()
+                | layer_end.translation_table(),
             )
         except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not
             raise IaptError(

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+import iapt_export.graphs.ops.layer_end  # noqa: F401  (registers torch.ops.iapt.layer_end)
 from iapt_export.contract.manifest import READS_INSTRUCTION, GraphSpec
 from iapt_export.graphs.in_place import Step, serve
 from iapt_export.graphs.installed import Installed, generators, in_decode, rows_from_inputs
-from trainers.decoder.insertion import continue_from, last_token, read_instruction
+from trainers.decoder.insertion import continue_from, decoder_layers, last_token, read_instruction
 
 
 class Twin(nn.Module):
@@ -137,10 +138,14 @@ class GeneratorTwin(Twin):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor]:
         """``hidden_states [B, L, T, D]``, ``attention_mask [B, T]`` to ``prompts [B, L, P, D]``."""
         rows = rows_from_inputs(self.installed, self.named(rest), only=generators(self.installed))
-        batch, layers, _, width = hidden_states.shape
+        batch, _, _, width = hidden_states.shape
+        layers = len(decoder_layers(self.backbone))
         empty = hidden_states.new_zeros(batch, rows.num_slots, width)
-        prompts = [rows.slots(layer, empty, hidden_states[:, layer], attention_mask) for layer in range(layers)]
-        return (torch.stack(prompts, dim=1),)
+        prompts = []
+        for layer in range(layers):
+            made = rows.slots(layer, empty, hidden_states[:, layer], attention_mask)[:, None]
+            prompts.append(torch.ops.iapt.layer_end(made, layer))
+        return (torch.cat(prompts, dim=1),)
 
 
 def flatten(cache: DynamicCache) -> list[Tensor]:

@@ -19,7 +19,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -194,6 +194,10 @@ class Method(nn.Module):
             ``[B, P, D]``; the very tensor ``slots`` where nothing changes.
         """
         return slots
+
+    def layer_kind(self, layer: int) -> Hashable:
+        """What a layer is to this method beside a place in its stacks: layers that differ in it are traced apart."""
+        return None
 
     def key_value(self, weights: Weights, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, P, K]`` of the prompt slots in ``layer``, rotary positions applied already."""

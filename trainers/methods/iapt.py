@@ -121,6 +121,10 @@ class IAPT(Method):
             scores.append(score.unflatten(2, (size, self.config.prompt_length)).transpose(1, 2))
         return {**weights, "score": torch.cat(scores, dim=1)}
 
+    def layer_kind(self, layer: int) -> int | None:
+        """The layer's group, where groups are neither one layer each nor all layers."""
+        return self.groups[layer] if self.config.sharing == "groups" else None
+
     def slots(self, weights: Weights, layer: int, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """This layer's prompts ``[B, P, D]``, made of the instruction; what the layer before left is dropped."""
         config, group = self.config, self.groups[layer]
