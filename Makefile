@@ -26,7 +26,8 @@ BUNDLE   := $(CACHE)/demo-bundle
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo serve cpp torture test test-slow test-gpu test-runtimes test-lowest check tidy format clean
+.PHONY: help venv backbone demo serve cpp torture test test-slow test-gpu test-runtimes test-lowest check tidy format docs \
+    clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -175,6 +176,13 @@ format: venv  ## rewrite the sources the way `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# The theme warns of a release of MkDocs that is not out, on every run.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: venv  ## build the documentation site into .cache/site
+	$(INSTALL) -e ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "The site is .cache/site/index.html"
 
 clean:  ## remove everything that the targets above made, the environment included
 	rm -rf $(VENV) $(CACHE) build engines/lib dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,18 +19,24 @@ from trainers.methods.forms import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 FIRST_SCREEN_LINES = 20
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def code_blocks(language: str, document: Path = ROOT / "README.md") -> list[str]:
+    text = document.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def shell_commands() -> list[list[str]]:
-    """Every command of the README's shell blocks, as its words; quoted line breaks stay inside their word."""
+    """Every command of the documents' shell blocks, as its words; quoted line breaks stay inside their word."""
     commands: list[list[str]] = []
-    for block in code_blocks("sh"):
+    for block in (block for document in DOCUMENTS for block in code_blocks("sh", document)):
         pending = ""
         for line in block.replace("\\\n", " ").splitlines():
             pending = f"{pending}\n{line}" if pending else line

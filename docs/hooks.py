@@ -1,0 +1,39 @@
+"""What MkDocs does not know by itself: the command line's own help, and links to files that are no pages."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from iapt_export.cli import command_line
+from trainers.methods.forms import METHODS
+
+MARK = "<!-- commands -->"
+METHODS_MARK = "<!-- methods -->"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Write what the marks stand for; a link out of the folder becomes the file's name."""
+    if MARK in markdown:
+        markdown = markdown.replace(MARK, commands())
+    if METHODS_MARK in markdown:
+        markdown = markdown.replace(METHODS_MARK, "\n".join(settings(name) for name in METHODS))
+    return re.sub(r"\[([^]]+)\]\((?:\.\./)+([^)]+)\)", r"\1 (`\2`)", markdown)
+
+
+def commands() -> str:
+    """Each command with its parameters, as ``--help`` has them."""
+    text = command_line("iapt").generate_docs()
+    text = text[text.index("## iapt-export train") :]
+    start, end = text.index("**Method**:"), text.index("**Training**:")  # other methods have other settings
+    return text[:start] + "Each method has [settings of its own](#settings-of-each-method).\n\n" + text[end:]
+
+
+def settings(name: str) -> str:
+    """A method's settings."""
+    shown = name.lower().replace("_", "-")
+    text = command_line(shown).generate_docs()
+    text = text[text.index("**Method**:") + len("**Method**:") : text.index("**Training**:")].strip()
+    first, _, rest = text.partition("\n\n")
+    table = rest[rest.index("* `--") :] if "* `--" in rest else rest
+    return f"### `--method {shown}`\n\n{first}\n\n{table}\n"
