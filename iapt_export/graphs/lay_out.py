@@ -15,112 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import nn
 
 from iapt_export.contract.manifest import GraphSpec
-from iapt_export.graphs.installed import Installed
+from iapt_export.graphs.layer_kinds import layer_of, numbered
 from iapt_export.graphs.ops.layer_end import LAYER_END
 from iapt_export.graphs.ops.serving_ops import MARKER_DOMAIN
-from trainers.decoder.insertion import decoder_layers, layers_path
-
-NUMBER = re.compile(r"^((?:past_key_values|present)\.)(\d+)(\..+)$")
-"""Names of inputs and outputs that belong to a layer."""
-NUMBERS = ("layer_idx", "layer_number", "layer_id")
-"""What transformers calls a layer's number, the one attribute in which equal layers differ."""
+from trainers.decoder.insertion import layers_path
 
 
 class LayOutError(Exception):
     """Layers of one kind were not traced alike; says where."""
-
-
-# ---- which layers are traced
-
-
-def layer_kinds(backbone: Any, installed: list[Installed]) -> list[Hashable]:
-    """What each layer does, apart from its weights' values and its number: equal kinds are traced alike."""
-    config = backbone.config.get_text_config()
-    layers = decoder_layers(backbone)
-    by_layer = {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, list | tuple) and len(value) == len(layers)
-    }
-    return [
-        (
-            tuple(_module_kind(name, module) for name, module in layer.named_modules()),
-            tuple((name, repr(value[index])) for name, value in by_layer.items()),
-            tuple(item.stacked.layer_kind(index) for item in installed),
-        )
-        for index, layer in enumerate(layers)
-    ]
-
-
-def _module_kind(name: str, module: nn.Module) -> Hashable:
-    settings = {
-        key: repr(value)
-        for key, value in vars(module).items()
-        if key not in NUMBERS and isinstance(value, bool | int | float | str | tuple | list | None)
-    }
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return (
-        name,
-        type(module).__qualname__,
-        tuple(sorted(settings.items())),
-        tuple((key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors),
-    )
-
-
-def layers_to_trace(kinds: list[Hashable]) -> int:
-    """How many of the first layers must be traced: each kind of those behind them was seen twice, layer 0 aside."""
-    for count in range(3, len(kinds)):
-        seen = Counter(kinds[1:count])
-        if all(seen[kind] >= 2 for kind in kinds[count:]):
-            return count
-    return len(kinds)
-
-
-@contextmanager
-def first_layers(backbone: Any, count: int) -> Iterator[None]:
-    """Take all but the first layers out of a backbone while the context is open."""
-    parent, _, name = layers_path(backbone).rpartition(".")
-    owner, layers = backbone.get_submodule(parent), decoder_layers(backbone)
-    config = backbone.config.get_text_config()
-    setattr(owner, name, nn.ModuleList(layers[:count]))
-    config.num_hidden_layers = count
-    try:
-        yield
-    finally:
-        setattr(owner, name, layers)
-        config.num_hidden_layers = len(layers)
-
-
-def shortened(spec: GraphSpec, count: int) -> GraphSpec:
-    """An interface without the caches of all but the first layers; tenants' stacks stay whole."""
-
-    def kept(tensors: Iterable[Any]) -> list[Any]:
-        return [tensor for tensor in tensors if (layer := _layer_of(tensor.name)) is None or layer < count]
-
-    return dataclasses.replace(spec, inputs=kept(spec.inputs), outputs=kept(spec.outputs))
-
-
-def _layer_of(name: str) -> int | None:
-    match = NUMBER.match(name)
-    return int(match[2]) if match else None
-
-
-def _numbered(name: str, layer: int) -> str:
-    return NUMBER.sub(rf"\g<1>{layer}\g<3>", name)
-
-
-# ---- one layer's nodes, and how two of them differ
 
 
 @dataclasses.dataclass
@@ -177,7 +87,7 @@ class _Layout:
         """Each layer's nodes: what is needed for its end or its cache, and by no layer before it."""
         owners: dict[ir.Node, int] = {}
         for layer, end in enumerate(self.ends):
-            cached = [value for name, value in self.outputs.items() if _layer_of(name) == layer]
+            cached = [value for name, value in self.outputs.items() if layer_of(name) == layer]
             waiting = [end, *(node for value in cached if (node := value.producer()))]
             while waiting:
                 node = waiting.pop()
@@ -208,8 +118,8 @@ class _Layout:
         if body.layer and value is self.bodies[body.layer - 1].end:
             return "before"
         name = self.input_names.get(value)
-        if name is not None and _layer_of(name) == body.layer:
-            return ("input", _numbered(name, 0))
+        if name is not None and layer_of(name) == body.layer:
+            return ("input", numbered(name, 0))
         own = f"{self.path}.{body.layer}."
         if value.is_initializer() and str(value.name).startswith(own):
             return ("weight", str(value.name).removeprefix(own))
@@ -235,7 +145,7 @@ class _Layout:
         if ours.op_identifier() != theirs.op_identifier() or not (_is_end(ours) or _same_attributes(ours, theirs)):
             raise LayOutError(f"{pair} differ in operator or attributes")
         names = [[self.output_names.get(value) for value in node.outputs] for node in (ours, theirs)]
-        if [name and _numbered(name, second.layer) for name in names[0]] != names[1]:
+        if [name and numbered(name, second.layer) for name in names[0]] != names[1]:
             raise LayOutError(f"{pair} give the outputs {names[0]} and {names[1]}")
         if len(ours.inputs) != len(theirs.inputs):
             raise LayOutError(f"{pair} have {len(ours.inputs)} and {len(theirs.inputs)} inputs")
@@ -259,7 +169,7 @@ class _Layout:
         patterns = {kind: self.pattern(kind) for kind in set(self.kinds[traced:])}
         for tensor in self.spec.inputs:
             if tensor.name not in self.inputs:
-                like = self.inputs[_numbered(tensor.name, 0)]
+                like = self.inputs[numbered(tensor.name, 0)]
                 self.inputs[tensor.name] = ir.Value(name=tensor.name, shape=like.shape, type=like.type)
         ends = [body.end for body in self.bodies]
         after = self.ends[-1]
@@ -301,7 +211,7 @@ class _Layout:
                 case ("own", position, which):
                     return copies[position].outputs[which]
                 case ("input", name):
-                    return self.inputs[_numbered(name, layer)]
+                    return self.inputs[numbered(name, layer)]
                 case ("weight", name):
                     return self._weight(f"{self.path}.{layer}.{name}")
                 case ("shared", value):
@@ -327,7 +237,7 @@ class _Layout:
             )
             for value, made in zip(node.outputs, copy.outputs, strict=True):
                 if name := self.output_names.get(value):
-                    self.outputs[_numbered(name, layer)] = made
+                    self.outputs[numbered(name, layer)] = made
             copies.append(copy)
         self.graph.insert_after(after, [*numbers, *copies])
         position, which = body.places[body.end]

@@ -21,15 +21,8 @@ from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
-from iapt_export.graphs.lay_out import (
-    LayOutError,
-    first_layers,
-    lay_out,
-    layer_kinds,
-    layers_to_trace,
-    remove_marks,
-    shortened,
-)
+from iapt_export.graphs.lay_out import LayOutError, lay_out, remove_marks
+from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace, shortened
 from iapt_export.graphs.ops import layer_end
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
@@ -143,9 +136,9 @@ def _example(tensor: TensorSpec) -> Tensor:
 
 
 def _dynamic_axes(tensor: TensorSpec) -> dict[int, Any]:
-    # "total" is past + 1, which the exporter derives by itself from how the mask is used
+    # a mask over the cache and one token more; families that attend by themselves (Bloom) must be told
     return {
-        axis: Dim.DYNAMIC if size == "total" else Dim(size)
+        axis: Dim("past") + 1 if size == "total" else Dim(size)
         for axis, size in enumerate(tensor.shape)
         if isinstance(size, str)
     }

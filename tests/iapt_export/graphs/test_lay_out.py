@@ -11,7 +11,7 @@ import pytest
 from iapt_export.graphs import trace
 from iapt_export.graphs.export import run_passes
 from iapt_export.graphs.installed import Installed, rational_forms
-from iapt_export.graphs.lay_out import first_layers, layer_kinds, layers_to_trace
+from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.table import TABLE, Serving
 from tests.families import FAMILIES, REFUSED, tiny_family
