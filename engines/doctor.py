@@ -152,7 +152,7 @@ def _table(title: str, first_column: str, findings: list[Finding]) -> Renderable
         details = ", ".join(part for part in (finding.version, finding.detail) if part)
         if finding.remedy:
             details += f"{'; ' if details else ''}try: {finding.remedy}"
-        # Text and not a string: 'iapt-export[train]' must not be read as markup
+        # Text and not a string: -e '.[train]' must not be read as markup
         shown.add_row(Text(finding.name), Text(finding.status, style=colours[finding.status]), Text(details))
     return shown
 
@@ -180,7 +180,7 @@ def _find_spec(module: str) -> Any:
 
 
 def _install(module: str, extra: str) -> str:
-    package = DISTRIBUTIONS["cuda.bindings"][0] if module == "cuda.bindings" else f"'iapt-export[{extra}]'"
+    package = DISTRIBUTIONS["cuda.bindings"][0] if module == "cuda.bindings" else f"-e '.[{extra}]'"
     return f"pip install {package}"
 
 

@@ -22,7 +22,7 @@ def load_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise NotRunnableError("OpenVINO is not installed; try: pip install 'iapt-export[openvino]'") from error
+        raise NotRunnableError("OpenVINO is not installed; try: pip install -e '.[openvino]'") from error
     return openvino
 
 

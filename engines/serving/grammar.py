@@ -75,7 +75,7 @@ class GrammarCompiler:
             import llguidance
         except ImportError as error:
             raise NotRunnableError(
-                "answers of a form need llguidance, which is not installed; try: pip install 'iapt-export[grammar]'",
+                "answers of a form need llguidance, which is not installed; try: pip install -e '.[grammar]'",
                 field="grammar",
             ) from error
         if not ends:

@@ -97,7 +97,7 @@ def load_tensorrt(target: str) -> Any:
         if getattr(error, "name", None) == wanted.module:
             raise NotRunnableError(
                 f"{target} is not installed (no Python module {wanted.module}); "
-                f"try: pip install 'iapt-export[{wanted.extra}]'"
+                f"try: pip install -e '.[{wanted.extra}]'"
             ) from error
         raise _broken(wanted, error) from error
     except (OSError, RuntimeError) as error:
@@ -107,7 +107,7 @@ def load_tensorrt(target: str) -> Any:
 def _broken(wanted: Flavour, error: Exception) -> NotRunnableError:
     return NotRunnableError(
         f"{wanted.target} is installed but does not load: {error}; "
-        f"try: pip install --force-reinstall 'iapt-export[{wanted.extra}]'"
+        f"try: pip install --force-reinstall -e '.[{wanted.extra}]'"
     )
 
 

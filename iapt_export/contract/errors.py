@@ -74,7 +74,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, IaptError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").split(".")[0])):
-        return f"{error.name} is not installed and this command needs it; try: pip install 'iapt-export[{extra}]'"
+        return f"{error.name} is not installed and this command needs it; try: pip install -e '.[{extra}]'"
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{error.strerror}: {error.filename or 'writing a file'}; {REMEDIES[error.errno]}"
     return None

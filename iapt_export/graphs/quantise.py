@@ -66,7 +66,7 @@ def quantise(weight: np.ndarray, bits: int) -> Blocks:
     except ImportError as error:
         raise IaptError(
             "int8 and int4 need ONNX Runtime's quantiser, which is not installed; "
-            "pip install 'iapt-export[cpu]', or choose fp32"
+            "pip install -e '.[cpu]', or choose fp32"
         ) from error
     config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=True, bits=bits)
     values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)

@@ -127,7 +127,7 @@ def test_the_drivers_version_comes_from_nvidia_smi(monkeypatch: pytest.MonkeyPat
 
 def test_a_missing_module_and_tool() -> None:
     assert doctor._module("no_such_module", "train") == Finding(
-        "no_such_module", MISSING, remedy="pip install 'iapt-export[train]'"
+        "no_such_module", MISSING, remedy="pip install -e '.[train]'"
     )
     assert doctor._module("no_such_parent.child", "train").status == MISSING
     assert doctor._tool("no-such-tool", "apt-get install it") == Finding(
@@ -165,11 +165,11 @@ def test_too_little_disk_and_memory_are_limits(tmp_path: Path, monkeypatch: pyte
 
 def test_the_table_shows_every_word() -> None:
     findings = _machine("torch", driver=NO_DRIVER)
-    findings.append(Finding("x", MISSING, remedy="pip install 'iapt-export[train]'"))
+    findings.append(Finding("x", MISSING, remedy="pip install -e '.[train]'"))
     stream = io.StringIO()
     Console(file=stream, width=200).print(table([*findings, *abilities(findings)]))
     text = stream.getvalue()
-    assert "try: pip install 'iapt-export[train]'" in text  # square brackets are no markup
+    assert "try: pip install -e '.[train]'" in text  # square brackets are no markup
     assert "no NVIDIA driver found: libcuda.so.1 is missing; try: run on a machine with an NVIDIA GPU" in text
     assert "This machine can" in text
     assert "also without a GPU, for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in text

@@ -65,6 +65,6 @@ def test_bundles_that_openvino_cannot_read(tiny_build: TinyBuild) -> None:
 def test_without_the_package_nothing_is_loaded(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     outcome = run("validate", tiny_build.bundle, "--runner=openvino", "--model=/nowhere")
-    assert outcome.code == 1 and "OpenVINO is not installed; try: pip install 'iapt-export[openvino]'" in outcome.err
+    assert outcome.code == 1 and "OpenVINO is not installed; try: pip install -e '.[openvino]'" in outcome.err
     with pytest.raises(NotRunnableError):
         portable_target(BundleManifest.load(tiny_build.bundle))

@@ -69,4 +69,4 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(NotRunnableError) as caught:
         load_openvino()
-    assert str(caught.value) == "OpenVINO is not installed; try: pip install 'iapt-export[openvino]'"
+    assert str(caught.value) == "OpenVINO is not installed; try: pip install -e '.[openvino]'"

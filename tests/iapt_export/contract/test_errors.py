@@ -17,7 +17,7 @@ def test_our_errors_explain_themselves() -> None:
 def test_a_missing_package_names_its_extra(module: str, extra: str) -> None:
     text = explain(ModuleNotFoundError(f"No module named {module!r}", name=module))
     assert text is not None
-    assert f"pip install 'iapt-export[{extra}]'" in text
+    assert f"pip install -e '.[{extra}]'" in text
     assert module in text
 
 
