@@ -15,7 +15,7 @@ from iapt_export.contract.errors import IaptError
 
 ROLES = ("system", "user", "assistant")
 """Who may speak: those that training data may name."""
-MAX_STOPS, LONGEST_STOP, MAX_STOP_IDS = 16, 256, 64
+MAX_STOP_IDS = 64
 """Each token of a row is compared with all of them, while the other rows wait."""
 
 _log = logging.getLogger(__name__)
@@ -114,9 +114,6 @@ def check_text_fields(where: str, request: Request) -> None:
     for name in ("stop", "stop_token_ids"):
         if not isinstance(value := getattr(request, name), Sequence | np.ndarray):
             raise IaptError(f"{where}: {name} is {type(value).__name__}, expected a tuple")
-    stops = [] if isinstance(request.stop, str) else [stop for stop in request.stop if isinstance(stop, str)]
-    if len(stops) > MAX_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
-        raise IaptError(f"{where}: expected at most {MAX_STOPS} stop texts of at most {LONGEST_STOP} characters")
     if len(request.stop_token_ids) > MAX_STOP_IDS:
         raise IaptError(
             f"{where}: {len(request.stop_token_ids)} stop token ids are given, expected at most {MAX_STOP_IDS}"

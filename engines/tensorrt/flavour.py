@@ -96,8 +96,7 @@ def load_tensorrt(target: str) -> Any:
     except ImportError as error:
         if getattr(error, "name", None) == wanted.module:
             raise NotRunnableError(
-                f"{target} is not installed (no Python module {wanted.module}); "
-                f"try: pip install -e '.[{wanted.extra}]'"
+                f"{target} is not installed (no Python module {wanted.module}); try: pip install -e '.[{wanted.extra}]'"
             ) from error
         raise _broken(wanted, error) from error
     except (OSError, RuntimeError) as error:

@@ -103,6 +103,8 @@ class TenantCard:
 
 
 def _comparable(form: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A form's settings with those that an older file lacks; lists of names in one order."""
+    """A form's settings with those that an older file lacks; lists of names in one order, also before they are JSON."""
     complete = {**OLDER.get(form, {}), **config}
-    return {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in complete.items()}
+    return {
+        name: sorted(value, key=str) if isinstance(value, list | tuple) else value for name, value in complete.items()
+    }

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import engines.serving.admission
 import engines.serving.scheduler
-import engines.serving.session
 from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.sampling import Sampling, choose
@@ -221,7 +221,7 @@ def test_an_event_loop_gets_its_turn_in_a_full_queue(tiny_build: TinyBuild) -> N
 def test_a_bundle_without_a_tokenizer_serves_token_ids(tiny_build: TinyBuild, tmp_path: Path) -> None:
     with Session.open(tiny_build.bundle, verify=False) as session:
         wanted = session.submit(request()).result().tokens
-        session.bundle, session._codec = tmp_path, None
+        session._admission._bundle, session._admission._codec = tmp_path, None
         answer = session.submit(request()).result()
         assert (answer.tokens, answer.text) == (wanted, "")
         for bad in (Request("alpha", "yes"), request(stop=("END",))):
@@ -238,7 +238,7 @@ def test_clients_that_come_together_read_one_tokenizer(tiny_build: TinyBuild, mo
             time.sleep(0.1)
             super().__init__(bundle)
 
-    monkeypatch.setattr(engines.serving.session, "TextCodec", Slow)
+    monkeypatch.setattr(engines.serving.admission, "TextCodec", Slow)
     with Session.open(tiny_build.bundle, verify=False) as session, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(lambda: session.submit(request()).result().tokens) for _ in range(8)]
         assert len({tuple(answer.result()) for answer in answers}) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import iapt_export
 from engines.serving.loading import open_runners
@@ -282,8 +284,16 @@ def failed_stages(bundle: Path, *flags: str) -> set[str]:
     return {check["stage"] for target in targets for check in target["checks"] if not check["passed"]}
 
 
+def swap_weights(bundle: Path) -> None:
+    """Two tenants of one method get each other's shipped weights, under their own cards."""
+    files = [bundle / f"tenants/{name}.safetensors" for name in ("topics", "mood")]
+    cards = [safe_open(path, "numpy").metadata() for path in files]
+    for path, card, other in zip(files, cards, [load_file(path) for path in reversed(files)], strict=True):
+        save_file(other, path, card)
+
+
 def swap_files(bundle: Path) -> None:
-    """Two tenants of one method get each other's shipped weights; LAMP's trained ones still say what it is."""
+    """Two tenants of one method get each other's files."""
     first, second = (bundle / f"tenants/{name}.safetensors" for name in ("topics", "mood"))
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -296,8 +306,7 @@ def edit_tenant(bundle: Path, name: str, **fields: Any) -> None:
 
 
 SABOTAGES = {
-    "files swapped": swap_files,
-    "a path swapped": lambda b: edit_tenant(b, "mood", path="tenants/topics.safetensors"),
+    "weights swapped": swap_weights,
     "a row of no method": lambda b: edit_tenant(b, "topics", method=None),
     "a method's rows are nobody's": lambda b: between(b, "prefill.onnx", "prefix_tuning.tenant_index", "Min", -1),
     "a method takes all rows": lambda b: between(b, "prefill.onnx", "lopa.tenant_index", "Max", 0),
@@ -315,12 +324,20 @@ def test_sabotage_is_found(bundle: Path, sabotage: str) -> None:
     assert "generator" not in failed
 
 
-def test_a_tenant_of_a_method_that_its_file_does_not_fit(bundle: Path) -> None:
-    edit_tenant(bundle, "style", method="iapt")
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (swap_files, "name is 'mood', and 'topics' in the manifest"),
+        (lambda b: edit_tenant(b, "mood", path="tenants/topics.safetensors"), "name is 'topics', and 'mood' in the"),
+        (lambda b: edit_tenant(b, "style", method="iapt"), "form and config are not those of method iapt"),
+    ],
+)
+def test_a_file_that_is_another_tenants_is_refused(bundle: Path, change: Callable[[Path], None], text: str) -> None:
+    change(bundle)
     rehash(bundle)
     outcome = validate(bundle)
     assert outcome.code == 1
-    assert "tenant style: down_weight has nothing, the bundle expects [1, 32, 8]" in outcome.err
+    assert text in outcome.err
 
 
 def test_a_tenant_without_a_file(bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import stat
@@ -287,7 +288,7 @@ def test_interrupted_writing_leaves_the_old_weights(folder: Path, monkeypatch: p
     before = (folder / WEIGHTS_FILE).read_bytes()
 
     def full(_descriptor: int) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):

@@ -115,14 +115,14 @@ def test_one_case_alone_and_all_of_them(tiny_build: TinyBuild, tmp_path: Path) -
 
 
 def test_an_answer_to_what_must_be_refused_fails(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines.serving.session import Session
+    from engines.serving.admission import Admission
 
-    honest = Session._entry
+    honest = Admission.entry
 
-    def cut(self: Session, request: Any, *rest: Any) -> Any:
-        return honest(self, dataclasses.replace(request, tokens=request.tokens[:3]), *rest)
+    def cut(self: Admission, request: Any, *rest: Any, **named: Any) -> Any:
+        return honest(self, dataclasses.replace(request, tokens=request.tokens[:3]), *rest, **named)
 
-    monkeypatch.setattr(Session, "_entry", cut)
+    monkeypatch.setattr(Admission, "entry", cut)
     outcome = run("validate", tiny_build.bundle, "--json", "--quiet", "--case=refuse-too-long")
     assert outcome.code == 3
     (check,) = json.loads(outcome.out)["targets"][0]["checks"]
