@@ -178,8 +178,11 @@ class _Layout:
             after, end = self._copy(layer, body, inputs, ends[-1], after)
             ends.append(end)
         for node in self.tail:
-            if [value for value in node.inputs if value in ends[:traced]] == ends[:traced] and traced > 1:
-                _append_inputs(self.graph, node, ends[traced:])  # what gathers all layers
+            read = [value for value in node.inputs if value in ends[:traced]]
+            if read == ends[:traced]:
+                _append_inputs(node, ends[traced:])  # what gathers all layers
+            elif any(value is not ends[traced - 1] for value in read):
+                raise LayOutError(f"{node.name} reads what some layers give out, and not the last alone")
             else:
                 for index, value in enumerate(node.inputs):
                     if value is ends[traced - 1]:
@@ -310,7 +313,7 @@ def _same(one: ir.Attr, other: ir.Attr) -> bool:
     return bool(one.value == other.value)
 
 
-def _append_inputs(graph: ir.Graph, node: ir.Node, more: list[ir.Value]) -> None:
+def _append_inputs(node: ir.Node, more: list[ir.Value]) -> None:
     """Give a node with any number of inputs some more."""
     node.resize_inputs(len(node.inputs) + len(more))
     for index, value in enumerate(more, start=len(node.inputs) - len(more)):

@@ -33,7 +33,7 @@ def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
 
 def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(NotRunnableError, match=r"tensorrt is not installed .*pip install 'iapt-export\[tensorrt\]'"):
+    with pytest.raises(NotRunnableError, match=r"tensorrt is not installed .*pip install -e '\.\[tensorrt\]'"):
         load_tensorrt("tensorrt")
 
 

@@ -153,5 +153,5 @@ def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch: pytest.
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(IaptError, match=r"int8 and int4 need ONNX Runtime's quantiser.*iapt-export\[cpu\]"):
+    with pytest.raises(IaptError, match=r"int8 and int4 need ONNX Runtime's quantiser.*pip install -e '\.\[cpu\]"):
         quantise(random(WIDTH, 4), 8)
