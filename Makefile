@@ -13,6 +13,7 @@ VENV     ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 TORTURE_ARGS ?= --short
+FUZZ_SECONDS ?= 60
 
 BIN      := $(VENV)/bin
 INSTALL  := $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
@@ -20,13 +21,14 @@ CACHE    := .cache
 BACKBONE := $(CACHE)/smollm2-135m-instruct
 ADAPTERS := examples/adapters/movie-sentiment examples/adapters/sarcasm examples/adapters/reuters-r8
 BUNDLE   := $(CACHE)/demo-bundle
+FUZZER   := build/cpp-sanitize/bin/fuzz_files
 
 # Nothing here may depend on a model hub: what is not on this machine after `make venv` and
 # `make backbone` is an error to see at once, not a download to wait for.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo serve cpp torture test test-slow test-gpu test-runtimes test-lowest check tidy format docs \
+.PHONY: help venv backbone demo serve cpp torture fuzz test test-slow test-gpu test-runtimes test-lowest check tidy format docs \
     clean
 .DEFAULT_GOAL := help
 
@@ -132,8 +134,12 @@ cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h $(NATIVE)/json/nlohmann
 	    -DNLOHMANN_JSON_INCLUDE_DIR=$(abspath $(NATIVE)/json) $(CMAKE_ARGS)
 	cmake --build build/cpp-sanitize --parallel 2 --target fuzz_files
 
-torture: venv  ## kill builds and trainings, feed mutated files: a minute (TORTURE_ARGS= for half an hour)
+torture: venv  ## kill builds and trainings, feed mutated files: a minute or two (TORTURE_ARGS= for an hour)
 	$(BIN)/python -m benchmarks.torture $(TORTURE_ARGS)
+
+fuzz:  ## damage the kept corpus and feed it to the C++ readers, under the sanitizers (FUZZ_SECONDS=60)
+	@test -x $(FUZZER) || { echo "$(FUZZER) is missing: make cpp"; exit 1; }
+	$(FUZZER) $(FUZZ_SECONDS) tests/native/corpus
 
 # Tests that need the backbone skip, in words, where it cannot be fetched.
 test: venv  ## run the tests that need neither a GPU nor much time

@@ -1,19 +1,23 @@
 """Kills, mutated inputs, a hostile request and a load with tenants that come and go, on a tiny model.
 
-    python -m benchmarks.torture                    # what docs/security.md shows; about half an hour
-    python -m benchmarks.torture --short            # what CI runs: a minute
+    python -m benchmarks.torture --output torture.json     # what docs/security.md shows; about an hour
+    python -m benchmarks.torture --short                   # what CI runs: a minute
 
-The figures are printed and, with --output, written as JSON. Exits 1 where anything was lost, half-valid or wrong.
+With --output the figures are kept as JSON after every few kills or inputs, and a run that was cut goes on from there.
+Exits 1 where anything was lost, half-valid or wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -24,10 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import torture_inputs, torture_kills
+from benchmarks.torture_inputs import GROWTH_MIB
+from engines.serving.admission import MAX_LOGPROBS
+from engines.serving.sampling import Sampling
 from engines.serving.session import Request, Session
 from engines.tensorrt.engine_info import EngineInfo, EngineTensor, ProfileShape
 from iapt_export import BuildRequest, build
+from iapt_export.building import layout
+from iapt_export.building.stage_cache import content_key
 from iapt_export.building.tenant_file import write_tenant_file
+from iapt_export.contract.disk import write_atomically
 from tests.bundles import METHOD, NEW_TOKENS, RANGES, save_tiny_inputs
 from tests.engines.serving.soak import soak
 from trainers.decoder.backbone import load_backbone
@@ -46,6 +56,11 @@ ENGINE = EngineInfo(
     outputs=[EngineTensor("logits", "fp16", [-1, 1, 320])],
     profiles=[{"input_ids": ProfileShape([1, 1], [2, 16], [8, 96])}],
 )
+READY = "ready"
+"""Stands in a base that is whole, and says of which code."""
+BATCH = 500
+"""Inputs after which what was found is kept."""
+Say = Callable[[dict[str, Any]], None]
 ALLOWED_SHIFT = 0.10
 """By which one hostile request may move another tenant's median gap between tokens."""
 
@@ -55,131 +70,168 @@ def main() -> None:
     if os.environ.get("OMP_NUM_THREADS") != "1":  # a forked child would wait for threads that it does not have
         again = [sys.executable, "-m", "benchmarks.torture", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, "OMP_NUM_THREADS": "1"})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a minute instead of half an hour")
-    parser.add_argument("--kills", type=int, default=1000, help="at most so many for each command")
-    parser.add_argument("--kill-seconds", type=float, default=180, help="at most so long for each command")
-    parser.add_argument("--inputs", type=int, default=100_000, help="mutated inputs, shared by all readers")
-    parser.add_argument("--load-seconds", type=float, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("kills", "inputs", "hostile", "load"), action="append")
-    parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    if asked.short:
-        asked.kills, asked.kill_seconds, asked.inputs, asked.load_seconds = 12, 10, 2_000, 6
+    asked = _asked()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    parts: dict[str, Callable[[Any, Path, Path], dict[str, Any]]] = {
-        "kills": kills,
-        "inputs": inputs,
-        "hostile": hostile,
-        "load": load,
-    }
-    found: dict[str, Any] = {"command": " ".join(["python -m benchmarks.torture", *sys.argv[1:]])}
+    found: dict[str, Any] = {}
+    if asked.output and asked.output.is_file():
+        found = json.loads(asked.output.read_text(encoding="utf-8"))
+
+    def keep(name: str, result: dict[str, Any]) -> None:
+        found[name] = result
+        if asked.output:
+            write_atomically(asked.output, (json.dumps(found, indent=2) + "\n").encode())
+
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        base, work = Path(folder) / "base", Path(folder) / "work"
-        _apart(prepare_base, base, asked.only)
-        for name in asked.only or parts:
-            began = time.monotonic()
+        base, work = asked.base or Path(folder) / "base", Path(folder) / "work"
+        if not (base / READY).is_file() or (base / READY).read_text(encoding="utf-8") != _code():
+            _apart(prepare_base, base)
+        for name in asked.only or PARTS:
+            before, began = found.get(name, {}), time.monotonic()
             work.mkdir()
-            found[name] = {**_apart(parts[name], asked, base, work), "seconds": round(time.monotonic() - began)}
+            result = _apart(PARTS[name], asked, base, work, before, said=functools.partial(keep, name))
+            keep(name, {**result, "seconds": before.get("seconds", 0) + round(time.monotonic() - began)})
             shutil.rmtree(work)
             print(f"{name}: {json.dumps(found[name])}", flush=True)
-    faults = [fault for name in parts if name in found for fault in found[name]["faults"]]
+    faults = [fault for name in PARTS if name in found for fault in found[name]["faults"]]
     print("\n".join([f"{len(faults)} faults", *faults[:50]]))
-    if asked.output:
-        asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     sys.exit(bool(faults))
 
 
-def prepare_base(base: Path, only: list[str] | None) -> None:
+def _asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a minute instead of an hour")
+    parser.add_argument("--kills", type=int, default=1000, help="shared by the commands that are killed")
+    parser.add_argument("--kill-seconds", type=float, default=3600, help="at most so long for each command")
+    parser.add_argument("--inputs", type=int, default=100_000, help="mutated inputs, shared by all readers")
+    parser.add_argument("--rounds", type=int, default=60, help="of each hostile request")
+    parser.add_argument("--load-seconds", type=float, default=1800)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=tuple(PARTS), action="append")
+    parser.add_argument("--base", type=Path, help="folder for the bundles that this works on: made once, and kept")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures; where it is there, they are added to")
+    asked = parser.parse_args()
+    if asked.short:
+        asked.kills, asked.kill_seconds, asked.inputs, asked.rounds, asked.load_seconds = 60, 8, 2_000, 4, 6
+    return asked
+
+
+def _code() -> str:
+    """What the finished stages of a base depend on beside its inputs: others would be made anew in every run."""
+    return content_key(layout.versions() | {"code": layout.code_sha256(layout.BUNDLE_ROOMS)})
+
+
+def prepare_base(base: Path) -> None:
     """A tiny model with adapters, the bundles and the cache that builds of them leave, and finished trainings."""
+    for path in base.iterdir() if base.is_dir() else ():
+        if path.name != "cache":  # its stages are known by all that they depend on
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     model, adapters = save_tiny_inputs(base)
 
     def made(name: str, *tenants: str, prove: bool = False) -> None:
         places = {"model": str(model), "output": base / name, "cache": base / "cache"}
+        ranges = {**RANGES, "tenants": "1:3:16"} if prove else RANGES  # room for those that come and go
         build(
             BuildRequest(
-                adapters=[adapters[t] for t in tenants], prove=prove, new_tokens=NEW_TOKENS, **places, **RANGES
+                adapters=[adapters[t] for t in tenants], prove=prove, new_tokens=NEW_TOKENS, **places, **ranges
             )
         )
 
-    if not only or set(only) != {"kills"}:
-        made("proven", *adapters, prove=True)
-    if only and "kills" not in only:
-        return
+    made("proven", *adapters, prove=True)
     made("old", "alpha")
     made("new", "alpha", "beta")
-    (base / "cache" / ".lock").unlink(missing_ok=True)
     write_tenant_file(str(adapters["beta"]), base / "old", base / "beta.safetensors", load_backbone(str(model)))
     lines = [{"instruction": "joy?", "input": f"film {i}", "output": "yes" if i % 2 else "no"} for i in range(20)]
     (base / "joy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for name, seed in (("trained-old", 1), ("trained", 0)):
         config = dataclasses.replace(torture_kills.TRAINING, seed=seed)
         train(TrainRequest(str(model), base / "joy.jsonl", base / name, METHOD, config), say=lambda _: None)
+    (base / READY).write_text(_code(), encoding="utf-8")
 
 
-def kills(asked: Any, base: Path, work: Path) -> dict[str, Any]:
+def kills(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
     """Every command killed before its file operations and at random moments."""
-    tallies = []
+    rows = dict(before.get("of", {}))
+
+    def told() -> dict[str, Any]:
+        faults = [fault for row in rows.values() for fault in row["faults"]]
+        return {"kills": sum(row["kills"] for row in rows.values()), "of": rows, "faults": faults}
+
     for scenario in torture_kills.scenarios(base):
-        tallies.append(
-            torture_kills.torment(scenario, work / scenario.name, asked.kill_seconds, asked.kills, asked.seed)
-        )
-        print(f"  {tallies[-1]}", flush=True)
-    faults = [fault for tally in tallies for fault in tally.faults or ()]
-    rows = {t.name: {"operations": t.operations, "kills": t.kills, "before": t.at_operations} for t in tallies}
-    return {"kills": sum(tally.kills for tally in tallies), "of": rows, "faults": faults}
+        tally = torture_kills.Tally(**rows.get(scenario.name, {"name": scenario.name}))
+
+        def keep(tally: torture_kills.Tally) -> None:
+            rows[tally.name] = dataclasses.asdict(tally)
+            say(told())
+
+        folder, most, seconds = work / scenario.name, round(asked.kills * scenario.share), asked.kill_seconds
+        torture_kills.torment(scenario, folder, seconds, most, asked.seed, tally=tally, keep=keep)
+        print(f"  {tally}", flush=True)
+    return told()
 
 
-def inputs(asked: Any, base: Path, work: Path) -> dict[str, Any]:
+def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
     """Mutated files for every reader, and bundles with changed bytes."""
-    known = torture_inputs.readers(base / "proven", base / "alpha", dataclasses.asdict(ENGINE))
-    whole = sum(reader.share for reader in known) + 0.2
-    rows = []
+    rows = {row["name"]: torture_inputs.Findings(**row) for row in before.get("readers", ())}
+
+    def told() -> dict[str, Any]:
+        faults = [fault for row in rows.values() for fault in (*row.raw, *row.slow)]
+        faults += [f"{r.name}: memory grew by {r.growth_mib} MiB" for r in rows.values() if r.growth_mib > GROWTH_MIB]
+        faults += [f"{row.name}: {row.wrong} accepted" for row in rows.values() if row.wrong]
+        readers = [dataclasses.asdict(row) for row in rows.values()]
+        return {"inputs": sum(row.inputs for row in rows.values()), "readers": readers, "faults": faults}
+
+    known = torture_inputs.readers(base / "proven", base / "alpha", base / "model", dataclasses.asdict(ENGINE))
+    whole = sum(reader.share for reader in known)
     for reader in known:
-        rows.append(torture_inputs.torment(reader, work, int(asked.inputs * reader.share / whole), asked.seed))
-        print(f"  {torture_inputs.told(rows[-1])}", flush=True)
-    altered = torture_inputs.altered_bundles(base / "proven", work, int(asked.inputs * 0.2 / whole), asked.seed)
-    faults = [fault for row in (*rows, altered) for fault in (*row.raw, *row.slow)]
-    faults += [f"{row.name}: memory grew by {row.growth_mib} MiB" for row in rows if row.growth_mib > 64]
-    faults += [f"{altered.accepted} altered bundles were accepted"] if altered.accepted else []
-    told = [torture_inputs.told(row) for row in (*rows, altered)]
-    return {"inputs": sum(row["inputs"] for row in told), "readers": told, "faults": faults}
+        found = rows.setdefault(reader.name, torture_inputs.Findings(reader.name))
+        wanted = round(asked.inputs * reader.share / whole)
+        while found.inputs < wanted:
+            count = min(BATCH, wanted - found.inputs)
+            torture_inputs.torment(reader, work, count, asked.seed + found.inputs, found)
+            say(told())
+        print(f"  {found}", flush=True)
+    return told()
 
 
-def hostile(asked: Any, base: Path, work: Path) -> dict[str, Any]:
+def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
     """The median gap between a tenant's tokens beside an ordinary request, and beside hostile ones.
 
-    Rounds alternate, and medians of rounds are compared, so that a busy machine disturbs both alike.
+    A round has them all in a changing order; each is compared with the ordinary one of its round, so that a busy
+    machine disturbs both alike. The ordinary one is measured twice: how far the two are apart is the noise.
     """
     stops = tuple("x" * 255 + chr(97 + number) for number in range(16))
     ordinary = Request("beta", tokens=(5,) * 16, max_new_tokens=90, ignore_eos=True)
     cases = {
         "ordinary": ordinary,
-        "longest prompt": Request("beta", tokens=(5,) * 64, max_new_tokens=90, ignore_eos=True),
-        "many stop texts": Request("beta", tokens=(5,) * 16, max_new_tokens=90, ignore_eos=True, stop=stops),
-        "many stop ids": Request(
-            "beta", tokens=(5,) * 16, max_new_tokens=90, ignore_eos=True, stop_token_ids=(7,) * 64
+        "ordinary again": ordinary,
+        "longest prompt": dataclasses.replace(ordinary, tokens=(5,) * 64),
+        "many stop texts": dataclasses.replace(ordinary, stop=stops),
+        "many stop ids": dataclasses.replace(ordinary, stop_token_ids=(7,) * 64),
+        "most log-probabilities": dataclasses.replace(ordinary, logprobs=MAX_LOGPROBS),
+        "all of sampling": dataclasses.replace(
+            ordinary, sampling=Sampling(1.0, 0.5, frequency_penalty=0.5, repetition_penalty=1.1)
         ),
     }
     gaps: dict[str, list[float]] = {name: [] for name in cases}
+    source = random.Random(asked.seed)
     with Session.open(base / "proven") as session:
-        for _ in range(5 if asked.short else 40):
-            for name, other in cases.items():
-                beside = session.submit(other, 1)
+        for _ in range(asked.rounds):
+            for name in source.sample(list(cases), len(cases)):
+                beside = session.submit(cases[name], 1)
                 mine = session.submit(Request("alpha", tokens=(9,) * 16, max_new_tokens=80, ignore_eos=True))
                 times = [time.perf_counter() for _ in mine]
                 beside.result()
                 steps = [after - before for before, after in itertools.pairwise(times)]
                 gaps[name].append(statistics.median(steps) * 1e3)
-    usual = statistics.median(gaps["ordinary"])
-    shifts = {name: round(statistics.median(values) / usual - 1, 3) for name, values in gaps.items()}
-    limit = 0.5 if asked.short else ALLOWED_SHIFT  # five rounds on a busy machine say little
+    usual = gaps.pop("ordinary")
+    moved = {name: [mine / own - 1 for mine, own in zip(gaps[name], usual, strict=True)] for name in gaps}
+    shifts = {name: round(statistics.median(values), 3) for name, values in moved.items()}
+    limit = 0.5 if asked.short else ALLOWED_SHIFT  # few rounds on a busy machine say little
     faults = [f"{name} moves the median gap by {shift:.0%}" for name, shift in shifts.items() if shift > limit]
-    return {"gap_ms": round(usual, 3), "shifts": shifts, "faults": faults}
+    return {"rounds": asked.rounds, "gap_ms": round(statistics.median(usual), 3), "shifts": shifts, "faults": faults}
 
 
-def load(asked: Any, base: Path, work: Path) -> dict[str, Any]:
+def load(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
     """Twelve clients while tenants come and go; see `tests.engines.serving.soak`."""
     for state in soak(base / "proven", asked.load_seconds):
         last = state
@@ -187,30 +239,42 @@ def load(asked: Any, base: Path, work: Path) -> dict[str, Any]:
     memory = [mib for _, mib in record["memory_mib"]]
     growth = round(memory[-1] - memory[len(memory) // 4], 1) if len(memory) > 3 else 0.0
     faults = [f"{len(record[name])} answers {name}" for name in ("wrong", "lost") if record[name]]
-    faults += [f"memory grew by {growth} MiB"] if growth > 64 else []
+    faults += [f"memory grew by {growth} MiB"] if growth > GROWTH_MIB else []
+    faults += [] if record["answered"] and (record["removed"] or asked.load_seconds < 30) else ["nobody came and went"]
     kept = {name: record[name] for name in ("answered", "removed", "add_ms")}
     return {**kept, "growth_mib": growth, "load_seconds": asked.load_seconds, "faults": faults}
 
 
-def _apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Run in a forked process of its own: this one stays without threads, and can be forked again."""
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"kills": kills, "inputs": inputs, "hostile": hostile, "load": load}
+
+
+def _apart(work: Callable[..., Any], *arguments: Any, said: Say | None = None) -> Any:
+    """Run in a forked process of its own: this one stays without threads, and can be forked again.
+
+    Args:
+        work: returns what this returns; where ``said`` is given, its last argument hands on what it found so far.
+        arguments: the others.
+        said: takes that.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, work, *arguments))
+
+    def run() -> None:
+        hand_on = [lambda found: sender.send((False, found))] if said else []
+        sender.send((True, work(*arguments, *hand_on)))
+
+    process = context.Process(target=run)
     process.start()
     sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
-        result = None
+    result = None
+    with contextlib.suppress(EOFError):
+        while not (answer := receiver.recv())[0]:
+            said(answer[1]) if said else None
+        result = answer[1]
     process.join()
     if process.exitcode:
         sys.exit(f"{work.__name__} ended with {process.exitcode}")
     return result
-
-
-def _send(sender: Any, work: Callable[..., Any], *arguments: Any) -> None:
-    sender.send(work(*arguments))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
+import signal
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from pydantic import ValidationError
+
+from engines.http.access import Access
+from engines.http.protocol import ChatRequest, read_body
+from engines.http.refusals import RefusalError
 from engines.request_file import read_messages, read_requests
 from engines.serving.chat_template import ChatTemplate
 from engines.serving.sampling import Sampling
@@ -23,12 +30,23 @@ from iapt_export.contract.integrity import open_manifest
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.probes import Probes
 from tests.native.differential import mutations
+from tests.trainers.decoder.gguf_files import TinyFile, write
+from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from trainers.adapters.directory import load_adapter
+from trainers.adapters.peft_format import peft_fields, to_peft_tensors
+from trainers.decoder.backbone import load_backbone, load_outline
+from trainers.decoder.insertion import sizes_of
+from trainers.methods.configs import PromptTuningConfig
+from trainers.methods.forms import new_method
 from trainers.training.config import read_train_file
 from trainers.training.data import read_examples
 from validation.reporting.report import read_report
+from validation.sides.cases import read_examples as validation_examples
 
 CPU_SECONDS = 1.0
+LONGEST_SECONDS = 60
+BOS = {"bos_token": "<s>"}
+TALK = [{"role": "user", "content": "hello there"}]
 GROWTH_MIB = 64.0
 
 
@@ -41,11 +59,15 @@ class Reader:
     read: Callable[[Path], Any]
     """Reads the file at a path, whose folder holds what else is needed."""
     file: str
-    """The file's name there."""
+    """The file's name there; empty for any of the files beside, which the reader then finds by itself."""
     beside: Path | None = None
     """Folder whose files stand beside it."""
     share: float = 1.0
     """How many inputs it gets, compared with the others; readers that are slow get fewer."""
+    refusals: tuple[type[Exception], ...] = (IaptError,)
+    """What it may raise."""
+    hashed: bool = False
+    """Whether hashes are checked, so that nothing that was changed may be accepted."""
 
 
 @dataclass
@@ -59,126 +81,143 @@ class Findings:
     """Exceptions that are no refusal."""
     slow: list[str] = field(default_factory=list)
     """Inputs that took more than `CPU_SECONDS` of computing."""
+    wrong: int = 0
+    """Changed inputs that were accepted although hashes were checked."""
     growth_mib: float = 0.0
-    """By which the largest memory that this process ever had grew."""
+    """By which memory grew at most while a batch was read."""
 
 
-def readers(bundle: Path, adapter: Path, engine: dict[str, Any]) -> list[Reader]:
-    """All of them, with the files of a bundle and an adapter to begin from."""
-    line = {"tenant": "alpha", "prompt": "a", "temperature": 0.5, "seed": 1, "stop": ["x"], "stop_token_ids": [1]}
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    example = {"instruction": "joy?", "input": "a film", "output": "yes"}
-    talk = [{"role": "user", "content": "hello there"}]
+def readers(bundle: Path, adapter: Path, model: Path, engine: dict[str, Any]) -> list[Reader]:
+    """All of them, with good files to begin from.
 
-    def of(name: str) -> bytes:
-        return (bundle / name).read_bytes()
+    Args:
+        bundle: with the tenant ``alpha``.
+        adapter: a folder.
+        model: its backbone's folder.
+        engine: fields of an engine's record.
+    """
+    return [*_of_bundles(bundle), *_of_training(adapter, model), *_of_requests(engine)]
+
+
+def _of_bundles(bundle: Path) -> list[Reader]:
+    def of(name: str, read: Callable[[Path], Any], share: float = 1.0, beside: Path | None = None) -> Reader:
+        return Reader(name, (bundle / name).read_bytes(), read, Path(name).name, beside, share)
 
     return [
-        Reader("manifest", of("manifest.json"), lambda path: BundleManifest.load(path.parent), "manifest.json"),
-        Reader("tenant", of("tenants/alpha.safetensors"), read_tenant_file, "alpha.safetensors"),
-        Reader("probes", of("probes.json"), lambda path: Probes.load(path.parent), "probes.json"),
-        Reader("tokenizer", of("tokenizer.json"), lambda p: TextCodec(p.parent).encode("a", "plain"), "tokenizer.json"),
-        Reader(
-            "tokenizer settings",
-            of("tokenizer_config.json"),
-            lambda path: TextCodec(path.parent).render(talk),
-            "tokenizer_config.json",
-            bundle,
-            0.3,
-        ),
-        Reader(
-            "template",
-            of("chat_template.jinja"),
-            lambda path: ChatTemplate(path.read_text("utf-8", "replace"), {"bos_token": "<s>"}).render(talk),
-            "chat_template.jinja",
-            share=0.5,
-        ),
-        Reader(
-            "adapter", (adapter / "adapter_config.json").read_bytes(), _adapter, "adapter_config.json", adapter, 0.3
-        ),
-        Reader(
-            "adapter weights",
-            (adapter / "adapter_model.safetensors").read_bytes(),
-            _adapter,
-            "adapter_model.safetensors",
-            adapter,
-            0.3,
-        ),
-        Reader("report", of("report.json"), read_report, "report.json"),
-        Reader(
-            "engine record", json.dumps(engine).encode(), lambda p: EngineInfo.load(p.with_suffix(".engine")), "e.json"
-        ),
-        Reader("requests", json.dumps(line).encode(), lambda p: read_requests(p, 8, Sampling()), "r.jsonl"),
-        Reader("conversation", json.dumps(messages).encode(), read_messages, "m.json"),
-        Reader("data", (json.dumps(example) + "\n").encode() * 4, read_examples, "d.jsonl"),
-        Reader("settings", b"max_steps: 3\nlearning_rate: 0.1\nseed: 1\n", read_train_file, "s.yaml"),
+        of("manifest.json", lambda path: BundleManifest.load(path.parent), 2.0),
+        of("tenants/alpha.safetensors", read_tenant_file),
+        of("probes.json", lambda path: Probes.load(path.parent), 0.5),
+        of("tokenizer.json", lambda path: TextCodec(path.parent).encode("a", "plain")),
+        of("tokenizer_config.json", lambda path: TextCodec(path.parent).render(TALK), 0.2, bundle),
+        of("chat_template.jinja", lambda path: ChatTemplate(path.read_text("utf-8", "replace"), BOS).render(TALK)),
+        of("report.json", read_report),
+        Reader("a bundle with its hashes", b"", open_manifest, "", bundle, 0.5, hashed=True),
     ]
 
 
-def _adapter(path: Path) -> Any:
-    return load_adapter(path.parent)
+def _of_training(adapter: Path, model: Path) -> list[Reader]:
+    backbone = load_backbone(str(model))
+    sizes, method = sizes_of(backbone.model), PromptTuningConfig(prompt_length=4)
+    stock = {**peft_fields(method, sizes), "peft_type": "PROMPT_TUNING", "base_model_name_or_path": "tiny"}
+    tensors = to_peft_tensors(method, dict(new_method(method, sizes).state_dict()), sizes)
+    example = {"instruction": "joy?", "input": "a film", "output": "yes"}
+
+    def peft(path: Path) -> Any:
+        (path.parent / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors))
+        return load_adapter(path.parent, backbone)
+
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = write(Path(folder) / "tiny.gguf", TinyFile("llama", layers=1)).read_bytes()
+    return [
+        *(
+            Reader(name, (adapter / name).read_bytes(), lambda path: load_adapter(path.parent), name, adapter, 0.5)
+            for name in (CONFIG_FILE, WEIGHTS_FILE)
+        ),
+        Reader("stock PEFT's " + CONFIG_FILE, json.dumps(stock).encode(), peft, CONFIG_FILE, share=0.5),
+        Reader("training data", (json.dumps(example) + "\n").encode() * 4, read_examples, "d.jsonl"),
+        Reader("settings", b"max_steps: 3\nlearning_rate: 0.1\nseed: 1\n", read_train_file, "s.yaml"),
+        Reader("examples", b'{"prompt": "a film"}\n' * 3, validation_examples, "examples.jsonl"),
+        Reader("config.json", (model / "config.json").read_bytes(), _outline, "config.json", share=0.1),
+        Reader("GGUF", gguf, lambda path: load_outline(str(path)), "tiny.gguf", share=0.1),
+    ]
 
 
-def torment(reader: Reader, work: Path, count: int, seed: int = 0) -> Findings:
-    """Give a reader mutated inputs."""
-    folder = work / reader.name
+def _outline(path: Path) -> Any:
+    return load_outline(str(path.parent))
+
+
+def _of_requests(engine: dict[str, Any]) -> list[Reader]:
+    line = {"tenant": "alpha", "prompt": "a", "temperature": 0.5, "seed": 1, "stop": ["x"], "stop_token_ids": [1]}
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    chat = {"model": "alpha", "messages": messages, "max_tokens": 8, "stop": ["x"], "logit_bias": {"5": 1.0}}
+    json_schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    keys = {"key": ["alpha"], "other key": ["*"]}
+
+    def sent(path: Path) -> Any:
+        return ChatRequest.model_validate(read_body(path.read_bytes())).requests()
+
+    def of(name: str, seed: Any, read: Callable[[Path], Any], **fields: Any) -> Reader:
+        return Reader(name, json.dumps(seed).encode(), read, "file.json", **fields)
+
+    refusals = (IaptError, RefusalError, ValidationError)
+    return [
+        of("an engine's record", engine, lambda path: EngineInfo.load(path.with_suffix(".engine"))),
+        of("requests", line, lambda path: read_requests(path, 8, Sampling())),
+        of("a conversation", messages, read_messages),
+        of("a body of HTTP", {**chat, "response_format": json_schema}, sent, refusals=refusals),
+        of("API keys", keys, lambda path: Access.read(path, None)),
+    ]
+
+
+def torment(reader: Reader, work: Path, count: int, seed: int = 0, found: Findings | None = None) -> Findings:
+    """Give a reader ``count`` mutated inputs, and add what comes of it to ``found``."""
+    folder, found = work / "inputs", found or Findings(reader.name)
     shutil.copytree(reader.beside, folder) if reader.beside else folder.mkdir(parents=True)
-    path, found = folder / reader.file, Findings(reader.name)
-    path.write_bytes(reader.seed)
-    reader.read(path)  # the seed itself is good; and what is loaded once is loaded now
+    if reader.file:
+        (folder / reader.file).write_bytes(reader.seed)
+    reader.read(folder / reader.file)  # the seed itself is good; and what is loaded once is loaded now
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the largest memory so far
     before = _peak_mib()
-    kind = "safetensors" if reader.file.endswith(".safetensors") else "manifest"  # how its values can be changed
-    for number, (_, data) in enumerate(mutations({kind: [reader.seed]}, count, seed)):
+    for number, (path, data) in enumerate(_changes(reader, folder, count, seed), found.inputs):
+        good = path.read_bytes()
         path.write_bytes(data)
         began = time.process_time()
+        signal.alarm(LONGEST_SECONDS)  # one that hangs ends all of this
         try:
-            reader.read(path)
+            reader.read(folder / reader.file)
             found.accepted += 1
-        except IaptError:
+            found.wrong += reader.hashed and data != good
+        except reader.refusals:
             pass
         except Exception as error:
             found.raw.append(f"{reader.name} {number}: {type(error).__name__}: {str(error)[:200]}")
         if time.process_time() - began > CPU_SECONDS:
-            found.slow.append(f"{reader.name} {number}")
-        found.inputs += 1
-    found.growth_mib = round(_peak_mib() - before, 1)
+            found.slow.append(f"{reader.name} {number}: {time.process_time() - began:.1f} seconds")
+        signal.alarm(0)
+        path.write_bytes(good)
+    reader.read(folder / reader.file)  # it is good again, so that the refusals were those of the changes
+    found.inputs += count
+    found.growth_mib = max(found.growth_mib, round(_peak_mib() - before, 1))
     shutil.rmtree(folder)
     return found
 
 
-def altered_bundles(bundle: Path, work: Path, count: int, seed: int = 0) -> Findings:
-    """Change bytes anywhere in a bundle: each must be refused while hashes are checked."""
-    copy, source, found = (
-        Path(shutil.copytree(bundle, work / "altered")),
-        random.Random(seed),
-        Findings("altered bundle"),
-    )
-    paths = sorted(path for path in copy.rglob("*") if path.is_file())
+def _changes(reader: Reader, folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:
+    """Files, and what to write there."""
+    if reader.file:
+        kind = "safetensors" if reader.file.endswith(".safetensors") else "manifest"  # how its values can be changed
+        yield from ((folder / reader.file, data) for _, data in mutations({kind: [reader.seed]}, count, seed))
+        return
+    source, paths = random.Random(seed), sorted(path for path in folder.rglob("*") if path.is_file())
     for _ in range(count):
         path = source.choice(paths)
-        before = path.read_bytes()
-        changed = bytearray(before)
+        changed = bytearray(path.read_bytes())
         for _ in range(source.choice((1, 1, 3))):
             changed[source.randrange(len(changed))] ^= source.randrange(1, 256)
-        path.write_bytes(changed)
-        found.inputs += 1
-        try:
-            open_manifest(copy)
-            found.accepted += bytes(changed) != before
-        except IaptError:
-            pass
-        except Exception as error:
-            found.raw.append(f"{path.name}: {type(error).__name__}: {str(error)[:200]}")
-        path.write_bytes(before)
-    open_manifest(copy)  # it is good again, so that the refusals were those of the changes
-    shutil.rmtree(copy)
-    return found
-
-
-def told(found: Findings) -> dict[str, Any]:
-    """As the record has it: the first faults, and how many there are."""
-    return {**asdict(found), "raw": found.raw[:20], "num_raw": len(found.raw), "num_slow": len(found.slow)}
+        yield path, bytes(changed)
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest memory of this process since it was forgotten."""
+    (line,) = (line for line in Path("/proc/self/status").read_text("ascii").splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024

@@ -5,6 +5,9 @@ Each run is a forked child of a process that has imported everything, so that a 
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -12,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,8 @@ class Scenario:
     """What is lost or half-valid now."""
     result: Callable[[Path], Any]
     """What a finished run left; equal after a kill and a second run."""
+    share: float
+    """Of all kills: enough of a thousand for every file operation and as many random moments; cheap ones get more."""
 
 
 def scenarios(base: Path) -> list[Scenario]:
@@ -78,6 +83,7 @@ def scenarios(base: Path) -> list[Scenario]:
         return [] if is_known else ["the bundle is neither the old nor the new one"]
 
     def bundle_result(folder: Path) -> Any:
+        verify_files(folder / "out" / "bundle", BundleManifest.load(folder / "out" / "bundle"))
         left = sorted(path.name for path in (folder / "out").iterdir())
         return left, (folder / "out" / "bundle" / "manifest.json").read_bytes()
 
@@ -88,6 +94,7 @@ def scenarios(base: Path) -> list[Scenario]:
             lambda folder, _: build(request(folder, first)) and None,
             lambda folder: bundle_problems(folder, ("old",), absent=True),
             bundle_result,
+            0.12,
         ),
         Scenario(
             "overwrite",
@@ -95,10 +102,11 @@ def scenarios(base: Path) -> list[Scenario]:
             lambda folder, _: build(request(folder, both)) and None,
             lambda folder: bundle_problems(folder, ("old", "new"), absent=False),
             bundle_result,
+            0.16,
         ),
         _tenant(base),
         _train(base),
-        Scenario("cache", lambda _: None, _use_cache, _cache_problems, _cache_result),
+        Scenario("cache", lambda _: None, _use_cache, _cache_problems, _cache_result, 0.38),
     ]
 
 
@@ -115,7 +123,7 @@ def _tenant(base: Path) -> Scenario:
     def result(folder: Path) -> Any:
         return sorted(path.name for path in folder.iterdir()), (folder / "t.safetensors").read_bytes()
 
-    return Scenario("tenant", lambda folder: _write(folder / "t.safetensors", b"old"), run, problems, result)
+    return Scenario("tenant", lambda folder: _write(folder / "t.safetensors", b"old"), run, problems, result, 0.2)
 
 
 def _train(base: Path) -> Scenario:
@@ -134,7 +142,7 @@ def _train(base: Path) -> Scenario:
         known = [(base / name / "adapter_model.safetensors").read_bytes() for name in ("trained", "trained-old")]
         return [] if any(path.is_file() and path.read_bytes() in known for path in found) else ["no adapter is left"]
 
-    return Scenario("train", lambda folder: _copy(base / "trained-old", folder / "a"), run, problems, result)
+    return Scenario("train", lambda folder: _copy(base / "trained-old", folder / "a"), run, problems, result, 0.14)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -175,30 +183,64 @@ class Tally:
     """What kills of one scenario came to."""
 
     name: str
-    operations: int
+    operations: int = 0
+    """File operations of an undisturbed run."""
     kills: int = 0
     at_operations: int = 0
     """Kills before a file operation; the others came at random moments."""
-    faults: list[str] | None = None
+    tried: int = 0
+    """Kills, and random moments that came too late."""
+    reruns: int = 0
+    """Second runs; what they do with a disk that another kill left alike, to the byte, is known already."""
+    faults: list[str] = field(default_factory=list)
 
 
-def torment(scenario: Scenario, work: Path, seconds: float, most: int, seed: int = 0) -> Tally:
-    """Kill a scenario before its file operations, and at random moments, until time or count is used up."""
-    source = random.Random(seed)
-    wanted, count, length = _undisturbed(scenario, work)
-    tally = Tally(scenario.name, count, faults=[])
-    end = time.monotonic() + seconds
-    for point in _points(count, source):
+def torment(
+    scenario: Scenario,
+    work: Path,
+    seconds: float,
+    most: int,
+    seed: int = 0,
+    *,
+    tally: Tally | None = None,
+    keep: Callable[[Tally], None] = lambda _: None,
+) -> Tally:
+    """Kill a scenario before its file operations, and at random moments, until time or count is used up.
+
+    Args:
+        scenario: what is killed.
+        work: a folder that is made.
+        seconds: after which no other kill begins.
+        most: kills.
+        seed: of their order.
+        tally: what an earlier run of the same seed came to; it is gone on from, and changed.
+        keep: called after every few kills.
+    """
+    gc.collect()
+    gc.freeze()  # or a child's own collection touches, and copies, all memory that it shares with this process
+    tally = tally or Tally(scenario.name)
+    wanted, tally.operations, length = _undisturbed(scenario, work)
+    end, known = time.monotonic() + seconds, set[str]()
+    for point in itertools.islice(_points(tally.operations, random.Random(seed)), tally.tried, None):
         if time.monotonic() > end or tally.kills >= most:
             break
-        fault = _one_kill(scenario, work / "killed", point, length, wanted)
+        fault = _one_kill(scenario, work / "killed", point, length)
+        if fault == "" and (disk := _disk(work / "killed")) not in known:
+            fault = _rerun(scenario, work / "killed", wanted)
+            tally.reruns += 1
+            known |= set() if fault else {disk}
         shutil.rmtree(work / "killed", ignore_errors=True)
+        tally.tried += 1
         if fault == "was not killed":
             continue
         tally.kills += 1
         tally.at_operations += isinstance(point, int)
         if fault:
-            tally.faults.append(f"{scenario.name} at {point}: {fault}")  # type: ignore[union-attr]
+            tally.faults.append(f"{scenario.name} at {point}: {fault}")
+        if tally.kills % 10 == 0:
+            keep(tally)
+    gc.unfreeze()
+    keep(tally)
     return tally
 
 
@@ -224,8 +266,8 @@ def _undisturbed(scenario: Scenario, work: Path) -> tuple[Any, int, float]:
     return wanted, int((work / "count").read_text()), length
 
 
-def _one_kill(scenario: Scenario, folder: Path, point: int | float, length: float, wanted: Any) -> str:
-    """What went wrong; empty where nothing did."""
+def _one_kill(scenario: Scenario, folder: Path, point: int | float, length: float) -> str:
+    """What is wrong after a kill; empty where nothing is."""
     folder.mkdir(parents=True)
     scenario.prepare(folder)
     if isinstance(point, int):
@@ -236,18 +278,33 @@ def _one_kill(scenario: Scenario, folder: Path, point: int | float, length: floa
         return "was not killed"  # a random moment behind its end
     if status != -signal.SIGKILL:
         return f"ended with {status} before it was killed"
-    if scenario.name != "cache":
-        try:
-            problems = scenario.problems(folder)
-        except Exception as error:
-            problems = [f"{type(error).__name__}: {error}"]
-        if problems:
-            return "; ".join(problems)
+    return "" if scenario.name == "cache" else _told(lambda: "; ".join(scenario.problems(folder)))
+
+
+def _rerun(scenario: Scenario, folder: Path, wanted: Any) -> str:
+    """What is wrong after a second run; empty where nothing is."""
     if _forked(scenario, folder, again=True) != 0:
         return f"the second run fails: {(folder.parent / 'log').read_text()[-500:]}"
-    if scenario.name == "cache" and (problems := scenario.problems(folder)):
-        return "; ".join(problems)
-    return "" if scenario.name == "cache" or scenario.result(folder) == wanted else "the second run left something else"
+    if scenario.name == "cache":
+        return _told(lambda: "; ".join(scenario.problems(folder)))
+    return _told(lambda: "" if scenario.result(folder) == wanted else "the second run left something else")
+
+
+def _told(look: Callable[[], str]) -> str:
+    """What a check says, or raises."""
+    try:
+        return look()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _disk(folder: Path) -> str:
+    """A hash over all names and bytes below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        data = path.read_bytes() if path.is_file() else b"folder"
+        digest.update(f"{path.relative_to(folder)}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
 def _forked(

@@ -10,6 +10,7 @@ from typing import Any
 from engines.serving.request import Request
 from engines.serving.sampling import Sampling
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import parse_json
 
 MAX_PROBLEMS = 10
 """Bad lines that are named; the rest are counted."""
@@ -57,8 +58,8 @@ def read_messages(path: Path) -> list[dict[str, str]]:
         IaptError: there is no such file, or it is no list of objects.
     """
     try:
-        messages = json.loads(_text_of(path, "JSON, a list of {role, content}"))
-    except json.JSONDecodeError as error:
+        messages = parse_json(_text_of(path, "JSON, a list of {role, content}"))
+    except ValueError as error:
         raise IaptError(f"{path} is not JSON ({error}); expected a list of {{role, content}}") from error
     if not messages or not FIELDS["messages"][0](messages):
         raise IaptError(f"{path}: expected a list of {{role, content}}, found {_shown(messages)}")
@@ -123,7 +124,7 @@ def _request(line: str, defaults: dict[str, Any]) -> Request:
         ValueError: it is no JSON, or one with numbers that Python does not read.
     """
     try:
-        fields = json.loads(line, object_pairs_hook=_once)
+        fields = parse_json(line)
     except json.JSONDecodeError as error:
         raise IaptError(
             f"not JSON ({error.msg} at column {error.colno}); expected an object such as {_EXAMPLE}"
@@ -144,14 +145,6 @@ def _request(line: str, defaults: dict[str, Any]) -> Request:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in (defaults | fields).items()}
     sampling = Sampling(**{name: fields.pop(name) for name in SAMPLING})
     return Request(**fields, sampling=sampling)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise IaptError(f"field {next(n for n in names if names.count(n) > 1)} is given twice; expected it once")
-    return fields
 
 
 def _shown(value: Any) -> str:

@@ -161,7 +161,7 @@ def validate(
     from iapt_export.contract.integrity import open_manifest
     from iapt_export.contract.manifest import BundleManifest
     from iapt_export.progress import Steps
-    from trainers.decoder.backbone import load_backbone
+    from trainers.decoder.backbone import load_backbone_of
     from validation.judging.compare import Settings
     from validation.reporting.junit import write_junit
     from validation.reporting.report import write_report
@@ -175,10 +175,8 @@ def validate(
     with Steps(quiet=common.quiet) as steps:
         steps("checking the files' hashes")
         manifest = open_manifest(bundle, trust=asked.trust, allow_unproven=True)
-        name = backbone.model or manifest.backbone.name_or_path
-        steps(f"loading {name}")
-        revision = backbone.revision or manifest.backbone.revision
-        loaded = load_backbone(name, revision=revision, trust_remote_code=backbone.trust_remote_code)
+        steps(f"loading {backbone.model or manifest.backbone.name_or_path}")
+        loaded = load_backbone_of(bundle, manifest.backbone, **vars(backbone))
         depth = "quick" if asked.quick else "full"
         peft = not asked.no_peft_check
         settings = Settings(
@@ -276,15 +274,10 @@ def tenant(
     """Write an adapter as a file that a running session of a bundle takes in."""
     from iapt_export.building.tenant_file import write_tenant_file
     from iapt_export.contract.manifest import BundleManifest
-    from trainers.decoder.backbone import load_backbone
+    from trainers.decoder.backbone import load_backbone_of
 
     _check_folders(output)
-    spec = BundleManifest.load(bundle).backbone
-    loaded = load_backbone(
-        backbone.model or spec.name_or_path,
-        revision=backbone.revision or spec.revision,
-        trust_remote_code=backbone.trust_remote_code,
-    )
+    loaded = load_backbone_of(bundle, BundleManifest.load(bundle).backbone, **vars(backbone))
     card = write_tenant_file(adapter, bundle, output, loaded, peft_prompt_format)
     if common.json:
         _print_json(dataclasses.asdict(card))

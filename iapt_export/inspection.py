@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
-from iapt_export.contract.schema import parse_json
+from iapt_export.contract.schema import read_object
 from iapt_export.contract.tenant_card import TenantCard
 from iapt_export.contract.weights_header import read_header
 
@@ -227,13 +227,7 @@ def _describe_engine(path: Path) -> dict[str, Any]:
     record = path.with_suffix(".json")
     if not record.is_file():
         raise IaptError(f"{path}: its record {record.name} is missing; an engine alone opens only on its GPU")
-    try:
-        fields = parse_json(record.read_bytes())
-    except ValueError as error:
-        raise IaptError(f"{record}, the engine's record, is not JSON: {error}; build the bundle again") from error
-    if not isinstance(fields, dict):
-        raise IaptError(f"{record} is no engine's record; build the bundle again")
-    return {"kind": "engine", **fields}
+    return {"kind": "engine", **read_object(record, "it is the engine's record: build the bundle again")}
 
 
 def _value_line(value: Any) -> str:

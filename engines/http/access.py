@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from engines.http.refusals import RefusalError
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import parse_json
 
 ALL = "*"
 
@@ -38,7 +38,7 @@ class Access:
             return cls(None, admin_token)
         expected = '{"KEY": ["tenant"], "OTHER KEY": ["*"]}'
         try:
-            keys = json.loads(path.read_text(encoding="utf-8"))
+            keys = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise IaptError(f"{path} cannot be read as JSON ({error}); expected {expected}") from error
         fits = isinstance(keys, dict) and all(

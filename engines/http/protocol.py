@@ -20,7 +20,6 @@ from engines.serving.sampling import Sampling
 
 MAX_CHOICES = 64
 """Answers to one call: prompts times ``n``."""
-MAX_STOPS = 16
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -85,7 +84,7 @@ class _Generating(_Strict):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] = []
-    stop_token_ids: list[TokenId] = Field([], max_length=256)
+    stop_token_ids: list[TokenId] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
@@ -100,14 +99,6 @@ class _Generating(_Strict):
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, value: str | list[str]) -> str | list[str]:
-        texts = [value] if isinstance(value, str) else value
-        if len(texts) > MAX_STOPS or "" in texts:
-            raise ValueError(f"expected at most {MAX_STOPS} texts, none of them empty")
-        return value
 
     @field_validator("logit_bias")
     @classmethod

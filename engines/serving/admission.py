@@ -15,7 +15,7 @@ from engines.serving.grammar import Grammar, GrammarCompiler
 from engines.serving.request import Request
 from engines.serving.shaping import Shaping
 from engines.serving.stepper import Stepper
-from engines.serving.stop_texts import MAX_STOP_CHARACTERS
+from engines.serving.stop_texts import check_stops
 from engines.serving.tenants import Tenant, cast
 from engines.serving.text import TOKENIZER_FILE, TextCodec
 from iapt_export.contract.errors import IaptError
@@ -170,16 +170,11 @@ def check_fields(where: str, request: Request) -> None:
         IaptError: what was expected, and what came.
     """
     check_text_fields(where, request)
+    check_stops(where, request)
 
     def refuse(name: str, text: str) -> None:
         raise IaptError(f"{where}: {text}", field=name)
 
-    if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
-        refuse("stop", f"stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
-    if "" in request.stop:
-        refuse("stop", "a stop text is empty; leave it out")
-    if (size := sum(map(len, request.stop))) > MAX_STOP_CHARACTERS:
-        refuse("stop", f"its stop texts have {size} characters; expected at most {MAX_STOP_CHARACTERS} together")
     longest = request.max_new_tokens
     if longest is not None and (not _is_whole(longest) or longest < 1):
         refuse("max_new_tokens", f"max_new_tokens is {longest}, expected at least 1, a whole number")

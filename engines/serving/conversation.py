@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
 from engines.serving.text import TextCodec
@@ -15,8 +13,6 @@ from iapt_export.contract.errors import IaptError
 
 ROLES = ("system", "user", "assistant")
 """Who may speak: those that training data may name."""
-MAX_STOP_IDS = 64
-"""Each token of a row is compared with all of them, while the other rows wait."""
 
 _log = logging.getLogger(__name__)
 
@@ -111,13 +107,6 @@ def check_text_fields(where: str, request: Request) -> None:
         raise IaptError(f"{where}: tokens is {type(request.tokens).__name__}, expected a list of token ids")
     if isinstance(request.messages, str | Mapping) or not isinstance(request.messages, Sequence):
         raise IaptError(f"{where}: messages is {type(request.messages).__name__}, expected a list of messages")
-    for name in ("stop", "stop_token_ids"):
-        if not isinstance(value := getattr(request, name), Sequence | np.ndarray):
-            raise IaptError(f"{where}: {name} is {type(value).__name__}, expected a tuple")
-    if len(request.stop_token_ids) > MAX_STOP_IDS:
-        raise IaptError(
-            f"{where}: {len(request.stop_token_ids)} stop token ids are given, expected at most {MAX_STOP_IDS}"
-        )
     given = [name for name in ("prompt", "messages", "tokens") if len(getattr(request, name))]
     if len(given) > 1:
         raise IaptError(f"{where}: {' and '.join(given)} are given; expected one of them")

@@ -8,9 +8,42 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iapt_export.contract.errors import IaptError
+
+if TYPE_CHECKING:
+    from engines.serving.request import Request
 
 MAX_STOP_CHARACTERS = 32_768
 """Of all stop texts of a request together: its automaton takes some hundred bytes for each."""
+MAX_STOP_IDS = 64
+"""Each token of a row is compared with all of them, while the other rows wait."""
+
+
+def check_stops(where: str, request: Request) -> None:
+    """Refuse stop texts and stop token ids that are none, or too many; every door of a session comes through here.
+
+    Raises:
+        IaptError: what was expected, and what came; ``field`` says of which.
+    """
+
+    def refuse(name: str, text: str) -> None:
+        raise IaptError(f"{where}: {text}", field=name)
+
+    for name in ("stop", "stop_token_ids"):
+        if not isinstance(value := getattr(request, name), Sequence | np.ndarray):
+            refuse(name, f"{name} is {type(value).__name__}, expected a tuple")
+    if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
+        refuse("stop", f"stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
+    if "" in request.stop:
+        refuse("stop", "a stop text is empty; leave it out")
+    if (size := sum(map(len, request.stop))) > MAX_STOP_CHARACTERS:
+        refuse("stop", f"its stop texts have {size} characters; expected at most {MAX_STOP_CHARACTERS} together")
+    if (count := len(request.stop_token_ids)) > MAX_STOP_IDS:
+        refuse("stop_token_ids", f"{count} stop token ids are given, expected at most {MAX_STOP_IDS}")
 
 
 class StopTexts:

@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 from engines.serving.chat_template import ChatTemplate
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.probes import PROBES_FILE, Probes
-from iapt_export.contract.schema import parse_json
+from iapt_export.contract.schema import read_object
 
 TOKENIZER_FILE = "tokenizer.json"
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -46,7 +46,7 @@ class TextCodec:
             raise BundleError(f"{path} is no tokenizer that can be read ({error}); build the bundle again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        settings = _read_json(bundle / "tokenizer_config.json")
+        settings = _settings(bundle / "tokenizer_config.json")
         source = template_source(bundle)
         self._template = None if source is None else ChatTemplate(source, special_tokens(settings))
         self._streams = True
@@ -164,7 +164,7 @@ def template_source(bundle: Path) -> str | None:
     path = bundle / "chat_template.jinja"
     if path.is_file():
         return _read_text(path)
-    source = _read_json(bundle / "tokenizer_config.json").get("chat_template")
+    source = _settings(bundle / "tokenizer_config.json").get("chat_template")
     return source if isinstance(source, str) else None
 
 
@@ -190,16 +190,8 @@ def _compare(what: str, expected: Any, actual: Any) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        fields = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON: {error}; build the bundle again") from error
-    if not isinstance(fields, dict):
-        raise BundleError(f"{path} is {type(fields).__name__}, expected an object; build the bundle again")
-    return fields
+def _settings(path: Path) -> dict[str, Any]:
+    return read_object(path, "build the bundle again") if path.is_file() else {}
 
 
 def _read_text(path: Path) -> str:

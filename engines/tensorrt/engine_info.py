@@ -16,7 +16,7 @@ from pathlib import Path
 from engines.tensorrt.flavour import PORTABLE, RTX
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.manifest import GraphSpec, Range, Ranges, TensorSpec, file_sha256, write_atomically
-from iapt_export.contract.schema import parse_json, read_fields
+from iapt_export.contract.schema import read_fields, read_object
 
 SCHEMA_VERSION = 1
 
@@ -84,8 +84,8 @@ class EngineInfo:
         """
         path = info_path(engine_path)
         try:
-            fields = parse_json(path.read_bytes())
-            if (version := fields["schema_version"]) != SCHEMA_VERSION:
+            fields = read_object(path, "build the engine again")
+            if (version := fields.get("schema_version")) != SCHEMA_VERSION:
                 raise BundleError(
                     f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; "
                     "upgrade iapt-export, or build the engine again"
@@ -93,14 +93,12 @@ class EngineInfo:
             problems: list[str] = []
             info: EngineInfo = read_fields(cls, fields, "record", problems)
             if problems:
-                raise ValueError("; ".join(problems))
+                raise BundleError(f"{path} is no engine record ({'; '.join(problems)}); build the engine again")
             return info
         except FileNotFoundError as error:
             raise BundleError(
                 f"{path} is missing; the builder writes it beside every engine: copy or build both again"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{path} is no engine record ({error}); build the engine again") from error
 
 
 @dataclass(frozen=True)

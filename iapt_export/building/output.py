@@ -9,7 +9,6 @@ All stand beside the bundle, and the next build of it removes what a killed one 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from iapt_export.contract.disk import exchange, locked, sync, sync_folder
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import MANIFEST_FILE, OUTSIDE_MANIFEST
 from iapt_export.contract.places import bundle_around, is_bundle
+from iapt_export.contract.schema import read_object
 
 LONGEST_ADDITION = len("-failed-report")
 """Bytes by which the names beside a bundle are longer than its own."""
@@ -68,8 +68,8 @@ def _check_replaceable(output: Path) -> None:
         return
     if not is_bundle(output):
         raise IaptError(f"--output {output} exists and is not a bundle; nothing was changed. Give another --output")
-    fields = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))
-    own = {*(fields.get("files") or ()), *OUTSIDE_MANIFEST}
+    files = read_object(output / MANIFEST_FILE, "move it away").get("files")
+    own = {*(files if isinstance(files, dict) else ()), *OUTSIDE_MANIFEST}
     foreign = sorted(
         path.relative_to(output).as_posix()
         for path in output.rglob("*")

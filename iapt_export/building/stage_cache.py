@@ -27,6 +27,7 @@ from iapt_export.building.output import temporary_folder
 from iapt_export.contract.disk import locked
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import file_sha256, write_atomically
+from iapt_export.contract.schema import parse_json
 
 STAGE_FILE = "stage.json"
 CACHE_VARIABLE = "IAPT_EXPORT_CACHE"
@@ -158,7 +159,7 @@ def place(source: Path, folder: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        hashes = dict(json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["files"])
+        hashes = dict(parse_json((folder / STAGE_FILE).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in hashes.items())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import MANIFEST_FILE
+from iapt_export.contract.schema import parse_json
 
 
 def is_bundle(folder: Path) -> bool:
     """Whether a manifest of ours stands there; web pages and other tools have files of that name too."""
     try:
-        fields = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        fields = parse_json((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and {"schema_version", "build_key", "tenants"} <= set(fields)
 

@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from iapt_export.contract.errors import BundleError
@@ -44,8 +45,13 @@ def parse_json(data: bytes | str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("an object has a name twice")
+        raise ValueError(f"the name {_shown(_first_double(pairs))} is given twice in one object")
     return fields
+
+
+def _first_double(pairs: list[tuple[str, Any]]) -> str:
+    seen: set[str] = set()
+    return next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def _refuse(word: str) -> NoReturn:
@@ -54,7 +60,7 @@ def _refuse(word: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     if math.isinf(value := float(text)):
-        raise ValueError(f"{text} is too large")
+        raise ValueError(f"{_cut(text)} is too large")
     return value
 
 
@@ -62,6 +68,26 @@ def _finite_int(text: str) -> int:
     if len(text) > 300:
         _finite(text)
     return int(text)
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file, parsed as `parse_json` has it.
+
+    Args:
+        path: the file.
+        remedy: what to try where it holds something else, such as ``build the bundle again``.
+
+    Raises:
+        BundleError: it is no JSON, or no object.
+        OSError: it cannot be read.
+    """
+    try:
+        fields = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}; {remedy}") from error
+    if not isinstance(fields, dict):
+        raise BundleError(f"{path} holds a {type(fields).__name__}; expected a JSON object; {remedy}")
+    return fields
 
 
 def read_fields(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
@@ -86,7 +112,10 @@ def read_fields(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 def _shown(value: Any) -> str:
     """A value in an error's text, cut to a readable length."""
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 

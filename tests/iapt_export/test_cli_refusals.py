@@ -317,3 +317,23 @@ def test_bad_questions(tiny_build: TinyBuild, flags: list[str], text: str, monke
     outcome = run("generate", tiny_build.bundle, *flags)
     assert (outcome.code, outcome.out) == (1, "")
     assert text in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize("command", ["validate", "tenant"])
+def test_a_backbone_that_the_manifest_names_relative_to_another_folder(
+    tiny_build: TinyBuild, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    fields = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))["backbone"]
+    change_manifest(tiny_bundle, backbone={**fields, "name_or_path": "models/tiny"})
+    monkeypatch.chdir(tiny_bundle.parent)
+    adapter = tiny_build.adapters["alpha"]
+    words = (adapter, "--bundle", tiny_bundle, "--output", "t.safetensors") if command == "tenant" else (tiny_bundle,)
+    outcome = run(command, *words)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert f"was built from the backbone 'models/tiny', which is no folder as seen from {Path.cwd()}" in outcome.err
+    assert "give its folder or id with --model" in outcome.err and "huggingface.co" not in outcome.err
+    assert not Path("t.safetensors").exists()
+    Path("models").mkdir()
+    Path("models/tiny").symlink_to(tiny_build.model)
+    if command == "tenant":
+        assert run(command, *words).code == 0 and Path("t.safetensors").exists()

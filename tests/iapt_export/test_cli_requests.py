@@ -124,7 +124,7 @@ def test_a_conversation_from_a_file(tiny_build: TinyBuild, tmp_path: Path) -> No
         ({"tenant": PLAIN, "prompt": "x", "system": "be kind"}, "line 2: tenant alpha was trained on plain text"),
         ({"tenant": CHAT, "messages": [{"role": "tool", "content": "x"}]}, "line 2: message 0 has role 'tool'"),
         ({"tenant": "nobody", "prompt": "x"}, "line 2: tenant 'nobody' is not in this bundle; its tenants are alpha"),
-        ('{"tenant": "alpha", "prompt": "x", "prompt": "y"}', "line 2: field prompt is given twice"),
+        ('{"tenant": "alpha", "prompt": "x", "prompt": "y"}', "line 2: the name 'prompt' is given twice"),
         ({"tenant": PLAIN, "prompt": "x", "max_new_tokens": 4000}, "line 2 needs 40"),
     ],
 )

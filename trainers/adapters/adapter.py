@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import read_object
 from iapt_export.contract.settings import choice_problems, raise_problems
+from iapt_export.contract.sizes import MOST, MOST_LAYERS
 from trainers.decoder.method import Method, Sizes
 from trainers.methods.configs import method_name
 from trainers.methods.forms import new_method
@@ -24,6 +25,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 EXAMPLES_FILE = "examples.jsonl"
 """Optional: a ``prompt`` on each line, inputs that the adapter was made for; validation uses them."""
 SCHEMA_VERSION = 1
+MOST_LINEARS = 200_000
+"""Linear layers of a whole decoder, experts included; each may have a tensor that is looked for."""
 METHOD_FIELD = "method_config"
 """Where the fields of a method stand that stock PEFT has too, apart from PEFT's own."""
 
@@ -67,14 +70,15 @@ class AdapterConfig(Sizes):
             problems.append(f"peft_type={self.peft_type!r} is not the name of the method given, {name}")
         if self.prompt_format not in ("chat", "plain"):
             problems.append(f"prompt_format={self.prompt_format!r} is not one of chat, plain")
-        for name in ("hidden_size", "num_layers"):
-            if not _is_count(getattr(self, name), least=1):
-                problems.append(f"{name}={getattr(self, name)!r} is not a positive integer")
-        for name in ("num_kv_heads", "head_dim", "vocab_size"):
-            if not _is_count(getattr(self, name), least=0):
-                problems.append(f"{name}={getattr(self, name)!r} is not an integer of at least 0")
+        limits = {"hidden_size": (1, MOST), "num_layers": (1, MOST_LAYERS)}
+        limits |= dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size"), (0, MOST))
+        for name, (least, most) in limits.items():
+            if not _is_count(getattr(self, name), least, most):
+                problems.append(f"{name}={getattr(self, name)!r} is not an integer from {least} to {most}")
         if not isinstance(self.linears, dict) or not all(map(_is_pair, self.linears.values())):
             problems.append(f"linears={self.linears!r} does not give each name its inputs and outputs, two integers")
+        elif not problems and len(self.linears) * self.num_layers > MOST_LINEARS:
+            problems.append(f"{len(self.linears)} linears in {self.num_layers} layers are more than {MOST_LINEARS}")
         raise_problems("adapter configuration", problems)
 
     @property
@@ -117,13 +121,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
             flags = ", ".join(f"--adapter {item.name}={item}" for item in inner)
             raise IaptError(f"{folder} is no adapter but holds {len(inner)} in folders of their own; give {flags}")
         raise IaptError(f"{folder}: {CONFIG_FILE} is missing; expected an adapter directory written by a trainer")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise IaptError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise IaptError(f"{path} holds a {type(fields).__name__}; expected a JSON object")
-    return fields
+    return read_object(path, "copy or train the adapter again")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -145,8 +143,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: Any, least: int, most: int = MOST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_pair(value: Any) -> bool:

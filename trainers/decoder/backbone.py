@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import BackboneSpec
+from iapt_export.contract.sizes import MOST_LAYERS
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from trainers.decoder.checkpoint import check_loading, read_warnings
 from trainers.decoder.family import ENCODER_AND_DECODER, check_family
@@ -104,6 +107,38 @@ def load_backbone(
     return Backbone(model.eval(), tokenizer, name_or_path, revision)
 
 
+def load_backbone_of(
+    bundle: Path,
+    spec: BackboneSpec,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """`load_backbone` for a bundle that exists.
+
+    Args:
+        bundle: for the error's text.
+        spec: of its manifest.
+        model: what to load; None takes what the manifest names.
+        revision: likewise.
+        trust_remote_code: as in `load_backbone`.
+
+    Raises:
+        IaptError: it cannot be loaded. A folder's name in a manifest is meant from where the bundle was built.
+    """
+    name = model or spec.name_or_path
+    try:
+        return load_backbone(name, revision=revision or spec.revision, trust_remote_code=trust_remote_code)
+    except IaptError as error:
+        if model or Path(name).exists():
+            raise
+        raise IaptError(
+            f"{bundle} was built from the backbone {name!r}, which is no folder as seen from {Path.cwd()}, and no "
+            "Hugging Face model that can be had here; give its folder or id with --model"
+        ) from error
+
+
 def load_outline(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A backbone's model on the meta device: from its configuration alone, its weights need not be there.
 
@@ -134,6 +169,7 @@ def _outline(source: str, gguf_file: str | None, name: str, trust_remote_code: b
             config = gguf_config(GgufFile(Path(source) / gguf_file))
         else:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        _check_counts(config, name)
         if config.is_encoder_decoder:
             raise IaptError(f"{name} is not supported: {ENCODER_AND_DECODER}")
         with torch.device("meta"):
@@ -142,6 +178,17 @@ def _outline(source: str, gguf_file: str | None, name: str, trust_remote_code: b
         raise IaptError(
             f"the configuration of {name} describes no model that can be made: {_first_line(error)}"
         ) from error
+
+
+def _check_counts(config: Any, name: str) -> None:
+    """Refuse a configuration of more layers or experts than can be: transformers would make them all before it fails.
+
+    Raises:
+        IaptError: which field it is.
+    """
+    for field, value in config.get_text_config().to_dict().items():
+        if isinstance(value, int) and value > MOST_LAYERS and re.search("layer|expert", field):
+            raise IaptError(f"the configuration of {name} has {field}={value}, expected at most {MOST_LAYERS}")
 
 
 @contextlib.contextmanager
@@ -154,8 +201,9 @@ def _explained(name: str) -> Iterator[None]:
         with read_warnings():
             yield
     except (OSError, ValueError, AssertionError, ImportError, StrictDataclassError, SafetensorError) as error:
+        where = "" if Path(name).exists() else f", which is no folder as seen from {Path.cwd()},"
         raise IaptError(
-            f"the backbone {name!r} could not be loaded: {_first_line(error)} "
+            f"the backbone {name!r}{where} could not be loaded: {_first_line(error)} "
             "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"
         ) from error
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.sizes import MOST_LAYERS
 from trainers.decoder.gguf_file import Fields, GgufFile
 from trainers.decoder.gguf_rope import head_width, rope_parameters
 from trainers.decoder.gguf_tokenizer import SPECIAL_TOKENS
@@ -123,6 +124,13 @@ FAMILIES: Mapping[str, Family] = {
 """GGUF architecture to its family: those that were compared with llama.cpp."""
 
 
+def _layer_count(fields: Fields) -> int:
+    count = fields.need("block_count")
+    if not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
+        raise IaptError(f"{fields.file.path} has {count!r} as its block_count, expected 1 to {MOST_LAYERS}")
+    return count
+
+
 def gguf_config(file: GgufFile) -> Any:
     """The transformers configuration of the decoder in a GGUF file.
 
@@ -136,7 +144,7 @@ def gguf_config(file: GgufFile) -> Any:
     config: Config = {
         "max_position_embeddings": fields.need("context_length"),
         "hidden_size": fields.need("embedding_length"),
-        "num_hidden_layers": fields.need("block_count"),
+        "num_hidden_layers": _layer_count(fields),
         "intermediate_size": fields.need("feed_forward_length"),
         "num_attention_heads": fields.need("attention.head_count"),
         family.norm_eps[1]: fields.need(family.norm_eps[0]),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import parse_json
 from trainers.decoder.instruction import Message, format_instruction, user_message
 from trainers.training.config import Task
 
@@ -73,7 +74,7 @@ def read_examples(path: str | Path) -> list[Example]:
         if not line.strip():
             continue
         try:
-            examples.append(_example(json.loads(line)))
+            examples.append(_example(parse_json(line)))
         except json.JSONDecodeError as error:
             problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
         except ValueError as error:

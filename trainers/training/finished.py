@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import read_object
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
 from trainers.adapters.directory import load_adapter
 from trainers.training.card import CARD_FILE, CURVE_FILE, REPORT_FILE
@@ -46,7 +46,7 @@ class TrainResult:
     baseline: Report | None
     """The plain backbone on the same data."""
     seconds: float
-    """Wall-clock time of the fit."""
+    """Wall-clock time of the fit, that of the runs it went on from included."""
 
     @property
     def adapter(self) -> Adapter:
@@ -96,11 +96,14 @@ def find_finished(request: TrainRequest, record: dict[str, Any], say: Callable[[
 
 def _read_result(output: Path) -> TrainResult:
     """What the run that wrote an adapter returned, but for its time."""
-    record = read_record(output)
-    scores = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
-    history = [(step, loss) for step, loss in record["history"]]
-    report, baseline = (report_from_dict(scores[name]) for name in ("adapter", "baseline"))
-    return TrainResult(output, record["steps"], history, report, baseline, 0.0)
+    remedy = "give --overwrite without --resume to train the adapter again"
+    try:
+        record, scores = read_record(output), read_object(output / REPORT_FILE, remedy)
+        history = [(step, loss) for step, loss in record["history"]]
+        report, baseline = (report_from_dict(scores[name]) for name in ("adapter", "baseline"))
+        return TrainResult(output, record["steps"], history, report, baseline, 0.0)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise IaptError(f"what {output} says of its own run cannot be read ({error!r}); {remedy}") from error
 
 
 def _check_output(output: Path) -> None:

@@ -6,6 +6,7 @@ accelerate, torchrun, FSDP, checkpoints, resuming and experiment trackers are th
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.decoder.method import Method, rows_of
 from trainers.training.evaluate import response_loss
-from trainers.training.work import UNFINISHED, place_checkpoint
+from trainers.training.work import UNFINISHED, place_checkpoint, write_seconds
 
 COEFFICIENTS = ("numerator", "denominator")
 """What the second level of bi-level learning trains."""
@@ -137,6 +138,8 @@ class AdapterTrainer(Trainer):
         self.method: Method = self.accelerator.unwrap_model(self.model).method
         self.model_accepts_loss_kwargs = False
         self.is_saving = False
+        self.began = time.monotonic()
+        self.earlier_seconds = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
@@ -195,14 +198,29 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let the Trainer write under another name, and rename what is whole."""
+        written = Path(str(self.args.output_dir)) / UNFINISHED / f"checkpoint-{self.state.global_step}"
         self.is_saving = True
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # the part of torch.save that writes; it does not say what failed
+                raise
+            free = shutil.disk_usage(written.parent).free / 1e6
+            raise IaptError(
+                f"the checkpoint {written.name} could not be written whole below {written.parent}, where {free:,.0f} "
+                "MB are free; free space there or raise the limit of a file's size (ulimit -f), then give the same "
+                "command with --resume"
+            ) from error
         self.is_saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            work = Path(str(self.args.output_dir))
-            place_checkpoint(work / UNFINISHED / f"checkpoint-{self.state.global_step}", keep=KEPT_CHECKPOINTS)
+            write_seconds(written, self.seconds())
+            place_checkpoint(written, keep=KEPT_CHECKPOINTS)
         self.accelerator.wait_for_everyone()
+
+    def seconds(self) -> float:
+        """How long this run has trained, with those that it goes on from."""
+        return self.earlier_seconds + time.monotonic() - self.began
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

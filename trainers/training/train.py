@@ -51,6 +51,7 @@ from trainers.training.work import (
     newest_whole,
     only_run,
     publish,
+    read_seconds,
     record_of,
     work_folder,
     write_record,
@@ -282,7 +283,7 @@ def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> t
     """Train, from the newest checkpoint if asked, and stage the adapter.
 
     Returns:
-        The state after the last step, and the seconds it took.
+        The state after the last step, and the seconds it took, those of resumed runs included.
     """
     count = sum(parameter.numel() for parameter in setup.method.parameters())
     say(f"training {count:,} parameters on {len(setup.training):,} examples")
@@ -291,6 +292,7 @@ def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> t
     if trainer.is_world_process_zero():
         begin(setup.work, setup.record, checkpoint)
     trainer.accelerator.wait_for_everyone()
+    trainer.earlier_seconds = read_seconds(checkpoint) if checkpoint else 0.0
     if setup.config.resume:
         say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume from: starting at the first step")
     if (
@@ -302,10 +304,10 @@ def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> t
         setup.staged.mkdir(parents=True, exist_ok=True)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(checkpoint / file, setup.staged / file)
-        return state, 0.0
-    start = time.monotonic()
+        return state, trainer.earlier_seconds
+    trainer.began = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - start
+    seconds = trainer.seconds()
     trainer.save_model(str(setup.staged))  # every process takes part when the model is sharded
     return trainer.state, seconds
 

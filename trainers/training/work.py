@@ -25,6 +25,7 @@ from typing import Any
 from iapt_export.contract.disk import locked, sync, sync_folder
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import file_sha256, write_atomically
+from iapt_export.contract.schema import parse_json
 from trainers.adapters.directory import load_adapter
 from trainers.methods.configs import method_name
 from trainers.training.config import TrainRequest
@@ -32,6 +33,7 @@ from trainers.training.config import TrainRequest
 RECORD_FILE = "run.json"
 SCHEMA_VERSION = 1
 STATE_FILE = "trainer_state.json"
+SECONDS_FILE = "seconds.txt"
 STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 """How the names of the Trainer's other files begin; their ends depend on how the processes share the work."""
 CHECKPOINT = "checkpoint-"
@@ -86,7 +88,7 @@ def record_of(request: TrainRequest) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run or of a finished adapter; empty where none can be read."""
     try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -134,6 +136,19 @@ def newest_whole(work: Path, say: Callable[[str], None]) -> Path | None:
             return checkpoint
         say(f"{checkpoint} is damaged and passed over: {problem}")
     return None
+
+
+def write_seconds(checkpoint: Path, seconds: float) -> None:
+    """Keep, in a checkpoint that is being written, how long the training up to it took."""
+    (checkpoint / SECONDS_FILE).write_text(f"{seconds:.3f}\n", encoding="utf-8")
+
+
+def read_seconds(checkpoint: Path) -> float:
+    """What `write_seconds` wrote; 0 where an older version wrote nothing."""
+    try:
+        return float((checkpoint / SECONDS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def begin(work: Path, record: dict[str, Any], start: Path | None) -> None:
@@ -192,7 +207,7 @@ def _damage(checkpoint: Path) -> str | None:
     except (IaptError, OSError) as error:
         return str(error)
     try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))  # the Trainer's, which may hold NaN
     except (OSError, ValueError) as error:
         return f"{STATE_FILE} cannot be read: {error}"
     names = {path.name for path in checkpoint.iterdir()}

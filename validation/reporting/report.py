@@ -17,6 +17,7 @@ import jinja2
 
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.manifest import write_atomically
+from iapt_export.contract.schema import read_object
 from validation.judging.result import SCHEMA_VERSION, Bisection, Check, Finding, Report, TargetResult, TokenRow
 from validation.reporting import plots
 
@@ -24,6 +25,7 @@ JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_FILE = "report.html.jinja"
+AGAIN = "run 'iapt-export validate' again"
 UPPER_METRICS = ("relative", "max_abs", "kl")
 """Metrics whose limit is a ceiling, so that the share of it that was used means something."""
 
@@ -59,22 +61,18 @@ def read_report(path: Path) -> Report:
     """
     path = path / JSON_FILE if path.is_dir() else path
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_object(path, AGAIN)
     except FileNotFoundError:
         raise BundleError(f"{path} does not exist; 'iapt-export validate' writes it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} is not JSON: {error}; run 'iapt-export validate' again") from error
-    version = fields.get("schema_version") if isinstance(fields, dict) else None
-    if version != SCHEMA_VERSION:
+    if (version := fields.get("schema_version")) != SCHEMA_VERSION:
         raise BundleError(
-            f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; "
-            "run 'iapt-export validate' again"
+            f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; {AGAIN}"
         )
     try:
         targets = [_read_target(target) for target in fields.pop("targets")]
         return Report(**fields, targets=targets)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path} is not a report: {error}; run 'iapt-export validate' again") from error
+        raise BundleError(f"{path} is not a report: {error}; {AGAIN}") from error
 
 
 def render_html(report: Report) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from engines.serving.text import TextCodec
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import BundleManifest, TenantSpec
+from iapt_export.contract.schema import parse_json
 
 MIN_PROMPTS = 24
 """Prompts that a full comparison uses at least, over all tenants."""
@@ -217,10 +217,14 @@ def read_examples(path: Path) -> list[str]:
         IaptError: a line is not a JSON object with a non-empty ``prompt``, or there is none.
     """
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # not at what Unicode calls a line's end
+    except UnicodeDecodeError as error:
+        raise IaptError(f"{path} is not UTF-8 text: {error}; expected JSON lines") from error
+    for number, line in enumerate(lines if lines != [""] else (), 1):
         try:
-            text = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            text = parse_json(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
             raise IaptError(f'{path}:{number}: expected a JSON object like {{"prompt": "..."}}') from error
         if not isinstance(text, str) or not text.strip():
             raise IaptError(f"{path}:{number}: the prompt is empty or no text")

@@ -6,7 +6,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -85,6 +85,14 @@ class Soak:
                 if made != wanted:
                     self.wrong.append({"tenant": model, "prompt": prompt, "made": made, "wanted": wanted})
 
+    def watched(self, work: Callable[..., None], *arguments: int) -> None:
+        """Run a thread's work; what ends it early counts as lost, or nobody would see that it is gone."""
+        try:
+            work(*arguments)
+        except Exception as error:
+            with self.lock:
+                self.lost.append(f"{work.__name__} ended: {type(error).__name__}: {error}")
+
     def change(self) -> None:
         """Add and remove tenants."""
         source, number = random.Random(0), 0
@@ -119,8 +127,8 @@ def soak(bundle: Path, seconds: float, clients: int = 12, length: int = 24) -> I
         for model in list(state.known) * IDLE_ADDS:
             state.idle_add_ms.append(state.add(model, "guest"))
             session.remove_tenant("guest")
-        threads = [threading.Thread(target=state.ask, args=(seed, length)) for seed in range(clients)]
-        threads.append(threading.Thread(target=state.change))
+        asking = [(state.ask, seed, length) for seed in range(clients)]
+        threads = [threading.Thread(target=state.watched, args=work) for work in (*asking, (state.change,))]
         for thread in threads:
             thread.start()
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from engines.serving.request import Request
 from engines.serving.session import Session
-from engines.serving.stop_texts import MAX_STOP_CHARACTERS, StopTexts
+from engines.serving.stop_texts import MAX_STOP_CHARACTERS, StopTexts, check_stops
 from iapt_export.contract.errors import IaptError
 from tests.bundles import TinyBuild
 
@@ -50,6 +51,25 @@ def test_a_character_costs_the_same_however_many_are_sought(stops: list[str]) ->
 
     least = min(seconds(few) for _ in range(3))
     assert min(seconds(many) for _ in range(3)) < 10 * least
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"stop": 5}, "it: stop is int, expected a tuple"),
+        ({"stop": "END"}, "it: stop is 'END', expected texts in a tuple"),
+        ({"stop": (5,)}, "it: stop is (5,), expected texts in a tuple"),
+        ({"stop": ("a", "")}, "it: a stop text is empty; leave it out"),
+        ({"stop": ("x" * MAX_STOP_CHARACTERS, "y")}, "its stop texts have 32769 characters; expected at most 32768"),
+        ({"stop_token_ids": 5}, "it: stop_token_ids is int, expected a tuple"),
+        ({"stop_token_ids": (5,) * 65}, "it: 65 stop token ids are given, expected at most 64"),
+    ],
+)
+def test_stops_that_are_none_or_too_many(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(IaptError) as caught:
+        check_stops("it", Request("t", **fields))
+    assert text in str(caught.value) and caught.value.field == next(iter(fields))
+    check_stops("it", Request("t", stop=("x" * MAX_STOP_CHARACTERS,), stop_token_ids=(5,) * 64))
 
 
 def test_more_than_any_answer_needs_is_refused(tiny_build: TinyBuild) -> None:

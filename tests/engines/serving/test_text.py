@@ -254,7 +254,7 @@ def test_padding_and_truncation_of_the_file_are_ignored(damaged: Path) -> None:
         ("tokenizer.json", b"\xff", "tokenizer.json is no tokenizer that can be read ("),
         ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON: "),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON: "),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json is list, expected an object"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json holds a list; expected a JSON object"),
         ("tokenizer_config.json", b"[" * 100_000, "it is nested deeper than 64 levels"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8: "),
     ],

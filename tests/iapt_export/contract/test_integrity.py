@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from engines.serving.session import Session
+from iapt_export import build
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.integrity import check_signature, load_private_key, open_manifest, sign
 from iapt_export.contract.manifest import BundleManifest, Parity
 from tests.bundles import TinyBuild, run, seal
+from trainers.adapters.directory import load_adapter, save_adapter
 
 
 def refusal(bundle: Path, **checks: object) -> str:
@@ -39,6 +42,44 @@ def write_keys(path: Path) -> tuple[Path, Path]:
     path.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return path, public
+
+
+def as_another_user(folder: Path) -> str:
+    """What ``nobody`` meets who opens the bundle and reads every file of its folder; empty for nothing."""
+    receiver, sender = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.chdir(folder)  # the folders above are this user's alone
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            for path in Path().rglob("*"):
+                _ = path.is_dir() or path.read_bytes()
+            if Path("manifest.json").exists():
+                open_manifest(Path())
+        except BaseException as error:
+            os.write(sender, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    os.waitpid(child, 0)
+    with os.fdopen(receiver, encoding="utf-8") as stream:
+        return stream.read()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_opens_what_was_built_under_a_usual_umask(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    bundle, before = tmp_path / "out" / "bundle", os.umask(0o022)
+    try:
+        adapter = load_adapter(tiny_build.adapters["alpha"])
+        save_adapter(tmp_path / "adapter", adapter.config, adapter.tensors)
+        build(tiny_build.request(bundle, "alpha", prove=False))
+    finally:
+        os.umask(before)
+    assert as_another_user(tmp_path / "adapter") == ""
+    assert as_another_user(bundle).startswith("BundleError: . is not proven"), "all else was read and checked"
+    (bundle / "weights.data").chmod(0o600)
+    assert as_another_user(bundle).startswith("PermissionError"), "this test can fail"
 
 
 @pytest.mark.parametrize(

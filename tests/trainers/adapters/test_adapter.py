@@ -150,7 +150,7 @@ def test_a_backbone_does_not_matter_for_our_own(folder: Path) -> None:
     ("fields", "text"),
     [
         ({"peft_type": "LORA"}, "peft_type='LORA' is not the name of the method given, IAPT"),
-        ({"head_dim": -1}, "head_dim=-1 is not an integer of at least 0"),
+        ({"head_dim": -1}, "head_dim=-1 is not an integer from 0 to 16777216"),
         ({"linears": {"mlp": (3,)}}, "linears={'mlp': (3,)} does not give each name its inputs and outputs"),
         ({"linears": {"mlp": (3, 0)}}, "linears={'mlp': (3, 0)} does not give"),
     ],
@@ -188,11 +188,18 @@ def test_half_precision_weights_are_read_as_fp32(folder: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not a known method; known: IAPT, ADEPT, LOPA"),
         ({"colour": "blue"}, "unknown field colour; known fields are"),
         ({"hidden_size": ...}, "field hidden_size is missing"),
-        ({"hidden_size": "32"}, "hidden_size='32' is not a positive integer"),
+        ({"hidden_size": "32"}, "hidden_size='32' is not an integer from 1 to 16777216"),
         ({"linears": {"mlp": [1, 2, 3]}}, "linears={'mlp': (1, 2, 3)} does not give each name its inputs and outputs"),
         ({"linears": ["mlp"]}, "linears=['mlp'] does not give"),
         ({"prompt_format": "xml"}, "prompt_format='xml' is not one of chat, plain"),
         ({"pooling": "median"}, "pooling='median' is not one of attention, mean, max"),
+        ({"num_layers": 10**7}, "num_layers=10000000 is not an integer from 1 to 10000"),
+        ({"hidden_size": 2**40}, "hidden_size=1099511627776 is not an integer from 1 to 16777216"),
+        ({"vocab_size": -1}, "vocab_size=-1 is not an integer from 0 to 16777216"),
+        (
+            {"num_layers": 10_000, "linears": {f"expert{number}": [1, 1] for number in range(21)}},
+            "21 linears in 10000 layers are more than 200000",
+        ),
     ],
 )
 def test_bad_configuration(folder: Path, fields: dict[str, Any], text: str) -> None:
@@ -327,7 +334,7 @@ def test_backbone_errors(tmp_path: Path) -> None:
         (str(tmp_path / "none"), "does not exist; check the path given with --model"),
         (str(tmp_path / "weights.bin"), "is a file but not GGUF"),
         (str(tmp_path), "holds no config.json and 0 .gguf files"),
-        ("nobody/nothing", "the backbone 'nobody/nothing' could not be loaded"),
+        ("nobody/nothing", "the backbone 'nobody/nothing', which is no folder as seen from"),
     ):
         with pytest.raises(IaptError) as caught:
             load_backbone(source)

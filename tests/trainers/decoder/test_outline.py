@@ -113,3 +113,20 @@ def test_a_warning_about_a_configuration_is_said_once(tmp_path: Path, caplog: py
         load_backbone(str(folder))
     said = [record.message for record in caplog.records if "unheard_of" in record.message]
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_local_experts"])
+def test_counts_without_measure_are_refused_before_the_model_is_made(tmp_path: Path, field: str) -> None:
+    fields = {**tiny_llama().config.to_dict(), field: 10**7}
+    if field == "num_local_experts":
+        fields |= {"model_type": "mixtral", "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(IaptError, match=f"has {field}=10000000, expected at most 10000"):
+        load_outline(str(tmp_path))
+
+
+def test_a_gguf_file_of_too_many_layers(tmp_path: Path) -> None:
+    for count in (2**31, 0):
+        path = write(tmp_path / f"{count}.gguf", TinyFile("gemma3", {"block_count": count}, layers=1))
+        with pytest.raises(IaptError, match=f"has {count} as its block_count, expected 1 to 10000"):
+            load_outline(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from tests.trainers.training.kills import read_disk
 from trainers.training.config import TrainRequest
 from trainers.training.evaluate import GenerationReport, report_from_dict
 from trainers.training.train import InterruptedTraining, train
-from trainers.training.work import RECORD_FILE, checkpoints
+from trainers.training.work import (
+    RECORD_FILE,
+    checkpoints,
+    newest_whole,
+    read_seconds,
+    work_folder,
+    write_seconds,
+)
 
 FIELDS: dict[str, Any] = {"max_steps": 5, "save_steps": 2}
 
@@ -216,3 +224,41 @@ def test_a_warm_up_that_the_run_does_not_outlast(backbone: str, data: Path, tmp_
         "1.0e-02; a lower warmup_steps leaves it time" in lines
     )
     assert not any("warm-up" in line for line in told(backbone, data, tmp_path / "b", max_steps=3, warmup_steps=2))
+
+
+def test_a_resumed_card_tells_the_minutes_of_all_runs(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the evaluation was left, and with a checkpoint of a version that did not note the time."""
+    clock = iter(range(0, 60 * 10_000, 60))
+    monkeypatch.setattr("trainers.training.loop.time.monotonic", lambda: float(next(clock)))
+    interrupt_at(monkeypatch, 4)
+    with pytest.raises(InterruptedRunError):
+        run(backbone, data, tmp_path / "a", **FIELDS)
+    checkpoint = newest_whole(work_folder(tmp_path / "a"), print)
+    assert checkpoint is not None
+    before = read_seconds(checkpoint)
+    assert before >= 60
+    (checkpoint / "seconds.txt").unlink()
+    assert read_seconds(checkpoint) == 0
+    write_seconds(checkpoint, before + 6000)
+    monkeypatch.undo()
+    found = run(backbone, data, tmp_path / "a", resume=True, **FIELDS)
+    assert before + 6000 < found.seconds < before + 6100
+    assert f" {found.seconds / 60:.0f} minutes." in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_for_which_the_disk_is_too_small(backbone: str, data: Path, tmp_path: Path) -> None:
+    """torch.save says nothing of the disk; the limit of a file's size is met as a full disk is."""
+    run(backbone, data, tmp_path / "whole", **FIELDS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * len(weights(tmp_path / "whole"))), hard))
+    try:
+        with pytest.raises(IaptError) as caught:
+            run(backbone, data, tmp_path / "a", **FIELDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be written whole below" in str(caught.value) and "MB are free; free space" in str(caught.value)
+    run(backbone, data, tmp_path / "a", resume=True, **FIELDS)
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert not work_folder(tmp_path / "a").exists()

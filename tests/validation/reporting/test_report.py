@@ -244,7 +244,7 @@ def test_table_cells_read_well():
     [
         (None, "does not exist; 'iapt-export validate' writes it"),
         ("{", "is not JSON"),
-        ("[]", "schema_version is None"),
+        ("[]", "holds a list; expected a JSON object; run"),
         ('{"schema_version": 99}', "schema_version is 99, this version of iapt-export reads 2"),
         ('{"schema_version": 2}', "is not a report: 'targets'"),
         ('{"schema_version": 2, "targets": []}', "is not a report: .*missing"),
