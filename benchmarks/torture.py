@@ -1,7 +1,7 @@
-"""Kills, mutated inputs, a hostile request and a load with tenants that come and go, on a tiny model.
+"""Kills, mutated inputs, Python beside C++, a hostile request, and a load with tenants that come and go; a tiny model.
 
     python -m benchmarks.torture --output torture.json     # what docs/security.md shows; about an hour
-    python -m benchmarks.torture --short                   # what CI runs: a minute
+    python -m benchmarks.torture --short                   # what CI runs: a minute or two
 
 With --output the figures are kept as JSON after every few kills or inputs, and a run that was cut goes on from there.
 Exits 1 where anything was lost, half-valid or wrong.
@@ -40,6 +40,7 @@ from iapt_export.building.tenant_file import write_tenant_file
 from iapt_export.contract.disk import write_atomically
 from tests.bundles import METHOD, NEW_TOKENS, RANGES, save_tiny_inputs
 from tests.engines.serving.soak import soak
+from tests.native import differential
 from trainers.decoder.backbone import load_backbone
 from trainers.training.config import TrainRequest
 from trainers.training.train import train
@@ -99,10 +100,11 @@ def main() -> None:
 
 def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a minute instead of an hour")
+    parser.add_argument("--short", action="store_true", help="a minute or two instead of an hour")
     parser.add_argument("--kills", type=int, default=1000, help="shared by the commands that are killed")
     parser.add_argument("--kill-seconds", type=float, default=3600, help="at most so long for each command")
     parser.add_argument("--inputs", type=int, default=100_000, help="mutated inputs, shared by all readers")
+    parser.add_argument("--differences", type=int, default=10_000, help="mutated inputs for Python and C++ alike")
     parser.add_argument("--rounds", type=int, default=60, help="of each hostile request")
     parser.add_argument("--load-seconds", type=float, default=1800)
     parser.add_argument("--seed", type=int, default=0)
@@ -111,7 +113,8 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file for the figures; where it is there, they are added to")
     asked = parser.parse_args()
     if asked.short:
-        asked.kills, asked.kill_seconds, asked.inputs, asked.rounds, asked.load_seconds = 60, 8, 2_000, 4, 6
+        asked.kills, asked.kill_seconds, asked.inputs = 60, 8, 2_000
+        asked.differences, asked.rounds, asked.load_seconds = 500, 4, 6
     return asked
 
 
@@ -193,6 +196,23 @@ def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say)
     return told()
 
 
+def languages(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
+    """The same mutated manifests and safetensors files for Python and for C++, see `tests.native.differential`."""
+    seeds = differential.seeds_of(base / "proven")
+    found = {"inputs": 0, "accepted": 0, "faults": [], **before}
+    while differential.is_built() and found["inputs"] < asked.differences:
+        count = min(BATCH, asked.differences - found["inputs"])
+        inputs = list(differential.mutations(seeds, count, asked.seed + found["inputs"]))
+        found["faults"] += [
+            f"{kind} {data[:60]!r}...: Python {str(python)[:60]}, C++ {str(cpp)[:60]}"
+            for kind, data, python, cpp in differential.differences(inputs)
+        ]
+        found["accepted"] += sum(differential.of_python(kind, data) is not None for kind, data in inputs)
+        found["inputs"] += count
+        say(found)
+    return found
+
+
 def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
     """The median gap between a tenant's tokens beside an ordinary request, and beside hostile ones.
 
@@ -245,7 +265,13 @@ def load(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -
     return {**kept, "growth_mib": growth, "load_seconds": asked.load_seconds, "faults": faults}
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"kills": kills, "inputs": inputs, "hostile": hostile, "load": load}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "kills": kills,
+    "inputs": inputs,
+    "languages": languages,
+    "hostile": hostile,
+    "load": load,
+}
 
 
 def _apart(work: Callable[..., Any], *arguments: Any, said: Say | None = None) -> Any:

@@ -138,12 +138,20 @@ def _of_training(adapter: Path, model: Path) -> list[Reader]:
         Reader("settings", b"max_steps: 3\nlearning_rate: 0.1\nseed: 1\n", read_train_file, "s.yaml"),
         Reader("examples", b'{"prompt": "a film"}\n' * 3, validation_examples, "examples.jsonl"),
         Reader("config.json", (model / "config.json").read_bytes(), _outline, "config.json", share=0.1),
+        *(
+            Reader(f"a model's {name}", (model / name).read_bytes(), _model, name, model, 0.03)
+            for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors")
+        ),
         Reader("GGUF", gguf, lambda path: load_outline(str(path)), "tiny.gguf", share=0.1),
     ]
 
 
 def _outline(path: Path) -> Any:
     return load_outline(str(path.parent))
+
+
+def _model(path: Path) -> Any:
+    return load_backbone(str(path.parent))
 
 
 def _of_requests(engine: dict[str, Any]) -> list[Reader]:

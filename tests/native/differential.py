@@ -116,6 +116,11 @@ def of_python(kind: str, data: bytes) -> Any:
         return None
 
 
+def is_built() -> bool:
+    """Whether ``make cpp`` has left a program to compare with."""
+    return FUZZER.is_file() or JUDGE.is_file()
+
+
 def of_cpp(inputs: list[tuple[str, bytes]]) -> list[Any]:
     """What C++ reads of each input, None where it refuses."""
     program = FUZZER if FUZZER.is_file() else JUDGE

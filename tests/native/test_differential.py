@@ -8,11 +8,10 @@ import pytest
 
 from tests.bundles import TinyBuild
 from tests.native import differential
-from tests.native.built import FUZZER, JUDGE
 from tests.native.differential import corpus, differences, mutations, of_cpp, of_python, seeds_of
 
 needs_judge = pytest.mark.skipif(
-    not (FUZZER.is_file() or JUDGE.is_file()), reason="the fuzz target is not built; 'make cpp' builds it"
+    not differential.is_built(), reason="the fuzz target is not built; 'make cpp' builds it"
 )
 COUNT = 600
 

@@ -210,7 +210,7 @@ def _explained(name: str) -> Iterator[None]:
 
 def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict[str, str]) -> tuple[Any, Any]:
     """Model and tokenizer of a hub id or a folder; weights from safetensors alone, which run no code."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
         source,
@@ -222,7 +222,25 @@ def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict
         **options,
     )
     check_loading(info, source)
-    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    return model, _load_tokenizer(source, trust_remote_code=trust_remote_code, **options)
+
+
+def _load_tokenizer(source: str, **options: Any) -> Any:
+    """What ``AutoTokenizer`` makes of a folder.
+
+    Raises:
+        IaptError: its files hold something else than transformers and tokenizers expect.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers has no class of its own for it, and its panics are no Exception
+        raise IaptError(
+            f"the tokenizer of {source} cannot be read ({_first_line(error)}); get the model's tokenizer files again"
+        ) from error
 
 
 def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:

@@ -99,6 +99,27 @@ def test_broken_and_pickled_weights_are_refused(tmp_path: Path) -> None:
     assert "Error no file named model.safetensors found" in refusal(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"version": "x"}'),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [{"id": 1, "content": 5}]}'),
+        ("tokenizer_config.json", '{"pad_token": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": ["a"]}'),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_in_a_sentence(tmp_path: Path, name: str, content: str) -> None:
+    """Each of transformers' and tokenizers' own kinds of exceptions, plain ones and panics among them."""
+    folder = save_tiny_backbone(tmp_path)
+    (folder / name).write_text(content, encoding="utf-8")
+    text = refusal(str(folder))
+    assert "could not be loaded" in text or f"the tokenizer of {folder} cannot be read" in text
+    assert "\n" not in text
+
+
 def test_two_loads_are_equal(tmp_path: Path) -> None:
     folder = str(save_tiny_backbone(tmp_path))
     first, second = (load_backbone(folder).model.state_dict() for _ in range(2))
