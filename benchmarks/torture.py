@@ -84,9 +84,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         base, work = asked.base or Path(folder) / "base", Path(folder) / "work"
-        if not (base / READY).is_file() or (base / READY).read_text(encoding="utf-8") != _code():
+        parts = asked.only or list(PARTS)
+        if not (base / READY).is_file() or ("kills" in parts and (base / READY).read_text("utf-8") != _code()):
             _apart(prepare_base, base)
-        for name in asked.only or PARTS:
+        for name in parts:
             before, began = found.get(name, {}), time.monotonic()
             work.mkdir()
             result = _apart(PARTS[name], asked, base, work, before, said=functools.partial(keep, name))
@@ -246,7 +247,7 @@ def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say
     usual = gaps.pop("ordinary")
     moved = {name: [mine / own - 1 for mine, own in zip(gaps[name], usual, strict=True)] for name in gaps}
     shifts = {name: round(statistics.median(values), 3) for name, values in moved.items()}
-    limit = 0.5 if asked.short else ALLOWED_SHIFT  # few rounds on a busy machine say little
+    limit = 1.0 if asked.short else ALLOWED_SHIFT  # few rounds on a busy machine say little
     faults = [f"{name} moves the median gap by {shift:.0%}" for name, shift in shifts.items() if shift > limit]
     return {"rounds": asked.rounds, "gap_ms": round(statistics.median(usual), 3), "shifts": shifts, "faults": faults}
 
