@@ -14,7 +14,7 @@ from tests.bundles import TinyBuild
 def test_no_reader_lets_a_raw_exception_through(tiny_build: TinyBuild, tmp_path: Path) -> None:
     adapter, engine = tiny_build.adapters["alpha"], dataclasses.asdict(torture.ENGINE)
     readers = torture_inputs.readers(tiny_build.bundle, adapter, tiny_build.model, engine)
-    found = [torture_inputs.torment(reader, tmp_path, -(-int(100 * reader.share) // 3), seed=5) for reader in readers]
+    found = [torture_inputs.torment(reader, tmp_path, max(6, int(30 * reader.share)), seed=5) for reader in readers]
     assert len({item.name for item in found}) == 24
     assert [fault for item in found for fault in (*item.raw, *item.slow)] == []
     assert all(item.growth_mib <= torture_inputs.GROWTH_MIB and item.wrong == 0 for item in found)
