@@ -203,12 +203,13 @@ def languages(asked: Any, base: Path, work: Path, before: dict[str, Any], say: S
     found = {"inputs": 0, "accepted": 0, "faults": [], **before}
     while differential.is_built() and found["inputs"] < asked.differences:
         count = min(BATCH, asked.differences - found["inputs"])
-        inputs = list(differential.mutations(seeds, count, asked.seed + found["inputs"]))
+        told = differential.judged(list(differential.mutations(seeds, count, asked.seed + found["inputs"])))
         found["faults"] += [
             f"{kind} {data[:60]!r}...: Python {str(python)[:60]}, C++ {str(cpp)[:60]}"
-            for kind, data, python, cpp in differential.differences(inputs)
+            for kind, data, python, cpp in told
+            if python != cpp
         ]
-        found["accepted"] += sum(differential.of_python(kind, data) is not None for kind, data in inputs)
+        found["accepted"] += sum(python is not None for _, _, python, _ in told)
         found["inputs"] += count
         say(found)
     return found

@@ -139,7 +139,7 @@ def _of_training(adapter: Path, model: Path) -> list[Reader]:
         Reader("examples", b'{"prompt": "a film"}\n' * 3, validation_examples, "examples.jsonl"),
         Reader("config.json", (model / "config.json").read_bytes(), _outline, "config.json", share=0.1),
         *(
-            Reader(f"a model's {name}", (model / name).read_bytes(), _model, name, model, 0.03)
+            Reader(f"a model's {name}", (model / name).read_bytes(), _model, name, model, 0.015)
             for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors")
         ),
         Reader("GGUF", gguf, lambda path: load_outline(str(path)), "tiny.gguf", share=0.1),

@@ -6,6 +6,7 @@ Standard library only. ``engines/cpp/src/json_fields.h`` takes and refuses the s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -119,16 +120,22 @@ def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+@functools.cache
+def _shape(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """A dataclass's fields with their types, and those without a default; a manifest asks hundreds of times."""
+    required = (
+        item.name
+        for item in dataclasses.fields(cls)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    )
+    return typing.get_type_hints(cls), frozenset(required)
+
+
 def _dataclass(cls: Any, value: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
         problems.append(f"{where} is {_shown(value)}, expected an object")
         return None
-    hints = typing.get_type_hints(cls)
-    required = {
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-    }
+    hints, required = _shape(cls)
     problems += [f"{where}.{name} is missing" for name in sorted(required - set(value))]
     problems += [f"{where}.{name} is not a known field" for name in sorted(set(value) - set(hints))]
     before = len(problems)

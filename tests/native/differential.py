@@ -210,11 +210,19 @@ def _changed_bytes(data: bytes, source: random.Random) -> bytes:
     return bytes(changed)
 
 
-def differences(inputs: list[tuple[str, bytes]]) -> list[tuple[str, bytes, Any, Any]]:
-    """The inputs on which the two readers do not agree: kind, bytes, what Python read, what C++ read."""
+Judged = tuple[str, bytes, Any, Any]
+"""Kind, bytes, what Python read, what C++ read."""
+
+
+def judged(inputs: list[tuple[str, bytes]]) -> list[Judged]:
+    """What both readers make of inputs."""
     told = zip(inputs, of_cpp(inputs), strict=True)
-    compared = [(kind, data, json.loads(json.dumps(of_python(kind, data))), cpp) for (kind, data), cpp in told]
-    return [item for item in compared if item[2] != item[3]]
+    return [(kind, data, json.loads(json.dumps(of_python(kind, data))), cpp) for (kind, data), cpp in told]
+
+
+def differences(inputs: list[tuple[str, bytes]]) -> list[Judged]:
+    """The inputs on which the two readers do not agree."""
+    return [item for item in judged(inputs) if item[2] != item[3]]
 
 
 def main() -> None:
@@ -229,8 +237,9 @@ def main() -> None:
     inputs = list(mutations(seeds_of(asked.bundle), asked.count, asked.seed))
     for first in range(0, len(inputs), 500):
         batch = inputs[first : first + 500]
-        found += differences(batch)
-        accepted += sum(of_python(kind, data) is not None for kind, data in batch)
+        told = judged(batch)
+        found += [item for item in told if item[2] != item[3]]
+        accepted += sum(python is not None for _, _, python, _ in told)
     for number, (kind, data, python, cpp) in enumerate(found):
         if asked.keep:
             (asked.keep / kind).mkdir(parents=True, exist_ok=True)
