@@ -53,7 +53,7 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
     """Write one bundle to ``output``, which must not exist; adapters and stages are kept beside it."""
     adapters = []
     for number in range(plan.tenants):
-        adapter = _random_adapter(number, plan.method, backbone)
+        adapter = random_adapter(number, plan.method, backbone)
         adapters.append(output.with_name(f"{output.name}-adapters") / f"tenant{number}")
         save_adapter(adapters[-1], adapter.config, adapter.tensors)
     request = BuildRequest(
@@ -71,7 +71,7 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
     build(request, lambda text, *_: print(f"{output.name}: {text}", flush=True))
 
 
-def _random_adapter(seed: int, method: Any, backbone: Backbone) -> Adapter:
+def random_adapter(seed: int, method: Any, backbone: Backbone) -> Adapter:
     """An adapter whose weights are drawn, zeros included: a product with zeros costs what any other costs."""
     sizes = sizes_of(backbone.model)
     with torch.random.fork_rng():

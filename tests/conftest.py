@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.bundles import tiny_build, tiny_bundle
+from tests.graphs import engine_bundle
 from tests.traces import fresh_traces, shared_traces
 
-__all__ = ["fresh_traces", "shared_traces", "tiny_build", "tiny_bundle"]
+__all__ = ["engine_bundle", "fresh_traces", "shared_traces", "tiny_build", "tiny_bundle"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / ".cache" / "smollm2-135m-instruct"
@@ -43,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU with its driver; none was found on this machine")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # not `keywords`, which has the names of folders too
             item.add_marker(skip)
 
 

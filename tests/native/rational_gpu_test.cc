@@ -1,5 +1,6 @@
-// The CUDA kernel alone, against the CPU kernel that compiles the same lines: every bit must agree. Prints the time
-// of a large tensor against the least time in which the GPU's memory can move it. Needs a GPU, else exits 77 (skipped).
+// The CUDA kernel alone, against the CPU kernel that compiles the same lines: every bit must agree. Prints the time of
+// tensors of 1e5 to 1e9 values against the time in which the GPU's memory copies as many bytes. Needs a GPU, else exits
+// 77 (skipped).
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -32,14 +33,17 @@ void check(cudaError_t status) {
 template <typename T>
 class OnGpu {
  public:
-  explicit OnGpu(const std::vector<T>& host) : size_(host.size()) {
+  explicit OnGpu(size_t size) : size_(size) {
     check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(size_, 1) * sizeof(T)));
+  }
+  explicit OnGpu(const std::vector<T>& host) : OnGpu(host.size()) {
     check(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
   }
   ~OnGpu() { cudaFree(data_); }
   OnGpu(const OnGpu&) = delete;
   OnGpu& operator=(const OnGpu&) = delete;
   T* get() { return data_; }
+  size_t size() const { return size_; }
   std::vector<T> read() {
     std::vector<T> host(size_);
     check(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
@@ -50,6 +54,38 @@ class OnGpu {
   size_t size_;
   T* data_ = nullptr;
 };
+
+// The values over and over, as often as they fit.
+template <typename T>
+void fill(OnGpu<T>* target, const std::vector<T>& host) {
+  const size_t first = std::min(host.size(), target->size());
+  check(cudaMemcpy(target->get(), host.data(), first * sizeof(T), cudaMemcpyHostToDevice));
+  for (size_t done = first; done < target->size();) {
+    const size_t more = std::min(done, target->size() - done);
+    check(cudaMemcpy(target->get() + done, target->get(), more * sizeof(T), cudaMemcpyDeviceToDevice));
+    done += more;
+  }
+}
+
+template <typename Action>
+float median_ms(int repeats, Action action) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  for (int i = 0; i < 3; ++i) action();
+  std::vector<float> times(repeats);
+  for (float& ms : times) {
+    check(cudaEventRecord(begin));
+    action();
+    check(cudaEventRecord(end));
+    check(cudaEventSynchronize(end));
+    check(cudaEventElapsedTime(&ms, begin, end));
+  }
+  check(cudaEventDestroy(begin));
+  check(cudaEventDestroy(end));
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return times[repeats / 2];
+}
 
 template <typename T>
 std::vector<T> values(size_t count, unsigned seed) {
@@ -123,27 +159,55 @@ void compare_all(const char* name) {
   }
 }
 
+// Bytes a second that a copy within the GPU's memory moves, read and written.
+double copy_bandwidth() {
+  constexpr size_t kBytes = size_t{1} << 30;
+  constexpr int kRepeats = 10;
+  OnGpu<char> from(kBytes), to(kBytes);
+  check(cudaMemset(from.get(), 1, kBytes));
+  const float ms =
+      median_ms(kRepeats, [&] { check(cudaMemcpyAsync(to.get(), from.get(), kBytes, cudaMemcpyDeviceToDevice)); });
+  return 2.0 * kBytes / ms * 1e3;
+}
+
+// One line for a tensor of `count` values with coefficients of their own in each row of `kWidth`, or shared ones.
 template <typename T>
-void measure(const char* name, double bandwidth) {
-  constexpr int64_t kRows = 8192, kWidth = 8192;
+void measure(const char* name, int64_t count, bool per_row, double bandwidth) {
+  constexpr int64_t kWidth = 1000;  // the sizes that are measured are multiples
   constexpr int kRepeats = 20;
+  const int64_t rows = count / kWidth, sets = per_row ? rows : 1;
   RationalLayout layout;
-  iapt::make_layout({kRows, kWidth}, {6}, {4}, Form::kB, &layout);
-  OnGpu<T> x(values<T>(kRows * kWidth, 1)), y(std::vector<T>(kRows * kWidth));
-  OnGpu<float> a({0.0f, 0.5f, 0.4f, 0.07f, -0.01f, -0.004f}), b({0.0f, 0.15f, 0.0f, -0.007f});
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin));
-  check(cudaEventCreate(&end));
-  for (int i = 0; i < 3; ++i) iapt::rational_cuda(layout, x.get(), a.get(), b.get(), y.get(), nullptr);
-  check(cudaEventRecord(begin));
-  for (int i = 0; i < kRepeats; ++i) iapt::rational_cuda(layout, x.get(), a.get(), b.get(), y.get(), nullptr);
-  check(cudaEventRecord(end));
-  check(cudaEventSynchronize(end));
-  float ms = 0.0f;
-  check(cudaEventElapsedTime(&ms, begin, end));
-  const double floor_ms = 2.0 * kRows * kWidth * sizeof(T) / bandwidth * 1e3;
-  std::printf("%s: %.3f ms for %ld values; the memory alone needs %.3f ms\n", name, ms / kRepeats,
-              static_cast<long>(kRows * kWidth), floor_ms);
+  const std::string problem = iapt::make_layout({rows, kWidth}, {sets, 6}, {sets, 4}, Form::kB, &layout);
+  if (!problem.empty()) {
+    std::fprintf(stderr, "%s\n", problem.c_str());
+    std::exit(1);
+  }
+  OnGpu<T> x(count), y(count);
+  fill(&x, values<T>(std::min<int64_t>(count, 1 << 20), 1));
+  OnGpu<float> a(sets * 6), b(sets * 4);
+  fill(&a, std::vector<float>{0.0f, 0.5f, 0.4f, 0.07f, -0.01f, -0.004f});
+  fill(&b, std::vector<float>{0.0f, 0.15f, 0.0f, -0.007f});
+  const float ms = median_ms(kRepeats, [&] {
+    const char* error = iapt::rational_cuda(layout, x.get(), a.get(), b.get(), y.get(), nullptr);
+    if (error != nullptr) {
+      std::fprintf(stderr, "CUDA: %s\n", error);
+      std::exit(1);
+    }
+  });
+  const double floor_ms = (2.0 * count * sizeof(T) + sets * 10.0 * sizeof(float)) / bandwidth * 1e3;
+  std::printf("time %s %s %lld %.5f ms, floor %.5f ms\n", name, per_row ? "per-row" : "shared",
+              static_cast<long long>(count), ms, floor_ms);
+  std::fflush(stdout);
+}
+
+template <typename T>
+void measure_all(const char* name, double bandwidth) {
+  for (const int64_t count : {100000, 1000000, 10000000, 100000000, 1000000000}) {
+    size_t free_bytes = 0, total_bytes = 0;
+    check(cudaMemGetInfo(&free_bytes, &total_bytes));
+    if (2.1 * count * sizeof(T) > static_cast<double>(free_bytes)) continue;
+    for (const bool per_row : {false, true}) measure<T>(name, count, per_row, bandwidth);
+  }
 }
 
 }  // namespace
@@ -157,13 +221,11 @@ int main() {
   compare_all<float>("fp32");
   compare_all<Half>("fp16");
   compare_all<BFloat16>("bf16");
-  int clock_khz = 0, bus_bits = 0;
-  check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrMemoryClockRate, 0));
-  check(cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, 0));
-  const double bandwidth = 2.0 * clock_khz * 1e3 * bus_bits / 8;  // bytes a second; two transfers a clock
-  measure<float>("fp32", bandwidth);
-  measure<Half>("fp16", bandwidth);
-  measure<BFloat16>("bf16", bandwidth);
+  const double bandwidth = copy_bandwidth();
+  std::printf("copy %.1f GB/s\n", bandwidth / 1e9);
+  measure_all<float>("fp32", bandwidth);
+  measure_all<Half>("fp16", bandwidth);
+  measure_all<BFloat16>("bf16", bandwidth);
   std::printf(failures == 0 ? "all comparisons agree\n" : "%d comparisons differ\n", failures);
   return failures == 0 ? 0 : 1;
 }
