@@ -100,8 +100,14 @@ def _decode_rate(times: np.ndarray) -> float:
     return float((times > start).sum() / (times.max() - start))
 
 
-def report(session: Session, figures: list[Figures]) -> dict[str, Any]:
-    """The figures with everything they depend on."""
+def report(session: Session, figures: list[Figures], device: str = "cpu") -> dict[str, Any]:
+    """The figures with everything they depend on.
+
+    Args:
+        session: what was measured.
+        figures: of `measure`.
+        device: where ONNX Runtime ran.
+    """
     packages = ("iapt-export", "onnxruntime", "onnxruntime-gpu", "numpy")
     return {
         "bundle": session.bundle.name,
@@ -112,6 +118,7 @@ def report(session: Session, figures: list[Figures]) -> dict[str, Any]:
         "installed_tenants": len(session.tenants),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "processor": platform.processor() or platform.machine(),
+        "device": device if session.target.name == "onnxruntime" else "cuda",
         "versions": {name: version for name in packages if (version := _version(name))},
         "figures": figures,
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.cuda.driver import Driver, find_driver
+from engines.cuda.libraries import cuda_major, missing_libraries
 from engines.native import BODY, KERNEL, ops_library
 from engines.tensorrt.flavour import DATACENTRE, RTX, Flavour
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
 
+CUDA_PROVIDER = "onnxruntime cuda"
 GIB = 2**30
 MIN_DISK_GIB, MIN_MEMORY_GIB = 5, 8
 """The demo needs this much: a 135M backbone in two types, its engines, and their build."""
@@ -92,6 +94,8 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
     """
     parts = [_python()]
     parts += [_module(module, extra) for module, extra in EXTRAS.items()]
+    onnxruntime = _find_spec("onnxruntime")
+    parts.append(_cuda_provider((onnxruntime and onnxruntime.submodule_search_locations) or ()))
     parts.append(_gpu(find_driver()))
     parts += [_tool(name, remedy) for name, remedy in TOOLS.items()]
     parts += [_disk(folder or Path.cwd()), _memory()]
@@ -109,6 +113,7 @@ def abilities(parts: list[Finding]) -> list[Finding]:
         _ability("train adapters", found, ("torch", "transformers", "accelerate")),
         _ability("export bundles", found, ("torch", "transformers", "onnx", "onnxscript")),
         _ability("run on onnxruntime", found, ("onnxruntime",)),
+        _ability("run on onnxruntime, --device cuda", found, (CUDA_PROVIDER, "gpu", "cuda.bindings")),
         *_tensorrt_abilities(RTX, "tensorrt_rtx", found),
         *_tensorrt_abilities(DATACENTRE, "tensorrt", found),
         _ability("compile the C++ parts", found, ("g++", "make", "cmake", "npm")),
@@ -205,6 +210,19 @@ def _providers(folders: Iterable[str]) -> list[str]:
     return ["cpu", *sorted(names - {"shared"})]
 
 
+def _cuda_provider(folders: Iterable[str]) -> Finding:
+    """ONNX Runtime's part for NVIDIA GPUs, and CUDA's libraries, without which it runs on the CPU unasked."""
+    folders = list(folders)
+    if "cuda" not in _providers(folders):
+        remedy = "pip uninstall onnxruntime, then pip install -e '.[gpu]'"
+        return Finding(CUDA_PROVIDER, MISSING, detail="this ONNX Runtime has no CUDA provider", remedy=remedy)
+    major = cuda_major(folders)
+    if missing := missing_libraries(major):
+        remedy = "pip install 'onnxruntime-gpu[cuda,cudnn]' in the version that is here, or install CUDA and cuDNN"
+        return Finding(CUDA_PROVIDER, MISSING, f"CUDA {major}", f"no {', '.join(missing)}", remedy)
+    return Finding(CUDA_PROVIDER, OK, f"CUDA {major}".strip())
+
+
 def _gpu(driver: Driver) -> Finding:
     version = " ".join(part for part in (_driver_version(), f"CUDA {driver.cuda_version}") if part)
     if driver.problem:
@@ -282,7 +300,7 @@ def _ability(name: str, found: dict[str, Finding], needs: tuple[str, ...]) -> Fi
     if not lacking:
         return Finding(name, OK, kind="ability")
     remedies = dict.fromkeys(part.remedy for part in lacking)
-    lacks = ", ".join(part.detail if part.name == "gpu" else f"no {part.name}" for part in lacking)
+    lacks = ", ".join(part.detail if part.name in ("gpu", CUDA_PROVIDER) else f"no {part.name}" for part in lacking)
     return Finding(name, MISSING, detail=lacks, remedy="; ".join(remedies), kind="ability")
 
 

@@ -110,6 +110,15 @@ class Runner(Activated):
             shape: sizes of the axes.
         """
 
+    def host_empty(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
+        """An array on the host, its content unknown, to which outputs come quickest; it lives as long as it is used.
+
+        Args:
+            dtype: a type of the manifest, such as ``fp16``.
+            shape: sizes of the axes.
+        """
+        return np.empty(shape, numpy_type(dtype))
+
 
 def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array], inputs: Sequence[TensorSpec] | None = None) -> None:
     """Check inputs against a graph's interface: types, ranks, fixed sizes, equal dynamic sizes.

@@ -171,7 +171,7 @@ def validate(
     _check_folders(asked.junit)
     check_outside_bundles(asked.report, "--report")
     # what is no bundle, or cannot be run there, is refused in one line before the backbone is loaded
-    compared_targets(BundleManifest.load(bundle), asked.runner or "")
+    compared_targets(BundleManifest.load(bundle), asked.runner or "", asked.device)
     with Steps(quiet=common.quiet) as steps:
         steps("checking the files' hashes")
         manifest = open_manifest(bundle, trust=asked.trust, allow_unproven=True)
@@ -299,7 +299,7 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
         figures = [
             measure(session, rows, asked.prompt_tokens, asked.new_tokens, asked.repeat, steps) for rows in asked.rows
         ]
-        found = report(session, figures)
+        found = report(session, figures, asked.device)
     _show(common, found, table(found))  # first, so that it is not lost where writing fails
     if asked.output:
         asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,7 +22,9 @@ from iapt_export.contract.manifest import BundleManifest, GraphSpec
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.installed import Installed, installed_from_manifest
 from iapt_export.graphs.table import graph_specs
-from tests.bundles import METHOD, SIZES, random_method
+from tests.bundles import METHOD, SIZES, TinyBuild, random_method
+from tests.traces import run_folder
+from trainers.decoder.backbone import load_backbone
 from trainers.decoder.generate import prefill
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method, Sizes, rows_of
@@ -71,6 +75,16 @@ def with_engine_graphs(source: Path, copy: Path, model: Any) -> Path:
     target = dataclasses.replace(manifest.target(), graphs=graphs)
     with_files(dataclasses.replace(manifest, targets=[target]), copy).save(copy)
     return copy
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
+    """`with_engine_graphs` of the tiny bundle, made once a run; read only."""
+    folder = run_folder(tmp_path_factory) / "engine-bundle"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            with_engine_graphs(tiny_build.bundle, folder, load_backbone(str(tiny_build.model)).model)
+    return folder
 
 
 def stacked_feeds(tenants: Sequence[Method], name: str = "iapt") -> Arrays:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.native import add_kernels
-from engines.serving.loading import cache_kinds, open_runners, stepper_over
+from engines.serving.loading import cache_kinds, on_device, open_runners, stepper_over
 from engines.serving.session import Session
 from iapt_export.contract.errors import NotRunnableError
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
@@ -54,14 +54,14 @@ def validate_bundle(
     Raises:
         IaptError: the backbone is another one, or the example prompts cannot be read.
     """
-    targets = compared_targets(manifest, settings.runner)
+    targets = compared_targets(manifest, settings.runner, settings.device)
     open_graphs = portable_runners if settings.runner else functools.partial(open_runners, device=settings.device)
     reference = Reference(bundle, manifest, backbone)
     truths = measure_truth(bundle, manifest, reference, settings, on_step)
     results = []
     for target in targets:
         try:
-            for in_place in cache_kinds(target, settings.device):
+            for in_place in cache_kinds(target):
                 stepper = stepper_over(bundle, manifest, target, open_graphs(bundle, target), in_place=in_place)
                 session = Session(bundle, manifest, target, stepper)
                 with session:
@@ -97,14 +97,14 @@ def validate_bundle(
     )
 
 
-def compared_targets(manifest: BundleManifest, runner: str = "") -> list[TargetSpec]:
+def compared_targets(manifest: BundleManifest, runner: str = "", device: str = "cpu") -> list[TargetSpec]:
     """What is compared: the bundle's targets, or its portable graphs in another runtime.
 
     Raises:
-        NotRunnableError: that runtime is not installed.
+        NotRunnableError: that runtime is not installed, or does not run on that device.
         IaptError: the bundle has no graphs for it.
     """
-    return [portable_target(manifest)] if runner else manifest.targets
+    return [portable_target(manifest)] if runner else [on_device(target, device) for target in manifest.targets]
 
 
 def _without_rounding(

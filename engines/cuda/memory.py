@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -188,6 +190,17 @@ class CudaStream:
         self.clear(array)
         self.synchronize()
         return array
+
+    def pinned(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        """An array on the host that the GPU copies to and from directly; its content is unknown.
+
+        Its memory goes back when nothing refers to it any more, also after the stream is closed.
+        """
+        size = max(math.prod(shape) * dtype.itemsize, 1)
+        address = int(self._call("cudaHostAlloc", size, 0))
+        memory = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False
+        return np.frombuffer(memoryview(memory), dtype, math.prod(shape)).reshape(shape)
 
     def clear(self, array: DeviceArray) -> None:
         """Queue the clearing of an array."""

@@ -1,4 +1,4 @@
-"""Run ONNX graphs with ONNX Runtime, on the CPU or on a CUDA GPU when its build has one."""
+"""Run ONNX graphs with ONNX Runtime, on the CPU or, where its build has CUDA, on an NVIDIA GPU (not run on one yet)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from engines.cuda.memory import CudaStream, DeviceArray
 from engines.native import add_kernels
 from engines.onnxruntime.cores import available_cores
+from engines.onnxruntime.devices import OPTIONS, PROVIDERS, check_provider, preload_cuda, require_device
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
-from iapt_export.contract.errors import IaptError, NotRunnableError
+from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
 ONNX_BFLOAT16 = 16
 """``onnx.TensorProto.BFLOAT16``; the onnx package is no need of a deployment machine."""
-FAULTY_VERSIONS = {
-    "1.23.0": "its Attention-23 is wrong where several query heads share a key head (logits off by 0.84 of the largest)"
-}
-"""Releases of ONNX Runtime that compute something else without a word."""
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeRunner(Runner):
     """One ONNX graph in an ONNX Runtime session; see `engines.runner.Runner`.
 
     bf16 arrays travel as ``ml_dtypes.bfloat16``, which ONNX Runtime takes as OrtValues only.
+
+    On a GPU, `zeros` gives arrays in its memory, which the graph reads and writes where they stand; arrays on the host
+    are copied to it in each call, read-only ones once.
     """
 
     def __init__(self, path: Path, spec: GraphSpec, *, device: str = "cpu", threads: int | None = None) -> None:
@@ -37,6 +37,8 @@ class OnnxRuntimeRunner(Runner):
         self.threads = threads
         self.rational = ""
         """Which form of ``ai.iapt::Rational`` runs, once active: the native kernel or the function body."""
+        self._stream: CudaStream | None = None
+        """Of what `zeros` gave on a GPU."""
         self._session: Any = None
         self._binding: Any = None
         self._fed: list[Any] = []
@@ -47,37 +49,27 @@ class OnnxRuntimeRunner(Runner):
         """Load the graph.
 
         Raises:
-            NotRunnableError: ONNX Runtime is not installed, lacks the device's provider, or is a release that is known
+            NotRunnableError: ONNX Runtime is not installed, does not run on the device, or is a release that is known
                 to compute wrongly.
             IaptError: ONNX Runtime refuses the file.
         """
         if self._session is not None:
             return
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise NotRunnableError("ONNX Runtime is not installed; try: pip install onnxruntime") from error
-        if reason := FAULTY_VERSIONS.get(onnxruntime.__version__):
-            raise NotRunnableError(
-                f"ONNX Runtime {onnxruntime.__version__} gives wrong answers: {reason}; "
-                "expected 1.23.1 or newer: pip install --upgrade onnxruntime"
-            )
-        provider = PROVIDERS.get(self.device)
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise NotRunnableError(
-                f"device {self.device!r} is not available: this ONNX Runtime offers {', '.join(available)}; "
-                "use --device cpu, or install onnxruntime-gpu on a machine with an NVIDIA GPU"
-            )
+        onnxruntime = require_device(self.device)
+        if self.device == "cuda":
+            preload_cuda(onnxruntime)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or available_cores()
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.rational = add_kernels(options, self.device)
         try:
-            self._session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
+            provider = (PROVIDERS[self.device], OPTIONS[self.device])
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise IaptError(f"ONNX Runtime refuses {self.path}: {str(error).strip().splitlines()[0]}") from error
+        check_provider(session, self.device)
+        self._session = session
 
     def infer(self, feeds: Mapping[str, Array], into: Mapping[str, Array] = NOWHERE) -> dict[str, Any]:
         """Run the graph once; see `engines.runner.Runner.infer`."""
@@ -90,14 +82,36 @@ class OnnxRuntimeRunner(Runner):
         names = [tensor.name for tensor in self.spec.outputs]
         return dict(zip(names, self._run(names, arrays), strict=True))
 
-    def zeros(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
-        """See `engines.runner.Runner.zeros`; the system gives the memory as it is written."""
-        return np.zeros(shape, numpy_type(dtype))
+    def zeros(self, dtype: str, shape: Sequence[int]) -> Array:
+        """See `engines.runner.Runner.zeros`; on the CPU the system gives the memory as it is written.
+
+        Raises:
+            NotRunnableError: CUDA's Python bindings are not installed.
+        """
+        if self.device == "cpu":
+            return np.zeros(shape, numpy_type(dtype))
+        return self._open_stream().zeros(shape, numpy_type(dtype))
+
+    def host_empty(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
+        """See `engines.runner.Runner.host_empty`; pinned beside a GPU."""
+        if self.device == "cpu":
+            return super().host_empty(dtype, shape)
+        return self._open_stream().pinned(shape, numpy_type(dtype))
 
     def deactivate(self) -> None:
         """Give the session's memory back."""
         self._session = self._binding = None
         self._fed, self._given = [], []
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def _open_stream(self) -> CudaStream:
+        if self._stream is None:
+            stream = CudaStream()
+            stream.open()
+            self._stream = stream
+        return self._stream
 
     def _run(self, names: list[str], feeds: Arrays) -> list[np.ndarray]:
         if not any(tensor.dtype == "bf16" for tensor in self.spec.inputs):
@@ -138,10 +152,12 @@ class OnnxRuntimeRunner(Runner):
         written = {id(array) for array in into.values()}
         for n in changed:
             tensor, array = self.spec.inputs[n], fed[n]
-            if id(array) in written or not array.flags.writeable or tensor.dtype == "bf16":
+            stays = self._stays(array, written)
+            if stays or tensor.dtype == "bf16":
                 self._binding.bind_input(tensor.name, *_place(tensor, array))
             else:  # quicker, but nothing says that its memory is read again in the next call
                 self._binding.bind_cpu_input(tensor.name, array)
+            if not stays:
                 fed[n] = self
         given = [into.get(tensor.name) for tensor in self.spec.outputs]
         new = []
@@ -154,12 +170,22 @@ class OnnxRuntimeRunner(Runner):
         self._fed, self._given = fed, given
         return new
 
+    def _stays(self, array: np.ndarray | DeviceArray, written: set[int]) -> bool:
+        """Whether what is bound is right in the next call too; of an array on the host a GPU has a copy."""
+        if isinstance(array, DeviceArray) or not array.flags.writeable:
+            return True
+        return self.device == "cpu" and id(array) in written
 
-def _place(tensor: TensorSpec, array: np.ndarray) -> tuple[str, int, Any, tuple[int, ...], int]:
+
+def _place(tensor: TensorSpec, array: np.ndarray | DeviceArray) -> tuple[str, int, Any, tuple[int, ...], int]:
     """An array's memory, as a binding takes it."""
+    kind = ONNX_BFLOAT16 if tensor.dtype == "bf16" else array.dtype
+    if isinstance(array, DeviceArray):
+        if not array.is_contiguous:
+            raise ValueError("an array that is bound must be contiguous")
+        return "cuda", array.stream.device, kind, array.shape, array.address
     if not array.flags.c_contiguous:
         raise ValueError("an array that is bound must be C-contiguous")
-    kind = ONNX_BFLOAT16 if tensor.dtype == "bf16" else array.dtype
     return "cpu", 0, kind, array.shape, array.ctypes.data
 
 

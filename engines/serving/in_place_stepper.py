@@ -127,7 +127,7 @@ class InPlaceStepper(Stepper):
             shape = (self.max_rows, int(heads), self.capacity, int(width))
             buffers[tensor.name] = self.reader.zeros(tensor.dtype, shape)
         (logits,) = (tensor for tensor in spec.outputs if tensor.name == "logits")
-        self._logits = np.empty((self.max_rows, 1, int(logits.shape[2])), numpy_type(logits.dtype))
+        self._logits = self.reader.host_empty(logits.dtype, (self.max_rows, 1, int(logits.shape[2])))
         return buffers
 
     def _run(self, first: int, ids: np.ndarray, places: np.ndarray, *, reads: bool, encoded: Arrays) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from engines.runner import Runner
@@ -9,8 +10,33 @@ from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.stepper import ConcatenatedStepper, Stepper
 from engines.serving.tenants import TenantBank
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import step_graphs
+from iapt_export.contract.graphs import runs_on, step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
+
+
+def on_device(target: TargetSpec, device: str) -> TargetSpec:
+    """A target with those of its graphs that run on a device.
+
+    Args:
+        target: of a bundle; one of TensorRT's stays as it is, because it always runs on the GPU.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        IaptError: it has none for both reading and going on.
+        NotRunnableError: this ONNX Runtime does not run there.
+    """
+    if device == "cpu" or target.name != "onnxruntime":
+        return target
+    from engines.onnxruntime.devices import require_device
+
+    require_device(device)
+    graphs = {name: spec for name, spec in target.graphs.items() if runs_on(name, device, target.dtype)}
+    if not any(step_graphs(graphs, in_place=kind) for kind in (True, False)):
+        raise IaptError(
+            f"target {target.name}:{target.dtype} has no graphs that run on {device}; use --device cpu, or build the "
+            "bundle for onnxruntime:fp16"
+        )
+    return dataclasses.replace(target, graphs=graphs)
 
 
 def open_runners(
@@ -41,9 +67,13 @@ def open_runners(
     }
 
 
-def cache_kinds(target: TargetSpec, device: str = "cpu") -> list[bool]:
-    """Whether a target's cache can be written in place (True), concatenated (False), or both, the better one first."""
-    return [kind for kind in (True, False) if step_graphs(target.graphs, in_place=kind, device=device)]
+def cache_kinds(target: TargetSpec) -> list[bool]:
+    """Whether a target's cache can be written in place (True), concatenated (False), or both, the better one first.
+
+    Args:
+        target: as `on_device` gives it.
+    """
+    return [kind for kind in (True, False) if step_graphs(target.graphs, in_place=kind)]
 
 
 def open_stepper(
@@ -69,8 +99,10 @@ def open_stepper(
     Raises:
         BundleError: a tenant's file is damaged.
         IaptError: the target has no such cache.
+        NotRunnableError: this ONNX Runtime does not run on that device.
     """
-    offered = cache_kinds(target, device)
+    target = on_device(target, device)
+    offered = cache_kinds(target)
     chosen = in_place if in_place is not None else next(iter(offered), None)
     if chosen not in offered:
         graphs = ", ".join(target.graphs)

@@ -114,9 +114,10 @@ class Session(Activated):
         """
         folder = Path(bundle)
         manifest = open_manifest(folder, **checks)
-        chosen = manifest.target(target)
-        stepper = open_stepper(folder, manifest, chosen, device=device, in_place=in_place, threads=threads)
-        return cls(folder, manifest, chosen, stepper, continuous=continuous, max_waiting=max_waiting)
+        stepper = open_stepper(
+            folder, manifest, manifest.target(target), device=device, in_place=in_place, threads=threads
+        )
+        return cls(folder, manifest, stepper.target, stepper, continuous=continuous, max_waiting=max_waiting)
 
     def activate(self) -> None:
         """Load the graphs and start serving."""

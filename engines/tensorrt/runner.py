@@ -91,6 +91,10 @@ class TensorRTRunner(Runner):
         """See `engines.runner.Runner.zeros`; they stand on the GPU."""
         return self.stream.zeros(shape, numpy_type(dtype))
 
+    def host_empty(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
+        """See `engines.runner.Runner.host_empty`; pinned."""
+        return self.stream.pinned(shape, numpy_type(dtype))
+
     def deactivate(self) -> None:
         """Give the GPU's memory back."""
         # a context must go before its engine, and that before its runtime

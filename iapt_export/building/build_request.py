@@ -68,7 +68,7 @@ class BuildRequest:
     new_tokens: Annotated[int, _COMPARISON] = 64
     """Greedy tokens for each prompt in the comparison."""
     device: Annotated[Device, _COMPARISON] = "cpu"
-    """Where ONNX Runtime runs in the comparison."""
+    """Where ONNX Runtime runs in the comparison; for cuda the bundle also gets the graphs that fp32 needs there."""
     no_peft_check: Annotated[bool, _COMPARISON] = False
     """Leave out the comparison with PEFT itself, which is made where it is installed and has the tenant's method."""
     prove: Annotated[bool, Parameter(parse=False)] = True

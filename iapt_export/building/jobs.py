@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.native import plugin_library
+from engines.onnxruntime.devices import require_device
 from engines.serving.conversation import encode_request
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
@@ -129,6 +130,8 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
         load_private_key(Path(request.sign))
     targets = plan_targets(request.targets, request.dtype, request.opset)
     check_device(targets, request.device)
+    if request.prove and request.device != "cpu" and any(target.name == "onnxruntime" for target in targets):
+        require_device(request.device)
     _check_engines(request, targets)
     return targets, plan_ranges({name: getattr(request, name) for name in ("batch", "sequence", "past", "tenants")})
 
@@ -159,7 +162,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
     specs = {}
     for target in targets:
-        capacity = _capacity(target, ranges) if family.in_place else None
+        capacity = _capacity(target, ranges, request.device) if family.in_place else None
         wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity)
         if not family.in_place:
             del wanted["serve"]
@@ -176,7 +179,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         tenants=tenants,
         backbone=spec,
         specs=specs,
-        graphs=_graph_jobs(targets, specs, ranges),
+        graphs=_graph_jobs(targets, specs, ranges, request.device),
         engines=[
             EngineJob(target.name, name, specs[target.name][name], _options(request, target))
             for target in targets
@@ -217,12 +220,18 @@ def _no_node_for_plugin(where: str, try_this: str) -> IaptError:
     )
 
 
-def _capacity(target: TargetPlan, ranges: Ranges) -> int | None:
-    """Cache entries of a row that a target's graphs have room for, if that is fixed."""
-    return ranges.past.max if target.name in TENSORRT and target.opset >= SCATTER_OPSET - 1 else None
+def _capacity(target: TargetPlan, ranges: Ranges, device: str) -> int | None:
+    """Cache entries of a row in a target's graphs of standard operators over a cache in place; None for no such graphs.
+
+    ONNX Runtime needs them on a GPU, see `iapt_export.contract.graphs.runs_on`.
+    """
+    wanted = target.name in TENSORRT or (device == "cuda" and target.weight_bits is None)
+    return ranges.past.max if wanted and target.opset >= SCATTER_OPSET - 1 else None
 
 
-def _graph_jobs(targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]], ranges: Ranges) -> list[GraphJob]:
+def _graph_jobs(
+    targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]], ranges: Ranges, device: str
+) -> list[GraphJob]:
     """One job for each variant: all graphs of the one that the bundle ships, of others those of the engines."""
     jobs = []
     shipped = onnx_variant(targets)
@@ -230,7 +239,7 @@ def _graph_jobs(targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]
         own = [target for target in targets if target.variant == variant]
         chosen = [specs[t.name] if variant == shipped else layout.engine_graphs(specs[t.name]) for t in own]
         names = tuple(dict.fromkeys(name for graphs in chosen for name in graphs))
-        capacity = next(filter(None, (_capacity(target, ranges) for target in own)), None)
+        capacity = next(filter(None, (_capacity(target, ranges, device) for target in own)), None)
         # one position more than a step finds, for the entry that it adds
         positions = ranges.past.max + 1 if any(KINDS[name].needs_onnxruntime for name in names) else None
         jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].weight_bits)))

@@ -224,7 +224,8 @@ def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpe
 
 def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
     """The graphs that TensorRT engines are built from: over a cache in place, where the opset has what that needs."""
-    steps = step_graphs(specs, in_place=True, device="cuda") or step_graphs(specs, in_place=False)
+    standard = [name for name in specs if not KINDS[name].needs_onnxruntime]
+    steps = step_graphs(standard, in_place=True) or step_graphs(standard, in_place=False)
     return tuple(name for name in specs if name in (ENCODER, *steps))
 
 

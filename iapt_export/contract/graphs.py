@@ -20,7 +20,7 @@ class GraphKind:
     in_place: bool = False
     """Its cache is written in place; else each step returns a longer one."""
     needs_onnxruntime: bool = False
-    """It has operators of ONNX Runtime's own, which are used on the CPU."""
+    """It has operators of ONNX Runtime's own; see `runs_on`."""
 
 
 ENCODER = "encoder"
@@ -41,22 +41,32 @@ PORTABLE = (ENCODER, "prefill", "decode")
 """The graphs that are written for any runtime: of standard operators without functions, every known size a number."""
 
 
-def step_graphs(names: Container[str], *, in_place: bool, device: str = "cpu") -> tuple[str, ...]:
+GPU_ATTENTION = ("fp16", "bf16")
+"""Types in which ONNX Runtime has its own attention on a GPU; in another it would fetch the cache for every layer."""
+
+
+def runs_on(name: str, device: str, dtype: str) -> bool:
+    """Whether a graph has all its kernels on a device.
+
+    Args:
+        name: the graph's.
+        device: ``cpu`` or ``cuda``.
+        dtype: of the target, such as ``fp16`` or ``int8``.
+    """
+    return device == "cpu" or not KINDS[name].needs_onnxruntime or dtype in GPU_ATTENTION
+
+
+def step_graphs(names: Container[str], *, in_place: bool) -> tuple[str, ...]:
     """The graphs that read instructions and that go on from them over one kind of cache.
 
     Args:
         names: the graphs that there are.
         in_place: which kind, see `GraphKind`.
-        device: ``cpu`` or ``cuda``, where they shall run.
 
     Returns:
         Two names, which may be equal; none where ``names`` has no such two.
     """
-    there = {
-        name: kind
-        for name, kind in KINDS.items()
-        if name in names and kind.in_place == in_place and (device == "cpu" or not kind.needs_onnxruntime)
-    }
+    there = {name: kind for name, kind in KINDS.items() if name in names and kind.in_place == in_place}
     reading = [name for name, kind in there.items() if kind.reads]
     continuing = [name for name, kind in there.items() if kind.continues]
     return (reading[0], continuing[0]) if reading and continuing else ()

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 
+from engines.cuda import memory as cuda_memory
 from engines.runner import numpy_type
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 
@@ -36,6 +38,7 @@ class FakeCuda:
     def __init__(self, memory_bytes: int = 1 << 30) -> None:
         self.memory_bytes = memory_bytes
         self.live: dict[int, Any] = {}
+        self.pinned: dict[int, Any] = {}
         self.streams = 0
         self.allocations = 0
         self.uploads = 0
@@ -65,6 +68,16 @@ class FakeCuda:
 
     def cudaFree(self, address: int) -> tuple[Status]:  # noqa: N802
         del self.live[address]
+        return (Status.cudaSuccess,)
+
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[Status, int]:  # noqa: N802
+        status, address = self.cudaMalloc(size)
+        if not status:
+            self.pinned[address] = self.live.pop(address)
+        return status, address
+
+    def cudaFreeHost(self, address: int) -> tuple[Status]:  # noqa: N802
+        del self.pinned[address]
         return (Status.cudaSuccess,)
 
     def cudaMemcpyAsync(self, *arguments: Any) -> tuple[Status]:  # noqa: N802
@@ -158,6 +171,82 @@ class OnnxContext:
         kind = numpy_type(tensor.dtype)
         memory = (ctypes.c_char * (math.prod(shape) * kind.itemsize)).from_address(self.addresses[tensor.name])
         return np.frombuffer(memory, kind).reshape(shape)
+
+
+class GpuBinding:
+    """An IO binding of ONNX Runtime's GPU build: "device" memory is host memory, and host arrays are copied at once."""
+
+    def __init__(self, binding: Any, session: GpuSession) -> None:
+        self.binding = binding
+        self.session = session
+        self.kept: dict[str, np.ndarray] = {}
+
+    def bind_input(self, name: str, device: str, number: int, kind: Any, shape: Any, address: int) -> None:
+        if device == "cpu":
+            size = math.prod(shape) * (2 if isinstance(kind, int) else np.dtype(kind).itemsize)
+            self.kept[name] = np.frombuffer(ctypes.string_at(address, size), np.uint8)
+            address = self.kept[name].ctypes.data
+            self.session.uploads.append(name)
+        self.binding.bind_input(name, "cpu", number, kind, shape, address)
+
+    def bind_cpu_input(self, name: str, array: np.ndarray) -> None:
+        self.session.uploads.append(name)
+        self.kept[name] = array.copy()
+        self.binding.bind_cpu_input(name, self.kept[name])
+
+    def bind_output(self, name: str, device: str = "cpu", *place: Any) -> None:
+        self.session.bound_outputs.append((name, device))
+        self.binding.bind_output(name, "cpu", *place)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.binding, name)
+
+
+class GpuSession:
+    """``onnxruntime.InferenceSession`` of the GPU build, which computes on the CPU and counts what travels."""
+
+    last: list[GpuSession]
+    falls_back = False
+    """Play a machine on which the provider's libraries do not load."""
+
+    def __init__(self, path: Any, options: Any, providers: Any) -> None:
+        self.asked = providers
+        self.real = REAL_SESSION(path, options, providers=["CPUExecutionProvider"])
+        self.uploads: list[str] = []
+        self.bound_outputs: list[tuple[str, str]] = []
+        GpuSession.last.append(self)
+
+    def get_providers(self) -> list[str]:
+        named = [] if GpuSession.falls_back else [provider for provider, _ in self.asked]
+        return [*named, "CPUExecutionProvider"]
+
+    def io_binding(self) -> GpuBinding:
+        return GpuBinding(self.real.io_binding(), self)
+
+    def run_with_iobinding(self, binding: GpuBinding) -> None:
+        self.real.run_with_iobinding(binding.binding)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+REAL_SESSION = onnxruntime.InferenceSession
+
+
+def play_gpu_build(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Let ONNX Runtime have its CUDA provider, and CUDA's bindings be there."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(cuda_memory, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(GpuSession, "last", [], raising=False)
+
+    def session(path: Any, options: Any, providers: Any) -> Any:
+        asked_for_gpu = providers[0][0] == "CUDAExecutionProvider"
+        return (GpuSession if asked_for_gpu else REAL_SESSION)(path, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    return cuda
 
 
 def fake_tensorrt(version: str, context: Any) -> types.SimpleNamespace:

@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from engines import doctor
+from engines.cuda import libraries
 from engines.cuda.driver import Driver, Gpu
-from engines.doctor import EXTRAS, LIMITED, MISSING, OK, TOOLS, Finding, abilities, diagnose, table
+from engines.doctor import CUDA_PROVIDER, EXTRAS, LIMITED, MISSING, OK, TOOLS, Finding, abilities, diagnose, table
 
+CUDA = "run on onnxruntime, --device cuda"
 NO_DRIVER = Driver(problem="no NVIDIA driver found: libcuda.so.1 is missing")
 ADA = Driver(gpus=(Gpu("NVIDIA RTX 4090", "8.9", 24 << 30),), cuda_version="13.1")
 HOPPER = Driver(gpus=(Gpu("NVIDIA H200", "9.0", 141 << 30),), cuda_version="13.1")
@@ -24,7 +26,7 @@ def _machine(*missing: str, driver: Driver = ADA) -> list[Finding]:
     findings = [Finding("python", OK, "3.11.7")]
     findings += [
         Finding(name, MISSING, remedy=f"pip install {name}") if name in missing else Finding(name, OK, "1.0")
-        for name in [*EXTRAS, *TOOLS]
+        for name in [*EXTRAS, CUDA_PROVIDER, *TOOLS]
     ]
     return [*findings, doctor._gpu(driver), Finding("disk", OK), Finding("memory", OK)]
 
@@ -35,7 +37,7 @@ def _able(findings: list[Finding]) -> dict[str, str]:
 
 def test_everything_is_looked_for() -> None:
     findings = {finding.name: finding for finding in diagnose() if finding.kind == "part"}
-    assert set(findings) == {"python", *EXTRAS, "gpu", *TOOLS, "disk", "memory"}
+    assert set(findings) == {"python", *EXTRAS, CUDA_PROVIDER, "gpu", *TOOLS, "disk", "memory"}
     assert findings["python"].version == ".".join(map(str, sys.version_info[:3]))
     assert all(finding.status in (OK, LIMITED, MISSING) for finding in findings.values())
     assert all(finding.remedy for finding in findings.values() if finding.status == MISSING)
@@ -64,6 +66,7 @@ def test_a_machine_without_a_gpu_builds_and_does_not_run() -> None:
     assert able["run tensorrt-rtx engines"] == MISSING
     assert able["build tensorrt engines"] == MISSING
     assert able["run on onnxruntime"] == OK
+    assert able["run on onnxruntime, --device cuda"] == MISSING
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_a_machine_without_a_gpu_builds_and_does_not_run() -> None:
         ("onnxruntime", {"run on onnxruntime"}),
         ("tensorrt_rtx", {"build tensorrt-rtx engines", "run tensorrt-rtx engines"}),
         ("tensorrt", {"build tensorrt engines", "run tensorrt engines"}),
-        ("cuda.bindings", {"run tensorrt-rtx engines", "run tensorrt engines"}),
+        ("cuda.bindings", {CUDA, "run tensorrt-rtx engines", "run tensorrt engines"}),
         ("cmake", {"compile the C++ parts"}),
         ("nvcc", set()),
     ],
@@ -150,6 +153,48 @@ def test_providers_are_read_from_the_libraries(tmp_path: Path) -> None:
     assert doctor._providers([str(tmp_path)]) == ["cpu", "cuda"]
 
 
+def a_gpu_build(folder: Path) -> Path:
+    """Files of ONNX Runtime's GPU build for CUDA 13."""
+    (folder / "capi").mkdir(parents=True)
+    (folder / "capi" / "libonnxruntime_providers_cuda.so").touch()
+    record = "package_name = 'onnxruntime-gpu'\ncuda_version = '13.0'\n"
+    (folder / "capi" / "build_and_package_info.py").write_text(record, encoding="utf-8")
+    return folder
+
+
+def test_a_build_of_onnx_runtime_without_cuda(tmp_path: Path) -> None:
+    finding = doctor._cuda_provider([str(tmp_path)])
+    assert (finding.status, finding.detail) == (MISSING, "this ONNX Runtime has no CUDA provider")
+    assert finding.remedy == "pip uninstall onnxruntime, then pip install -e '.[gpu]'"
+
+
+def test_libraries_of_cuda_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, there = a_gpu_build(tmp_path / "onnxruntime"), tmp_path / "libraries"
+    there.mkdir()
+    for name in libraries.NEEDED["13"]:
+        (there / name).touch()
+    monkeypatch.setattr(libraries, "_known_to_the_loader", set)
+    monkeypatch.setattr(libraries, "_own_folders", lambda: [there])
+    assert doctor._cuda_provider([str(build)]) == Finding(CUDA_PROVIDER, OK, "CUDA 13")
+    for name in ("libcublas.so.13", "libcudnn.so.9"):
+        (there / name).unlink()
+    finding = doctor._cuda_provider([str(build)])
+    assert (finding.status, finding.version) == (MISSING, "CUDA 13")
+    assert finding.detail == "no libcublas.so.13, libcudnn.so.9"
+    assert "onnxruntime-gpu[cuda,cudnn]" in finding.remedy
+    lost = {f.name: f for f in abilities([*_machine(CUDA_PROVIDER)[:-1], finding, Finding("memory", OK)])}
+    assert lost[CUDA].status == MISSING and lost[CUDA].detail == finding.detail
+
+
+def test_what_the_loader_knows_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "2 libs found\n\tlibcudart.so.13 (libc6,x86-64) => /usr/lib/libcudart.so.13\n"
+    done = subprocess.CompletedProcess([], 0, said)
+    monkeypatch.setattr(libraries.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(libraries, "_own_folders", list)
+    assert libraries.missing_libraries("13") == list(libraries.NEEDED["13"][1:])
+    assert libraries.missing_libraries("14") == [], "nothing is known of what it needs"
+
+
 def test_too_little_disk_and_memory_are_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MIN_DISK_GIB", 1 << 30)
     disk = doctor._disk(tmp_path / "not" / "yet" / "there")
@@ -182,6 +227,7 @@ def test_the_data_is_json() -> None:
         "train adapters",
         "export bundles",
         "run on onnxruntime",
+        CUDA,
         "build tensorrt-rtx engines",
         "run tensorrt-rtx engines",
         "build tensorrt engines",

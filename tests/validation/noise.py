@@ -113,7 +113,7 @@ def judge_bundle(bundle: Path, manifest: BundleManifest, reference: Reference, s
     """What a whole validation with this seed holds against the table."""
     settings = Settings(seed=seed, depth="full")
     truths = measure_truth(bundle, manifest, reference, settings, lambda text: None)
-    for in_place in cache_kinds(manifest.target(), "cpu"):
+    for in_place in cache_kinds(manifest.target()):
         with Session.open(bundle, verify=False, allow_unproven=True, in_place=in_place) as session:
             result = compare_target(session, reference, truths, settings, lambda text: print(text, flush=True))
         for check in result.checks:

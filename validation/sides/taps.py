@@ -11,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
-from engines.onnxruntime.runner import PROVIDERS, OnnxRuntimeRunner
-from engines.runner import NOWHERE
+from engines.onnxruntime.devices import OPTIONS, PROVIDERS
+from engines.onnxruntime.runner import OnnxRuntimeRunner
+from engines.runner import NOWHERE, numpy_type
 from engines.serving.stepper import PAST, PRESENT
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
@@ -196,11 +198,15 @@ class TappedRunner(OnnxRuntimeRunner):
         )
         try:
             self._session = onnxruntime.InferenceSession(
-                self.graph.with_outputs(self.taps), options, providers=[PROVIDERS[self.device]]
+                self.graph.with_outputs(self.taps), options, providers=[(PROVIDERS[self.device], OPTIONS[self.device])]
             )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
             raise IaptError(f"ONNX Runtime refuses {self.path.name} with taps as outputs: {reason}") from error
+
+    def zeros(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
+        """On the host, whatever the device, because all of it is looked at after each step."""
+        return np.zeros(shape, numpy_type(dtype))
 
     def infer(self, feeds: Mapping[str, Any], into: Mapping[str, Any] = NOWHERE) -> dict[str, Any]:
         """See `engines.runner.Runner.infer`; what the session does not know, and the cache before, are kept aside."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from iapt_export.contract.graphs import ENCODER, GENERATOR, KINDS, step_graphs
+from iapt_export.contract.graphs import ENCODER, GENERATOR, KINDS, runs_on, step_graphs
 from iapt_export.graphs.table import TABLE
 
 PORTABLE = ("prefill", "decode")
@@ -19,19 +19,36 @@ def test_every_graph_is_made_and_described() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "device", "in_place", "concatenated"),
+    ("names", "in_place", "concatenated"),
     [
-        (KINDS, "cpu", ("serve", "serve"), PORTABLE),
-        (KINDS, "cuda", ENGINES, PORTABLE),
-        ((*PORTABLE, "serve"), "cuda", (), PORTABLE),
-        (ENGINES, "cpu", ENGINES, ()),
-        (("serve", ENCODER), "cpu", ("serve", "serve"), ()),
-        (("prefill", GENERATOR, "serve_decode"), "cpu", (), ()),
-        ((), "cpu", (), ()),
+        (KINDS, ("serve", "serve"), PORTABLE),
+        ((*PORTABLE, *ENGINES), ENGINES, PORTABLE),
+        (ENGINES, ENGINES, ()),
+        (("serve", ENCODER), ("serve", "serve"), ()),
+        (("prefill", GENERATOR, "serve_decode"), (), ()),
+        ((), (), ()),
     ],
 )
 def test_the_graphs_to_step_through(
-    names: tuple[str, ...], device: str, in_place: tuple[str, ...], concatenated: tuple[str, ...]
+    names: tuple[str, ...], in_place: tuple[str, ...], concatenated: tuple[str, ...]
 ) -> None:
-    assert step_graphs(names, in_place=True, device=device) == in_place
-    assert step_graphs(names, in_place=False, device=device) == concatenated
+    assert step_graphs(names, in_place=True) == in_place
+    assert step_graphs(names, in_place=False) == concatenated
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "runs"),
+    [
+        ("serve", "cpu", "fp32", True),
+        ("serve", "cpu", "int4", True),
+        ("serve", "cuda", "fp32", False),
+        ("serve", "cuda", "int8", False),
+        ("serve", "cuda", "fp16", True),
+        ("serve", "cuda", "bf16", True),
+        ("serve_decode", "cuda", "fp32", True),
+        ("prefill", "cuda", "fp32", True),
+        (ENCODER, "cuda", "int8", True),
+    ],
+)
+def test_where_a_graph_runs(name: str, device: str, dtype: str, runs: bool) -> None:
+    assert runs_on(name, device, dtype) == runs

@@ -1,0 +1,71 @@
+"""What ONNX Runtime needs of a machine to run on a device, and what it is told there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+from iapt_export.contract.errors import NotRunnableError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+"""On a GPU fp32 is fp32: by default products would be of TF32, which has ten bits of fraction."""
+FAULTY_VERSIONS = {
+    "1.23.0": "its Attention-23 is wrong where several query heads share a key head (logits off by 0.84 of the largest)"
+}
+"""Releases of ONNX Runtime that compute something else without a word."""
+
+
+def load_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        NotRunnableError: it is not installed, or a release that is known to compute wrongly.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise NotRunnableError("ONNX Runtime is not installed; try: pip install onnxruntime") from error
+    if reason := FAULTY_VERSIONS.get(onnxruntime.__version__):
+        raise NotRunnableError(
+            f"ONNX Runtime {onnxruntime.__version__} gives wrong answers: {reason}; "
+            "expected 1.23.1 or newer: pip install --upgrade onnxruntime"
+        )
+    return onnxruntime
+
+
+def require_device(device: str) -> Any:
+    """Refuse, before any work, a device that this ONNX Runtime does not run on; returns the module.
+
+    Raises:
+        NotRunnableError: ONNX Runtime is missing, or lacks the device's provider.
+    """
+    onnxruntime = load_onnxruntime()
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS.get(device) not in available:
+        raise NotRunnableError(
+            f"device {device!r} is not available: this ONNX Runtime offers {', '.join(available)}; "
+            "use --device cpu, or install onnxruntime-gpu on a machine with an NVIDIA GPU"
+        )
+    return onnxruntime
+
+
+def check_provider(session: Any, device: str) -> None:
+    """Refuse a session that fell back to the CPU, which ONNX Runtime does with no more than a line in its log.
+
+    Raises:
+        NotRunnableError: the provider did not load.
+    """
+    if PROVIDERS[device] not in session.get_providers():
+        raise NotRunnableError(
+            f"ONNX Runtime's {PROVIDERS[device]} does not load here and it would run on the CPU instead: the GPU's "
+            "driver, or a library of CUDA or cuDNN, is missing; 'iapt-export doctor' says which"
+        )
+
+
+def preload_cuda(onnxruntime: Any) -> None:
+    """Load CUDA's and cuDNN's libraries from NVIDIA's Python packages, where they are installed as such."""
+    if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; `check_provider` says it in words
+            onnxruntime.preload_dlls()
