@@ -1,7 +1,9 @@
-"""Which of CUDA's libraries ONNX Runtime's GPU build needs and this machine lacks; nothing is loaded to find out."""
+"""CUDA's libraries that ONNX Runtime's GPU build needs: which are missing, and loading them from NVIDIA's packages."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -12,8 +14,8 @@ from pathlib import Path
 NEEDED = {
     "12": (
         "libcudart.so.12",
-        "libcublas.so.12",
         "libcublasLt.so.12",
+        "libcublas.so.12",
         "libcurand.so.10",
         "libcufft.so.11",
         "libnvrtc.so.12",
@@ -21,15 +23,15 @@ NEEDED = {
     ),
     "13": (
         "libcudart.so.13",
-        "libcublas.so.13",
         "libcublasLt.so.13",
+        "libcublas.so.13",
         "libcurand.so.10",
         "libcufft.so.12",
         "libnvrtc.so.13",
         "libcudnn.so.9",
     ),
 }
-"""CUDA's major version, for which ONNX Runtime was built, to the libraries that it loads."""
+"""CUDA's major version, for which ONNX Runtime was built, to the libraries that it loads; a needed one comes first."""
 
 
 def cuda_major(onnxruntime: Iterable[str]) -> str:
@@ -54,6 +56,19 @@ def missing_libraries(major: str) -> list[str]:
     """
     there = {path.name for folder in _own_folders() for path in folder.glob("*.so*")} | _known_to_the_loader()
     return [name for name in NEEDED.get(major, ()) if name not in there]
+
+
+def load_libraries(major: str) -> None:
+    """Load the libraries of `NEEDED` that NVIDIA's Python packages have, wherever these are installed.
+
+    ONNX Runtime finds them then by their names. Its own ``preload_dlls`` looks only beside itself.
+    """
+    folders = _own_folders()
+    for name in NEEDED.get(major, ()):
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if path is not None:
+            with contextlib.suppress(OSError):  # ONNX Runtime's own attempt decides
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def _own_folders() -> list[Path]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from typing import Any
 
+from engines.cuda.libraries import cuda_major, load_libraries
 from iapt_export.contract.errors import NotRunnableError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -66,6 +65,4 @@ def check_provider(session: Any, device: str) -> None:
 
 def preload_cuda(onnxruntime: Any) -> None:
     """Load CUDA's and cuDNN's libraries from NVIDIA's Python packages, where they are installed as such."""
-    if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; `check_provider` says it in words
-            onnxruntime.preload_dlls()
+    load_libraries(cuda_major(onnxruntime.__path__))

@@ -186,6 +186,24 @@ def test_libraries_of_cuda_that_are_missing(tmp_path: Path, monkeypatch: pytest.
     assert lost[CUDA].status == MISSING and lost[CUDA].detail == finding.detail
 
 
+def test_libraries_are_loaded_from_nvidias_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13"):
+        (tmp_path / name).write_bytes(b"no library")
+    loaded: list[str] = []
+
+    def load(path: str, mode: int) -> None:
+        loaded.append(Path(path).name)
+        if "cudart" in path:
+            raise OSError("invalid ELF header")
+
+    monkeypatch.setattr(libraries.ctypes, "CDLL", load)
+    monkeypatch.setattr(libraries, "_own_folders", lambda: [tmp_path / "none", tmp_path])
+    libraries.load_libraries("13")
+    assert loaded == ["libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13"], "what one needs comes before it"
+    libraries.load_libraries("")
+    assert len(loaded) == 3
+
+
 def test_what_the_loader_knows_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "2 libs found\n\tlibcudart.so.13 (libc6,x86-64) => /usr/lib/libcudart.so.13\n"
     done = subprocess.CompletedProcess([], 0, said)

@@ -13,6 +13,7 @@ from engines.serving.stepper import Instruction, Stepper, past_from_present
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import TinyBuild
+from tests.engines.fake_gpu import play_gpu_build
 
 PROMPTS = [("alpha", [5, 6, 7]), ("beta", [9, 8, 7, 6, 5, 4, 3]), ("gamma", [11]), ("alpha", [3, 5])]
 CLOSE = 2e-5
@@ -125,7 +126,8 @@ def test_only_the_cache_is_handed_on() -> None:
     assert list(past_from_present(outputs)) == ["past_key_values.0.key", "past_key_values.11.value"]
 
 
-def test_a_cache_that_the_target_lacks(tiny_build: TinyBuild) -> None:
+def test_a_cache_that_the_target_lacks(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_gpu_build(monkeypatch)
     manifest = BundleManifest.load(tiny_build.bundle)
     with pytest.raises(IaptError, match="target onnxruntime has no graph for that cache on device cuda; its graphs: "):
         open_stepper(tiny_build.bundle, manifest, manifest.target(), device="cuda", in_place=True)
