@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import types
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from iapt_export.contract.errors import IaptError
@@ -41,7 +43,32 @@ def config_from_dict(cls: type[Any], fields: dict[str, Any], source: str) -> Any
         for name, value in fields.items()
         if isinstance(value, list) and get_origin(hints[name]) is tuple
     }
+    raise_problems(source, type_problems(cls, fields | listed))
     return cls(**{**getattr(cls, "older", {}), **fields, **listed})
+
+
+def type_problems(cls: type[Any], fields: Mapping[str, Any]) -> list[str]:
+    """One line for each value that is no text where text belongs: of numbers and choices, their ranges tell.
+
+    Args:
+        cls: the dataclass.
+        fields: values of some of its fields.
+    """
+    problems, hints = [], get_type_hints(cls)
+    for name, value in fields.items():
+        hint = hints[name]
+        kinds = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+        if get_origin(hint) is tuple and get_args(hint)[0] is str:
+            if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+                problems.append(f"{name}={value!r} is no list of texts")
+        elif (str in kinds or kinds == (int, types.NoneType)) and (
+            not isinstance(value, kinds) or isinstance(value, bool)
+        ):
+            problems.append(f"{name}={value!r} is not {' or '.join(_NAMES[kind] for kind in kinds)}")
+    return problems
+
+
+_NAMES = {str: "text", int: "an integer", types.NoneType: "null"}
 
 
 def choice_problems(config: Any) -> list[str]:

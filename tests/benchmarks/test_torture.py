@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from benchmarks import torture, torture_inputs, torture_kills
+from engines.serving.session import Session
 from tests.bundles import TinyBuild
+from tests.engines.serving.soak import Soak
 
 
 def test_no_reader_lets_a_raw_exception_through(tiny_build: TinyBuild, tmp_path: Path) -> None:
@@ -59,3 +62,25 @@ def test_a_command_that_loses_something_is_seen(cache: torture_kills.Scenario, t
     )
     tally = torture_kills.torment(half, tmp_path, seconds=60, most=6)
     assert tally.operations == 3 and any("half of it" in fault for fault in tally.faults or ())
+
+
+def test_a_thread_of_the_load_that_ends_early_is_seen() -> None:
+    def change() -> None:
+        raise KeyError("full")
+
+    state = Soak(cast(Session, None), {})
+    state.watched(change)
+    assert state.lost == ["change ended: KeyError: 'full'"]
+
+
+def test_a_cut_run_goes_on(cache: torture_kills.Scenario, tmp_path: Path) -> None:
+    """What was counted is not counted again, and the second part takes the kills that the first one left."""
+    kept: list[int] = []
+    tally = torture_kills.torment(cache, tmp_path / "a", 60, 10, keep=lambda t: kept.append(t.kills))
+    again = torture_kills.Tally(**dataclasses.asdict(tally))
+    torture_kills.torment(cache, tmp_path / "b", 60, 14, tally=again)
+    assert kept[-1] == 10 and again.kills == 14 and again.tried > tally.tried and again.faults == []
+    reader = torture_inputs.Reader("any", b"{}", lambda path: path.read_bytes(), "f.json")
+    found = torture_inputs.torment(reader, tmp_path, 5, seed=0)
+    torture_inputs.torment(reader, tmp_path, 5, seed=5, found=found)
+    assert (found.inputs, found.accepted) == (10, 10)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.schema import read_object
-from iapt_export.contract.settings import choice_problems, raise_problems
+from iapt_export.contract.settings import choice_problems, raise_problems, type_problems
 from iapt_export.contract.sizes import MOST, MOST_LAYERS
 from trainers.decoder.method import Method, Sizes
 from trainers.methods.configs import method_name
@@ -65,7 +65,7 @@ class AdapterConfig(Sizes):
         name = method_name(self.method)
         if not self.peft_type:
             object.__setattr__(self, "peft_type", name)
-        problems = choice_problems(self)
+        problems = choice_problems(self) + type_problems(type(self), vars(self))
         if self.peft_type != name:
             problems.append(f"peft_type={self.peft_type!r} is not the name of the method given, {name}")
         if self.prompt_format not in ("chat", "plain"):

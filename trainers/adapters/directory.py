@@ -113,7 +113,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; upgrade iapt-export"
         )
     name = fields.get("peft_type")
-    if name not in METHOD_CONFIGS:
+    if not isinstance(name, str) or name not in METHOD_CONFIGS:
         raise IaptError(f"{path}: peft_type {name!r} is not a known method; known: {', '.join(METHOD_CONFIGS)}")
     known = {item.name for item in dataclasses.fields(AdapterConfig)}
     missing = [f"field {key} is missing" for key in REQUIRED if key not in fields]
@@ -126,7 +126,6 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     else:
         names = {item.name for item in dataclasses.fields(METHOD_CONFIGS[name])}
         method = {key: fields.pop(key) for key in sorted(names & set(fields))}
-    fields["labels"] = tuple(fields.get("labels", ()))
     if isinstance(linears := fields.get("linears"), dict):
         fields["linears"] = {key: tuple(pair) if isinstance(pair, list) else pair for key, pair in linears.items()}
     fields["method"] = config_from_dict(METHOD_CONFIGS[name], method, str(path))
@@ -164,4 +163,4 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
 def is_stock_peft(fields: dict[str, Any]) -> bool:
     """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
     only_ours = set(METHOD_CONFIGS) - set(PEFT_TYPES)
-    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in only_ours
+    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in list(only_ours)

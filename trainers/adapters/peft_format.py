@@ -112,7 +112,7 @@ def _checked_form(fields: dict[str, Any], sizes: Sizes, source: str) -> PeftForm
         IaptError: another method, an option that is not supported, or sizes that are not the backbone's.
     """
     kind = fields.get("peft_type")
-    form = FORMS.get(kind)  # type: ignore[arg-type]
+    form = FORMS.get(kind) if isinstance(kind, str) else None
     if form is None:
         raise IaptError(
             f"{source}: PEFT's method {kind!r} is not supported; use one of {', '.join(FORMS)}, or a method "
