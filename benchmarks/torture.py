@@ -248,7 +248,7 @@ def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say
     usual = gaps.pop("ordinary")
     moved = {name: [mine / own - 1 for mine, own in zip(gaps[name], usual, strict=True)] for name in gaps}
     shifts = {name: round(statistics.median(values), 3) for name, values in moved.items()}
-    limit = 1.0 if asked.short else ALLOWED_SHIFT  # few rounds on a busy machine say little
+    limit = 2.0 if asked.short else ALLOWED_SHIFT  # few rounds say little; docs/security.md has what they said
     faults = [f"{name} moves the median gap by {shift:.0%}" for name, shift in shifts.items() if shift > limit]
     return {"rounds": asked.rounds, "gap_ms": round(statistics.median(usual), 3), "shifts": shifts, "faults": faults}
 
