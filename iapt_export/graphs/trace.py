@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.lay_out import LayOutError, lay_out, remove_marks
 from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace, shortened
+from iapt_export.graphs.one_trace import needs_no_second_trace
 from iapt_export.graphs.ops import layer_end
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
@@ -81,32 +82,53 @@ def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpe
     axes = [_dynamic_axes(tensor) for tensor in spec.inputs]
     attention = in_place_attention if KINDS[name].in_place else exportable
     marked = layers_marked(decoder_layers(backbone))
-    with attention(backbone), traceable_experts(backbone), marked, _quiet(), torch.no_grad():
-        try:
-            program = torch.export.export(
+
+    def program() -> torch.export.ExportedProgram:
+        # the cache of fake tensors costs more than it saves where sizes are symbols
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            return torch.export.export(
                 twin.eval(),
                 (*examples[:num_plain], tuple(examples[num_plain:])),
                 dynamic_shapes=(*axes[:num_plain], tuple(axes[num_plain:])),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,  # the default rewriter takes a minute on 30 layers; ours is iapt_export.graphs.passes
-                verbose=False,
-                custom_translation_table=rational.translation_table()
-                | serving.translation_table()
-                | layer_end.translation_table(),
-            )
+
+    with attention(backbone), traceable_experts(backbone), marked, _quiet(), torch.no_grad():
+        try:
+            return _translated(program, opset)
         except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not
             raise IaptError(
                 f"{type(backbone).__name__} could not be traced into {name}.onnx: {deepest_cause(error)}; only "
                 "decoders whose forward pass torch.export can follow are supported, see docs/models.md"
             ) from error
-    assert onnx_program is not None
-    return onnx_program.model
+
+
+def _translated(traced: Callable[[], torch.export.ExportedProgram], opset: int) -> ir.Model:
+    """The program that ``traced`` gives, in ONNX; from a second trace where an operator has no translation."""
+
+    def translate(program: torch.export.ExportedProgram) -> ir.Model:
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,  # the default rewriter takes a minute on 30 layers; ours is iapt_export.graphs.passes
+            verbose=False,
+            custom_translation_table=rational.translation_table()
+            | serving.translation_table()
+            | layer_end.translation_table(),
+        )
+        assert onnx_program is not None
+        return onnx_program.model
+
+    program = traced()
+    if needs_no_second_trace(program):
+        try:
+            return translate(program)
+        except RuntimeError as error:
+            LOGGER.info("traced a second time: %s", deepest_cause(error))
+            program = traced()
+    return translate(program)
 
 
 def exportable(backbone: Any) -> AbstractContextManager[None]:

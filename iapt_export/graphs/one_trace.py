@@ -1,0 +1,106 @@
+"""Spares the exporter its second trace of a program that needs none.
+
+``torch.onnx.export`` traces what it is given once more (``ExportedProgram.run_decompositions``), to write in-place
+operators without side effects and to break up operators that it has no ONNX for. A decoder's program has few of
+these, all of them simple; each is rewritten here where it stands, which takes milliseconds instead of half of all
+the time of an export. A program with anything else in it goes the long way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+
+LOGGER = logging.getLogger("iapt_export")
+
+aten = torch.ops.aten
+
+
+def needs_no_second_trace(program: ExportedProgram) -> bool:
+    """Rewrite what the exporter would trace again for, and tell it so.
+
+    Args:
+        program: as ``torch.export.export`` made it, changed in place: afterwards its ``run_decompositions`` gives
+            the program itself.
+
+    Returns:
+        False where an operator has side effects or holds a graph of its own; the program is then as it was.
+    """
+    graph = program.graph_module.graph
+    reason = next(filter(None, map(_why_traced_again, graph.nodes)), None)
+    if reason:
+        LOGGER.info("traced a second time: %s", reason)
+        return False
+    for node in list(graph.nodes):
+        if node.target in REWRITES:
+            REWRITES[node.target](graph, node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    vars(program)["run_decompositions"] = lambda *_args, **_keywords: program
+    return True
+
+
+def _why_traced_again(node: Node) -> str | None:
+    if node.op == "get_attr":
+        return f"{node.target} is inside the program"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"{node.target} holds a graph"
+    if node.target in REWRITES or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    return f"{node.target} has side effects" if node.target._schema.is_mutable else None
+
+
+def _remove(graph: Graph, node: Node) -> None:
+    """Assertions of the trace; the exporter drops them too."""
+    graph.erase_node(node)
+
+
+def _pass_through(graph: Graph, node: Node) -> None:
+    """The same values, in the type that the node gives."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    node.kwargs = {}
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        node.target, node.args = torch.ops.prims.convert_element_type.default, (source, node.meta["val"].dtype)
+    elif any(user.op == "output" for user in node.users):  # the program knows its outputs by their names
+        node.target, node.args = aten.clone.default, (source,)
+    else:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _renamed(target: Any) -> Callable[[Graph, Node], None]:
+    """The operator's other name, which has a translation."""
+
+    def rename(_graph: Graph, node: Node) -> None:
+        node.target = target
+
+    return rename
+
+
+def _reshape(graph: Graph, node: Node) -> None:
+    """``flatten`` and ``unflatten`` to sizes that are known but for one; translations compute all from the tensor's."""
+    sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+    if sizes.count(-1) < 2:
+        node.target, node.args = aten.reshape.default, (node.args[0], sizes)
+
+
+REWRITES: dict[Any, Callable[[Graph, Node], None]] = {
+    aten._assert_tensor_metadata.default: _remove,
+    aten._assert_scalar.default: _remove,
+    aten.to.device: _pass_through,
+    aten.to.dtype: _pass_through,
+    aten.to.dtype_layout: _pass_through,
+    aten.detach.default: _pass_through,
+    aten.detach_.default: _pass_through,
+    aten.lift_fresh_copy.default: _pass_through,
+    aten.flatten.using_ints: _reshape,
+    aten.unflatten.int: _reshape,
+    aten.__and__.Tensor: _renamed(aten.bitwise_and.Tensor),
+    aten.__or__.Tensor: _renamed(aten.bitwise_or.Tensor),
+}

@@ -1,0 +1,118 @@
+"""One trace instead of two: the same graph, whatever was rewritten; the long way where that cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from iapt_export.graphs import trace
+from iapt_export.graphs.export import run_passes
+from iapt_export.graphs.installed import rational_forms
+from iapt_export.graphs.one_trace import REWRITES, needs_no_second_trace
+from iapt_export.graphs.passes import ship_pipeline
+from iapt_export.graphs.table import TABLE, Serving
+from tests.graphs import installed, run_onnx, specs_for
+from tests.tiny import tiny_llama
+
+
+class Rewritten(nn.Module):
+    """Every operator that is rewritten, on ``x [B, 4, 6]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = (x + torch.tensor([1.0]).detach()).to(torch.float32).to(x.device)
+        mask = ((wide > 0) & (wide < 2)) | (wide == wide.flatten(1).max())
+        return (wide.flatten(1).unflatten(1, (2, 12)).flatten(1) + mask.to(dtype=torch.float32).flatten(1)).to(x)
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, 0]
+        return first.add_(1).clone() + x[:, 0]
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+
+def traced(module: nn.Module, x: Tensor) -> ExportedProgram:
+    return torch.export.export(module, (x,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+
+
+def in_onnx(program: ExportedProgram) -> bytes:
+    made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    assert made is not None
+    return made.model_proto.SerializeToString()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_rewritten_computes_the_same(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4, 6).to(dtype)
+    program = traced(Rewritten().eval(), x)
+    # sizes are asserted on where a tensor depends on one, and detach_ stands for a constant
+    unseen = {torch.ops.aten._assert_scalar.default, torch.ops.aten.detach.default}
+    assert {node.target for node in program.graph.nodes} >= set(REWRITES) - unseen
+    assert needs_no_second_trace(program)
+    assert program.run_decompositions({}) is program
+    assert not {node.target for node in program.graph.nodes} & set(REWRITES)
+    graph = in_onnx(program)
+    for rows in (3, 5):
+        x = torch.randn(rows, 4, 6).to(dtype)
+        (made,) = run_onnx(graph, {"x": x.numpy()}).values()
+        np.testing.assert_array_equal(made, Rewritten()(x).numpy())
+
+
+@pytest.mark.parametrize("module", [InPlace(), Branching()], ids=["in place", "a graph inside"])
+def test_side_effects_and_inner_graphs_go_the_long_way(module: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="iapt_export")
+    x = torch.randn(3, 4)
+    program = traced(module.eval(), x)
+    text = str(program.graph)
+    assert not needs_no_second_trace(program)
+    assert str(program.graph) == text, "nothing was touched"
+    assert "traced a second time: " in caplog.text
+    (made,) = run_onnx(in_onnx(program), {"x": x.numpy()}).values()
+    np.testing.assert_array_equal(made, module(x.clone()).numpy())
+
+
+def operators(model: ir.Model) -> list[tuple[str, int]]:
+    return [(node.op_type, len(node.inputs)) for node in model.graph]
+
+
+def test_a_decoders_graph_is_that_of_two_traces(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    methods = installed()
+    spec = specs_for(model, methods)["decode"]
+
+    def shipped() -> list[tuple[str, int]]:
+        passes = ship_pipeline(spec, rational_forms(methods), 23, TABLE["decode"].passes(Serving()))
+        return operators(run_passes("decode", passes, trace.trace_graph("decode", model, methods, spec, 23))[0])
+
+    counts: list[Any] = []
+    monkeypatch.setattr(
+        trace, "needs_no_second_trace", lambda program: counts.append(1) or needs_no_second_trace(program)
+    )
+    once = shipped()
+    assert len(counts) == 1, "a failure would have traced again"
+    monkeypatch.setattr(trace, "needs_no_second_trace", lambda program: False)
+    assert once == shipped()
+
+
+def test_what_has_no_translation_is_traced_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if a decoder used an operator that has to be broken up and that nothing is known about."""
+    caplog.set_level("INFO", logger="iapt_export")
+    for target in (torch.ops.aten.__and__.Tensor, torch.ops.aten.to.dtype):
+        monkeypatch.delitem(REWRITES, target)
+    model = tiny_llama(num_hidden_layers=1)
+    methods = installed()
+    made = trace.trace_graph("decode", model, methods, specs_for(model, methods)["decode"], 23)
+    assert "traced a second time: No ONNX function found for <OpOverload(op='aten.to'" in caplog.text
+    assert any(node.op_type == "And" for node in made.graph)
