@@ -170,6 +170,7 @@ def test_a_peer_of_pytorch_is_measured(peer: str, tmp_path: Path) -> None:
     assert made["prefill_ms"] > 0 and made["decode_ms"] > 0 and set(made) == {"prefill_ms", "decode_ms", "peak_mib"}
 
 
+@pytest.mark.slow
 def test_a_tiny_bundle_is_made_measured_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_backbone(
         tmp_path / "model", tiny_llama(num_hidden_layers=1, vocab_size=40000, max_position_embeddings=1024)

@@ -332,21 +332,19 @@ from tests.graphs import installed
 from trainers.decoder.backbone import load_backbone
 
 model, graphs, *words = sys.argv[1:]
-export_graphs(
-    load_backbone(model).model, installed(), Path(graphs), dtype="fp32", opset=23, names=("decode", "generator")
-)
+export_graphs(load_backbone(model).model, installed(), Path(graphs), dtype="fp32", opset=23, names=("generator",))
 main(words)
 """
 
 
 def test_equal_inputs_give_equal_bytes_in_another_process(model: Any, tiny_build: TinyBuild, tmp_path: Path) -> None:
-    """Two graphs are traced again, and a bundle is made of finished graphs; the next test makes all of it."""
+    """A graph is traced again, and a bundle is made of finished graphs; the next test makes all of it."""
     graphs, output = tmp_path / "graphs", tmp_path / tiny_build.bundle.name
     graphs.mkdir()
     in_another_process("-c", EXPORT_AND_BUILD, str(tiny_build.model), str(graphs), *tiny_build.arguments(output))
     own = tmp_path / "own"
     own.mkdir()
-    export_graphs(model, installed(), own, dtype="fp32", opset=23, names=("decode", "generator"))
+    export_graphs(model, installed(), own, dtype="fp32", opset=23, names=("generator",))
     assert files_of(graphs) == files_of(own)
     assert_equal_bundles(output, tiny_build.bundle)
 

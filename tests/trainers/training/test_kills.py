@@ -25,8 +25,9 @@ def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.training.loop.AdapterTrainer.seconds", lambda _: 1.0)  # equal states are one state
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_runs")
-@pytest.mark.parametrize("also_in_resumed_runs", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("also_in_resumed_runs", [False, True])
 def test_killed_anywhere_and_resumed_equals_undisturbed(
     backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, also_in_resumed_runs: bool
 ) -> None:
