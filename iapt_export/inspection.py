@@ -144,9 +144,20 @@ def _describe_adapter(path: Path, model: str | None) -> dict[str, Any]:
         f"fingerprint {config['backbone_fingerprint']}",
         **({"build": _said_by_build(path, model)} if model else {}),
         "method": config["method"],
+        "example_prompts": _prompts_line(path),
         "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),
         "tensors": {name: list(tensor.shape) for name, tensor in adapter.tensors.items()},
     }
+
+
+def _prompts_line(path: Path) -> str:
+    """How many prompts stand beside an adapter for the comparison with PyTorch."""
+    from trainers.adapters.adapter import EXAMPLES_FILE
+
+    if not (examples := path / EXAMPLES_FILE).is_file():
+        return f"none in {EXAMPLES_FILE}: build compares general prompts"
+    count = sum(bool(line.strip()) for line in examples.read_bytes().split(b"\n"))
+    return f"{count} in {EXAMPLES_FILE}, which build compares and copies into the bundle"
 
 
 def _describe_stock_adapter(path: Path, fields: dict[str, Any], model: str | None) -> dict[str, Any]:
@@ -167,6 +178,7 @@ def _describe_stock_adapter(path: Path, fields: dict[str, Any], model: str | Non
         "build": said,
         "base_model_name_or_path": fields.get("base_model_name_or_path"),
         **{name: fields[name] for name in shown if fields.get(name) is not None},
+        "example_prompts": _prompts_line(path),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }

@@ -113,6 +113,10 @@ def test_an_adapter_of_ours_and_a_backbone(model: Path, tmp_path: Path) -> None:
     mine, other = (save_tiny_adapter(tmp_path / text, 0, text) for text in (fingerprint, "other"))
     assert "build" not in describe(mine)
     assert describe(mine, str(model))["build"] == "supported as IAPT"
+    (mine / "examples.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b\u2028c"}\n', "utf-8")
+    assert describe(mine)["example_prompts"].startswith("2 in examples.jsonl, which build compares")
+    (mine / "examples.jsonl").unlink()
+    assert describe(mine)["example_prompts"] == "none in examples.jsonl: build compares general prompts"
     assert "fingerprint is other in the adapter" in describe(other, str(model))["build"]
     refused = run("inspect", model, f"--model={model}")
     assert refused.code == 1 and "--model is for an adapter directory" in refused.err

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from iapt_export.contract.settings import summary_of
-from trainers.adapters.adapter import AdapterConfig
+from trainers.adapters.adapter import EXAMPLES_FILE, AdapterConfig
 from trainers.methods.configs import DEFAULT_METHOD, flag_name
 from trainers.methods.forms import METHODS
 from trainers.training.config import TrainConfig
@@ -23,6 +23,10 @@ CURVE_FILE = "training.svg"
 REPORT_FILE = "evaluation.json"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
 """Whose versions the card names."""
+PROMPTS_NOTE = (
+    f"`{EXAMPLES_FILE}` holds prompts, texts without answers: `iapt-export build` compares this adapter with PyTorch "
+    "on them and copies them into the bundle. Whoever gets the adapter or the bundle can read them."
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def write_card(folder: Path, run: Run) -> None:
     (folder / REPORT_FILE).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if run.history:
         (folder / CURVE_FILE).write_text(_curve(run.history), encoding="utf-8")
-    (folder / CARD_FILE).write_text(_text(run), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_text(run, (folder / EXAMPLES_FILE).is_file()), encoding="utf-8")
 
 
 def command_line(run: Run) -> str:
@@ -80,7 +84,7 @@ def command_line(run: Run) -> str:
     return shlex.join(words)
 
 
-def _text(run: Run) -> str:
+def _text(run: Run, has_prompts: bool) -> str:
     name, system = PurePath(run.output).name, run.adapter.system_prompt
     base = _relative(run.adapter.base_model_name_or_path)
     versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
@@ -99,6 +103,7 @@ def _text(run: Run) -> str:
         + (f", {run.report.count:,} examples" if run.report else "")
         + ", none of them seen in training."
         + (f"\n\n{run.config.data_note}" if run.config.data_note else ""),
+        *([PROMPTS_NOTE] if has_prompts else []),
         "## Training",
         f"```sh\n{run.command or command_line(run)}\n```",
         f"{run.steps:,} steps of batch {run.config.batch_size * run.config.gradient_accumulation}, "

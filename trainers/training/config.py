@@ -63,6 +63,9 @@ class TrainConfig:
     """Share of the training data held out when there is no eval_file."""
     max_eval_examples: int = 500
     """Evaluate on a fixed random sample of at most this many examples; 0 takes all."""
+    example_prompts: int = 8
+    """Held-out prompts, texts alone, kept beside the adapter: build compares it on them and copies them into the
+    bundle; 0 keeps none."""
     eval_batch_size: int = 16
     """Examples per batch in evaluation."""
     baseline: bool = True
@@ -142,7 +145,15 @@ _AT_LEAST_ONE = (
     "eval_batch_size",
     "logging_steps",
 )
-_AT_LEAST_ZERO = ("max_steps", "warmup_steps", "max_eval_examples", "eval_steps", "save_steps", "seed")
+_AT_LEAST_ZERO = (
+    "max_steps",
+    "warmup_steps",
+    "max_eval_examples",
+    "example_prompts",
+    "eval_steps",
+    "save_steps",
+    "seed",
+)
 
 
 def read_train_file(path: str | Path) -> dict[str, Any]:

@@ -148,7 +148,12 @@ def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None
 
 
 def encode_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> list[int]:
-    """`format_instruction` of an example, at most ``max_tokens`` long.
+    """`format_instruction` of an example, at most ``max_tokens`` long; cut as `fit_instruction` cuts it."""
+    return fit_instruction(tokenizer, example, prompt_format, max_tokens)[1]
+
+
+def fit_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> tuple[str, list[int]]:
+    """What is left of an example's last message, and the ids of the whole instruction, at most ``max_tokens`` long.
 
     An instruction that is too long loses the end of its last message's text (of its input, where it has one),
     never a part of the template.
@@ -169,7 +174,7 @@ def encode_instruction(tokenizer: Any, example: Example, prompt_format: str, max
                 f"{example.messages[-1]['content'][:40]!r}... need more; raise max_instruction_tokens"
             )
         ids = format_instruction(tokenizer, (*example.messages[:-1], user_message(text)), prompt_format)
-    return ids
+    return text, ids
 
 
 def encode_examples(
@@ -253,6 +258,30 @@ def split_holdout(examples: Sequence[Example], share: float, seed: int) -> tuple
             "train; give more data, another share, or an eval_file"
         )
     return training, [examples[index] for index in held]
+
+
+def example_prompts(
+    tokenizer: Any, examples: Sequence[Example], prompt_format: str, max_tokens: int, count: int
+) -> list[str]:
+    """Texts that tenants' users may send: of ``examples``, from the shortest to the longest in even steps.
+
+    A text says what stands after the system prompt, so examples that begin with a conversation give none.
+
+    Args:
+        tokenizer: the backbone's.
+        examples: held-out ones.
+        prompt_format: ``chat`` or ``plain``.
+        max_tokens: longer instructions are cut as in training.
+        count: how many at most.
+    """
+    single = [
+        example for example in examples if [m["role"] for m in example.messages] in (["user"], ["system", "user"])
+    ]
+    fitted = {fit_instruction(tokenizer, example, prompt_format, max_tokens)[0] for example in single}
+    texts = sorted(fitted, key=lambda text: (len(text), text))
+    if count >= len(texts) or count < 2:
+        return texts[:count]
+    return [texts[place * (len(texts) - 1) // (count - 1)] for place in range(count)]
 
 
 def _key(example: Example) -> str:

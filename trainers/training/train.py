@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 
-from iapt_export.contract.disk import sync
+from iapt_export.contract.disk import file_sha256, sync
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.places import check_outside_bundles
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
@@ -33,6 +34,7 @@ from trainers.training.data import (
     Example,
     collate,
     encode_examples,
+    example_prompts,
     find_labels,
     read_examples,
     sample,
@@ -51,6 +53,7 @@ from trainers.training.work import (
     newest_whole,
     only_run,
     publish,
+    read_record,
     read_seconds,
     record_of,
     work_folder,
@@ -327,8 +330,28 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     return report, evaluate(backbone.model, None, task, say)
 
 
+def _keep_prompts(setup: Setup, output: Path) -> str | None:
+    """Put prompts beside the staged adapter: the user's own from the adapter at ``output``, else held-out ones.
+
+    Returns:
+        The hash of the file where it was made here, by which a later run knows it from a user's own.
+    """
+    there, staged, config = output / EXAMPLES_FILE, setup.staged / EXAMPLES_FILE, setup.config
+    if there.is_file() and file_sha256(there) != read_record(output).get("examples_sha256"):
+        shutil.copyfile(there, staged)
+        return None
+    limits = (setup.adapter.prompt_format, config.max_instruction_tokens, config.example_prompts)
+    texts = example_prompts(setup.backbone.tokenizer, setup.evaluation, *limits)
+    if not texts:
+        return None
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts]
+    staged.write_text("".join(lines), encoding="utf-8")
+    return file_sha256(staged)
+
+
 def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str | None) -> None:
-    """Write the card and the record beside the staged adapter, and move it to its place."""
+    """Write prompts, the card and the record beside the staged adapter, and move it to its place."""
+    prompts_sha256 = _keep_prompts(setup, result.output)
     run = Run(
         adapter=setup.adapter,
         config=setup.config,
@@ -344,10 +367,8 @@ def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str
         command=command,
     )
     write_card(setup.staged, run)
-    write_record(setup.staged, setup.record, steps=result.steps, history=result.history)
-    examples = result.output / EXAMPLES_FILE
-    if examples.is_file():  # the user's own prompts outlive a new training
-        shutil.copyfile(examples, setup.staged / EXAMPLES_FILE)
+    outcome = {"steps": result.steps, "history": result.history, "examples_sha256": prompts_sha256}
+    write_record(setup.staged, setup.record, **outcome)
     sync(setup.staged)
     os.replace(setup.staged, setup.work / FINISHED)
     publish(setup.work, result.output)

@@ -46,6 +46,7 @@ WITHOUT_EFFECT = {
     "report_to",
     "data_note",
     "baseline",
+    "example_prompts",
     "eval_batch_size",
     "trust_remote_code",
     "eval_file",

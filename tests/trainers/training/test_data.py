@@ -19,6 +19,7 @@ from trainers.training.data import (
     encode_examples,
     encode_instruction,
     encode_response,
+    example_prompts,
     find_labels,
     pad_instructions,
     read_examples,
@@ -208,6 +209,23 @@ def test_generation_sees_the_ids_that_training_saw() -> None:
     ids, mask = pad_instructions([format_instruction(CHAT, "hi", "chat")], 1)
     assert ids[0].tolist() == item["input_ids"][: item["instruction_length"]]
     assert mask.all()
+
+
+def test_example_prompts_go_from_the_shortest_to_the_longest() -> None:
+    def example(*messages: tuple[str, str]) -> Example:
+        return Example(tuple({"role": role, "content": text} for role, text in messages), "yes")
+
+    texts = ["word " * count + "end" for count in range(9, 0, -1)]
+    examples = [example(("user", text)) for text in [*texts, texts[0]]]
+    assert example_prompts(CHAT, examples, "chat", 1000, 3) == [texts[8], texts[4], texts[0]]
+    assert example_prompts(CHAT, examples, "chat", 1000, 99) == texts[::-1]
+    assert example_prompts(CHAT, examples, "chat", 1000, 1) == [texts[8]]
+    assert example_prompts(CHAT, examples, "chat", 1000, 0) == []
+    conversation = example(("user", "a"), ("assistant", "b"), ("user", "c"))
+    with_system = example(("system", "Be brief."), ("user", "d"))
+    assert example_prompts(CHAT, [conversation, with_system], "chat", 1000, 8) == ["d"]
+    cut = example_prompts(CHAT, examples[:1], "chat", 60, 8)
+    assert cut == [texts[0][: len(cut[0])]] and 0 < len(cut[0]) < len(texts[0])
 
 
 def examples_with(*responses: str) -> list[Example]:

@@ -13,15 +13,17 @@ import torch
 from iapt_export.contract.errors import IaptError
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
-from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
+from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.method import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
 from trainers.training.config import TrainRequest
+from trainers.training.data import read_examples, split_holdout
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 from trainers.training.loop import AdapterTrainer, EpochSampler, PromptTuned
 from trainers.training.train import evaluate_adapter, train
+from validation.sides.cases import read_examples as read_prompts
 
 
 def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
@@ -42,7 +44,8 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
     config = dataclasses.replace(RUN, base_model_name="org/model", data_note="From nowhere.", baseline=True)
     result = train(TrainRequest(backbone, data, tmp_path / "a", METHOD, config), say=lines.append)
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg", "run.json"}
+    written = {CONFIG_FILE, WEIGHTS_FILE, "README.md", "evaluation.json", "training.svg", "run.json", EXAMPLES_FILE}
+    assert names == written
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     count = sum(parameter.numel() for parameter in IAPT(METHOD, Sizes(32, 3)).parameters())
@@ -53,6 +56,7 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
         "| this adapter |",
         "| zero-shot (the backbone alone, same prompt) |",
         "36 examples",
+        "`examples.jsonl` holds prompts",
         "From nowhere.",
         "seed 0",
         "torch 2.",
@@ -79,8 +83,28 @@ def test_same_seed_same_bytes(backbone: str, data: Path, tmp_path: Path) -> None
         torch.manual_seed(len(name))  # the caller's random state does not matter
         run(backbone, data, tmp_path / name, seed=seed)
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
-    for file in (CONFIG_FILE, "evaluation.json", "training.svg"):
+    for file in (CONFIG_FILE, "evaluation.json", "training.svg", EXAMPLES_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_held_out_prompts_are_kept_unless_the_user_has_others(backbone: str, data: Path, tmp_path: Path) -> None:
+    """What `build` will compare: texts that were not trained on, in place of which a user may put others."""
+    path, fields = tmp_path / "a" / EXAMPLES_FILE, {"max_steps": 1, "overwrite": True}
+    run(backbone, data, tmp_path / "a", **fields)
+    texts = read_prompts(path)
+    training, held_out = split_holdout(read_examples(data), RUN.holdout, RUN.seed)
+    assert sorted(texts) == sorted(example.messages[0]["content"] for example in held_out)
+    assert not set(texts) & {example.messages[0]["content"] for example in training}
+    run(backbone, data, tmp_path / "a", seed=3, example_prompts=2, **fields)
+    assert len(read_prompts(path)) == 2  # its own file gives way
+    path.write_text('{"prompt": "mine"}\n', encoding="utf-8")
+    for _ in range(2):
+        run(backbone, data, tmp_path / "a", **fields)
+        assert read_prompts(path) == ["mine"]
+    path.unlink()
+    run(backbone, data, tmp_path / "a", example_prompts=0, **fields)
+    assert not path.exists()
+    assert EXAMPLES_FILE not in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("coefficients", ["joint", "bilevel"])
