@@ -42,8 +42,9 @@ def execute(run: Run, model: str, splits: Mapping[str, Path], say: Callable[[str
     A training that breaks down, as a too large learning rate makes it, is an outcome too.
     """
     from trainers.training.config import TrainRequest
-    from trainers.training.data import find_labels, read_examples
+    from trainers.training.data import find_labels
     from trainers.training.loop import DivergedError
+    from trainers.training.records import read_examples
     from trainers.training.train import evaluate_adapter, train
 
     config = run.train_config

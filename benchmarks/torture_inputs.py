@@ -39,7 +39,7 @@ from trainers.decoder.insertion import sizes_of
 from trainers.methods.configs import PromptTuningConfig
 from trainers.methods.forms import new_method
 from trainers.training.config import read_train_file
-from trainers.training.data import read_examples
+from trainers.training.records import read_examples
 from validation.reporting.report import read_report
 from validation.sides.cases import read_examples as validation_examples
 

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from engines.serving.session import Request, Session
 from iapt_export.graphs.save import WEIGHTS_FILE
-from trainers.training.data import encode_examples, read_examples
+from trainers.training.data import encode_examples
+from trainers.training.records import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_TOKENS = {"reuters-r8": 112}

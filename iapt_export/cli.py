@@ -19,8 +19,10 @@ from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
+from iapt_export.showing import check_folders, fail, print_json, show
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
+from trainers.training.convert import Conversion
 
 BundleFolder = Annotated[Path, Parameter(metavar="BUNDLE", help="Bundle folder.")]
 PEFT_HELP = "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template."
@@ -42,12 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         app = command_line(method, sources)
         if not argv:
             commands = ", ".join(name for name in app if name[0] != "-")
-            _fail(f"iapt-export needs a command: {commands} (see iapt-export --help)")
+            fail(f"iapt-export needs a command: {commands} (see iapt-export --help)")
             sys.exit(WRONG_FLAGS)
         try:
             command, bound, _ = app.parse_args(argv)
         except CycloptsError as error:
-            _fail(flags.refusal(error, app, method))
+            fail(flags.refusal(error, app, method))
             token = getattr(error, "token", None)
             sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
         common = bound.kwargs.get("common", Common())
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt as stop:
         build_text = "interrupted; nothing was left half-written, and a repeated build goes on where this one stopped"
-        _fail(str(stop) or build_text)
+        fail(str(stop) or build_text)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         text = explain(error)
         if debug or text is None:
             raise
-        _fail(text)
+        fail(text)
         sys.exit(PARITY_FAILED if isinstance(error, ParityError) else 1)
 
 
@@ -92,7 +94,10 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
     )
     commands: list[Callable[..., None]] = [build, validate, generate, serve, tenant, bench, inspect, cache, doctor]
     for place, command in enumerate([train_command(method), *commands]):
-        app.command(command, sort_key=place, help_epilogue="")
+        app.command(command, sort_key=2 * place, help_epilogue="")
+    data = App(name="data", help="Bring data into the form that train reads.", help_epilogue="", sort_key=1)
+    data.command(convert, help_epilogue="")
+    app.command(data)
     app["train"].config = (*sources, flags.whole_numbers)
     app.register_install_completion_command(help="Complete commands and flags in this shell from now on.")
     return app
@@ -115,7 +120,7 @@ def train_command(method: str) -> Callable[..., None]:
     ) -> None:
         """Train an adapter on a JSONL file."""
         if example := choice.write_config:
-            _check_folders(example)
+            check_folders(example)
             if example.exists():
                 raise IaptError(f"{example} exists and is not replaced; give --write-config another name")
             values = {"method": method} | vars(places) | vars(settings) | vars(config)
@@ -131,9 +136,27 @@ def train_command(method: str) -> Callable[..., None]:
         result = run(request, say=(lambda line: None) if common.quiet else None)
         if common.json:
             report, baseline = (scores and scores.to_dict() for scores in (result.report, result.baseline))
-            _print_json({"output": result.output, "steps": result.steps, "report": report, "baseline": baseline})
+            print_json({"output": result.output, "steps": result.steps, "report": report, "baseline": baseline})
 
     return train
+
+
+def convert(
+    source: Annotated[Path, Parameter(metavar="FILE", help="What another tool wrote.")],
+    /,
+    *,
+    asked: Annotated[Conversion, FLAT],
+    common: Common = Common(),
+) -> None:
+    """Write CSV, ShareGPT or Alpaca data as the JSON Lines that train reads."""
+    from trainers.training.convert import convert as run
+
+    check_folders(asked.output)
+    done = run(source, asked)
+    if not common.quiet:
+        print("\n".join((f"{asked.output} holds {done.records:,} records", *done.notes)), file=sys.stderr)
+    if common.json:
+        print_json(dataclasses.asdict(done))
 
 
 def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) -> None:
@@ -168,7 +191,7 @@ def validate(
     from validation.reporting.summary import failure
     from validation.validate import compared_targets, validate_bundle
 
-    _check_folders(asked.junit)
+    check_folders(asked.junit)
     check_outside_bundles(asked.report, "--report")
     # what is no bundle, or cannot be run there, is refused in one line before the backbone is loaded
     compared_targets(BundleManifest.load(bundle), asked.runner or "", asked.device)
@@ -242,7 +265,7 @@ def _show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Answer
         else:
             print(f"--- {answer.index + 1} {request.tenant}\n{answer.text}", flush=True)
     if rows and common.json:
-        _print_json(rows)
+        print_json(rows)
     elif rows:
         print("\n---\n".join(row["text"] for row in rows))
 
@@ -276,11 +299,11 @@ def tenant(
     from iapt_export.contract.manifest import BundleManifest
     from trainers.decoder.backbone import load_backbone_of
 
-    _check_folders(output)
+    check_folders(output)
     loaded = load_backbone_of(bundle, BundleManifest.load(bundle).backbone, **vars(backbone))
     card = write_tenant_file(adapter, bundle, output, loaded, peft_prompt_format)
     if common.json:
-        _print_json(dataclasses.asdict(card))
+        print_json(dataclasses.asdict(card))
     else:
         print(f"{output} holds tenant {card.name} ({card.trained_form}); Session.add_tenant takes it", flush=True)
 
@@ -291,7 +314,7 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
     from engines.serving.session import Session
     from iapt_export.progress import Steps
 
-    _check_folders(asked.output, asked.plot)
+    check_folders(asked.output, asked.plot)
     with (
         Session.open(bundle, asked.target, device=asked.device, **asked.checks) as session,
         Steps(quiet=common.quiet) as steps,
@@ -300,7 +323,7 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
             measure(session, rows, asked.prompt_tokens, asked.new_tokens, asked.repeat, steps) for rows in asked.rows
         ]
         found = report(session, figures, asked.device)
-    _show(common, found, table(found))  # first, so that it is not lost where writing fails
+    show(common.json, found, table(found))  # first, so that it is not lost where writing fails
     if asked.output:
         asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if asked.plot:
@@ -322,7 +345,7 @@ def inspect(
     from iapt_export.inspection import describe, table
 
     found = describe(path, model)
-    _show(common, found, table(found))
+    show(common.json, found, table(found))
 
 
 def cache(*, asked: Keeping = Keeping(), common: Common = Common()) -> None:
@@ -336,7 +359,7 @@ def cache(*, asked: Keeping = Keeping(), common: Common = Common()) -> None:
             f"{folder}: removed {len(removed)} stages ({sum(s.size_bytes for s in removed):,} bytes)", file=sys.stderr
         )
     found = stages(folder)
-    _show(common, [dataclasses.asdict(stage) for stage in found], table(folder, found))
+    show(common.json, [dataclasses.asdict(stage) for stage in found], table(folder, found))
 
 
 def doctor(
@@ -354,39 +377,13 @@ def doctor(
         from iapt_export.inspection import describe_model
 
         findings.append(model_finding(model, describe_model(model)))
-    _show(common, [dataclasses.asdict(finding) for finding in findings], table(findings))
-
-
-def _check_folders(*paths: Path | None) -> None:
-    """Refuse files that cannot be written, or would damage a bundle, before the work whose result they are to hold."""
-    for path in paths:
-        if path and not path.parent.is_dir():
-            raise IaptError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-        check_outside_bundles(path, "the file")
+    show(common.json, [dataclasses.asdict(finding) for finding in findings], table(findings))
 
 
 def _show_report(common: Common, report: Any) -> None:
     from validation.reporting.summary import summary
 
     if common.json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         print(summary(report))
-
-
-def _show(common: Common, data: Any, table: Any) -> None:
-    """Data as JSON where asked for, else as a rich table."""
-    from rich.console import Console
-
-    if common.json:
-        _print_json(data)
-    else:
-        Console().print(table)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
-
-
-def _fail(text: str) -> None:
-    print(f"iapt-export: error: {text}", file=sys.stderr)

@@ -5,6 +5,7 @@ in the dataclasses that Python callers fill as well.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 import textwrap
@@ -298,7 +299,8 @@ def method_settings(argv: list[str]) -> tuple[str, list[Dict]]:
         told = _of_another(name, method) or f"unknown field {name}; known fields are {', '.join(sorted(known))}"
         raise IaptError(f"{path}: {told}")
     sources = [(settings, path), (EXAMPLE if example else {}, "")]
-    return method, [Dict(data, source=source, use_commands_as_keys=False) for data, source in sources]
+    # under the command's name: the parser drops settings that are called as a command, such as data, from a flat file
+    return method, [Dict({"train": data}, source=source) for data, source in sources]
 
 
 def _value_of(flag: str, argv: list[str]) -> str:
@@ -367,7 +369,7 @@ def refusal(error: CycloptsError, app: App, method: str) -> str:
     elif isinstance(error, MissingArgumentError):
         required = [
             argument.name
-            for argument in app[chain[0]].assemble_argument_collection()
+            for argument in functools.reduce(App.__getitem__, chain, app).assemble_argument_collection()
             if argument.required and argument.name != "*"
         ]
         text = f"{command} needs {', '.join(required)}; {error.argument and error.argument.name} is missing"

@@ -59,10 +59,13 @@ def make_targets() -> set[str]:
 
 def known_flags() -> dict[str, set[str]]:
     app = command_line("iapt")
+    found = {name: app[name] for name in app if not name.startswith("-")}
+    for name, group in [(name, command) for name, command in found.items() if command.default_command is None]:
+        del found[name]  # a command of commands
+        found |= {f"{name} {inner}": group[inner] for inner in group if not inner.startswith("-")}
     return {
-        command: {name for argument in app[command].assemble_argument_collection() for name in argument.names}
-        for command in app
-        if not command.startswith("-")
+        name: {flag for argument in command.assemble_argument_collection() for flag in argument.names}
+        for name, command in found.items()
     }
 
 
@@ -76,14 +79,12 @@ def test_the_two_commands_stand_in_the_first_screen():
 def test_commands_parse(words):
     method, _ = method_settings(words[2:])
     command, *_ = command_line(method).parse_args(words[1:])
-    assert command.__name__ == words[1]
+    assert command.__name__ in words[1:3]
 
 
 def test_every_command_is_shown_and_exists():
-    shown = {
-        word for document in DOCUMENTS for word in re.findall(r"`?iapt-export ([a-z]+)", document.read_text("utf-8"))
-    }
-    assert set(known_flags()) <= shown
+    texts = [document.read_text("utf-8") for document in DOCUMENTS]
+    assert [name for name in known_flags() if not any(f"iapt-export {name}" in text for text in texts)] == []
     assert set(re.findall(r"iapt-export ([a-z]+)", README)) <= set(known_flags())
 
 

@@ -39,7 +39,7 @@ DOORS = {
     "trainers.decoder": "attention backbone family generate insertion instruction method",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
-    "trainers.training": "config train",
+    "trainers.training": "config convert train",
     "iapt_export.contract": "disk errors graphs integrity manifest places probes schema settings sizes tenant_card "
     "types weights_header",
     "iapt_export.graphs": "export installed interface ops passes quantise save table",

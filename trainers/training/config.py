@@ -64,8 +64,7 @@ class TrainConfig:
     max_eval_examples: int = 500
     """Evaluate on a fixed random sample of at most this many examples; 0 takes all."""
     example_prompts: int = 8
-    """Held-out prompts, texts alone, kept beside the adapter: build compares it on them and copies them into the
-    bundle; 0 keeps none."""
+    """Held-out prompts kept beside the adapter, which build compares and copies into the bundle; 0 keeps none."""
     eval_batch_size: int = 16
     """Examples per batch in evaluation."""
     baseline: bool = True

@@ -1,10 +1,4 @@
-"""JSONL in, token rows out: reading, the prompt's format, truncation, batches.
-
-A record is one of
-
-    {"instruction": ..., "input": ..., "output": ...}     input may be missing or empty
-    {"prompt": ..., "completion": ...}
-    {"messages": [{"role": ..., "content": ...}, ..., {"role": "assistant", "content": ...}]}
+"""Examples in, token rows out: the prompt's format, truncation, batches.
 
 The instruction is tokenised apart from the response, so that generation sees exactly the ids that
 training saw.
@@ -12,39 +6,22 @@ training saw.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.schema import parse_json
-from trainers.decoder.instruction import Message, format_instruction, user_message
+from trainers.decoder.instruction import format_instruction, user_message
 from trainers.training.config import Task
+from trainers.training.records import Example
 
 IGNORED = -100
 """Label of positions that carry no loss."""
-MAX_PROBLEMS = 10
-"""Bad records that one error lists; the rest is counted."""
 MAX_LABELS = 50
 """More distinct responses than this are not taken for labels."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One record: the messages before the answer, and the answer."""
-
-    messages: tuple[Message, ...]
-    """What the model reads; the last message is the user's."""
-    response: str
-    """What it should answer."""
-    keep: int = 0
-    """Characters at the start of the last message that truncation must leave (the instruction before an input)."""
 
 
 class Item(TypedDict):
@@ -54,85 +31,6 @@ class Item(TypedDict):
     """Instruction, response and end of sequence."""
     instruction_length: int
     """How many of them are instruction."""
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """Read and check a JSONL file.
-
-    Raises:
-        IaptError: missing or empty file, or bad records; each is named by file and line, the first ten in full.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise IaptError(f"the data file {path} does not exist; expected JSONL, one record per line")
-    examples, problems = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise IaptError(f"{path} is not UTF-8 text: {error}; expected JSONL, one record per line") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(_example(parse_json(line)))
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if problems:
-        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        text = "\n  ".join(problems[:MAX_PROBLEMS])
-        raise IaptError(f"{len(problems)} bad record(s) in the data:\n  {text}{more}")
-    if not examples:
-        raise IaptError(f"the data file {path} holds no records; expected JSONL, one record per line")
-    return examples
-
-
-def _example(record: Any) -> Example:
-    """Check one record; a ValueError says what is wrong with it."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record is a JSON object, this is {type(record).__name__}")
-    if "messages" in record:
-        return _from_messages(record["messages"])
-    if "prompt" in record:
-        return Example((user_message(_text(record, "prompt")),), _text(record, "completion"))
-    if "instruction" in record:
-        instruction, response = _text(record, "instruction"), _text(record, "output")
-        text = record.get("input")
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"'input' is {type(text).__name__}, expected a string")
-        if not text:
-            return Example((user_message(instruction),), response)
-        return Example((user_message(f"{instruction}\n\n{text}"),), response, keep=len(instruction) + 2)
-    raise ValueError(
-        "no known fields; expected instruction (and input) with output, prompt with completion, or messages; "
-        f"found {', '.join(sorted(record)) or 'none'}"
-    )
-
-
-def _from_messages(messages: Any) -> Example:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError("'messages' is not a list of at least two messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {index} is {type(message).__name__}, expected an object with role and content")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"message {index} has role {message.get('role')!r}, expected system, user or assistant")
-        _text(message, "content")
-    if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
-        raise ValueError("'messages' does not end with a user message and the assistant's answer to it")
-    turns = tuple({"role": message["role"], "content": message["content"]} for message in messages[:-1])
-    return Example(turns, messages[-1]["content"])
-
-
-def _text(record: dict[str, Any], field: str) -> str:
-    if field not in record:
-        raise ValueError(f"'{field}' is missing")
-    if not isinstance(record[field], str):
-        raise ValueError(f"'{field}' is {type(record[field]).__name__}, expected a string")
-    if not record[field].strip():
-        raise ValueError(f"'{field}' is empty")
-    return str(record[field])
 
 
 def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None) -> list[int]:

@@ -24,7 +24,8 @@ from trainers.decoder.insertion import continue_from, read_instruction
 from trainers.decoder.instruction import padding_id
 from trainers.decoder.method import Method, Rows, rows_of
 from trainers.training.config import TrainConfig
-from trainers.training.data import IGNORED, Example, Item, collate, encode_examples, encode_response, pad_instructions
+from trainers.training.data import IGNORED, Item, collate, encode_examples, encode_response, pad_instructions
+from trainers.training.records import Example
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,10 @@ from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import Run, write_card
 from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.data import (
-    Example,
     collate,
     encode_examples,
     example_prompts,
     find_labels,
-    read_examples,
     sample,
     shared_system_prompt,
     split_holdout,
@@ -44,6 +42,7 @@ from trainers.training.data import (
 from trainers.training.evaluate import Evaluation, Report, evaluate
 from trainers.training.finished import TrainResult, find_finished
 from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
+from trainers.training.records import Example, read_examples
 from trainers.training.work import (
     FINISHED,
     STATE_FILE,

@@ -21,7 +21,7 @@ from iapt_export.contract.places import is_bundle
 from iapt_export.contract.schema import parse_json, read_object
 from iapt_export.inspection import describe
 from trainers.adapters.directory import load_adapter
-from trainers.training.data import read_examples
+from trainers.training.records import read_examples
 from trainers.training.work import read_record
 from validation.reporting.report import read_report
 from validation.sides.cases import read_examples as read_validation_examples

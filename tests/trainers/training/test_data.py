@@ -14,7 +14,6 @@ from tests.tiny import tiny_tokenizer
 from trainers.decoder.instruction import format_instruction, padding_id, resolve_prompt_format
 from trainers.training.data import (
     IGNORED,
-    Example,
     collate,
     encode_examples,
     encode_instruction,
@@ -22,11 +21,11 @@ from trainers.training.data import (
     example_prompts,
     find_labels,
     pad_instructions,
-    read_examples,
     sample,
     shared_system_prompt,
     split_holdout,
 )
+from trainers.training.records import Example, read_examples
 
 CHAT = tiny_tokenizer()
 PLAIN = tiny_tokenizer(chat=False)

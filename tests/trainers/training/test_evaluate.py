@@ -14,7 +14,7 @@ from trainers.decoder.method import Method, rows_of
 from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig
 from trainers.methods.forms import new_method
 from trainers.training.config import TrainConfig
-from trainers.training.data import Example, encode_examples, encode_response
+from trainers.training.data import encode_examples, encode_response
 from trainers.training.evaluate import (
     ClassificationReport,
     Evaluation,
@@ -25,6 +25,7 @@ from trainers.training.evaluate import (
     evaluate_generation,
     label_scores,
 )
+from trainers.training.records import Example
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ("the film is a joy", "dull", "a dull and noisy story that nobody will remember", "joy joy")

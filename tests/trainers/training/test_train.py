@@ -19,9 +19,10 @@ from trainers.decoder.method import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
 from trainers.training.config import TrainRequest
-from trainers.training.data import read_examples, split_holdout
+from trainers.training.data import split_holdout
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 from trainers.training.loop import AdapterTrainer, EpochSampler, PromptTuned
+from trainers.training.records import read_examples
 from trainers.training.train import evaluate_adapter, train
 from validation.sides.cases import read_examples as read_prompts
 

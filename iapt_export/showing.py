@@ -1,0 +1,39 @@
+"""What every command does with paths that it will write, with its result, and with an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.places import check_outside_bundles
+
+
+def check_folders(*paths: Path | None) -> None:
+    """Refuse files that cannot be written, or would damage a bundle, before the work whose result they are to hold."""
+    for path in paths:
+        if path and not path.parent.is_dir():
+            raise IaptError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        check_outside_bundles(path, "the file")
+
+
+def show(as_json: bool, data: Any, table: Any) -> None:
+    """Data as JSON where asked for, else as a rich table."""
+    from rich.console import Console
+
+    if as_json:
+        print_json(data)
+    else:
+        Console().print(table)
+
+
+def print_json(data: Any) -> None:
+    """A result on stdout, for programs."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def fail(text: str) -> None:
+    """An error on stderr, for people."""
+    print(f"iapt-export: error: {text}", file=sys.stderr)
