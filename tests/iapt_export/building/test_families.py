@@ -1,0 +1,116 @@
+"""Every supported family through the whole way: built, proven, and answering as stock transformers and PEFT do."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.serving.session import Request, Session, Token
+from iapt_export import BuildRequest, build
+from iapt_export.contract.manifest import BundleManifest
+from tests.bundles import RANGES, random_method
+from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
+from tests.tiny import save_tiny_backbone
+from tests.trainers.adapters.test_peft_format import stock
+from trainers.adapters.adapter import AdapterConfig
+from trainers.adapters.directory import save_adapter
+from trainers.decoder.backbone import config_fingerprint
+from trainers.decoder.insertion import sizes_of
+from trainers.methods.configs import IAPTConfig, LoRAConfig, PrefixTuningConfig
+
+SUPPORTED = [name for name, (expected, *_) in FAMILIES.items() if expected != REFUSED]
+NEW_TOKENS = 8
+LIMIT = 1e-3
+"""Of natural logarithms of probabilities; fp32 sums of tiny models stay far below, and adapters change more."""
+PROMPTS = (tuple(range(5, 25)), (40, 77, 12))
+"""Longer than the windows of those that have one, and shorter."""
+OURS: dict[str, Any] = {"iapt": IAPTConfig(bottleneck=8), "prefix": PrefixTuningConfig(prompt_length=3)}
+OURS["lora"] = LoRAConfig(rank=2)
+
+
+def save_ours(folder: Path, family: str, seed: int, method: Any) -> None:
+    """An adapter of a random method, in the format that the trainer writes."""
+    model = tiny_family(family)
+    sizes = sizes_of(model)
+    module = random_method(seed, method, sizes)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name not in ("numerator", "denominator"):
+                parameter.mul_(0.2)  # families scale what they embed: enough to matter, not enough to saturate
+    config = AdapterConfig(
+        base_model_name_or_path="tiny",
+        backbone_fingerprint=config_fingerprint(model.config),
+        method=method,
+        **dataclasses.asdict(sizes),
+    )
+    save_adapter(folder, config, dict(module.state_dict()))
+
+
+@dataclasses.dataclass
+class Words:
+    """Greedy tokens, and the logarithm of the probability of each: tiny models that say little tell more by these."""
+
+    tokens: list[int]
+    log_probabilities: np.ndarray
+
+    def distance(self, other: Words) -> float:
+        return float(np.abs(self.log_probabilities - other.log_probabilities).max())
+
+
+def stock_words(model: Any) -> list[Words]:
+    """What a stock model generates for each prompt, alone."""
+    made = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        fed = {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": None, "do_sample": False}
+        wanted = {"max_new_tokens": NEW_TOKENS, "output_logits": True, "return_dict_in_generate": True}
+        answer = model.generate(input_ids=ids, **fed, **wanted)
+        tokens = answer.sequences[0, -NEW_TOKENS:]
+        all_of_them = torch.cat(answer.logits).double().log_softmax(-1)
+        made.append(Words(tokens.tolist(), all_of_them[range(NEW_TOKENS), tokens].numpy()))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_a_family_is_served_as_stock_libraries_run_it(family: str, tmp_path: Path) -> None:
+    """The backbone's tokens are those of ``generate``, a soft prompt's those of PEFT, and the proof holds for all."""
+    model = save_tiny_backbone(tmp_path / "model", tiny_family(family))
+    peft_model = stock(lambda: tiny_family(family), "PromptTuningConfig", {"num_virtual_tokens": 4})
+    peft_model.save_pretrained(tmp_path / "stock")
+    for seed, (name, method) in enumerate(OURS.items()):
+        save_ours(tmp_path / name, family, seed, method)
+    adapters = [tmp_path / name for name in ("stock", *OURS)]
+    places = {"model": str(model), "adapters": adapters, "output": tmp_path / "out", "cache": tmp_path / "cache"}
+    build(BuildRequest(**places, **{**RANGES, "past": "5:32:64", "sequence": "1:16:32"}, new_tokens=NEW_TOKENS))
+
+    manifest = BundleManifest.load(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    (theirs,) = [target for target in report["targets"] if target["name"] == "PEFT's own answer"]
+    assert manifest.parity.verdict == "pass" and theirs["status"] == "pass"
+    assert ("serve" in manifest.target().graphs) == (FAMILIES[family][0] == IN_PLACE)
+    tenants = ("", "stock", *OURS)
+    requests = [
+        Request(tenant, tokens=prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
+        for tenant in tenants
+        for prompt in PROMPTS
+    ]
+    said: list[list[Token]] = [[] for _ in requests]
+    with Session.open(tmp_path / "out") as session:
+        for token in session.stream(requests):
+            said[token.index].append(token)
+    words = [Words([t.token for t in answer], np.array([t.logprob for t in answer])) for answer in said]
+    served = {tenant: words[2 * place : 2 * place + 2] for place, tenant in enumerate(tenants)}
+    for tenant, stock_model in (("", tiny_family(family)), ("stock", peft_model)):
+        for ours, wanted in zip(served[tenant], stock_words(stock_model), strict=True):
+            assert ours.tokens == wanted.tokens, tenant
+            assert ours.distance(wanted) < LIMIT, tenant
+    for one, other in itertools.combinations(tenants, 2):
+        assert served[one][0].distance(served[other][0]) > 10 * LIMIT, f"{one!r} and {other!r}: adapters matter"
