@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
+from mkdocs.structure.files import File, Files
+
 from iapt_export.cli import command_line
+from iapt_export.schemas import schemas
 from trainers.methods.forms import METHODS
 
 MARK = "<!-- commands -->"
 METHODS_MARK = "<!-- methods -->"
+SCHEMAS_MARK = "<!-- schemas -->"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Lay the JSON Schemas beside the page that names them."""
+    for name, schema in schemas().items():
+        text = json.dumps(schema, indent=2) + "\n"
+        files.append(File.generated(config, f"reference/schemas/{name}", content=text))
+    return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -18,6 +31,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(MARK, commands())
     if METHODS_MARK in markdown:
         markdown = markdown.replace(METHODS_MARK, "\n".join(settings(name) for name in METHODS))
+    if SCHEMAS_MARK in markdown:
+        titles = {name: schema["title"] for name, schema in schemas().items()}
+        rows = [f"- [{name}](schemas/{name}): {title}" for name, title in titles.items()]
+        markdown = markdown.replace(SCHEMAS_MARK, "\n".join(rows))
     return re.sub(r"\[([^]]+)\]\((?:\.\./)+([^)]+)\)", r"\1 (`\2`)", markdown)
 
 
