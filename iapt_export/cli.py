@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +16,11 @@ from rich.box import Box
 
 from iapt_export import __version__, flags
 from iapt_export.building.build_request import BuildRequest, PeftFormat
+from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
-from iapt_export.showing import check_folders, fail, print_json, show
+from iapt_export.showing import check_folders, fail, print_json, show, show_answers
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 from trainers.training.convert import Conversion
@@ -92,7 +93,8 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         exit_on_error=False,
         print_error=False,
     )
-    commands: list[Callable[..., None]] = [build, validate, generate, serve, tenant, bench, inspect, cache, doctor]
+    commands: list[Callable[..., None]] = [build, validate, generate, serve, tenant, bench, inspect]
+    commands += [plan, cache, doctor]
     for place, command in enumerate([train_command(method), *commands]):
         app.command(command, sort_key=2 * place, help_epilogue="")
     data = App(name="data", help="Bring data into the form that train reads.", help_epilogue="", sort_key=1)
@@ -168,7 +170,7 @@ def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) 
     with Steps(quiet=common.quiet) as steps:
         run(request, steps)
     output = Path(request.output)
-    _show_report(common, read_report(output / "report.json"))
+    _show_report(common.json, read_report(output / "report.json"))
     print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
 
 
@@ -209,7 +211,7 @@ def validate(
     if asked.junit:
         write_junit(found, asked.junit)
     where = write_report(found, asked.report) if asked.report else None
-    _show_report(common, found)
+    _show_report(common.json, found)
     if where:
         print(f"report: {where}", file=sys.stderr)
     if found.verdict != "pass":
@@ -249,25 +251,7 @@ def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common:
                 print(token.text, end="", flush=True)
             print()
             return
-        _show_answers(requests, session.generate(requests), asked, common)
-
-
-def _show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Answering, common: Common) -> None:
-    """Answers in the order of their requests: of a file each as soon as it is there, of flags together."""
-    rows = []
-    for request, answer in zip(requests, answers, strict=True):
-        found = {"text": answer.text, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
-        if not asked.requests:
-            given = "messages" if asked.messages else "prompt"
-            rows.append({given: getattr(request, given), **found})
-        elif common.json:
-            print(json.dumps({"tenant": request.tenant, **found}, ensure_ascii=False), flush=True)
-        else:
-            print(f"--- {answer.index + 1} {request.tenant}\n{answer.text}", flush=True)
-    if rows and common.json:
-        print_json(rows)
-    elif rows:
-        print("\n---\n".join(row["text"] for row in rows))
+        show_answers(requests, session.generate(requests), asked, common.json)
 
 
 def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common = Common()) -> None:
@@ -348,6 +332,20 @@ def inspect(
     show(common.json, found, table(found))
 
 
+def plan(
+    path: Annotated[str, Parameter(metavar="PATH", help="Bundle, or a model: Hugging Face id, folder, GGUF file.")],
+    /,
+    *,
+    load: Annotated[Load, FLAT] = Load(),
+    common: Common = Common(),
+) -> None:
+    """Show what memory a bundle takes when it serves, and with what that grows; reads no weights."""
+    from iapt_export.building.footprint import plan_memory, table
+
+    shares = plan_memory(path, load)
+    show(common.json, [dataclasses.asdict(share) for share in shares], table(path, shares))
+
+
 def cache(*, asked: Keeping = Keeping(), common: Common = Common()) -> None:
     """Show the finished stages that builds go on from, and remove what is old or left over."""
     from iapt_export.building.stage_cache import default_cache, prune, stages, table
@@ -380,10 +378,11 @@ def doctor(
     show(common.json, [dataclasses.asdict(finding) for finding in findings], table(findings))
 
 
-def _show_report(common: Common, report: Any) -> None:
+def _show_report(as_json: bool, report: Any) -> None:
+    """A comparison with PyTorch, in words or as JSON."""
     from validation.reporting.summary import summary
 
-    if common.json:
+    if as_json:
         print_json(report.to_dict())
     else:
         print(summary(report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ def show(as_json: bool, data: Any, table: Any) -> None:
         print_json(data)
     else:
         Console().print(table)
+
+
+def show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Any, as_json: bool) -> None:
+    """Answers in the order of their requests: of a file each as soon as it is there, of flags together."""
+    rows = []
+    for request, answer in zip(requests, answers, strict=True):
+        found = {"text": answer.text, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
+        if not asked.requests:
+            given = "messages" if asked.messages else "prompt"
+            rows.append({given: getattr(request, given), **found})
+        elif as_json:
+            print(json.dumps({"tenant": request.tenant, **found}, ensure_ascii=False), flush=True)
+        else:
+            print(f"--- {answer.index + 1} {request.tenant}\n{answer.text}", flush=True)
+    if rows and as_json:
+        print_json(rows)
+    elif rows:
+        print("\n---\n".join(row["text"] for row in rows))
 
 
 def print_json(data: Any) -> None:

@@ -43,7 +43,7 @@ DOORS = {
     "iapt_export.contract": "disk errors graphs integrity manifest places probes schema settings sizes tenant_card "
     "types weights_header",
     "iapt_export.graphs": "export installed interface ops passes quantise save table",
-    "iapt_export.building": "build build_request layout stage_cache tenant_file",
+    "iapt_export.building": "build build_request footprint layout stage_cache tenant_file",
     "engines.onnxruntime": "devices runner",
     "engines.openvino": "runner",
     "engines.tensorrt": "builder engine_info flavour runner",

@@ -37,6 +37,7 @@ COMMANDS = {
     "tenant": ("ADAPTER", "--bundle", "--output -o FILE.safetensors", "--peft-prompt-format", "--trust-remote-code"),
     "bench": ("BUNDLE", "--rows N... Rows that run at once, one table line each. [default: 1,8]", "--plot FILE.png"),
     "inspect": ("PATH", "Adapter directory, bundle, .onnx or .engine"),
+    "plan": ("PATH", "--batch ROWS", "--past ENTRIES", "--tenants N", "--target T[:DTYPE]", "--method NAME"),
     "cache": ("finished stages that builds go on from", "20GB"),
     "doctor": ("what this machine can build and run",),
 }
