@@ -26,7 +26,10 @@ from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 from trainers.training.convert import Conversion
 
 BundleFolder = Annotated[Path, Parameter(metavar="BUNDLE", help="Bundle folder.")]
-PEFT_HELP = "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template."
+PEFT_HELP = (
+    "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template; has to "
+    "be given where the tokenizer has one."
+)
 NO_FRAME = Box("    \n" * 8)  # help is plain tables under their titles, which logs and pagers take
 
 WRONG_FLAGS = 2
@@ -274,7 +277,7 @@ def tenant(
     *,
     bundle: Annotated[Path, Parameter(metavar="BUNDLE", help="The bundle that shall serve it, or one of its kind.")],
     output: Annotated[Path, Parameter(alias="-o", metavar="FILE.safetensors", help="File to write.")],
-    peft_prompt_format: Annotated[PeftFormat, Parameter(help=PEFT_HELP)] = "plain",
+    peft_prompt_format: Annotated[PeftFormat | None, Parameter(help=PEFT_HELP)] = None,
     backbone: Backbone = Backbone(),
     common: Common = Common(),
 ) -> None:

@@ -55,8 +55,9 @@ class BuildRequest:
     """Cache entries of a row: prompts, instruction, answer."""
     tenants: Annotated[str, _RANGES] = "1:4:64"
     """Tenants installed side by side."""
-    peft_prompt_format: Annotated[PeftFormat, _METHODS] = "plain"
-    """How prompts are fed to adapters of stock PEFT, which do not say: as they are, or in the chat template."""
+    peft_prompt_format: Annotated[PeftFormat | None, _METHODS] = None
+    """How prompts are fed to adapters of stock PEFT, which do not say: as they are, or in the chat template; has to be
+    given where the tokenizer has one."""
     merge_lora: Annotated[bool, _METHODS] = False
     """Add the one LoRA adapter to the backbone's weights: no cost, but no other tenant."""
     fold_embeddings: Annotated[bool, _METHODS] = False

@@ -158,7 +158,7 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
 
 
 def load_tenants(
-    arguments: Sequence[str | Path], backbone: Any, peft_prompt_format: str = "plain"
+    arguments: Sequence[str | Path], backbone: Any, peft_prompt_format: str | None = None
 ) -> dict[str, Adapter]:
     """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
 
@@ -166,7 +166,8 @@ def load_tenants(
         arguments: as on the command line; the folder's name is the tenant's unless one is given. Behind a folder of
             stock PEFT may stand what it does not say: ``DIR,format=chat``, ``DIR,task=0``.
         backbone: a `trainers.decoder.backbone.Backbone`.
-        peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain`` or ``chat``.
+        peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain`` or ``chat``;
+            needed where the tokenizer has a chat template.
 
     Raises:
         IaptError: a bad adapter, one for another backbone, or a repeated name.

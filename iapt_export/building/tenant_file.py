@@ -19,7 +19,7 @@ from trainers.methods.forms import FORM_CONFIGS, METHODS, form_name
 
 
 def write_tenant_file(
-    adapter: str, bundle: Path, output: Path, backbone: Backbone, peft_prompt_format: str = "plain"
+    adapter: str, bundle: Path, output: Path, backbone: Backbone, peft_prompt_format: str | None = None
 ) -> TenantCard:
     """Write ``output`` whole or not at all.
 
@@ -28,7 +28,8 @@ def write_tenant_file(
         bundle: the bundle that shall serve it, or any with the same backbone and method.
         output: a safetensors file.
         backbone: the bundle's backbone.
-        peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain`` or ``chat``.
+        peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain`` or ``chat``;
+            needed where the tokenizer has a chat template.
 
     Returns:
         The card that the file carries.

@@ -63,7 +63,7 @@ def load_adapter(
     folder: str | Path,
     backbone: Backbone | None = None,
     *,
-    peft_prompt_format: str = "plain",
+    peft_prompt_format: str | None = None,
     peft_task: int | None = None,
 ) -> Adapter:
     """Read and check an adapter directory, ours or stock PEFT's.
@@ -72,7 +72,7 @@ def load_adapter(
         folder: the directory.
         backbone: what the adapter is for; needed for a directory that stock PEFT wrote.
         peft_prompt_format: how prompts are fed to an adapter of stock PEFT, ``plain`` or ``chat``; ours say it
-            themselves.
+            themselves. Needed where the tokenizer has a chat template.
         peft_task: which task of stock PEFT's multitask prompt, from 0.
 
     Raises:

@@ -30,14 +30,15 @@ PEFT_METHODS = tuple(FORMS)
 
 
 def adapter_from_peft(
-    folder: str | Path, backbone: Backbone, prompt_format: Any = "plain", task: int | None = None
+    folder: str | Path, backbone: Backbone, prompt_format: str | None = None, task: int | None = None
 ) -> Adapter:
     """Read an adapter directory that stock PEFT wrote.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         backbone: what it was trained for; PEFT keeps no fingerprint, so only shapes can be checked.
-        prompt_format: ``plain`` or ``chat``, how it was fed; PEFT does not say.
+        prompt_format: ``plain`` or ``chat``, how it was fed; PEFT does not say. May be left out where the tokenizer has
+            no chat template.
         task: which task of a multitask prompt, from 0.
 
     Returns:
@@ -45,7 +46,7 @@ def adapter_from_peft(
 
     Raises:
         IaptError: a file is missing or broken, the method or one of its options is not supported, or the tensors
-            do not fit the backbone, or ``chat`` where the tokenizer has no chat template.
+            do not fit the backbone, ``chat`` where the tokenizer has no chat template, or nothing where it has one.
     """
     folder = Path(folder)
     fields, tensors, sizes = read_fields(folder), read_tensors(folder), sizes_of(backbone.model)
@@ -58,11 +59,22 @@ def adapter_from_peft(
         backbone_fingerprint=backbone.fingerprint,
         **asdict(replace(sizes, linears=form.linears(method, sizes))),
         revision=fields.get("revision"),
-        prompt_format=resolve_prompt_format(backbone.tokenizer, prompt_format),
+        prompt_format=_prompt_format(backbone.tokenizer, prompt_format, folder),
         method=method,
     )
     multitask = fields["peft_type"] == "MULTITASK_PROMPT_TUNING"
     return Adapter(config, weights, folder, from_peft=True, peft_task=(task or 0) if multitask else None)
+
+
+def _prompt_format(tokenizer: Any, prompt_format: Any, folder: Path) -> Any:
+    """What was said; text as it is where there is nothing to choose. A wrong guess would answer worse in silence."""
+    if prompt_format is None and getattr(tokenizer, "chat_template", None):
+        raise IaptError(
+            f"{folder} was written by stock PEFT, which does not say how prompts were fed, and this backbone's "
+            f"tokenizer has a chat template; give --adapter {folder},format=chat if training used it, or "
+            f"{folder},format=plain if prompts were text as it is (--peft-prompt-format for all adapters)"
+        )
+    return resolve_prompt_format(tokenizer, prompt_format or "plain")
 
 
 def peft_fields(method: Any, sizes: Sizes) -> dict[str, Any]:

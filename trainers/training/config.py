@@ -6,6 +6,7 @@ The flags of ``iapt-export train`` are these fields, and the texts below them th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,6 +156,10 @@ _AT_LEAST_ZERO = (
 )
 
 
+DEEPEST_SETTINGS = 8
+"""Levels of lists and mappings in a settings file; a field is a value, a list, or a mapping of values."""
+
+
 def read_train_file(path: str | Path) -> dict[str, Any]:
     """Read a flat YAML mapping of settings (``train.yaml``); one without a value is as if it were not there.
 
@@ -167,9 +172,24 @@ def read_train_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise IaptError(f"the settings file {path} does not exist; expected YAML with one 'field: value' per line")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_depth(yaml.parse(text), path)
+        fields = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise IaptError(f"{path} is not YAML: {error}") from error
     if fields is not None and not isinstance(fields, dict):
         raise IaptError(f"{path} holds a {type(fields).__name__}; expected one 'field: value' per line")
     return {name: value for name, value in (fields or {}).items() if value is not None}
+
+
+def _check_depth(events: Iterable[Any], path: Path) -> None:
+    """Refuse what PyYAML would build by recursion until the interpreter's own limit."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_SETTINGS:
+            raise IaptError(
+                f"{path} is nested deeper than {DEEPEST_SETTINGS} levels; expected one 'field: value' per line"
+            )

@@ -89,7 +89,7 @@ def served_and_compared(family: str, folder: Path) -> float:
         save_ours(folder / name, family, seed, method)
     adapters = [folder / name for name in ("stock", *OURS)]
     places = {"model": str(model), "adapters": adapters, "output": folder / "out", "cache": folder / "cache"}
-    build(BuildRequest(**places, **RANGES | SHORT_ROWS, new_tokens=NEW_TOKENS))
+    build(BuildRequest(**places, **RANGES | SHORT_ROWS, new_tokens=NEW_TOKENS, peft_prompt_format="plain"))
 
     manifest = BundleManifest.load(folder / "out")
     report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))

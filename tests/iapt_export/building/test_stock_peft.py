@@ -78,7 +78,7 @@ def made(tiny_build: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> Tin
         adapter(kind, options).save_pretrained(root / name)
     adapters = {name: Path(f"{root / name},task={TASK}" if name == "task" else root / name) for name in ADAPTERS}
     made = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "out")
-    build(made.request(made.bundle, tenants="1:6:8"))
+    build(made.request(made.bundle, tenants="1:6:8", peft_prompt_format="plain"))
     return made
 
 

@@ -110,7 +110,7 @@ def stock(make: Any, kind: str, options: dict[str, Any]) -> Any:
 
 
 def backbone_of(model: Any) -> Backbone:
-    return Backbone(model, tiny_tokenizer(), "tiny")
+    return Backbone(model, tiny_tokenizer(chat=False), "tiny")
 
 
 def logits(model: Any, rows: Any, lengths: list[int]) -> torch.Tensor:
@@ -163,10 +163,18 @@ def test_what_peft_saved_gives_the_same_logits_and_tokens(
     assert greedy_tokens(model, method, ids, mask)[0] == expected[0, -STEPS:].tolist()
 
 
-def test_a_chat_format_needs_a_chat_template(tmp_path: Path) -> None:
+def test_a_prompt_format_has_to_be_said_where_there_is_a_choice(tmp_path: Path) -> None:
     stock(tiny_llama, "PromptTuningConfig", PROMPT).save_pretrained(tmp_path)
     chat = Backbone(tiny_llama(), tiny_tokenizer(chat=True), "tiny")
-    assert load_adapter(tmp_path, chat, peft_prompt_format="chat").config.prompt_format == "chat"
+    for said in ("chat", "plain"):
+        assert load_adapter(tmp_path, chat, peft_prompt_format=said).config.prompt_format == said
+    with pytest.raises(IaptError, match=r"has a chat template; give --adapter .*,format=chat .*,format=plain"):
+        load_adapter(tmp_path, chat)
+    assert load_adapter(tmp_path, backbone_of(tiny_llama())).config.prompt_format == "plain"
+
+
+def test_a_chat_format_needs_a_chat_template(tmp_path: Path) -> None:
+    stock(tiny_llama, "PromptTuningConfig", PROMPT).save_pretrained(tmp_path)
     plain = Backbone(tiny_llama(), tiny_tokenizer(chat=False), "tiny")
     with pytest.raises(IaptError, match="prompt_format=chat needs a tokenizer with a chat template"):
         load_adapter(tmp_path, plain, peft_prompt_format="chat")

@@ -118,7 +118,12 @@ def test_settings_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(None, "does not exist"), ("a: [1", "is not YAML"), ("- 1\n", "holds a list; expected one 'field: value'")],
+    [
+        (None, "does not exist"),
+        ("a: [1", "is not YAML"),
+        ("- 1\n", "holds a list; expected one 'field: value'"),
+        ("a: " + "[" * 5000, "nested deeper than 8 levels"),
+    ],
 )
 def test_settings_file_errors(tmp_path: Path, content: str | None, text: str) -> None:
     path = tmp_path / "train.yaml"
