@@ -38,6 +38,7 @@ from iapt_export.building import layout
 from iapt_export.building.stage_cache import content_key
 from iapt_export.building.tenant_file import write_tenant_file
 from iapt_export.contract.disk import write_atomically
+from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import METHOD, NEW_TOKENS, RANGES, save_tiny_inputs
 from tests.engines.serving.soak import soak
 from tests.native import differential
@@ -107,6 +108,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, default=100_000, help="mutated inputs, shared by all readers")
     parser.add_argument("--differences", type=int, default=10_000, help="mutated inputs for Python and C++ alike")
     parser.add_argument("--rounds", type=int, default=60, help="of each hostile request")
+    parser.add_argument("--hostile-bundle", type=Path, metavar="BUNDLE", help="of two tenants or more; else a tiny one")
     parser.add_argument("--load-seconds", type=float, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=tuple(PARTS), action="append")
@@ -219,14 +221,18 @@ def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say
     """The median gap between a tenant's tokens beside an ordinary request, and beside hostile ones.
 
     A round has them all in a changing order; each is compared with the ordinary one of its round, so that a busy
-    machine disturbs both alike. The ordinary one is measured twice: how far the two are apart is the noise.
+    machine disturbs both alike. The ordinary one is measured twice: how far the two are apart is the noise. A tiny
+    model's step takes half a millisecond, so that anything moves it; --hostile-bundle measures a real one's.
     """
+    bundle = asked.hostile_bundle or base / "proven"
+    ranges = BundleManifest.load(bundle).ranges
+    mine_tenant, other = sorted(tenant.name for tenant in BundleManifest.load(bundle).tenants)[:2]
     stops = tuple("x" * 255 + chr(97 + number) for number in range(16))
-    ordinary = Request("beta", tokens=(5,) * 16, max_new_tokens=90, ignore_eos=True)
+    ordinary = Request(other, tokens=(5,) * 16, max_new_tokens=90, ignore_eos=True)
     cases = {
         "ordinary": ordinary,
         "ordinary again": ordinary,
-        "longest prompt": dataclasses.replace(ordinary, tokens=(5,) * 64),
+        "longest prompt": dataclasses.replace(ordinary, tokens=(5,) * min(ranges.sequence.max, ranges.past.max - 100)),
         "many stop texts": dataclasses.replace(ordinary, stop=stops),
         "many stop ids": dataclasses.replace(ordinary, stop_token_ids=(7,) * 64),
         "most log-probabilities": dataclasses.replace(ordinary, logprobs=MAX_LOGPROBS),
@@ -236,11 +242,11 @@ def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say
     }
     gaps: dict[str, list[float]] = {name: [] for name in cases}
     source = random.Random(asked.seed)
-    with Session.open(base / "proven") as session:
+    with Session.open(bundle) as session:
         for _ in range(asked.rounds):
             for name in source.sample(list(cases), len(cases)):
                 beside = session.submit(cases[name], 1)
-                mine = session.submit(Request("alpha", tokens=(9,) * 16, max_new_tokens=80, ignore_eos=True))
+                mine = session.submit(Request(mine_tenant, tokens=(9,) * 16, max_new_tokens=80, ignore_eos=True))
                 times = [time.perf_counter() for _ in mine]
                 beside.result()
                 steps = [after - before for before, after in itertools.pairwise(times)]
