@@ -138,6 +138,20 @@ def table(found: dict[str, Any]) -> Any:
     return grid
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a picture that `plot` could not draw, before the time that measuring takes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        IaptError: it writes no files of that name's kind.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise IaptError(f"{path} cannot be drawn: its name must end in one of {', '.join(known)}")
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Draw how long rows wait for their next token, a line for each number of rows."""
     from matplotlib.figure import Figure
@@ -145,7 +159,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for line in found["figures"]:
-        axes.plot(line["itl_quantiles_ms"], range(len(line["itl_quantiles_ms"])), label=f"{line['rows']} rows")
+        waits = line["itl_quantiles_ms"]
+        axes.plot(waits, range(len(waits)), label="1 row" if line["rows"] == 1 else f"{line['rows']} rows")
+    for share in (50, 99):
+        axes.axhline(share, color="grey", linewidth=0.8, linestyle=":")
+        axes.text(1.01, share, f"p{share}", transform=axes.get_yaxis_transform(), va="center", fontsize="small")
     axes.set_xlabel("time to the next token (ms)")
     axes.set_ylabel("tokens that came within it (%)")
     axes.set_xlim(left=0)

@@ -297,11 +297,13 @@ def tenant(
 
 def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Common = Common()) -> None:
     """Measure how fast a bundle answers: first token, next tokens, throughput, memory."""
-    from engines.bench import measure, plot, report, table
+    from engines.bench import check_plot, measure, plot, report, table
     from engines.serving.session import Session
     from iapt_export.progress import Steps
 
     check_folders(asked.output, asked.plot)
+    if asked.plot:
+        check_plot(asked.plot)
     with (
         Session.open(bundle, asked.target, device=asked.device, **asked.checks) as session,
         Steps(quiet=common.quiet) as steps,
@@ -326,13 +328,16 @@ def inspect(
     model: Annotated[
         str | None, Parameter(alias="-m", metavar="M", help="Backbone with which build would take the adapter at PATH.")
     ] = None,
+    everything: Annotated[
+        bool, Parameter(("--all",), help="Show every line of long lists, such as a bundle's files.")
+    ] = False,
     common: Common = Common(),
 ) -> None:
     """Show what a model, an adapter, a bundle or one of its files holds, and whether it is supported."""
     from iapt_export.inspection import describe, table
 
     found = describe(path, model)
-    show(common.json, found, table(found))
+    show(common.json, found, table(found, everything))
 
 
 def plan(

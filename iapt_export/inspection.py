@@ -16,6 +16,10 @@ from iapt_export.contract.weights_header import read_header
 if TYPE_CHECKING:
     from trainers.decoder.backbone import Backbone
 
+FEW = 4
+"""Lines of one value that are shown where not everything is asked for."""
+COUNTED = ("measured", "files", "versions", "tensors")
+"""What is counted then: long, and seldom asked for."""
 EXPECTED = "an adapter directory, a tenant's file, a model (folder or .gguf), a bundle, a .onnx or a .engine file"
 
 
@@ -83,16 +87,31 @@ def describe_model(name: str) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> Any:
-    """A description as a rich table, nested values indented."""
+def table(found: dict[str, Any], everything: bool = True) -> Any:
+    """A description as a rich table, nested values indented.
+
+    Args:
+        found: what `describe` found.
+        everything: also the lines of long lists after `FEW`, and what `COUNTED` names.
+    """
     from rich.table import Table
 
     result = Table(show_header=False, box=None, pad_edge=False)
     result.add_column(style="bold", no_wrap=True)
     result.add_column(overflow="fold")
     for name, value in found.items():
-        result.add_row(name.replace("_", " "), _shown(value))
+        result.add_row(name.replace("_", " "), _shown(value) if everything else _brief(name, value))
     return result
+
+
+def _brief(name: str, value: Any) -> str:
+    """A value in at most `FEW` lines, or how many things it holds."""
+    if name in COUNTED and isinstance(value, dict):
+        return f"{len(value)}; --all lists them"
+    lines = _shown(value).split("\n")
+    if len(lines) <= FEW:
+        return "\n".join(lines)
+    return "\n".join([*lines[: FEW - 1], f"and {len(lines) - FEW + 1} more lines; --all shows them"])
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:

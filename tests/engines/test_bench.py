@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_one_token_has_no_next(tiny_build: TinyBuild) -> None:
     assert figures["itl_p50_ms"] is None and figures["decode_tokens_per_s"] is None and figures["tokens_per_s"] > 0
 
 
+def test_what_a_plot_needs_is_missed_before_measuring(
+    tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setattr("engines.bench.measure", lambda *_: pytest.fail("measured"))
+    outcome = run("bench", tiny_build.bundle, *SMALL, f"--plot={tmp_path / 'bench.png'}")
+    assert outcome.code == 1 and "matplotlib is not installed" in outcome.err.replace(".backend_bases", ""), outcome.err
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -53,6 +64,7 @@ def test_one_token_has_no_next(tiny_build: TinyBuild) -> None:
         (("--rows", "0"), "for --rows. Must be > 0."),
         (("--rows", "99"), "99 rows cannot run at once: the bundle takes"),
         (("--output", "nowhere/bench.json"), "there is no folder nowhere; make it first"),
+        (("--plot", "bench.doc"), "bench.doc cannot be drawn: its name must end in one of"),
         (("--plot", "nowhere/bench.png"), "there is no folder nowhere; make it first"),
     ],
 )

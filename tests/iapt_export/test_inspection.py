@@ -122,6 +122,14 @@ def test_an_adapter_of_ours_and_a_backbone(model: Path, tmp_path: Path) -> None:
     assert refused.code == 1 and "--model is for an adapter directory" in refused.err
 
 
+def test_a_bundle_in_twenty_lines_or_whole(tiny_build: TinyBuild) -> None:
+    short, whole = run("inspect", tiny_build.bundle), run("inspect", tiny_build.bundle, "--all")
+    assert (short.code, whole.code) == (0, 0)
+    assert len(short.out.splitlines()) <= 20 and "--all lists them" in short.out and "serve.onnx" not in short.out
+    assert "serve.onnx" in whole.out and "--all" not in whole.out
+    assert all(name in short.out for name in ("verdict", *TENANTS, "targets", "ranges"))
+
+
 def test_a_tenants_file(tiny_build: TinyBuild, tmp_path: Path) -> None:
     (path, *_) = sorted((tiny_build.bundle / "tenants").glob("*.safetensors"))
     found = inspected(path)

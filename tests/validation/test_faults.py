@@ -98,7 +98,7 @@ def test_an_honest_bundle_has_nothing_to_find(tiny_build: TinyBuild, backbone: A
 def check_nothing_found(bisection: Bisection | None) -> None:
     assert bisection is not None
     assert bisection.finding is None and bisection.num_steps == NEW_TOKENS
-    assert "every tensor agrees" in bisection.note
+    assert bisection.note == "nothing differs in these steps: every tensor is within its limit"
     layers = {layer for _, layer, _ in bisection.errors}
     assert layers == {None, 0, 1} and len(bisection.errors) > 30
     assert max(error for *_, error in bisection.errors) < 1e-4

@@ -89,6 +89,10 @@ def bisect_target(
             before = wanted
     if jump is not None:
         return Bisection(case, jump, errors, num_steps, "no tensor is beyond its limit; this is where errors jump")
+    if not is_wrong:
+        return Bisection(
+            case, None, errors, num_steps, "nothing differs in these steps: every tensor is within its limit"
+        )
     note = "every tensor agrees while the graphs give them out; see docs/validation.md for what that can mean"
     return Bisection(case, None, errors, num_steps, note)
 
