@@ -117,7 +117,7 @@ def test_the_manifest_tells_who_is_what(build: TinyBuild) -> None:
     assert manifest.num_slots == 7
     assert [tenant.trained for tenant in manifest.tenants if tenant.trained] == ["tenants/trained/mood.safetensors"]
     assert set(manifest.target().graphs) == {"encoder", "prefill", "decode", "serve", "generator"}
-    outcome = run("inspect", build.bundle)
+    outcome = run("inspect", build.bundle, "--all")
     assert "prefix_tuning: PREFIX_TUNING, 7 prompt slots" in outcome.out
     assert "mood: LAMP as prompt_tuning" in outcome.out
 
