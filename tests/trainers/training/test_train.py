@@ -24,6 +24,7 @@ from trainers.training.evaluate import ClassificationReport, GenerationReport
 from trainers.training.loop import AdapterTrainer, EpochSampler, PromptTuned
 from trainers.training.records import read_examples
 from trainers.training.train import evaluate_adapter, train
+from trainers.training.work import SECONDS_FILE
 from validation.sides.cases import read_examples as read_prompts
 
 
@@ -128,6 +129,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
+        SECONDS_FILE,
     }
     assert (checkpoint / "optimizer.pt").stat().st_size < 4 * (checkpoint / WEIGHTS_FILE).stat().st_size
     with pytest.raises(IaptError, match="holds checkpoints of an unfinished run; give --resume to go on with it"):

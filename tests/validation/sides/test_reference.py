@@ -223,7 +223,7 @@ def test_every_tenant_must_be_compared(tiny_bundle: Path, manifest: BundleManife
     [
         ("nonsense", r':1: expected a JSON object like {"prompt": "..."}'),
         ('{"prompt": "a"}\n{"text": "b"}', r':2: expected a JSON object like {"prompt": "..."}'),
-        ('{"prompt": "a"}\n\n', ":2: expected a JSON object"),
+        ('{"prompt": "a"}\n\n{"prompt": "b"}', ":2: expected a JSON object"),
         ("[1]", ":1: expected a JSON object"),
         ('{"prompt": " "}', ":1: the prompt is empty or no text"),
         ('{"prompt": 3}', ":1: the prompt is empty or no text"),
