@@ -85,7 +85,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         base, work = asked.base or Path(folder) / "base", Path(folder) / "work"
-        parts = asked.only or list(PARTS)
+        # a check in CI does not judge by timings: of those of a tiny model's steps, few rounds say little
+        parts = asked.only or [name for name in PARTS if not (asked.short and name == "hostile")]
         if not (base / READY).is_file() or ("kills" in parts and (base / READY).read_text("utf-8") != _code()):
             _apart(prepare_base, base)
         for name in parts:
@@ -180,7 +181,7 @@ def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say)
     rows = {row["name"]: torture_inputs.Findings(**row) for row in before.get("readers", ())}
 
     def told() -> dict[str, Any]:
-        faults = [fault for row in rows.values() for fault in (*row.raw, *row.slow)]
+        faults = [fault for row in rows.values() for fault in (*row.raw, *(() if asked.short else row.slow))]
         faults += [f"{r.name}: memory grew by {r.growth_mib} MiB" for r in rows.values() if r.growth_mib > GROWTH_MIB]
         faults += [f"{row.name}: {row.wrong} accepted" for row in rows.values() if row.wrong]
         readers = [dataclasses.asdict(row) for row in rows.values()]
@@ -254,8 +255,7 @@ def hostile(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say
     usual = gaps.pop("ordinary")
     moved = {name: [mine / own - 1 for mine, own in zip(gaps[name], usual, strict=True)] for name in gaps}
     shifts = {name: round(statistics.median(values), 3) for name, values in moved.items()}
-    limit = 2.0 if asked.short else ALLOWED_SHIFT  # few rounds say little; docs/security.md has what they said
-    faults = [f"{name} moves the median gap by {shift:.0%}" for name, shift in shifts.items() if shift > limit]
+    faults = [f"{name} moves the median gap by {shift:.0%}" for name, shift in shifts.items() if shift > ALLOWED_SHIFT]
     return {"rounds": asked.rounds, "gap_ms": round(statistics.median(usual), 3), "shifts": shifts, "faults": faults}
 
 
