@@ -124,7 +124,7 @@ def _of_training(adapter: Path, model: Path) -> list[Reader]:
 
     def peft(path: Path) -> Any:
         (path.parent / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors))
-        return load_adapter(path.parent, backbone)
+        return load_adapter(path.parent, backbone, peft_prompt_format="plain")
 
     with tempfile.TemporaryDirectory() as folder:
         gguf = write(Path(folder) / "tiny.gguf", TinyFile("llama", layers=1)).read_bytes()

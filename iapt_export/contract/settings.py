@@ -10,6 +10,7 @@ import inspect
 import math
 import types
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from iapt_export.contract.errors import IaptError
@@ -77,6 +78,8 @@ def choice_problems(config: Any) -> list[str]:
     hints = get_type_hints(type(config))
     for name in (field.name for field in dataclasses.fields(config)):
         value, choices = getattr(config, name), get_args(hints[name])
+        if NoneType in choices:  # a field that may be left out
+            choices = [choice for kind in choices for choice in get_args(kind)] if value is not None else []
         if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
             problems.append(f"{name}={value!r} is not one of {', '.join(choices)}")
         if hints[name] is bool and not isinstance(value, bool):
