@@ -79,7 +79,7 @@ def choice_problems(config: Any) -> list[str]:
     for name in (field.name for field in dataclasses.fields(config)):
         value, choices = getattr(config, name), get_args(hints[name])
         if NoneType in choices:  # a field that may be left out
-            choices = [choice for kind in choices for choice in get_args(kind)] if value is not None else []
+            choices = sum(map(get_args, choices), ()) if value is not None else ()
         if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
             problems.append(f"{name}={value!r} is not one of {', '.join(choices)}")
         if hints[name] is bool and not isinstance(value, bool):
