@@ -166,4 +166,7 @@ def tiny_family(name: str, seed: int = 0, layers: int = 2) -> Any:
             if key in fields:
                 fields[key] = [fields[key][index % 2] for index in range(layers)]
         fields["n_layer" if "n_layer" in fields else "num_hidden_layers"] = layers
-    return AutoModelForCausalLM.from_config(getattr(transformers, f"{config}Config")(**fields)).eval()
+    kind = getattr(transformers, f"{config}Config")
+    if not hasattr(kind(), "num_key_value_heads"):
+        fields.pop("num_key_value_heads", None)  # a configuration keeps what it does not know, and PEFT would read it
+    return AutoModelForCausalLM.from_config(kind(**fields)).eval()

@@ -23,6 +23,7 @@ from trainers.adapters.adapter import AdapterConfig
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.backbone import config_fingerprint
 from trainers.decoder.insertion import sizes_of
+from trainers.decoder.method import Sizes
 from trainers.methods.configs import IAPTConfig, LoRAConfig, PrefixTuningConfig
 
 SUPPORTED = [name for name, (expected, *_) in FAMILIES.items() if expected != REFUSED]
@@ -33,14 +34,24 @@ PROMPTS = (tuple(range(5, 25)), (40, 77, 12))
 """Longer than the windows of those that have one, and shorter."""
 SHORT_ROWS = {"sequence": "1:16:24", "past": "5:24:31"}
 """Within the 32 positions that longrope's short factors are for."""
-OURS: dict[str, Any] = {"iapt": IAPTConfig(bottleneck=8), "prefix": PrefixTuningConfig(prompt_length=3)}
-OURS["lora"] = LoRAConfig(rank=2)
+OURS = ("iapt", "prefix", "lora")
 
 
-def save_ours(folder: Path, family: str, seed: int, method: Any) -> None:
+def method_for(name: str, sizes: Sizes) -> Any:
+    """A method's configuration; families call the linears of their attention by many names."""
+    if name == "lora":
+        leaves = list(dict.fromkeys(linear.rpartition(".")[2] for linear in sizes.linears))
+        return LoRAConfig(
+            rank=2, target_modules=tuple(leaf for leaf in ("q_proj", "v_proj") if leaf in leaves) or (leaves[0],)
+        )
+    return IAPTConfig(bottleneck=8) if name == "iapt" else PrefixTuningConfig(prompt_length=3)
+
+
+def save_ours(folder: Path, family: str, seed: int) -> None:
     """An adapter of a random method, in the format that the trainer writes."""
     model = tiny_family(family)
     sizes = sizes_of(model)
+    method = method_for(folder.name, sizes)
     module = random_method(seed, method, sizes)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -85,8 +96,8 @@ def served_and_compared(family: str, folder: Path) -> float:
     model = save_tiny_backbone(folder / "model", tiny_family(family))
     peft_model = stock(lambda: tiny_family(family), "PromptTuningConfig", {"num_virtual_tokens": 4})
     peft_model.save_pretrained(folder / "stock")
-    for seed, (name, method) in enumerate(OURS.items()):
-        save_ours(folder / name, family, seed, method)
+    for seed, name in enumerate(OURS):
+        save_ours(folder / name, family, seed)
     adapters = [folder / name for name in ("stock", *OURS)]
     places = {"model": str(model), "adapters": adapters, "output": folder / "out", "cache": folder / "cache"}
     build(BuildRequest(**places, **RANGES | SHORT_ROWS, new_tokens=NEW_TOKENS, peft_prompt_format="plain"))
