@@ -21,7 +21,7 @@ LOGGER = logging.getLogger("iapt_export")
 aten = torch.ops.aten
 
 
-def needs_no_second_trace(program: ExportedProgram) -> bool:
+def rewrite_for_one_trace(program: ExportedProgram) -> bool:
     """Rewrite what the exporter would trace again for, and tell it so.
 
     Args:

@@ -23,7 +23,7 @@ from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.lay_out import LayOutError, lay_out, remove_marks
 from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace, shortened
-from iapt_export.graphs.one_trace import needs_no_second_trace
+from iapt_export.graphs.one_trace import rewrite_for_one_trace
 from iapt_export.graphs.ops import layer_end
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
@@ -122,7 +122,7 @@ def _translated(traced: Callable[[], torch.export.ExportedProgram], opset: int) 
         return onnx_program.model
 
     program = traced()
-    if needs_no_second_trace(program):
+    if rewrite_for_one_trace(program):
         try:
             return translate(program)
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from iapt_export.graphs import trace
 from iapt_export.graphs.export import run_passes
 from iapt_export.graphs.installed import rational_forms
-from iapt_export.graphs.one_trace import REWRITES, needs_no_second_trace
+from iapt_export.graphs.one_trace import REWRITES, rewrite_for_one_trace
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.table import TABLE, Serving
 from tests.graphs import installed, run_onnx, specs_for
@@ -56,7 +56,7 @@ def test_what_is_rewritten_computes_the_same(dtype: torch.dtype) -> None:
     # sizes are asserted on where a tensor depends on one, and detach_ stands for a constant
     unseen = {torch.ops.aten._assert_scalar.default, torch.ops.aten.detach.default}
     assert {node.target for node in program.graph.nodes} >= set(REWRITES) - unseen
-    assert needs_no_second_trace(program)
+    assert rewrite_for_one_trace(program)
     assert program.run_decompositions({}) is program
     assert not {node.target for node in program.graph.nodes} & set(REWRITES)
     graph = in_onnx(program)
@@ -72,7 +72,7 @@ def test_side_effects_and_inner_graphs_go_the_long_way(module: nn.Module, caplog
     x = torch.randn(3, 4)
     program = traced(module.eval(), x)
     text = str(program.graph)
-    assert not needs_no_second_trace(program)
+    assert not rewrite_for_one_trace(program)
     assert str(program.graph) == text, "nothing was touched"
     assert "traced a second time: " in caplog.text
     (made,) = run_onnx(in_onnx(program), {"x": x.numpy()}).values()
@@ -97,7 +97,7 @@ def test_a_decoders_graph_is_that_of_two_traces(
     caplog.set_level("INFO", logger="iapt_export")
     once = shipped()
     assert "traced a second time" not in caplog.text
-    monkeypatch.setattr(trace, "needs_no_second_trace", lambda program: False)
+    monkeypatch.setattr(trace, "rewrite_for_one_trace", lambda program: False)
     assert once == shipped()
 
 
