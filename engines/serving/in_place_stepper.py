@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from engines.runner import Array, Arrays, Runner, numpy_type
-from engines.serving.stepper import PAST, PRESENT, Instruction, RowCache, Stepper
+from engines.serving.stepper import Instruction, RowCache, Stepper
 from engines.serving.tenants import TenantBank
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import ENCODER, step_graphs
+from iapt_export.contract.graphs import ENCODER, PAST, PRESENT, step_graphs
 from iapt_export.contract.manifest import READS_INSTRUCTION, BundleManifest, TargetSpec
 
 

@@ -17,11 +17,8 @@ import numpy as np
 
 from engines.runner import Activated, Arrays, Runner
 from engines.serving.tenants import Tenant, TenantBank, cast
-from iapt_export.contract.graphs import ENCODER, KINDS, step_graphs
+from iapt_export.contract.graphs import ENCODER, KINDS, PAST, PRESENT, step_graphs
 from iapt_export.contract.manifest import SENT_PROMPTS, BundleManifest, TargetSpec, TensorSpec
-
-PAST, PRESENT = "past_key_values.", "present."
-"""What a cache's inputs and outputs begin with."""
 
 RowCache = list[tuple[np.ndarray, np.ndarray]]
 """One row's keys and values by layer, ``[H, entries, K]``, prompts first, padding left out."""

@@ -15,15 +15,10 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import step_graphs
+from iapt_export.contract.graphs import PAST, step_graphs
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TargetSpec
+from iapt_export.contract.types import FLOAT_BYTES
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
-
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-CACHE = "past_key_values."
-"""How the inputs begin that hold the KV cache, as ``[B, H, S, K]`` each."""
-DEFAULTS = {"batch": 8, "past": 1024, "tenants": 1}
-"""Of a model; the first two are the largest that ``build`` makes without being told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +26,9 @@ class Load:
     """How much is served at once."""
 
     batch: Annotated[PositiveInt | None, Parameter(metavar="ROWS")] = None
-    """Rows of one batch; without it, the bundle's largest, or 8."""
+    """Rows of one batch; without it, the bundle's largest, or the largest that build makes without being told."""
     past: Annotated[PositiveInt | None, Parameter(metavar="ENTRIES")] = None
-    """Cache entries of a row: prompts, instruction, answer; without it, the bundle's largest, or 1024."""
+    """Cache entries of a row: prompts, instruction, answer; without it, the bundle's largest, or likewise."""
     tenants: Annotated[PositiveInt | None, Parameter(metavar="N")] = None
     """Tenants side by side; without it, the bundle's own, or 1. In a bundle, further ones count as its largest."""
     target: Annotated[str | None, Parameter(metavar="T[:DTYPE]")] = None
@@ -99,8 +94,8 @@ def _of_bundle(bundle: Path, load: Load) -> list[Share]:
     in_place = step_graphs(target.graphs, in_place=True)
     graphs = in_place or step_graphs(target.graphs, in_place=False)
     inputs = {spec.name: spec for graph in graphs for spec in target.graphs[graph].inputs}
-    caches = [spec for name, spec in inputs.items() if name.startswith(CACHE)]  # [B, H, S, K]
-    entry = sum(int(spec.shape[1]) * int(spec.shape[3]) * BYTES[spec.dtype] for spec in caches)
+    caches = [spec for name, spec in inputs.items() if name.startswith(PAST)]  # [B, H, S, K]
+    entry = sum(int(spec.shape[1]) * int(spec.shape[3]) * FLOAT_BYTES[spec.dtype] for spec in caches)
     return [
         _weights_of(bundle, target, graphs),
         _cache(entry, sizes, manifest.num_slots, copies=1 if in_place else 2),
@@ -136,7 +131,7 @@ def _tenants_of(manifest: BundleManifest, inputs: dict[str, Any], tenants: int) 
     more, shares = tenants - len(manifest.tenants), []
     each = {
         method.name: sum(
-            math.prod(map(int, weight.shape)) * BYTES[inputs.get(f"{method.name}.{weight.name}", weight).dtype]
+            math.prod(map(int, weight.shape)) * FLOAT_BYTES[inputs.get(f"{method.name}.{weight.name}", weight).dtype]
             for weight in method.weights
         )
         for method in manifest.methods
@@ -163,7 +158,8 @@ def _logits(vocabulary: int, sizes: dict[str, int]) -> Share:
 def _of_model(path: str, load: Load) -> list[Share]:
     import torch
 
-    from iapt_export.building.plan import plan_targets
+    from iapt_export.building.build_request import BuildRequest
+    from iapt_export.building.plan import parse_range, plan_targets
     from trainers.decoder.backbone import load_outline
     from trainers.decoder.family import check_family
     from trainers.decoder.insertion import sizes_of
@@ -173,8 +169,12 @@ def _of_model(path: str, load: Load) -> list[Share]:
     model = load_outline(path)
     check_family(model, path)
     shape = sizes_of(model)
-    sizes = {name: getattr(load, name) or default for name, default in DEFAULTS.items()}
-    width = BYTES[target.graph_dtype]
+    sizes = {
+        "batch": load.batch or parse_range(BuildRequest.batch, "batch").max,
+        "past": load.past or parse_range(BuildRequest.past, "past").max,
+        "tenants": load.tenants or 1,
+    }
+    width = FLOAT_BYTES[target.graph_dtype]
     entry = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
     method = METHODS[next(name for name in METHOD_CONFIGS if flag_name(name) == load.method)]
     with torch.device("meta"):

@@ -23,6 +23,8 @@ class GraphKind:
     """It has operators of ONNX Runtime's own; see `runs_on`."""
 
 
+PAST, PRESENT = "past_key_values.", "present."
+"""How the tensors begin that hold the cache before and after a step, ``LAYER.key`` and ``LAYER.value`` behind it."""
 ENCODER = "encoder"
 """Makes the prompts of a method that computes them beforehand."""
 GENERATOR = "generator"

@@ -10,7 +10,6 @@ import inspect
 import math
 import types
 from collections.abc import Mapping
-from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from iapt_export.contract.errors import IaptError
@@ -78,7 +77,7 @@ def choice_problems(config: Any) -> list[str]:
     hints = get_type_hints(type(config))
     for name in (field.name for field in dataclasses.fields(config)):
         value, choices = getattr(config, name), get_args(hints[name])
-        if NoneType in choices:  # a field that may be left out
+        if types.NoneType in choices:  # a field that may be left out
             choices = sum(map(get_args, choices), ()) if value is not None else ()
         if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
             problems.append(f"{name}={value!r} is not one of {', '.join(choices)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FLOATS = ("fp32", "fp16", "bf16")
 """Types that a backbone can be served in."""
+FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 TENSOR_TYPES = {
     "int64": "int64",
     "int32": "int32",

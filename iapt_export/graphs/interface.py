@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iapt_export.contract.graphs import PAST, PRESENT
 from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, TensorSpec
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.graphs.in_place import needs_flag
@@ -41,13 +42,13 @@ class Sizing:
 
     def stepped(self, present: str | int) -> list[TensorSpec]:
         """What every step returns: logits, and a cache of ``present`` entries."""
-        return [TensorSpec("logits", self.dtype, ["batch", 1, self.shape.vocab_size]), *self.cache("present", present)]
+        return [TensorSpec("logits", self.dtype, ["batch", 1, self.shape.vocab_size]), *self.cache(PRESENT, present)]
 
     def cache(self, prefix: str, length: str | int) -> list[TensorSpec]:
         """Keys and values of every layer, ``length`` entries."""
         sizes: list[int | str] = ["batch", self.shape.num_kv_heads, length, self.shape.head_dim]
         return [
-            TensorSpec(f"{prefix}.{layer}.{part}", self.dtype, list(sizes))
+            TensorSpec(f"{prefix}{layer}.{part}", self.dtype, list(sizes))
             for layer in range(self.shape.num_layers)
             for part in ("key", "value")
         ]
@@ -90,7 +91,7 @@ def decode(of: Sizing) -> Tensors:
         *_whole("batch", "total", names=("attention_mask",)),
         *_whole("batch", 1, names=("position_ids",)),
     ]
-    return [*inputs, *of.cache("past_key_values", "past"), *of.taken(in_decode(of.installed))], of.stepped("total")
+    return [*inputs, *of.cache(PAST, "past"), *of.taken(in_decode(of.installed))], of.stepped("total")
 
 
 def serve(of: Sizing) -> Tensors:
@@ -99,7 +100,7 @@ def serve(of: Sizing) -> Tensors:
         *_whole("batch", "sequence", names=("input_ids", "position_ids")),
         *_whole("batch", names=("seqlens_k",), dtype="int32"),
         *_whole(names=("total_sequence_length",), dtype="int32"),
-        *of.cache("past_key_values", "capacity"),
+        *of.cache(PAST, "capacity"),
     ]
     if needs_flag([item.method for item in of.installed]):
         inputs += _whole(names=(READS_INSTRUCTION,), dtype="bool")
@@ -123,7 +124,7 @@ def _one_step(of: Sizing, length: str | int, acting: list[Installed]) -> Tensors
         *_whole("batch", length, names=("input_ids", "position_ids")),
         *_whole("batch", names=("seqlens_k",), dtype="int32"),
     ]
-    return [*inputs, *of.cache("past_key_values", of.capacity), *of.taken(acting)], of.stepped(of.capacity)
+    return [*inputs, *of.cache(PAST, of.capacity), *of.taken(acting)], of.stepped(of.capacity)
 
 
 def encoder(of: Sizing) -> Tensors | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import iapt_export.graphs.ops.layer_end  # noqa: F401  (registers torch.ops.iapt.layer_end)
+from iapt_export.contract.graphs import PAST
 from iapt_export.contract.manifest import READS_INSTRUCTION, GraphSpec
 from iapt_export.graphs.in_place import Step, serve
 from iapt_export.graphs.installed import Installed, generators, in_decode, rows_from_inputs
@@ -79,7 +80,7 @@ class DecodeTwin(Twin):
     ) -> tuple[Tensor, ...]:
         """``input_ids, position_ids [B, 1]``, ``attention_mask [B, S+1]``, K, V of S entries to logits, K, V of S+1."""
         inputs = self.named(rest)
-        past = [tensor for name, tensor in inputs.items() if name.startswith("past_key_values.")]
+        past = [tensor for name, tensor in inputs.items() if name.startswith(PAST)]
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         rows = rows_from_inputs(self.installed, inputs, only=in_decode(self.installed))
         output = continue_from(self.backbone, rows, input_ids, attention_mask, cache, position_ids=position_ids)
@@ -101,7 +102,7 @@ class ServeTwin(Twin):
     ) -> tuple[Tensor, ...]:
         """``input_ids, position_ids [B, T]``, ``seqlens_k [B]``, buffers ``[B, H, C, K]`` to logits ``[B, 1, V]``."""
         inputs = self.named(rest)
-        past = [tensor for name, tensor in inputs.items() if name.startswith("past_key_values.")]
+        past = [tensor for name, tensor in inputs.items() if name.startswith(PAST)]
         flag = inputs.get(READS_INSTRUCTION)
         step = Step(position_ids, seqlens_k, total_sequence_length, past, flag)
         logits = serve(self.backbone, rows_from_inputs(self.installed, inputs), input_ids, step)
@@ -119,7 +120,7 @@ class ServePrefillTwin(Twin):
     ) -> tuple[Tensor, ...]:
         """``input_ids, position_ids [B, T]``, ``seqlens_k [B]``, buffers ``[B, H, C, K]`` to logits ``[B, 1, V]``."""
         inputs = self.named(rest)
-        past = [tensor for name, tensor in inputs.items() if name.startswith("past_key_values.")]
+        past = [tensor for name, tensor in inputs.items() if name.startswith(PAST)]
         step = Step(position_ids, seqlens_k, None, past, self.reads)
         chosen = self.installed if self.reads else in_decode(self.installed)
         logits = serve(self.backbone, rows_from_inputs(self.installed, inputs, only=chosen), input_ids, step)

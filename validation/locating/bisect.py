@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engines.serving.session import Session
-from iapt_export.contract.graphs import step_graphs
+from iapt_export.contract.graphs import PAST, PRESENT, step_graphs
 from trainers.decoder.insertion import layers_path
 from trainers.decoder.method import rows_of
 from validation.judging.metrics import worst_vector
@@ -104,9 +104,9 @@ def _compare_step(
     assert scene.step is not None
     number = scene.step.number
     for row, arrays in enumerate(before):  # what the step reads of the cache is what the step before left
-        cache = {name: array for name, array in arrays.items() if name.startswith("present.")}
-        wanted[row] |= {name.replace("present", "past_key_values", 1): array for name, array in cache.items()}
-    inputs = [Tap(name, name, -1) for name in seen if name.startswith("past_key_values.")]
+        cache = {name: array for name, array in arrays.items() if name.startswith(PRESENT)}
+        wanted[row] |= {name.replace(PRESENT, PAST, 1): array for name, array in cache.items()}
+    inputs = [Tap(name, name, -1) for name in seen if name.startswith(PAST)]
     first: dict[bool, Suspect] = {}
     errors: list[tuple[str, int | None, float]] = []
     prefix = layers_path(scene.reference.model)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iapt_export.contract.graphs import PRESENT
 from trainers.decoder.generate import decode, prefill
 from trainers.decoder.insertion import layers_path
 from trainers.decoder.method import Method, rows_of
@@ -98,7 +99,7 @@ def record_row(
                 logits = decode(model, rows_of(method), torch.tensor([row.forced[number - 1]]), mask, cache)
         seen["logits"] = logits
         for layer, entries in enumerate(cache.layers):
-            seen[f"present.{layer}.key"], seen[f"present.{layer}.value"] = entries.keys, entries.values
+            seen[f"{PRESENT}{layer}.key"], seen[f"{PRESENT}{layer}.value"] = entries.keys, entries.values
         yield number, {name: _without_padding(tensor, mask[0].bool()) for name, tensor in seen.items()}
 
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.building.layout import weights_sha256
 from iapt_export.contract.errors import BundleError, IaptError
-from iapt_export.contract.graphs import ENCODER, KINDS
+from iapt_export.contract.graphs import ENCODER, KINDS, PAST, PRESENT
 from iapt_export.contract.manifest import BundleManifest, GraphSpec
 from iapt_export.contract.settings import config_from_dict
 from iapt_export.graphs.installed import in_decode, installed_from_manifest, rows_from_inputs
@@ -127,8 +127,8 @@ class TorchRunner(Runner):
         logits, cache = self._prefill(feeds) if KINDS[self.name].reads else self._decode(feeds)
         outputs = {"logits": logits[:, None].numpy()}
         for index, layer in enumerate(cache.layers):
-            outputs[f"present.{index}.key"] = layer.keys.numpy()
-            outputs[f"present.{index}.value"] = layer.values.numpy()
+            outputs[f"{PRESENT}{index}.key"] = layer.keys.numpy()
+            outputs[f"{PRESENT}{index}.value"] = layer.values.numpy()
         return outputs
 
     def _encode(self, feeds: dict[str, Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ class TorchRunner(Runner):
         return prefill(self.model, rows, feeds["input_ids"], feeds["attention_mask"])
 
     def _decode(self, feeds: dict[str, Tensor]) -> tuple[Tensor, DynamicCache]:
-        past = [tensor for name, tensor in feeds.items() if name.startswith("past_key_values.")]
+        past = [tensor for name, tensor in feeds.items() if name.startswith(PAST)]
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         mask = feeds["attention_mask"]
         if not torch.equal(positions(mask)[:, -1:], feeds["position_ids"]):

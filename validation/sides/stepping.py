@@ -11,8 +11,8 @@ import numpy as np
 from engines.runner import Arrays, Runner
 from engines.serving.loading import open_runners, stepper_over
 from engines.serving.session import Session
-from engines.serving.stepper import PAST, PRESENT, Instruction, RowCache, Stepper
-from iapt_export.contract.graphs import step_graphs
+from engines.serving.stepper import Instruction, RowCache, Stepper
+from iapt_export.contract.graphs import PAST, PRESENT, step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 

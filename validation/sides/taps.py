@@ -22,8 +22,8 @@ import onnx
 from engines.onnxruntime.devices import OPTIONS, PROVIDERS
 from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.runner import NOWHERE, numpy_type
-from engines.serving.stepper import PAST, PRESENT
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.graphs import PAST, PRESENT
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
 from iapt_export.graphs.ops.serving_ops import PRODUCT

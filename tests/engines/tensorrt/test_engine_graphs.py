@@ -15,11 +15,12 @@ from engines.cuda.driver import Driver, Gpu
 from engines.cuda.memory import CudaStream, DeviceArray
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.loading import cache_kinds, open_runners, open_stepper, stepper_over
-from engines.serving.stepper import PAST, Instruction, Stepper
+from engines.serving.stepper import Instruction, Stepper
 from engines.serving.tenants import TenantBank
 from engines.tensorrt import runner as tensorrt_runner
 from engines.tensorrt.engine_info import EngineInfo, profile_from_spec
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.graphs import PAST
 from iapt_export.contract.manifest import BundleManifest, Range
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter
 from tests.engines.fake_gpu import FakeCuda, OnnxContext, fake_tensorrt

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from iapt_export.contract.graphs import PAST, PRESENT
 from tests.gpu.part import Skip, Work, first_line, median_ms
 
 TITLE = "ONNX Runtime on CUDA"
@@ -204,10 +205,10 @@ class Replay:
             self.binding.bind_ortvalue_input(name, value)
         (logits,) = (tensor for tensor in spec.outputs if tensor.name == "logits")
         rows = len(feeds["input_ids"])
-        empty = np.zeros((rows, 1, int(logits.shape[2])), feeds["past_key_values.0.key"].dtype)
+        empty = np.zeros((rows, 1, int(logits.shape[2])), feeds[f"{PAST}0.key"].dtype)
         self.logits = onnxruntime.OrtValue.ortvalue_from_numpy(empty, work.device, 0)
         for tensor in spec.outputs:
-            past = tensor.name.replace("present.", "past_key_values.")
+            past = tensor.name.replace(PRESENT, PAST)
             self.binding.bind_ortvalue_output(tensor.name, self.logits if tensor is logits else self.values[past])
 
     def step(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
