@@ -49,14 +49,26 @@ class Job:
 def session(job: Job) -> tuple[Step, Step]:
     """This project's, over the cache that is written in place; its stepper, as its scheduler drives it."""
     from engines.serving.session import Session
-    from engines.serving.stepper import Instruction
 
     stepper = Session.open(job.model, verify=False, allow_unproven=True).stepper
     stepper.runners["serve"].threads = job.threads  # type: ignore[attr-defined]
     stepper.activate()
+    return stepper_steps(stepper, job.prompts(), job.tenants)
+
+
+def stepper_steps(stepper: Any, prompts: list[list[int]], tenants: int) -> tuple[Step, Step]:
+    """Reading and one step as a session's scheduler drives them: tokens in, logits out, the best taken on the host.
+
+    Args:
+        stepper: active.
+        prompts: token ids, a list a row.
+        tenants: how many the rows take turns with, at least one.
+    """
+    from engines.serving.stepper import Instruction
+
     names = list(stepper.bank.tenants)
-    chosen = [stepper.bank.get(names[row % max(job.tenants, 1)]) for row in range(job.rows)]
-    rows = [Instruction(tenant, prompt) for tenant, prompt in zip(chosen, job.prompts(), strict=True)]
+    chosen = [stepper.bank.get(names[row % max(tenants, 1)]) for row in range(len(prompts))]
+    rows = [Instruction(tenant, prompt) for tenant, prompt in zip(chosen, prompts, strict=True)]
     last: dict[str, Any] = {}
 
     def prefill() -> None:

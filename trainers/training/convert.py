@@ -211,9 +211,7 @@ def _of_alpaca(record: Any, notes: Counter[str]) -> Record:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError("'history' is no list of [question, answer]")
     question = "\n\n".join(filter(None, (fields["instruction"], fields.get("input"))))
-    turns = [("user", "assistant")[place % 2] for place in range(2 * len(history))]
-    spoken = list(zip(turns, [text for pair in history for text in pair], strict=True))
-    spoken += [("user", question), ("assistant", fields["output"])]
+    spoken = [turn for pair in [*history, [question, fields["output"]]] for turn in zip(PAIR, pair, strict=True)]
     if system := fields.get("system"):
         spoken.insert(0, ("system", system))
     return _conversation(spoken)

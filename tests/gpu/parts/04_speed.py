@@ -59,6 +59,7 @@ def prompts(work: Work, rows: int, words: int) -> np.ndarray:
 
 def ours(work: Work, bundle: Path, dtype: str, all_rows: tuple[int, ...]) -> None:
     """Rows of the bundle's tenants in turn, over the cache that the device serves from."""
+    from benchmarks.serving_peers import stepper_steps
     from engines.serving.session import Session
 
     session = Session.open(bundle, device=work.device, verify=False, allow_unproven=True)
@@ -70,25 +71,6 @@ def ours(work: Work, bundle: Path, dtype: str, all_rows: tuple[int, ...]) -> Non
             for tenants in sorted({min(count, rows, most) for count in TENANTS}):
                 count = 0 if bundle.name.startswith("plain") else tenants
                 put(work, "ours", dtype, rows, count, *stepper_steps(session.stepper, read, tenants))
-
-
-def stepper_steps(stepper: Any, read: list[list[int]], tenants: int) -> tuple[Step, Step]:
-    """As a session's scheduler drives it: tokens in, logits out, the best taken on the host."""
-    from engines.serving.stepper import Instruction
-
-    names = list(stepper.bank.tenants)
-    given = [Instruction(stepper.bank.get(names[row % tenants]), prompt) for row, prompt in enumerate(read)]
-    last: dict[str, Any] = {}
-
-    def prefill() -> None:
-        while stepper.num_rows:
-            stepper.leave(stepper.num_rows - 1)
-        last["tokens"] = stepper.read(given).argmax(axis=1).tolist()
-
-    def decode() -> None:
-        last["tokens"] = stepper.step(last["tokens"]).argmax(axis=1).tolist()
-
-    return prefill, decode
 
 
 def load(work: Work, dtype: str) -> Any:
