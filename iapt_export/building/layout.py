@@ -86,12 +86,13 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
     config = backbone.model.config.get_text_config()
     family, sizes = check_family(backbone.model), sizes_of(backbone.model)
     eos = getattr(backbone.model.generation_config, "eos_token_id", None)
-    eos = config.eos_token_id if eos is None else eos
+    # not every configuration has them: CodeGen's names no padding
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
     own = [] if eos is None else eos if isinstance(eos, list) else [eos]
     trained = [adapter.config.eos_token_id for adapter in adapters]
     ends = dict.fromkeys([*own, getattr(backbone.tokenizer, "eos_token_id", None), *trained])
     eos_ids = [token for token in ends if is_token_id(token, sizes.vocab_size)]
-    pad = padding_id(backbone.tokenizer, sizes.vocab_size, config.pad_token_id, *eos_ids)
+    pad = padding_id(backbone.tokenizer, sizes.vocab_size, getattr(config, "pad_token_id", None), *eos_ids)
     return BackboneSpec(
         name_or_path=backbone.name_or_path,
         revision=backbone.revision,

@@ -74,6 +74,14 @@ def test_a_padding_token_out_of_the_table_is_not_taken(pad: int, expected: int) 
     assert layout.backbone_spec(backbone(2, 5, pad)).pad_token_id == expected
 
 
+def test_a_configuration_without_a_padding_token_is_read() -> None:
+    """CodeGen's class has none in transformers 5."""
+    model = tiny_family("codegen")
+    assert not hasattr(model.config, "pad_token_id")
+    spec = layout.backbone_spec(Backbone(model, SimpleNamespace(pad_token_id=None), "tiny"))
+    assert (spec.eos_token_ids, spec.pad_token_id) == ([1], 1)
+
+
 def test_a_backbones_sizes() -> None:
     specs = {}
     for name, make in ARCHITECTURES.items():
