@@ -35,13 +35,16 @@ def show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Any, as
     rows = []
     for request, answer in zip(requests, answers, strict=True):
         found = {"text": answer.text, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
+        if answer.error is not None:
+            found["error"] = str(answer.error)
         if not asked.requests:
             given = "messages" if asked.messages else "prompt"
             rows.append({given: getattr(request, given), **found})
         elif as_json:
             print(json.dumps({"tenant": request.tenant, **found}, ensure_ascii=False), flush=True)
         else:
-            print(f"--- {answer.index + 1} {request.tenant}\n{answer.text}", flush=True)
+            failed = "" if answer.error is None else f"\n(failed: {answer.error})"
+            print(f"--- {answer.index + 1} {request.tenant}\n{answer.text}{failed}", flush=True)
     if rows and as_json:
         print_json(rows)
     elif rows:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import operator
 import threading
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
 
 MAX_LOGPROBS = 100
+RIGHT_CALL = 'Request(tenant="NAME", prompt="TEXT")'
 
 
 class Admission:
@@ -161,6 +164,45 @@ class Admission:
                 field="soft_prompts",
             )
         return copied
+
+
+def check_are_requests(requests: Any) -> None:
+    """Refuse what holds no requests: one alone, a text, a mapping.
+
+    Raises:
+        IaptError: with the right call.
+    """
+    if not isinstance(requests, Iterable) or isinstance(requests, str | bytes | Mapping):
+        raise IaptError(f"expected a list of requests, such as [{RIGHT_CALL}], found {type(requests).__name__}")
+
+
+def check_is_request(request: Any, where: str, tenants: Collection[str]) -> None:
+    """Refuse what was made by a wrong call of `Request`, before anything is looked up.
+
+    Args:
+        request: what came.
+        where: names it in errors.
+        tenants: the names that a request may have.
+
+    Raises:
+        IaptError: with the right call.
+    """
+    if not isinstance(request, Request):
+        raise IaptError(f"{where} is {type(request).__name__}, expected {RIGHT_CALL}")
+    for name in ("tenant", "prompt"):
+        value = getattr(request, name)
+        if not isinstance(value, str):
+            many = isinstance(value, list | tuple)
+            remedy = f"; it is one instruction: [{RIGHT_CALL} for TEXT in TEXTS]" if many else f": {RIGHT_CALL}"
+            raise IaptError(f"{where}: {name} is {type(value).__name__}, expected text{remedy}", field=name)
+    if request.tenant in tenants or not request.tenant:
+        return
+    has_tokens = not isinstance(request.tokens, tuple) or request.tokens
+    says_nothing = not (request.prompt or request.messages or has_tokens)
+    if request.prompt in tenants or (says_nothing and " " in request.tenant):
+        text = f"tenant is {request.tenant[:60]!r} and prompt {request.prompt[:60]!r}; expected {RIGHT_CALL}"
+        known = f"the tenants are {', '.join(tenants)}"
+        raise IaptError(f"{where}: {text}, and {known}", code="tenant_not_found", field="tenant")
 
 
 def check_fields(where: str, request: Request) -> None:

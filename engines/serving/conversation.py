@@ -100,9 +100,6 @@ def check_text_fields(where: str, request: Request) -> None:
     Raises:
         IaptError: what was expected, and what came.
     """
-    for name in ("tenant", "prompt"):
-        if not isinstance(value := getattr(request, name), str):
-            raise IaptError(f"{where}: {name} is {type(value).__name__}, expected text")
     if isinstance(request.tokens, str | bytes | Mapping) or not hasattr(request.tokens, "__len__"):
         raise IaptError(f"{where}: tokens is {type(request.tokens).__name__}, expected a list of token ids")
     if isinstance(request.messages, str | Mapping) or not isinstance(request.messages, Sequence):

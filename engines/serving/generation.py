@@ -9,14 +9,18 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from engines.serving.entry import Entry, Times
 from engines.serving.own_process import check_process
-from engines.serving.request import Answer, Ended, Item, Token
+from engines.serving.request import Answer, Ended, Item, Request, Token
 from iapt_export.contract.errors import IaptError
+
+AtError = Literal["last", "first", "never"]
+"""When the failure of one request of several is raised: behind the answers of the others, at once, or not at all."""
 
 
 class Bell:
@@ -113,7 +117,7 @@ class Generation:
         reason = self._tokens[-1].finish_reason if self._tokens else None
         reason = "error" if self._error is not None else self._ended.finish_reason if self._ended else reason
         text = "".join(token.text for token in self._tokens) + (self._ended.text if self._ended else "")
-        return Answer(self._entry.number, [token.token for token in self._tokens], text, reason or "")
+        return Answer(self._entry.number, [token.token for token in self._tokens], text, reason or "", self._error)
 
     @property
     def times(self) -> Times:
@@ -207,6 +211,55 @@ class Generation:
         if self._error is not None:
             raise self._error
         return self.partial
+
+
+def in_order_of_requests(
+    requests: Iterable[Request], submit: Callable[[Request, int], Generation], window: int, raised: AtError
+) -> Iterator[Answer]:
+    """One answer for each request, in their order; closing the iterator cancels the rest.
+
+    Args:
+        requests: they are taken as there is room for them.
+        submit: lets a request join, as `engines.serving.session.Session.submit`.
+        window: how many are under way at once.
+        raised: see `engines.serving.session.Session.generate`.
+    """
+    running: deque[Generation | Answer] = deque()
+    failures: list[Exception] = []
+    try:
+        for number, request in enumerate(requests):
+            if len(running) == window:
+                yield _finished(running[0], raised, failures)
+                running.popleft()
+            try:
+                running.append(submit(request, number))
+            except IaptError as error:
+                if raised == "first" or error.code in ("session_closed", "session_failed"):
+                    raise
+                running.append(Answer(number, [], "", "error", error))
+        while running:
+            yield _finished(running[0], raised, failures)
+            running.popleft()
+    finally:
+        for generation in running:
+            if isinstance(generation, Generation):
+                generation.cancel()
+    if failures and raised == "last":
+        raise failures[0]
+
+
+def _finished(item: Generation | Answer, raised: AtError, failures: list[Exception]) -> Answer:
+    """What comes of a request; its failure is kept, or raised where that is asked for."""
+    if isinstance(item, Generation):
+        try:
+            return item.result()
+        except Exception as error:
+            item = replace(item.partial, finish_reason="error", error=error)
+    if item.error is not None:
+        if raised == "first":
+            raise item.error
+        failures.append(item.error)
+    return item
 
 
 def in_order_of_arrival(generations: Iterable[Generation], window: int) -> Iterator[Token]:

@@ -98,3 +98,5 @@ class Answer:
     text: str
     finish_reason: str
     """``eos``, ``length``, ``stop``, ``cancelled``, ``deadline``, or ``error`` of a partial answer."""
+    error: Exception | None = None
+    """Why the request could not be answered, or not to its end."""

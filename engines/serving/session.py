@@ -16,16 +16,15 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Unpack
 
 from engines.runner import Activated
 from engines.serving.account import Share
-from engines.serving.admission import Admission
+from engines.serving.admission import Admission, check_are_requests, check_is_request
 from engines.serving.entry import Entry
-from engines.serving.generation import Generation, in_order_of_arrival
+from engines.serving.generation import AtError, Generation, in_order_of_arrival, in_order_of_requests
 from engines.serving.grammar import Grammar
 from engines.serving.inbox import Inbox, Turn, loop_turn, thread_turn
 from engines.serving.loading import open_stepper
@@ -197,25 +196,20 @@ class Session(Activated):
                 status = "closed" if self._thread is None else "draining" if self._draining else "serving"
             return state_of(status, self._failure, self._scheduler, self._inbox.arrived, self.max_waiting)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
+    def generate(self, requests: Iterable[Request], *, raised: AtError = "last") -> Iterator[Answer]:
         """Answer requests in their order; they are taken as there is room for them, so there may be any number.
 
+        Args:
+            requests: the requests.
+            raised: what becomes of one that cannot be answered, see `submit`. It has an `Answer` with ``error`` in its
+                place, and behind all answers its error is raised; ``never`` raises none, ``first`` raises at once and
+                cancels the others.
+
         Raises:
-            IaptError: a request that cannot be answered, see `submit`; the others are cancelled.
+            IaptError: as ``raised`` says; at once where the session is not open or has failed.
         """
-        running: deque[Generation] = deque()
-        try:
-            for number, request in enumerate(requests):
-                if len(running) == self._window:
-                    yield running[0].result()
-                    running.popleft()
-                running.append(self.submit(request, number))
-            while running:
-                yield running[0].result()
-                running.popleft()
-        finally:
-            for generation in running:
-                generation.cancel()
+        check_are_requests(requests)
+        return in_order_of_requests(requests, self.submit, self._window, raised)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Token]:
         """Tokens of all requests as they come; ``Token.index`` is a request's number. Takes them as `generate` does.
@@ -223,6 +217,7 @@ class Session(Activated):
         Raises:
             IaptError: a request that cannot be answered, see `submit`; the others are cancelled.
         """
+        check_are_requests(requests)
         return in_order_of_arrival((self.submit(r, n) for n, r in enumerate(requests)), self._window)
 
     def submit(self, request: Request, number: int = 0, *, timeout: float | None = None) -> Generation:
@@ -242,6 +237,7 @@ class Session(Activated):
             IaptError: an unknown tenant, an empty or too long prompt, a token id out of range, a request that can
                 never fit into the cache, or a session that is not open.
         """
+        check_is_request(request, f"request {number}", self.stepper.bank.tenants)
         with self._inbox.place(request.tenant, self._check_taking) as place:
             entry = self._admission.entry(request, number, place.tenant)
             place.turn, entered = thread_turn(entry, Generation(entry, self._wake))
@@ -255,6 +251,7 @@ class Session(Activated):
         Raises:
             IaptError: as `submit`.
         """
+        check_is_request(request, f"request {number}", self.stepper.bank.tenants)
         with self._inbox.place(request.tenant, self._check_taking) as place:
             size = len(request.prompt) + sum(len(str(message)) for message in request.messages)
             if size > INLINE_CHARACTERS or request.grammar is not None:
@@ -272,6 +269,7 @@ class Session(Activated):
 
         It asks for no answer, and the session need not be active.
         """
+        check_is_request(request, where, self.stepper.bank.tenants)
         with self._lock:
             tenant = self.stepper.bank.get(request.tenant)
         self._admission.entry(request, 0, tenant, where)

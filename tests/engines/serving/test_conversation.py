@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from engines.serving.admission import check_is_request
 from engines.serving.conversation import check_text_fields, encode_request
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
@@ -139,6 +140,12 @@ for _ in range(2000):
         ({"prompt": None}, "request 0: prompt is NoneType, expected text"),
         ({"prompt": b"yes"}, "request 0: prompt is bytes, expected text"),
         ({"prompt": DEEP}, "request 0: prompt is list, expected text"),
+        ({"prompt": ["a", "b"]}, 'it is one instruction: [Request(tenant="NAME", prompt="TEXT") for TEXT in TEXTS]'),
+        (
+            {"tenant": "the film"},
+            "tenant is 'the film' and prompt ''; expected Request(tenant=\"NAME\", prompt=\"TEXT\")",
+        ),
+        ({"tenant": "the film", "prompt": "t"}, "tenant is 'the film' and prompt 't'; expected Request(tenant="),
         ({"tokens": 5}, "request 0: tokens is int, expected a list of token ids"),
         ({"tokens": "567"}, "request 0: tokens is str, expected a list of token ids"),
         ({"tokens": {5: 6}}, "request 0: tokens is dict, expected a list of token ids"),
@@ -149,8 +156,14 @@ for _ in range(2000):
     ],
 )
 def test_fields_of_other_types_are_refused(fields: dict[str, Any], text: str) -> None:
+    request = Request(**{"tenant": "t", **fields})
+
+    def check() -> None:
+        check_is_request(request, "request 0", ["t"])
+        check_text_fields("request 0", request)
+
     with pytest.raises(IaptError) as caught:
-        check_text_fields("request 0", Request(**{"tenant": "t", **fields}))
+        check()
     assert text in str(caught.value)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from engines.serving.entry import Entry
 from engines.serving.generation import Generation, in_order_of_arrival
-from engines.serving.request import Item, Request, Token
+from engines.serving.request import Answer, Item, Request, Token
 from engines.serving.session import Session
 from engines.serving.tenants import Tenant
 from iapt_export.contract.errors import IaptError
@@ -176,3 +176,76 @@ def _raised(made: Generation) -> object:
         return made.result()
     except IaptError as error:
         return error
+
+
+MIXED = (
+    Request("alpha", tokens=(5, 6), max_new_tokens=6, ignore_eos=True),
+    Request("nobody", tokens=(5, 6)),
+    Request("beta", tokens=(7,), max_new_tokens=6, ignore_eos=True),
+    Request("beta", tokens=(7,), max_new_tokens=0),
+    Request("gamma", tokens=(8, 9), max_new_tokens=6, ignore_eos=True),
+)
+
+
+def test_a_bad_request_does_not_cancel_the_others_and_is_raised_behind_them(session: Session) -> None:
+    alone = [session.submit(MIXED[place]).result().tokens for place in (0, 2, 4)]
+    answers: list[Answer] = []
+    with pytest.raises(IaptError, match="tenant 'nobody' is not in this bundle"):
+        answers.extend(session.generate(MIXED))  # keeps those that came before the error
+    assert [answer.index for answer in answers] == [0, 1, 2, 3, 4]
+    assert [answers[place].tokens for place in (0, 2, 4)] == alone and all(map(len, alone))
+    assert [answer.finish_reason for answer in answers] == ["length", "error", "length", "error", "length"]
+    assert "max_new_tokens is 0" in str(answers[3].error) and answers[4].error is None
+
+
+def test_errors_are_raised_when_the_caller_says(session: Session) -> None:
+    assert [answer.error is None for answer in session.generate(MIXED, raised="never")] == [1, 0, 1, 0, 1]
+    first: list[Answer] = []
+    with pytest.raises(IaptError, match="tenant 'nobody' is not in this bundle"):
+        first.extend(session.generate(MIXED, raised="first"))
+    assert first == []
+    assert session.submit(MIXED[0]).result().tokens  # and the session goes on
+
+
+def test_a_request_that_fails_in_the_middle_keeps_what_it_said(session: Session) -> None:
+    seen = []
+
+    def fail_at_third(generated: object, logits: np.ndarray) -> np.ndarray:
+        seen.append(generated)
+        if len(seen) == 3:
+            raise ValueError("no more")
+        return logits
+
+    bad = Request("beta", tokens=(7,), max_new_tokens=6, ignore_eos=True, logits_hook=fail_at_third)
+    good, failed, after = session.generate([MIXED[0], bad, MIXED[4]], raised="never")
+    assert failed.finish_reason == "error" and len(failed.tokens) == 2 and "no more" in repr(failed.error)
+    assert good.error is None and len(after.tokens) == 6
+
+
+def test_a_closed_session_answers_none(tiny_build: TinyBuild) -> None:
+    session = Session.open(tiny_build.bundle, verify=False)
+    with pytest.raises(IaptError, match="the session is not open"):
+        next(iter(session.generate(MIXED)))
+
+
+@pytest.mark.parametrize(
+    ("requests", "text"),
+    [
+        (MIXED[0], 'expected a list of requests, such as [Request(tenant="NAME", prompt="TEXT")], found Request'),
+        ("a text", "expected a list of requests, such as [Request(tenant="),
+        ({"tenant": "alpha"}, "expected a list of requests, such as [Request(tenant="),
+        (["a text"], 'request 0 is str, expected Request(tenant="NAME", prompt="TEXT")'),
+        ([("alpha", "a text")], "request 0 is tuple, expected Request(tenant="),
+        ([Request("what is it?")], "request 0: tenant is 'what is it?' and prompt ''; expected Request(tenant="),
+        (
+            [Request("what is it?", "alpha")],
+            'prompt \'alpha\'; expected Request(tenant="NAME", prompt="TEXT"), and the te',
+        ),
+        ([Request("alpha", ["a", "b"])], "request 0: prompt is list, expected text; it is one instruction: [Request("),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_call_is_answered_with_the_right_one(session: Session, requests: object, text: str) -> None:
+    for call in (session.generate, session.stream):
+        with pytest.raises(IaptError) as caught:
+            list(call(requests))  # type: ignore[arg-type]
+        assert text in str(caught.value)
