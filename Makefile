@@ -28,8 +28,8 @@ FUZZER   := build/cpp-sanitize/bin/fuzz_files
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo serve cpp torture fuzz test test-slow test-gpu test-runtimes test-lowest check tidy format docs \
-    clean
+.PHONY: help venv backbone demo serve cpp torture fuzz test test-slow test-gpu test-runtimes test-serving test-lowest \
+    check tidy format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -156,6 +156,10 @@ test-gpu: venv backbone  ## run the tests that need an NVIDIA GPU
 # RUNTIMES_ARGS="--bundle DIR --runtime openvino" narrows it; needs npm for onnxruntime-web.
 test-runtimes: venv  ## compare the portable graphs in every runtime that reads them (minutes, installs them)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.runtimes.matrix $(RUNTIMES_ARGS)
+
+# Optimum, Triton and Ray each get an environment of their own in the cache.
+test-serving: venv  ## run the tests of optimum-cli, Triton and Ray Serve (minutes, installs them)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.doors.environments
 
 test-lowest: venv  ## run a few tests with the lowest versions that pyproject.toml allows (installs them)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.lowest

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("trainers", "iapt_export", "engines", "validation")
+PACKAGES = ("trainers", "iapt_export", "engines", "validation", "optimum")
 
 
 @pytest.fixture(scope="module")

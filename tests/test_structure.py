@@ -63,9 +63,8 @@ MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
 
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-EVERYTHING = sorted(
-    [*SOURCES, *(path for folder in ("tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))]
-)
+OTHERS = ("tests", "examples", "benchmarks", "optimum")
+EVERYTHING = sorted([*SOURCES, *(path for folder in OTHERS for path in (ROOT / folder).rglob("*.py"))])
 
 
 def module_name(path: Path) -> str:

@@ -1,0 +1,90 @@
+"""Environments for doors whose packages do not stand beside ours, and the tests that need them.
+
+``python -m tests.doors.environments`` (`make test-serving`) installs what is missing into ``.cache/doors`` and runs the
+tests that are marked ``door``; further words go to pytest. PIP_ARGS goes to pip, as in the Makefile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "doors"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A folder with packages of its own."""
+
+    name: str
+    pins: tuple[str, ...]
+    beside: bool = True
+    """Behind its own packages it has those of the environment that runs this, so that torch is there once."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it stands."""
+        return CACHE / self.name
+
+    @property
+    def bin(self) -> Path:
+        """Its programs."""
+        return self.folder / "bin"
+
+    @property
+    def stamp(self) -> str:
+        """What is written beside it once it is whole."""
+        return "\n".join((*self.pins, sys.executable if self.beside else ""))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is there, with these pins."""
+        path = self.folder / "installed.txt"
+        return path.is_file() and path.read_text(encoding="utf-8") == self.stamp
+
+    def install(self) -> None:
+        """Make it where it is not there yet: its pins, and this project as users install it."""
+        if self.is_ready:
+            return
+        print(f"installing {', '.join(self.pins)} into {self.folder}", file=sys.stderr, flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.folder], check=True)
+        own = Path(sysconfig.get_path("purelib", vars={"base": str(self.folder)}))
+        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
+        pip += os.environ.get("PIP_ARGS", "").split()
+        if self.beside:
+            (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+            subprocess.run([*pip, "--no-deps", *self.pins], check=True)
+            subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT], check=True)
+        else:
+            subprocess.run([*pip, *self.pins], check=True)
+        (self.folder / "installed.txt").write_text(self.stamp, encoding="utf-8")
+
+    def need(self) -> None:
+        """Skip a test where it is missing."""
+        if not self.is_ready:
+            pytest.skip(f"{self.folder} is not installed, or for other versions: make test-serving")
+
+
+OPTIMUM = Environment("optimum", ("optimum==2.3.0",))
+ENVIRONMENTS = (OPTIMUM,)
+
+
+def main() -> int:
+    """See above; pytest's exit code."""
+    for environment in ENVIRONMENTS:
+        environment.install()
+    words = sys.argv[1:] or ["tests/doors"]
+    return subprocess.run([sys.executable, "-m", "pytest", "-m", "door", *words], cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
