@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.decoder.method import Sizes
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods import configs
 from trainers.methods.forms import METHODS
 from trainers.training.config import TrainConfig

@@ -146,7 +146,7 @@ def prepare_base(base: Path) -> None:
     made("proven", *adapters, prove=True)
     made("old", "alpha")
     made("new", "alpha", "beta")
-    write_tenant_file(str(adapters["beta"]), base / "old", base / "beta.safetensors", load_backbone(str(model)))
+    write_tenant_file(str(adapters["beta"]), base / "old", base / "beta.safetensors", lambda: load_backbone(str(model)))
     lines = [{"instruction": "joy?", "input": f"film {i}", "output": "yes" if i % 2 else "no"} for i in range(20)]
     (base / "joy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for name, seed in (("trained-old", 1), ("trained", 0)):

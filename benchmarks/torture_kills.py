@@ -113,7 +113,7 @@ def scenarios(base: Path) -> list[Scenario]:
 def _tenant(base: Path) -> Scenario:
     def run(folder: Path, _: bool) -> None:
         write_tenant_file(
-            str(base / "beta"), base / "old", folder / "t.safetensors", load_backbone(str(base / "model"))
+            str(base / "beta"), base / "old", folder / "t.safetensors", lambda: load_backbone(str(base / "model"))
         )
 
     def problems(folder: Path) -> list[str]:

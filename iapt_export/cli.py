@@ -284,11 +284,15 @@ def tenant(
     """Write an adapter as a file that a running session of a bundle takes in."""
     from iapt_export.building.tenant_file import write_tenant_file
     from iapt_export.contract.manifest import BundleManifest
-    from trainers.decoder.backbone import load_backbone_of
 
     check_folders(output)
-    loaded = load_backbone_of(bundle, BundleManifest.load(bundle).backbone, **vars(backbone))
-    card = write_tenant_file(adapter, bundle, output, loaded, peft_prompt_format)
+
+    def load() -> Any:
+        from trainers.decoder.backbone import load_backbone_of
+
+        return load_backbone_of(bundle, BundleManifest.load(bundle).backbone, **vars(backbone))
+
+    card = write_tenant_file(adapter, bundle, output, load, peft_prompt_format)
     if common.json:
         print_json(dataclasses.asdict(card))
     else:

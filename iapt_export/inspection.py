@@ -148,8 +148,8 @@ def _target_line(target: Any) -> str:
 
 
 def _describe_adapter(path: Path, model: str | None) -> dict[str, Any]:
-    from trainers.adapters.adapter import read_fields
-    from trainers.adapters.directory import is_stock_peft, load_adapter
+    from trainers.adapters.adapter import is_stock_peft, read_fields
+    from trainers.adapters.directory import load_adapter
 
     fields = read_fields(path)
     if is_stock_peft(fields):

@@ -14,8 +14,7 @@ from docstring_parser import parse_from_object
 
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.tenant_card import TenantCard
-from trainers.adapters.adapter import METHOD_FIELD, AdapterConfig
-from trainers.adapters.peft_format import PEFT_TYPES
+from trainers.adapters.adapter import METHOD_FIELD, PEFT_TYPES, AdapterConfig
 from trainers.methods.configs import METHOD_CONFIGS
 
 Schema = dict[str, Any]

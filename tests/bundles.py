@@ -26,8 +26,9 @@ from tests.traces import run_folder
 from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.backbone import config_fingerprint
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.method import Method, Sizes
+from trainers.decoder.method import Method
 from trainers.methods.configs import IAPTConfig, LAMPConfig, LoPAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.forms import new_method
 

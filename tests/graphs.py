@@ -25,9 +25,10 @@ from iapt_export.graphs.table import graph_specs
 from tests.bundles import METHOD, SIZES, TinyBuild, random_method
 from tests.traces import run_folder
 from trainers.decoder.backbone import load_backbone
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.generate import prefill
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.method import Method, Sizes, rows_of
+from trainers.decoder.method import Method, rows_of
 from trainers.methods.configs import method_name
 
 Arrays = dict[str, np.ndarray]

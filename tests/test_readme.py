@@ -13,7 +13,7 @@ import pytest
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.cli import command_line
 from iapt_export.flags import method_settings
-from trainers.decoder.method import Sizes
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import config_of
 from trainers.methods.forms import METHODS
 

@@ -36,7 +36,7 @@ ROOMS = {
 }
 """The folders of each package; docs/architecture.md says what is in which."""
 DOORS = {
-    "trainers.decoder": "attention backbone family generate insertion instruction method",
+    "trainers.decoder": "attention backbone backbone_sizes family generate insertion instruction method",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",
@@ -273,6 +273,8 @@ def test_a_file_name_means_one_thing():
         "iapt_export",
         "iapt_export.contract.manifest",
         "trainers",
+        "trainers.adapters.adapter",
+        "iapt_export.building.tenant_file",
         "engines",
         "engines.runner",
         "validation",

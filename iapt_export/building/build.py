@@ -26,8 +26,8 @@ from iapt_export.building.stage_cache import in_use, run_stage
 from iapt_export.contract.errors import ParityError
 from iapt_export.contract.integrity import sign
 from iapt_export.contract.manifest import BundleManifest, TargetSpec, file_sha256
+from iapt_export.contract.settings import computing_fields
 from iapt_export.graphs.export import export_graphs
-from iapt_export.graphs.installed import computing_fields
 from iapt_export.graphs.save import WEIGHTS_FILE
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.methods.forms import form_name

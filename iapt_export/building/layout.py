@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iapt_export import __version__
+from iapt_export.building.plain_tenant import new_card
 from iapt_export.building.plan import TenantPlan
 from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import STAGE_FILE, place
@@ -39,7 +40,7 @@ from iapt_export.contract.manifest import (
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.contract.tenant_card import TenantCard
 from iapt_export.graphs.export import PASSES_FILE
-from iapt_export.graphs.installed import Installed, computing_fields
+from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.interface import weight_specs
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
@@ -130,20 +131,8 @@ def method_spec(item: Installed) -> MethodSpec:
 def tenant_card(name: str, plan: TenantPlan, backbone: BackboneSpec) -> TenantCard:
     """What a tenant's file says of itself."""
     (item,) = (item for item in plan.installed if item.name == plan.owner[name])
-    adapter = plan.adapters[name].config
-    return TenantCard(
-        name=name,
-        form=form_name(item.stacked),
-        config=json.loads(json.dumps(dict(computing_fields(item.stacked.config)))),  # as a manifest has it
-        backbone=backbone.name_or_path,
-        fingerprint=backbone.fingerprint,
-        trained_form=adapter.peft_type,
-        prompt_format=adapter.prompt_format,
-        system_prompt=adapter.system_prompt,
-        eos_token_id=adapter.eos_token_id,
-        labels=list(adapter.labels),
-        prompt_length=item.method.num_slots,
-    )
+    card = new_card(name, plan.adapters[name].config, backbone, form_name(item.stacked), item.stacked.config)
+    return dataclasses.replace(card, prompt_length=item.method.num_slots)
 
 
 def place_tenants(plan: TenantPlan, bundle: Path, backbone: BackboneSpec) -> list[TenantSpec]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from iapt_export.building.adapter_argument import parse_adapter
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import Range, Ranges
 from iapt_export.contract.types import FLOATS, OPSETS
@@ -21,8 +21,6 @@ from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
 from trainers.methods.forms import METHODS
 
-OPTION = re.compile(r"(?P<rest>.+),(?P<name>format|task)=(?P<value>[^,=]*)")
-"""What may stand behind an adapter's folder."""
 DEFAULT_OPSET = 23
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 TARGETS = ("onnxruntime", *TENSORRT)
@@ -174,9 +172,7 @@ def load_tenants(
     """
     tenants: dict[str, Adapter] = {}
     for argument in map(str, arguments):
-        name, path, options = _parse_adapter(argument)
-        if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
-            raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
+        name, path, options = parse_adapter(argument)
         if name in tenants:
             raise IaptError(f"two adapters are called {name!r}; tell them apart with --adapter NAME=DIR")
         prompt_format = options.get("format", peft_prompt_format)
@@ -189,22 +185,6 @@ def load_tenants(
     if not tenants:
         raise IaptError("no adapter was given; add --adapter DIR, once for each tenant")
     return tenants
-
-
-def _parse_adapter(argument: str) -> tuple[str, Path, dict[str, str]]:
-    """A tenant's name, its folder, and what is said of it."""
-    options: dict[str, str] = {}
-    rest = argument
-    while match := OPTION.fullmatch(rest):
-        rest = match["rest"]
-        options[match["name"]] = match["value"]
-    if "format" in options and options["format"] not in ("plain", "chat"):
-        raise IaptError(f"--adapter {argument}: format is {options['format']!r}, expected plain or chat")
-    if "task" in options and not options["task"].isdecimal():
-        raise IaptError(f"--adapter {argument}: task is {options['task']!r}, expected a number from 0")
-    name, equals, folder = rest.partition("=")
-    path = Path(folder if equals else rest)
-    return (name if equals else path.resolve().name), path, options
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from iapt_export.building.layout import save_tenant, tenant_card
-from iapt_export.building.plan import TenantPlan, load_tenants, plan_tenants
-from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import BundleManifest
-from iapt_export.contract.settings import config_from_dict
+import numpy as np
+import safetensors.numpy
+
+from iapt_export.building.plain_tenant import plain_tenant
+from iapt_export.contract.manifest import BundleManifest, write_atomically
 from iapt_export.contract.tenant_card import TenantCard
-from trainers.decoder.backbone import Backbone
-from trainers.decoder.insertion import sizes_of
-from trainers.methods.forms import FORM_CONFIGS, METHODS, form_name
+
+if TYPE_CHECKING:
+    from trainers.decoder.backbone import Backbone
 
 
 def write_tenant_file(
-    adapter: str, bundle: Path, output: Path, backbone: Backbone, peft_prompt_format: str | None = None
+    adapter: str,
+    bundle: Path,
+    output: Path,
+    load_backbone: Callable[[], Backbone],
+    peft_prompt_format: str | None = None,
 ) -> TenantCard:
-    """Write ``output`` whole or not at all.
+    """Write ``output`` whole or not at all; without torch where training's tensors are shipped as they are.
 
     Args:
         adapter: ``DIR`` or ``NAME=DIR``.
         bundle: the bundle that shall serve it, or any with the same backbone and method.
         output: a safetensors file.
-        backbone: the bundle's backbone.
+        load_backbone: gives the bundle's backbone; called where what is shipped has to be computed.
         peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain`` or ``chat``;
             needed where the tokenizer has a chat template.
 
@@ -37,39 +40,12 @@ def write_tenant_file(
     Raises:
         IaptError: a bad adapter, another backbone, or a method that the bundle's graphs cannot run.
     """
-    manifest = BundleManifest.load(bundle)
-    adapters = load_tenants([adapter], backbone, peft_prompt_format)
-    ((name, loaded),) = adapters.items()
-    if loaded.config.backbone_fingerprint != manifest.backbone.fingerprint:
-        raise IaptError(f"{adapter} was trained on another backbone than {bundle}'s {manifest.backbone.name_or_path}")
-    forms = {method.form for method in manifest.methods}
-    fold = METHODS[loaded.config.peft_type].folded_form in forms
-    plan = plan_tenants(adapters, backbone.model, fold_embeddings=fold)
-    plan = _in_the_bundles_stack(plan, name, manifest, backbone.model)
-    card = tenant_card(name, plan, manifest.backbone)
-    if not any(card.fits(method.form, method.config) for method in manifest.methods):
-        raise IaptError(
-            f"{bundle} has no method {card.form} with {card.config}, so its graphs cannot run {adapter}; build a "
-            "bundle with an adapter of that kind"
-        )
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        save_tenant(plan.shipped[name], temporary, card)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    made = plain_tenant(adapter, BundleManifest.load(bundle))
+    if made is None:
+        from iapt_export.building.computed_tenant import computed_tenant
+
+        made = computed_tenant(adapter, bundle, load_backbone(), peft_prompt_format)
+    card, tensors = made
+    stored = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    write_atomically(output, safetensors.numpy.save(stored, card.to_metadata()))
     return card
-
-
-def _in_the_bundles_stack(plan: TenantPlan, name: str, manifest: BundleManifest, model: Any) -> TenantPlan:
-    """The plan with the tenant in tensors of the bundle's own stack, where its method can be one of that."""
-    (item,) = plan.installed
-    for spec in manifest.methods:
-        if item.encoder is None and spec.form == form_name(item.method):
-            config = config_from_dict(FORM_CONFIGS[spec.form], spec.config, "manifest.json")
-            stacked = item.method.in_stack(config, sizes_of(model))
-            if stacked is not item.method:
-                return replace(
-                    plan, installed=[replace(item, method=stacked)], shipped={name: dict(stacked.state_dict())}
-                )
-    return plan

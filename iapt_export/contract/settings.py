@@ -47,6 +47,14 @@ def config_from_dict(cls: type[Any], fields: dict[str, Any], source: str) -> Any
     return cls(**{**getattr(cls, "older", {}), **fields, **listed})
 
 
+def computing_fields(config: Any) -> tuple[tuple[str, Any], ...]:
+    """A configuration's fields that change what is computed, without those that matter in training alone."""
+    skipped = getattr(config, "training_fields", ())
+    fields = ((name, value) for name, value in dataclasses.asdict(config).items() if name not in skipped)
+    # names, such as those of LoRA's layers, count in whatever order they were given
+    return tuple(sorted((name, tuple(sorted(value)) if isinstance(value, tuple) else value) for name, value in fields))
+
+
 def type_problems(cls: type[Any], fields: Mapping[str, Any]) -> list[str]:
     """One line for each value that is no text where text belongs: of numbers and choices, their ranges tell.
 

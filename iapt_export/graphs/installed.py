@@ -6,7 +6,6 @@ Each installed method has a name that is unique in its bundle; its graph inputs 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 import iapt_export.graphs.ops.rational_op  # noqa: F401  (registers torch.ops.iapt.rational)
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import SENT_PROMPTS, TENANT_INDEX, BundleManifest
-from iapt_export.contract.settings import config_from_dict
+from iapt_export.contract.settings import computing_fields, config_from_dict
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method, Part, Rows, Weights
@@ -151,14 +150,6 @@ def installed_from_manifest(manifest: BundleManifest, backbone: Any) -> list[Ins
         else:
             methods.append(Installed(spec.name, stacked))
     return methods
-
-
-def computing_fields(config: Any) -> tuple[tuple[str, Any], ...]:
-    """A configuration's fields that change what is computed, without those that matter in training alone."""
-    skipped = getattr(config, "training_fields", ())
-    fields = ((name, value) for name, value in dataclasses.asdict(config).items() if name not in skipped)
-    # names, such as those of LoRA's layers, count in whatever order they were given
-    return tuple(sorted((name, tuple(sorted(value)) if isinstance(value, tuple) else value) for name, value in fields))
 
 
 def rational_forms(installed: list[Installed]) -> set[tuple[int, int, str]]:

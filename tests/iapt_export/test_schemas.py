@@ -17,9 +17,9 @@ from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.tenant_card import CARD_KEY, TenantCard
 from iapt_export.schemas import schemas
 from tests.bundles import TinyBuild
-from trainers.adapters.adapter import AdapterConfig
-from trainers.adapters.directory import read_adapter_config, save_adapter
-from trainers.decoder.method import Sizes
+from trainers.adapters.adapter import AdapterConfig, read_adapter_config
+from trainers.adapters.directory import save_adapter
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import METHOD_CONFIGS
 from trainers.methods.forms import METHODS
 

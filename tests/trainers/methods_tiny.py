@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_llama
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.generate import greedy, prefill
 from trainers.decoder.insertion import read_instruction, sizes_of
-from trainers.decoder.method import Method, Part, Rows, Sizes, rows_of
+from trainers.decoder.method import Method, Part, Rows, rows_of
 
 LENGTHS = [7, 3, 5]
 """Real tokens of the rows that the tests read."""

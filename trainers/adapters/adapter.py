@@ -1,24 +1,28 @@
-"""An adapter in memory: its configuration, its tensors, and how both are read from the files of PEFT's convention."""
+"""An adapter in memory: its configuration, its tensors, and how both are read from the files of PEFT's convention.
+
+Light to import, so that a machine without torch reads an adapter's configuration.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.schema import read_object
-from iapt_export.contract.settings import choice_problems, raise_problems, type_problems
+from iapt_export.contract.settings import choice_problems, config_from_dict, raise_problems, type_problems
 from iapt_export.contract.sizes import MOST, MOST_LAYERS
-from trainers.decoder.method import Method, Sizes
-from trainers.methods.configs import method_name
-from trainers.methods.forms import new_method
+from trainers.decoder.backbone_sizes import Sizes
+from trainers.methods.configs import METHOD_CONFIGS, method_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainers.decoder.method import Method
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,6 +34,8 @@ MOST_LINEARS = 200_000
 METHOD_FIELD = "method_config"
 """Where the fields of a method stand that stock PEFT has too, apart from PEFT's own."""
 
+PEFT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "LORA")
+"""Our methods whose directories stock PEFT reads and writes, by its names."""
 REQUIRED = ("base_model_name_or_path", "backbone_fingerprint", "hidden_size", "num_layers")
 """Fields without a default."""
 
@@ -103,6 +109,8 @@ class Adapter:
 
     def module(self) -> Method:
         """The method with these weights, in evaluation mode."""
+        from trainers.methods.forms import new_method
+
         module = new_method(self.config.method, self.config.sizes)
         module.load_state_dict(self.tensors)
         return module.eval()
@@ -124,6 +132,49 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return read_object(path, "copy or train the adapter again")
 
 
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read and check our ``adapter_config.json``.
+
+    Raises:
+        IaptError: it is missing, no JSON, stock PEFT's, of an unknown method, a newer schema, or has unknown or bad
+            fields.
+    """
+    path, fields = folder / CONFIG_FILE, read_fields(folder)
+    if is_stock_peft(fields):
+        raise IaptError(
+            f"{path} was written by stock PEFT and does not say which sizes its backbone has; load it together with "
+            "its backbone, as the build command does with --model"
+        )
+    if (version := fields.get("schema_version")) != SCHEMA_VERSION:
+        raise IaptError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; upgrade iapt-export"
+        )
+    name = fields.get("peft_type")
+    if not isinstance(name, str) or name not in METHOD_CONFIGS:
+        raise IaptError(f"{path}: peft_type {name!r} is not a known method; known: {', '.join(METHOD_CONFIGS)}")
+    known = {item.name for item in dataclasses.fields(AdapterConfig)}
+    missing = [f"field {key} is missing" for key in REQUIRED if key not in fields]
+    if name in PEFT_TYPES and not isinstance(fields.get(METHOD_FIELD), dict):
+        missing.append(f"field {METHOD_FIELD}, an object with the method's settings, is missing")
+    raise_problems(f"{path}", missing)
+    if name in PEFT_TYPES:
+        method = fields[METHOD_FIELD]
+        fields = {key: value for key, value in fields.items() if key in known}  # the rest is for stock PEFT
+    else:
+        names = {item.name for item in dataclasses.fields(METHOD_CONFIGS[name])}
+        method = {key: fields.pop(key) for key in sorted(names & set(fields))}
+    if isinstance(linears := fields.get("linears"), dict):
+        fields["linears"] = {key: tuple(pair) if isinstance(pair, list) else pair for key, pair in linears.items()}
+    fields["method"] = config_from_dict(METHOD_CONFIGS[name], method, str(path))
+    return config_from_dict(AdapterConfig, fields, str(path))
+
+
+def is_stock_peft(fields: dict[str, Any]) -> bool:
+    """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
+    only_ours = METHOD_CONFIGS.keys() - PEFT_TYPES
+    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in list(only_ours)
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read ``adapter_model.safetensors`` as it is.
 
@@ -135,6 +186,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
         hint = f"; {', '.join(others)} is not read, because unpickling runs code: convert it" if others else ""
         raise IaptError(f"{folder}: {WEIGHTS_FILE} is missing; weights are read from safetensors only{hint}")
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -163,6 +216,6 @@ def tensor_problems(expected: dict[str, tuple[int, ...]], tensors: dict[str, Ten
             problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():
             problems.append(f"tensor {name} has type {tensor.dtype}, expected a floating type")
-        elif not torch.isfinite(tensor).all():
+        elif not tensor.isfinite().all():
             problems.append(f"tensor {name} holds NaN or infinity; train the adapter again with a lower learning rate")
     return problems

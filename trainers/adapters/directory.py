@@ -9,29 +9,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import write_atomically
-from iapt_export.contract.settings import config_from_dict, raise_problems
+from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import (
     CONFIG_FILE,
     METHOD_FIELD,
-    REQUIRED,
-    SCHEMA_VERSION,
+    PEFT_TYPES,
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
+    is_stock_peft,
+    read_adapter_config,
     read_fields,
     read_tensors,
     tensor_problems,
 )
-from trainers.adapters.peft_format import PEFT_TYPES, adapter_from_peft, from_peft_tensors, peft_fields, to_peft_tensors
+from trainers.adapters.peft_format import adapter_from_peft, from_peft_tensors, peft_fields, to_peft_tensors
 from trainers.decoder.backbone import Backbone
-from trainers.methods.configs import METHOD_CONFIGS
 from trainers.methods.forms import METHODS
 
 
@@ -95,43 +94,6 @@ def load_adapter(
     return adapter
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read and check our ``adapter_config.json``.
-
-    Raises:
-        IaptError: it is missing, no JSON, stock PEFT's, of an unknown method, a newer schema, or has unknown or bad
-            fields.
-    """
-    path, fields = folder / CONFIG_FILE, read_fields(folder)
-    if is_stock_peft(fields):
-        raise IaptError(
-            f"{path} was written by stock PEFT and does not say which sizes its backbone has; load it together with "
-            "its backbone, as the build command does with --model"
-        )
-    if (version := fields.get("schema_version")) != SCHEMA_VERSION:
-        raise IaptError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; upgrade iapt-export"
-        )
-    name = fields.get("peft_type")
-    if not isinstance(name, str) or name not in METHOD_CONFIGS:
-        raise IaptError(f"{path}: peft_type {name!r} is not a known method; known: {', '.join(METHOD_CONFIGS)}")
-    known = {item.name for item in dataclasses.fields(AdapterConfig)}
-    missing = [f"field {key} is missing" for key in REQUIRED if key not in fields]
-    if name in PEFT_TYPES and not isinstance(fields.get(METHOD_FIELD), dict):
-        missing.append(f"field {METHOD_FIELD}, an object with the method's settings, is missing")
-    raise_problems(f"{path}", missing)
-    if name in PEFT_TYPES:
-        method = fields[METHOD_FIELD]
-        fields = {key: value for key, value in fields.items() if key in known}  # the rest is for stock PEFT
-    else:
-        names = {item.name for item in dataclasses.fields(METHOD_CONFIGS[name])}
-        method = {key: fields.pop(key) for key in sorted(names & set(fields))}
-    if isinstance(linears := fields.get("linears"), dict):
-        fields["linears"] = {key: tuple(pair) if isinstance(pair, list) else pair for key, pair in linears.items()}
-    fields["method"] = config_from_dict(METHOD_CONFIGS[name], method, str(path))
-    return config_from_dict(AdapterConfig, fields, str(path))
-
-
 def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) -> None:
     """Refuse an adapter that was trained for another backbone.
 
@@ -158,9 +120,3 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
             f"the adapter {source} was trained for {adapter.base_model_name_or_path}, not for "
             f"{backbone.name_or_path}: {'; '.join(problems)}. Give its own backbone with --model"
         )
-
-
-def is_stock_peft(fields: dict[str, Any]) -> bool:
-    """Whether PEFT wrote this: it has no schema version, and not the name of a method that only we have."""
-    only_ours = set(METHOD_CONFIGS) - set(PEFT_TYPES)
-    return "schema_version" not in fields and "peft_type" in fields and fields["peft_type"] not in list(only_ours)

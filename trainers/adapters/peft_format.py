@@ -18,13 +18,11 @@ from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import Adapter, AdapterConfig, read_fields, read_tensors
 from trainers.adapters.peft_forms import FORMS, PeftForm, check_tensors
 from trainers.decoder.backbone import Backbone
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import resolve_prompt_format
-from trainers.decoder.method import Sizes
-from trainers.methods.configs import METHOD_CONFIGS, method_name
+from trainers.methods.configs import method_name
 
-PEFT_TYPES = tuple(name for name in FORMS if name in METHOD_CONFIGS)
-"""Our methods whose directories stock PEFT reads and writes."""
 PEFT_METHODS = tuple(FORMS)
 """Methods of stock PEFT whose directories are read, by its names."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import tensor_problems
-from trainers.decoder.method import Sizes
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.lora import LoRA, targets, tensor_name
 from trainers.methods.prefix_tuning import PrefixTuning, from_table, to_table

@@ -17,8 +17,9 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.family import check_family
-from trainers.decoder.method import Rows, Sizes
+from trainers.decoder.method import Rows
 
 
 def decoder_layers(backbone: Any) -> nn.ModuleList:

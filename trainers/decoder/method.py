@@ -21,29 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from iapt_export.contract.sizes import BackboneSizes
+from trainers.decoder.backbone_sizes import Sizes
 
 Weights = dict[str, Tensor]
 """Parameter name to tensor ``[1 or B, ...]``."""
-
-
-@dataclass(frozen=True)
-class Sizes(BackboneSizes):
-    """The sizes of a backbone that a method's tensors depend on; 0 where they are not known and not needed."""
-
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    vocab_size: int = 0
-    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Name of a linear layer within a decoder layer, such as ``self_attn.q_proj``, to (inputs, outputs)."""
-    layers_path: str = "model.layers"
-    """Name of the list of decoder layers within the model."""
 
 
 class Method(nn.Module):

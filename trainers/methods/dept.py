@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainers.decoder.method import Sizes, Weights
+from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.method import Weights
 from trainers.methods.configs import DePTConfig
 from trainers.methods.prompt_tuning import SoftPrompt
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainers.decoder.method import Method, Sizes
+from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.method import Method
 from trainers.methods.adept import ADePT, TokenTable, TokenTableConfig
 from trainers.methods.configs import METHOD_CONFIGS, method_name
 from trainers.methods.dept import DePT, PositionTable, PositionTableConfig

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainers.decoder.method import Method, Sizes, Weights
+from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.method import Method, Weights
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.rational import initial_coefficients, rational
 

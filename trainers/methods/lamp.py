@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.method import Sizes, Weights
+from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.method import Weights
 from trainers.methods.configs import LAMPConfig, PromptTuningConfig
 from trainers.methods.prompt_tuning import PromptTuning, SoftPrompt, initial_prompt
 

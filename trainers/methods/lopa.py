@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import last_token, positions
-from trainers.decoder.method import Sizes, Weights
+from trainers.decoder.method import Weights
 from trainers.methods.configs import LoPAConfig
 from trainers.methods.prompt_tuning import SoftPrompt, initial_prompt
 

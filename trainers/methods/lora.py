@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import decoder_layers, linear_layers
-from trainers.decoder.method import Method, Sizes, Weights
+from trainers.decoder.method import Method, Weights
 from trainers.methods.configs import LoRAConfig
 
 

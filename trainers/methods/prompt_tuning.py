@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.decoder.method import Method, Sizes, Weights
+from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.method import Method, Weights
 from trainers.methods.configs import PromptTuningConfig
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from iapt_export.contract.errors import IaptError
-from trainers.adapters.adapter import Adapter, AdapterConfig
+from trainers.adapters.adapter import PEFT_TYPES, Adapter, AdapterConfig
 from trainers.adapters.directory import save_adapter
-from trainers.adapters.peft_format import PEFT_TYPES
 from trainers.decoder.attention import stock_attention
 from validation.sides.reference import Reference
 

@@ -22,8 +22,8 @@ from tests.trainers.adapters.test_peft_format import stock
 from trainers.adapters.adapter import AdapterConfig
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.backbone import config_fingerprint
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.method import Sizes
 from trainers.methods.configs import IAPTConfig, LoRAConfig, PrefixTuningConfig
 
 SUPPORTED = [name for name, (expected, *_) in FAMILIES.items() if expected != REFUSED]

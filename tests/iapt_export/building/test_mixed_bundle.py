@@ -34,8 +34,8 @@ from tests.bundles import (
     tokens_of,
 )
 from tests.validation.sabotage import between
+from trainers.adapters.adapter import PEFT_TYPES
 from trainers.adapters.directory import load_adapter
-from trainers.adapters.peft_format import PEFT_TYPES
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.generate import greedy
 from trainers.decoder.method import rows_of

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from engines.serving.session import Session
 from engines.serving.tenants import read_tenant_file
+from iapt_export.building.layout import method_spec, tenant_card
+from iapt_export.building.plain_tenant import plain_tenant
+from iapt_export.building.plan import load_tenants, plan_tenants
+from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.tenant_card import OLDER, TenantCard
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
 from tests.engines.serving.test_serving import request
 from trainers.decoder.backbone import config_fingerprint, load_backbone
 from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, PromptTuningConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = {
+    "IAPT": functools.partial(IAPTConfig, bottleneck=8),
+    "LOPA": functools.partial(METHOD_CONFIGS["LOPA"], prompt_length=6, rank=2),
+    "LAMP": functools.partial(METHOD_CONFIGS["LAMP"], init_length=20, rank=3, window=5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +63,86 @@ def test_how_weights_were_found_does_not_count(tiny_build: TinyBuild, tmp_path: 
     assert "init_function" not in read_tenant_file(path)[0].config
     with Session.open(tiny_build.bundle, verify=False) as session:
         assert session.add_tenant(path) == "other-start"
+
+
+WITHOUT_TORCH = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "onnx", "accelerate"):
+            raise ModuleNotFoundError("No module named " + name, name=name)
+sys.meta_path.insert(0, Block())
+from iapt_export.cli import main
+main(sys.argv[1:])
+"""
+
+
+def run_without_torch(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_TORCH, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_machine_without_torch_writes_the_same_file(
+    tiny_build: TinyBuild, tmp_path: Path, fingerprint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"guest={tiny_build.adapters['beta']}", f"--bundle={tiny_build.bundle}"]
+    done = run_without_torch("tenant", *words, f"--output={tmp_path / 'light.safetensors'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setattr("iapt_export.building.tenant_file.plain_tenant", lambda *_: None)
+    assert run("tenant", *words, f"--output={tmp_path / 'computed.safetensors'}").code == 0
+    assert (tmp_path / "light.safetensors").read_bytes() == (tmp_path / "computed.safetensors").read_bytes()
+
+
+def test_what_must_be_computed_asks_for_torch(tiny_build: TinyBuild, tmp_path: Path, fingerprint: str) -> None:
+    adapter = save_tiny_adapter(tmp_path / "prompt", 5, fingerprint, PromptTuningConfig(prompt_length=4))
+    output = f"--output={tmp_path / 'x.safetensors'}"
+    done = run_without_torch("tenant", str(adapter), f"--bundle={tiny_build.bundle}", output)
+    assert done.returncode == 1
+    assert "is not installed and this command needs it; try: pip install -e '.[" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "nan", "shape", "config"], ids=lambda damage: f"damage={damage}")
+def test_a_bad_adapter_is_refused_without_torch_too(
+    tiny_build: TinyBuild, tmp_path: Path, fingerprint: str, damage: str
+) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", 5, fingerprint)
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif damage == "config":
+        config.write_text(config.read_text("utf-8").replace('"plain"', '"loud"').replace('"chat"', '"loud"'))
+    else:
+        tensors = dict(load_file(weights))
+        name = next(iter(tensors))
+        tensors[name] = tensors[name][:-1] if damage == "shape" else tensors[name] * np.float32("nan")
+        save_file(tensors, weights)
+    output = tmp_path / "x.safetensors"
+    done = run_without_torch("tenant", str(adapter), f"--bundle={tiny_build.bundle}", f"--output={output}")
+    text = {"truncated": "safetensors", "nan": "holds NaN", "shape": "has shape", "config": "loud"}[damage]
+    assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_methods_are_shipped_as_trained_or_computed(
+    tiny_build: TinyBuild, tmp_path: Path, fingerprint: str, name: str
+) -> None:
+    """A bundle that has the method takes IAPT's, ADePT's and LoPA's tensors as training wrote them, and no others."""
+    folder = save_tiny_adapter(tmp_path / "adapter", 5, fingerprint, SMALL.get(name, METHOD_CONFIGS[name])())
+    backbone = load_backbone(str(tiny_build.model))
+    plan = plan_tenants(load_tenants([folder], backbone), backbone.model)
+    manifest = dataclasses.replace(
+        BundleManifest.load(tiny_build.bundle), methods=[method_spec(item) for item in plan.installed]
+    )
+    made = plain_tenant(str(folder), manifest)
+    assert (made is not None) == (name in ("IAPT", "ADEPT", "LOPA"))
+    if made is not None:
+        card, tensors = made
+        assert card == tenant_card("adapter", plan, manifest.backbone)
+        shipped = plan.shipped["adapter"]
+        assert tensors.keys() == shipped.keys()
+        assert all((tensors[key] == shipped[key].numpy()).all() for key in shipped)
 
 
 def card(form: str, **config: object) -> TenantCard:

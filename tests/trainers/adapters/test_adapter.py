@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from iapt_export.building.layout import save_tenant
 from iapt_export.contract.errors import IaptError
 from tests.tiny import save_tiny_backbone, tiny_llama
-from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
-from trainers.adapters.directory import check_adapter_fits, load_adapter, read_adapter_config, save_adapter
+from trainers.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, read_adapter_config
+from trainers.adapters.directory import check_adapter_fits, load_adapter, save_adapter
 from trainers.decoder.backbone import Backbone, config_fingerprint, load_backbone, save_backbone
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.method import Method, Sizes
+from trainers.decoder.method import Method
 from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, LoRAConfig, PromptTuningConfig
 from trainers.methods.forms import METHODS, new_method
 from trainers.methods.iapt import IAPT

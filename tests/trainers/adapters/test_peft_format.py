@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 from tests.trainers.methods_tiny import LENGTHS, STEPS, greedy_tokens, trained
-from trainers.adapters.adapter import AdapterConfig
+from trainers.adapters.adapter import PEFT_TYPES, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.adapters.peft_format import (
     adapter_from_peft,
@@ -23,9 +23,10 @@ from trainers.adapters.peft_format import (
 )
 from trainers.adapters.peft_forms import FORMS, TABLE
 from trainers.decoder.backbone import Backbone
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import read_instruction, sizes_of
-from trainers.decoder.method import Sizes, rows_of
-from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, method_name
+from trainers.decoder.method import rows_of
+from trainers.methods.configs import METHOD_CONFIGS, LoRAConfig, PrefixTuningConfig, PromptTuningConfig, method_name
 from trainers.methods.forms import new_method
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -233,3 +234,7 @@ def test_half_precision_files_become_fp32() -> None:
     method, sizes = PromptTuningConfig(prompt_length=4), sizes_of(tiny_llama())
     got = from_peft_tensors(method, {TABLE: torch.ones(4, 32, dtype=torch.bfloat16)}, sizes)
     assert got["prompt"].dtype == torch.float32
+
+
+def test_the_methods_that_peft_reads_are_named_where_torch_is_not_needed() -> None:
+    assert set(PEFT_TYPES) == FORMS.keys() & METHOD_CONFIGS.keys()

@@ -20,8 +20,9 @@ from tests.trainers.methods_tiny import (
     real_rows,
     trained,
 )
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import read_instruction, sizes_of
-from trainers.decoder.method import Part, Rows, Sizes, rows_of
+from trainers.decoder.method import Part, Rows, rows_of
 from trainers.methods.adept import ADePT, TokenTable
 from trainers.methods.configs import ADePTConfig
 

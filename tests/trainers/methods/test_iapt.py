@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.decoder.method import Sizes
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT, adaptive_bins, max_pool, normalised, token_shares
 

@@ -19,8 +19,8 @@ from tests.trainers.methods_tiny import (
     real_rows,
     trained,
 )
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.method import Sizes
 from trainers.methods.configs import LAMPConfig, PromptTuningConfig
 from trainers.methods.lamp import LAMP
 from trainers.methods.prompt_tuning import PromptTuning, initial_prompt

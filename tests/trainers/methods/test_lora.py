@@ -10,9 +10,10 @@ import torch
 from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen2
 from tests.trainers.methods_tiny import LENGTHS, count, greedy_tokens, real_rows, trained
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.generate import prefill
 from trainers.decoder.insertion import continue_from, read_instruction, sizes_of
-from trainers.decoder.method import Sizes, rows_of
+from trainers.decoder.method import rows_of
 from trainers.methods.configs import LoRAConfig
 from trainers.methods.lora import LoRA, targets, tensor_name
 

@@ -17,8 +17,8 @@ from tests.trainers.methods_tiny import (
     real_rows,
     trained,
 )
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.method import Sizes
 from trainers.methods.configs import INITIAL_TEXT, PrefixTuningConfig
 from trainers.methods.prefix_tuning import PrefixTuning, from_table, initial_prefix, to_table
 

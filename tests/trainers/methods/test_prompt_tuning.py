@@ -18,8 +18,9 @@ from tests.trainers.methods_tiny import (
     real_rows,
     trained,
 )
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import read_instruction, sizes_of
-from trainers.decoder.method import Sizes, rows_of
+from trainers.decoder.method import rows_of
 from trainers.methods.configs import PromptTuningConfig
 from trainers.methods.prompt_tuning import PromptTuning, initial_prompt
 

@@ -15,7 +15,7 @@ from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE
 from trainers.adapters.directory import load_adapter
-from trainers.decoder.method import Sizes
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
 from trainers.training.config import TrainRequest

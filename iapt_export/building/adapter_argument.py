@@ -1,0 +1,37 @@
+"""What ``--adapter`` says: a tenant's name, its folder, and what stock PEFT does not say of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from iapt_export.contract.errors import IaptError
+
+OPTION = re.compile(r"(?P<rest>.+),(?P<name>format|task)=(?P<value>[^,=]*)")
+"""What may stand behind an adapter's folder."""
+
+
+def parse_adapter(argument: str) -> tuple[str, Path, dict[str, str]]:
+    """Read ``DIR`` or ``NAME=DIR``, with ``,format=chat`` or ``,task=0`` behind it.
+
+    Returns:
+        The tenant's name, which is the folder's unless one is given, its folder, and what is said of it.
+
+    Raises:
+        IaptError: an unknown format, a task that is no number, or a name that is none for a file.
+    """
+    options: dict[str, str] = {}
+    rest = argument
+    while match := OPTION.fullmatch(rest):
+        rest = match["rest"]
+        options[match["name"]] = match["value"]
+    if "format" in options and options["format"] not in ("plain", "chat"):
+        raise IaptError(f"--adapter {argument}: format is {options['format']!r}, expected plain or chat")
+    if "task" in options and not options["task"].isdecimal():
+        raise IaptError(f"--adapter {argument}: task is {options['task']!r}, expected a number from 0")
+    given, equals, folder = rest.partition("=")
+    path = Path(folder if equals else rest)
+    name = given if equals else path.resolve().name
+    if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
+        raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
+    return name, path, options
