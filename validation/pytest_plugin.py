@@ -46,7 +46,7 @@ class BundleSuite(pytest.Collector):
         for target in report.targets:
             where = _where(target)
             for number, check in enumerate(target.checks):
-                name = f"{target.name}:{target.dtype} {check.stage}: {check.case} [{number}]"
+                name = f"{target.name}:{target.dtype} {check.stage}: {check.fed} [{number}]"
                 yield CheckItem.from_parent(self, name=name, check=check, where=where)
             if target.status not in ("pass", "fail"):
                 name = f"{target.name}:{target.dtype} parity with PyTorch"
@@ -87,7 +87,7 @@ class ParityFailure(Exception):  # noqa: N818
     def __init__(self, check: Any, where: str) -> None:
         limits = check.limits.items()
         figures = ", ".join(f"{name} {check.measured[name]:.3g}, allowed {limit:.3g}" for name, limit in limits)
-        super().__init__("\n".join([f"{check.stage} ({check.case}): {figures}", check.detail, where]))
+        super().__init__("\n".join([f"{check.stage}, {check.fed}: {figures}", check.detail, where]))
 
 
 def _compare(bundle: Path, config: pytest.Config) -> Any:

@@ -62,7 +62,7 @@ def test_a_failing_check_says_where(tiny_bundle: Path, tmp_path: Path) -> None:
     rehash(tiny_bundle)
     code, text = user_pytest(tmp_path, f"--iapt-bundle={tiny_bundle}", "--iapt-case=one-token")
     assert code == pytest.ExitCode.TESTS_FAILED, text
-    assert "prefill logits (one-token): relative" in text
+    assert "prefill logits, one-token (alpha): relative" in text
     assert "first difference: layer 1, model.layers.1.mlp.down_proj.output" in text
     assert "Traceback" not in text
 

@@ -193,6 +193,8 @@ def _prompt_batches(manifest: BundleManifest, truths: list[Truth]) -> list[tuple
     methods = {tenant.name: tenant.method for tenant in manifest.tenants}
     one_of_each = {methods[truth.prompt.tenant]: truth for truth in reversed(first)}
     batches = [("mixed tenants, left padding", first[start : start + size]) for start in range(0, len(first), size)]
+    if len(batches) > 1:
+        batches = [(f"{case}, {number} of {len(batches)}", rows) for number, (case, rows) in enumerate(batches, 1)]
     return batches + [("one row", [truth]) for truth in reversed(one_of_each.values())]
 
 

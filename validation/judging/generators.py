@@ -60,6 +60,7 @@ def compare_generator(session: Session, reference: Reference, rows: list[Truth],
     worst = int(np.argmax(by_layer))
     measured = {"relative": by_layer[worst], "max_abs": max_abs(actual, expected), "cosine": cosine(actual, expected)}
     case = f"batch {len(rows)}, one row a tenant"
+    errors.feed(row.prompt.tenant for row in rows)
     errors.judge("generator", case, session.target.dtype, measured, f"worst in layer {worst}")
     if not errors.checks[-1].passed:
         errors.bisection = _bisection(reference, case, _Run(rows, hidden, actual, expected), session.target.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 2
+NAMED_TENANTS = 3
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class Check:
     """Where the worst element lies, or why the check failed."""
     part: str = ""
     """``keys`` or ``values``, which a cache stage holds to its limits apart; else empty."""
+    tenants: list[str] = field(default_factory=list)
+    """Whose rows were fed; empty where none were."""
+
+    @property
+    def fed(self) -> str:
+        """The case and its tenants, the first three by name."""
+        more = len(self.tenants) - NAMED_TENANTS
+        names = ", ".join(self.tenants[:NAMED_TENANTS]) + (f" and {more} more" if more > 0 else "")
+        return f"{self.case} ({names})" if names else self.case
 
 
 @dataclass(frozen=True)

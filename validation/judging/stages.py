@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,12 @@ class Errors:
     by_layer: dict[str, list[float]] = field(default_factory=dict)
     by_step: list[float] = field(default_factory=list)
     counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1))
+    tenants: list[str] = field(default_factory=list)
+    """Whose rows the next checks are of."""
+
+    def feed(self, tenants: Iterable[str]) -> None:
+        """Say whose rows the next checks are of."""
+        self.tenants = list(dict.fromkeys(tenants))
 
     def judge(
         self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "", part: str = ""
@@ -48,7 +54,8 @@ class Errors:
         """Add a check of ``measured`` against the table's limit for the stage."""
         rows = tolerances(stage, dtype)
         passed = all(row.holds(measured[row.metric]) for row in rows)
-        self.checks.append(Check(stage, case, passed, measured, {row.metric: row.limit for row in rows}, detail, part))
+        limits = {row.metric: row.limit for row in rows}
+        self.checks.append(Check(stage, case, passed, measured, limits, detail, part, self.tenants))
 
     def layers(self, part: str, errors: list[float]) -> None:
         """Keep the worst error of each layer over all cases."""
@@ -60,6 +67,7 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
     """Feed the reference's own tokens, so that each step is compared on equal ground."""
     dtype, num_steps = session.target.dtype, min(len(truth.tokens) for truth in truths)
     rows = [Row(truth.prompt.tenant, truth.prompt.tokens, truth.fed) for truth in truths]
+    errors.feed(truth.prompt.tenant for truth in truths)
     every: list[dict[str, float]] = []  # all rows of the first step, then of the next
     for step in run_steps(session, rows, num_steps):
         every += _compare_logits(step.logits, truths, step.number, errors)
@@ -178,6 +186,7 @@ def _entries_error(actual: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
 def compare_refusal(session: Session, case: Case, errors: Errors) -> None:
     """Ask for what a session must refuse; an answer, or an error that is no `IaptError`, fails."""
     requests = [Request(row.tenant, tokens=row.tokens, max_new_tokens=case.new_tokens) for row in case.rows]
+    errors.feed(row.tenant for row in case.rows)
     try:
         list(session.generate(requests))
         detail = "it was answered"
@@ -204,6 +213,7 @@ def compare_tokens(
         ]
         running = [session.submit(request, start + number) for number, request in enumerate(requests)]
         rows += [token_row(session, t, _tokens(one, failures)) for t, one in zip(batch, running, strict=True)]
+    errors.feed(truth.prompt.tenant for truth in truths)
     identical = sum(row.first_divergence is None for row in rows)
     excused = sum(row.excused for row in rows)
     measured = {

@@ -47,7 +47,7 @@ def _suite(report: Report, target: TargetResult) -> ElementTree.Element:
 
 
 def _test(target: str, check: Check) -> ElementTree.Element:
-    name = f"{check.stage}: {', '.join(filter(None, (check.case, check.part)))}"
+    name = f"{check.stage}: {', '.join(filter(None, (check.fed, check.part)))}"
     test = ElementTree.Element("testcase", classname=_text(target), name=_text(name))
     if not check.passed:
         figures = ", ".join(

@@ -26,6 +26,11 @@ HTML_FILE = "report.html"
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 TEMPLATE_FILE = "report.html.jinja"
 AGAIN = "run 'iapt-export validate' again"
+NEAR = 0.5
+"""A share of a limit from which on it is coloured."""
+MOST_SHARE = 1e6
+HOLDS = -1.0
+"""Stands for the share of a check that holds or does not."""
 UPPER_METRICS = ("relative", "max_abs", "kl")
 """Metrics whose limit is a ceiling, so that the share of it that was used means something."""
 
@@ -85,6 +90,7 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(figure=format_figure, share=share_of_limit, value=format_value)
+    environment.globals.update(near=NEAR)
     return environment.get_template(TEMPLATE_FILE).render(
         report=report,
         headline=headline(report),
@@ -165,7 +171,7 @@ class HeatMap:
 
     stages: list[str]
     rows: list[tuple[str, list[tuple[str, str]]]]
-    """Case, and for each stage a style (``none``, ``h0`` to ``h3``, ``over``) and a text."""
+    """Case, and for each stage a style (``none``, ``under``, ``near``, ``over``) and a text."""
 
 
 def heat_map(target: TargetResult) -> HeatMap:
@@ -173,24 +179,30 @@ def heat_map(target: TargetResult) -> HeatMap:
     stages = list(dict.fromkeys(check.stage for check in target.checks))
     cells: dict[str, dict[str, float]] = {}
     for check in target.checks:
-        used = cells.setdefault(check.case, {})
-        used[check.stage] = max(used.get(check.stage, 0.0), _used(check))
+        used = cells.setdefault(check.fed, {})
+        used[check.stage] = max(used.get(check.stage, HOLDS), _used(check))
     cases = sorted(cells, key=lambda case: max(cells[case].values()) <= 1)
     return HeatMap(stages, [(case, [_cell(cells[case].get(stage)) for stage in stages]) for case in cases])
 
 
 def _used(check: Check) -> float:
-    """The largest part of a limit that was used; more than 1 where the check failed."""
+    """The largest part of a limit that was used, more than 1 where the check failed; `HOLDS` of yes/no checks."""
     shares = [share for name in check.limits if (share := share_of_limit(check, name)) is not None]
-    return max([*shares, 0.0]) if check.passed else max([*shares, math.inf if not shares else 1.01])
+    if check.passed:
+        return max(shares, default=HOLDS)
+    return min(max([*shares, 1.01]), MOST_SHARE) if shares else math.inf
 
 
 def _cell(share: float | None) -> tuple[str, str]:
     if share is None:
         return "none", ""
+    if share == HOLDS:
+        return "under", "yes"
+    if share == math.inf:
+        return "over", "no"
     if share > 1:
         return "over", f"{share:.0f}×" if 1.5 < share < 1e4 else "over"
-    return f"h{sum(share > edge for edge in (0.01, 0.1, 0.5))}", f"{100 * share:.0f} %" if share >= 0.01 else "<1 %"
+    return "near" if share > NEAR else "under", f"{100 * share:.0f} %" if share >= 0.01 else "<1 %"
 
 
 def format_figure(number: float) -> str:

@@ -15,7 +15,7 @@ def summary(report: Report) -> str:
             f"  {target.name} {target.dtype}: {target.status}, {held} of {len(target.checks)} checks hold{reason}"
         )
         lines += [
-            f"    {'ok  ' if check.passed else 'FAIL'} {check.stage}, {check.case}: {check.detail}"
+            f"    {'ok  ' if check.passed else 'FAIL'} {check.stage}, {check.fed}: {check.detail}"
             for check in target.checks
             if check.stage == "greedy tokens" or not check.passed
         ]
@@ -51,7 +51,7 @@ def failure(report: Report) -> str:
     )
     return (
         f"{target.name} {target.dtype} differs from PyTorch in {len(rows)} checks, "
-        f"first in {check.stage} ({check.case}): {figures}; {check.detail}{_located(target)}"
+        f"first in {check.stage}, {check.fed}: {figures}; {check.detail}{_located(target)}"
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.bundles import NEW_TOKENS, TinyBuild, run
+from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, run
 from tests.validation.fake_report import failing_report, passing_report
 from tests.validation.sabotage import one_weight
 from validation.reporting.junit import write_junit
@@ -67,3 +67,14 @@ def test_a_folder_that_is_missing_is_told_before_any_work(tiny_bundle: Path, tmp
     assert outcome.code == 1
     assert f"there is no folder {tmp_path}/none; make it first" in outcome.err
     assert "hashes" not in outcome.err and not (tmp_path / "none").exists()
+
+
+def test_every_case_has_a_name_of_its_own_with_its_tenants(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    outcome = run("validate", tiny_build.bundle, "--quick", "--quiet", "--new-tokens=4", f"--junit={junit}")
+    assert outcome.code == 0
+    cases = [case for suite in suites(junit) for case in suite.findall("testcase")]
+    names = [(case.get("classname"), case.get("name")) for case in cases]
+    assert len(names) > 40 and len(set(names)) == len(names)
+    fed = [str(name) for _, name in names]
+    assert all(any(f"({tenant}" in name or f", {tenant}" in name for tenant in TENANTS) for name in fed), fed

@@ -269,9 +269,38 @@ def test_the_first_difference_stands_before_everything_else():
 def test_the_heat_map_shows_how_much_of_each_limit_was_used():
     shown = heat_map(located_report().targets[0])
     cells = {case: dict(zip(shown.stages, row, strict=True)) for case, row in shown.rows}
-    assert cells["full-cache"]["decode logits"] == ("h3", "80 %")
-    assert cells["one-token"]["prefill logits"] == ("h0", "<1 %")
+    assert cells["full-cache"]["decode logits"] == ("near", "80 %")
+    assert cells["one-token"]["prefill logits"] == ("under", "<1 %")
     assert cells["one-token"]["generator"] == ("none", "")
     assert cells["batch 8, mixed tenants, left padding"]["prefill cache"] == ("over", "4100×")
     assert cells["batch 1, one row"]["decode logits"] == ("over", "over")
     assert shown.rows[0][0].startswith("batch"), "what failed stands first"
+
+
+def test_checks_that_hold_or_do_not_show_no_percentage():
+    target = onnxruntime_target()
+    held = Check("refusal", "refuse-too-long", True, {"refused": 1.0}, {"refused": 1.0}, tenants=["guest"])
+    failed = Check("refusal", "refuse-unknown-token", False, {"refused": 0.0}, {"refused": 1.0}, tenants=["guest"])
+    half = Check("prefill logits", "one-token", True, {"relative": 4.9e-5}, {"relative": 1e-4}, tenants=["guest"])
+    shown = heat_map(dataclasses.replace(target, checks=[held, failed, half]))
+    cells = {case: dict(zip(shown.stages, row, strict=True)) for case, row in shown.rows}
+    assert cells["refuse-too-long (guest)"]["refusal"] == ("under", "yes")
+    assert cells["refuse-unknown-token (guest)"]["refusal"] == ("over", "no")
+    assert cells["one-token (guest)"]["prefill logits"] == ("under", "49 %"), "coloured only near the limit"
+
+
+def test_what_holds_is_folded_and_what_fails_is_not():
+    passing, failing = render_html(passing_report()), render_html(failing_report())
+    folded = passing.index('<details class="passed">')
+    assert passing.index("checks hold</span>") > folded
+    assert passing.index("Measured / limit") > folded, "a table before the fold would show what passed"
+    first, second = [place.start() for place in re.finditer("Measured / limit", failing)][:2]
+    assert first < failing.index('<details class="passed">') < second
+    assert failing[first:second].count('<tr class="failed">') == 2
+
+
+def test_a_case_names_its_tenants():
+    check = Check("prefill cache", "largest-batch", True, {}, {}, tenants=["a", "b", "c", "d", "e"])
+    assert check.fed == "largest-batch (a, b, c and 2 more)"
+    assert dataclasses.replace(check, tenants=["a", "b"]).fed == "largest-batch (a, b)"
+    assert dataclasses.replace(check, tenants=[]).fed == "largest-batch"
