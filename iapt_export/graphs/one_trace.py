@@ -1,4 +1,4 @@
-"""Spares the exporter its second trace of a program that needs none.
+"""Spares the exporter its second trace of a program that needs none, and what else it does over and over.
 
 ``torch.onnx.export`` traces what it is given once more (``ExportedProgram.run_decompositions``), to write in-place
 operators without side effects and to break up operators that it has no ONNX for. A decoder's program has few of
@@ -8,9 +8,13 @@ the time of an export. A program with anything else in it goes the long way.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.export import ExportedProgram
@@ -43,6 +47,57 @@ def rewrite_for_one_trace(program: ExportedProgram) -> bool:
     program.graph_module.recompile()
     vars(program)["run_decompositions"] = lambda *_args, **_keywords: program
     return True
+
+
+@contextlib.contextmanager
+def nothing_computed_twice() -> Iterator[None]:
+    """Let ``torch.onnx.export`` use what is known, while the context is open.
+
+    It reads the signatures of all translations from their sources in each call, and computes each node once more to
+    see whether its arguments have to be promoted to one type, although the trace has every node's value. These are
+    PyTorch's insides: where a version has others, it goes on as it is.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter as Promotion
+
+        registry = mock.patch.object(ONNXRegistry, "from_torchlib", _copies_of(ONNXRegistry.from_torchlib))
+        promotion = mock.patch.object(Promotion, "run_node", _promotion_alone(Promotion.run_node))
+    except (ImportError, AttributeError) as error:
+        LOGGER.info("the exporter computes twice what it knows: %s", error)
+        yield
+        return
+    with registry, promotion:
+        yield
+
+
+@functools.cache
+def _copies_of(from_torchlib: Callable[..., Any]) -> Any:
+    """Registries of translations, read once; each may get custom ones."""
+    read = functools.cache(from_torchlib)
+
+    def registry(**opset: int) -> Any:
+        made = copy.copy(read(**opset))
+        made.functions = {target: list(translations) for target, translations in made.functions.items()}
+        return made
+
+    return staticmethod(registry)
+
+
+def _promotion_alone(run_node: Callable[[Any, Node], Any]) -> Callable[[Any, Node], Any]:
+    """Promotes a node's arguments, and brings its value up to date if that changed them."""
+    from torch.onnx._internal.fx.passes.type_promotion import get_type_promotion_rule
+
+    def promoted(interpreter: Any, node: Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return run_node(interpreter, node)
+        with interpreter._set_current_node(node):
+            rule = get_type_promotion_rule(node, interpreter.type_promotion_table)
+            if rule:
+                interpreter._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    return promoted
 
 
 def _why_traced_again(node: Node) -> str | None:

@@ -23,7 +23,7 @@ from iapt_export.graphs.in_place import in_place_attention
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.lay_out import LayOutError, lay_out, remove_marks
 from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace, shortened
-from iapt_export.graphs.one_trace import rewrite_for_one_trace
+from iapt_export.graphs.one_trace import nothing_computed_twice, rewrite_for_one_trace
 from iapt_export.graphs.ops import layer_end
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
@@ -94,7 +94,7 @@ def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpe
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
 
-    with attention(backbone), traceable_experts(backbone), marked, _quiet(), torch.no_grad():
+    with attention(backbone), traceable_experts(backbone), marked, nothing_computed_twice(), _quiet(), torch.no_grad():
         try:
             return _translated(program, opset)
         except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not

@@ -1,18 +1,22 @@
-"""One trace instead of two: the same graph, whatever was rewritten; the long way where that cannot be."""
+"""One trace instead of two, and nothing computed twice: the same graph; the long way where that cannot be."""
 
 from __future__ import annotations
+
+import contextlib
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript import opset18
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from iapt_export.graphs import trace
 from iapt_export.graphs.export import run_passes
 from iapt_export.graphs.installed import rational_forms
-from iapt_export.graphs.one_trace import REWRITES, rewrite_for_one_trace
+from iapt_export.graphs.one_trace import REWRITES, nothing_computed_twice, rewrite_for_one_trace
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.table import TABLE, Serving
 from tests.graphs import installed, run_onnx, specs_for
@@ -79,6 +83,50 @@ def test_side_effects_and_inner_graphs_go_the_long_way(module: nn.Module, caplog
     np.testing.assert_array_equal(made, module(x.clone()).numpy())
 
 
+class Mixed(nn.Module):
+    """Arguments of two types, an integer that is divided, and a number that a half keeps its type with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = (x > 0).to(torch.int64)
+        return (ones + x.float()) * (ones / 3) + torch.pow(x, 2) * 1.5 + torch.where(x > 0, x, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_types_are_promoted_as_the_exporter_does(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4).to(dtype)
+    plain = in_onnx(traced(Mixed().eval(), x))
+    for _ in range(2):
+        with nothing_computed_twice():
+            assert in_onnx(traced(Mixed().eval(), x)) == plain
+    (made,) = run_onnx(plain, {"x": x.numpy()}).values()
+    np.testing.assert_allclose(made, Mixed()(x).numpy(), rtol=2e-3 if dtype is torch.float16 else 1e-6)
+
+
+def test_a_custom_translation_is_forgotten_after_its_export() -> None:
+    def halved(x: Any) -> Any:
+        return opset18.Mul(x, opset18.Constant(value_float=0.5))
+
+    def operators_with(table: dict[Any, Any] | None) -> list[str]:
+        program = traced(nn.Sigmoid(), torch.randn(3, 4))
+        made = torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=table)
+        assert made is not None
+        return [node.op_type for node in made.model.graph]
+
+    with nothing_computed_twice():
+        assert operators_with({torch.ops.aten.sigmoid.default: halved}) == ["Mul"]
+        assert operators_with(None) == ["Sigmoid"]
+
+
+def test_other_insides_of_the_exporter_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="iapt_export")
+    monkeypatch.delattr("torch.onnx._internal.fx.passes.type_promotion._TypePromotionInterpreter")
+    with nothing_computed_twice():
+        pass
+    assert "the exporter computes twice what it knows: " in caplog.text
+
+
 def operators(model: ir.Model) -> list[tuple[str, int]]:
     return [(node.op_type, len(node.inputs)) for node in model.graph]
 
@@ -98,6 +146,7 @@ def test_a_decoders_graph_is_that_of_two_traces(
     once = shipped()
     assert "traced a second time" not in caplog.text
     monkeypatch.setattr(trace, "rewrite_for_one_trace", lambda program: False)
+    monkeypatch.setattr(trace, "nothing_computed_twice", contextlib.nullcontext)
     assert once == shipped()
 
 
