@@ -83,20 +83,22 @@ def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpe
     attention = in_place_attention if KINDS[name].in_place else exportable
     marked = layers_marked(decoder_layers(backbone))
 
-    def program() -> torch.export.ExportedProgram:
+    def traced() -> torch.export.ExportedProgram:
         # the cache of fake tensors costs more than it saves where sizes are symbols
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            return torch.export.export(
+            program = torch.export.export(
                 twin.eval(),
                 (*examples[:num_plain], tuple(examples[num_plain:])),
                 dynamic_shapes=(*axes[:num_plain], tuple(axes[num_plain:])),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
+        _say_grouped(program.graph)
+        return program
 
     with attention(backbone), traceable_experts(backbone), marked, nothing_computed_twice(), _quiet(), torch.no_grad():
         try:
-            return _translated(program, opset)
+            return _translated(traced, opset)
         except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not
             raise IaptError(
                 f"{type(backbone).__name__} could not be traced into {name}.onnx: {deepest_cause(error)}; only "
@@ -129,6 +131,15 @@ def _translated(traced: Callable[[], torch.export.ExportedProgram], opset: int) 
             LOGGER.info("traced a second time: %s", deepest_cause(error))
             program = traced()
     return translate(program)
+
+
+def _say_grouped(graph: torch.fx.Graph) -> None:
+    """Falcon gives attention one key head, which PyTorch broadcasts; translations want to be told of groups."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            query, key = (node.args[place].meta["val"].shape[1] for place in (0, 1))
+            if key == 1 != query:
+                node.kwargs = {**node.kwargs, "enable_gqa": True}
 
 
 def exportable(backbone: Any) -> AbstractContextManager[None]:

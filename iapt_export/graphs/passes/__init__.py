@@ -41,6 +41,7 @@ from iapt_export.graphs.passes.name_nodes import NameNodesPass
 from iapt_export.graphs.passes.pack_projections import PackProjectionsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
 from iapt_export.graphs.passes.sink_into_if import SinkIntoIfPass
+from iapt_export.graphs.passes.widen_bfloat16 import WidenBfloat16Pass
 from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 
 
@@ -66,6 +67,7 @@ def ship_pipeline(
         InlinePass(),
         FoldTransposesPass(),
         FoldConstantsPass(),
+        WidenBfloat16Pass(spec),
         RewritePass([mul_by_1_rule, no_op_cast_rule, no_op_expand_rule, no_op_transpose_rule]),
         IdentityEliminationPass(),
         FuseOpset23Pass(opset),

@@ -26,6 +26,7 @@ from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.passes.rotary_in_attention import RotaryInAttentionPass
 from iapt_export.graphs.passes.sink_into_if import SinkIntoIfPass
 from iapt_export.graphs.passes.use_tensor_scatter import UseTensorScatterPass
+from iapt_export.graphs.passes.widen_bfloat16 import WidenBfloat16Pass
 from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 
 
@@ -62,6 +63,12 @@ def one_flag_of_two() -> ir.Model:
 def called_alike() -> ir.Model:
     model = graph(("", "Abs", 1), ("", "Abs", 1))
     model.graph.node(1).name = model.graph.node(0).name
+    return model
+
+
+def narrow() -> ir.Model:
+    model = graph(("", "Mul", 2))
+    model.graph.node(0).outputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
     return model
 
 
@@ -108,6 +115,7 @@ def test_what_a_pass_requires(step: ir.passes.PassBase, model: ir.Model, text: s
         (RotaryInAttentionPass(8), attention(0), "some attentions rotate queries and keys"),
         (SinkIntoIfPass(), graph((MARKER_DOMAIN, MARKER, 3)), "markers are left: node 0"),
         (WriteSizesPass(), graph(("", "ConstantOfShape", 1)), "sizes or values are left to inference in node 0"),
+        (WidenBfloat16Pass(SPEC), narrow(), "computed in bfloat16: node 0"),
         (UseTensorScatterPass(), graph((MARKER_DOMAIN, MARKER, 3)), "nodes of ai.iapt.trace are left"),
     ],
     ids=lambda value: type(value).__name__,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import numpy_helper
 
 from iapt_export.contract.errors import IaptError
@@ -21,6 +23,7 @@ from iapt_export.graphs.passes.fuse_opset23 import FuseOpset23Pass
 from iapt_export.graphs.passes.inline_rational import InlineRationalPass
 from iapt_export.graphs.passes.name_interface import NameInterfacePass
 from iapt_export.graphs.passes.name_nodes import SCOPES, NameNodesPass
+from iapt_export.graphs.passes.widen_bfloat16 import WidenBfloat16Pass
 from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 from tests.graphs import run_onnx
 
@@ -182,6 +185,32 @@ def test_a_constant_of_a_shape_says_what_it_holds() -> None:
     made = run(model, s=np.array([3]))
     assert made.dtype == wanted.dtype == np.float32 and np.array_equal(made, wanted)
     assert not WriteSizesPass()(model).modified
+
+
+NARROW = (
+    "g (float[n, 4] x) => (float[n, 4] y)\n<bfloat16[n, 4] b, bfloat16[n, 4] d, bfloat16[n, 4] m>\n"
+    "{ b = Cast <to = 16> (x)\n d = DTYPE (b, b)\n m = Div (d, third)\n y = Cast <to = 1> (m) }"
+)
+
+
+@pytest.mark.parametrize(("operator", "computed"), [("Add", torch.add), ("Mul", torch.mul), ("Sub", torch.sub)])
+def test_stray_bfloat16_is_computed_by_every_runtime_as_pytorch_does(
+    operator: str, computed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    third = torch.tensor(0.3).bfloat16()
+    model = parse(NARROW.replace("DTYPE", operator), third=third.float().numpy().astype(ml_dtypes.bfloat16))
+    step = WidenBfloat16Pass(spec())
+    assert step(model).modified and step.note == "2 operators of bfloat16 are computed in fp32 and rounded"
+    narrow = torch.from_numpy(x).bfloat16()
+    np.testing.assert_array_equal(run(model, x=x), (computed(narrow, narrow) / third).float().numpy())
+    assert not step(model).modified
+
+
+def test_a_graph_in_bfloat16_stays_so() -> None:
+    narrow = GraphSpec("prefill.onnx", [TensorSpec("x", "fp32", ["n", 4])], [TensorSpec("y", "bf16", ["n", 4])])
+    model = parse(NARROW.replace("DTYPE", "Add"), third=np.array(0.3, ml_dtypes.bfloat16))
+    assert not WidenBfloat16Pass(narrow)(model).modified
 
 
 def test_the_rational_body_comes_with_its_nodes_only() -> None:

@@ -11,8 +11,10 @@ import torch
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.trace import EXAMPLE_SIZES, deepest_cause, trace_graph
+from tests.families import tiny_family
 from tests.graphs import installed, specs_for
 from tests.tiny import tiny_llama
+from trainers.decoder.insertion import sizes_of
 
 
 def trace(model: Any, name: str = "decode") -> Any:
@@ -86,6 +88,17 @@ def test_defects_of_ours_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.export, "export", fail)
     with pytest.raises(TypeError, match="a defect"):
         trace(tiny_llama(num_hidden_layers=1))
+
+
+def test_one_key_head_that_pytorch_broadcasts() -> None:
+    """Falcon's; the exporter's translation takes fewer key heads only where it is told of groups."""
+    model = tiny_family("falcon-7b-like")
+    methods = installed(sizes=sizes_of(model))
+    graph = trace_graph("decode", model, methods, specs_for(model, methods)["decode"], 23).graph
+    attentions = [node for node in graph if node.op_type == "Attention"]
+    assert len(attentions) == 2
+    for node in attentions:
+        assert [value.shape[1] for value in node.inputs[:3]] == [4, 1, 1]
 
 
 def test_tracing_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
