@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
+from iapt_export.logs import listening
 from iapt_export.showing import check_folders, fail, print_json, show, show_answers
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
@@ -58,10 +58,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
         common = bound.kwargs.get("common", Common())
         debug = common.debug
-        if common.verbose:
-            logging.basicConfig(format="%(message)s", force=True)
-            logging.getLogger("iapt_export").setLevel(logging.INFO)
-        command(*bound.args, **bound.kwargs)
+        with listening(quiet=common.quiet, verbose=common.verbose, file=common.log):
+            command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt as stop:
         build_text = "interrupted; nothing was left half-written, and a repeated build goes on where this one stopped"
         fail(str(stop) or build_text)
@@ -130,15 +128,14 @@ def train_command(method: str) -> Callable[..., None]:
                 raise IaptError(f"{example} exists and is not replaced; give --write-config another name")
             values = {"method": method} | vars(places) | vars(settings) | vars(config)
             example.write_text(flags.example_file(command_line(method)["train"], values), encoding="utf-8")
-            print(
-                f"{example} holds every setting; when it is edited: iapt-export train --config {example}",
-                file=sys.stderr,
-            )
+            told = f"{example} holds every setting; when it is edited: iapt-export train --config {example}"
+            print(told, file=sys.stderr)
             return
+        from iapt_export.progress import Steps
         from trainers.training.train import train as run
 
         request = TrainRequest(**vars(places), method=settings, config=config)
-        result = run(request, say=(lambda line: None) if common.quiet else None)
+        result = run(request, say=Steps(quiet=common.quiet).line)
         if common.json:
             report, baseline = (scores and scores.to_dict() for scores in (result.report, result.baseline))
             print_json({"output": result.output, "steps": result.steps, "report": report, "baseline": baseline})
@@ -174,7 +171,8 @@ def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) 
         run(request, steps)
     output = Path(request.output)
     _show_report(common.json, read_report(output / "report.json"))
-    print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
+    if not common.quiet:
+        print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
 
 
 def validate(
@@ -215,7 +213,7 @@ def validate(
         write_junit(found, asked.junit)
     where = write_report(found, asked.report) if asked.report else None
     _show_report(common.json, found)
-    if where:
+    if where and not common.quiet:
         print(f"report: {where}", file=sys.stderr)
     if found.verdict != "pass":
         raise ParityError(failure(found))
@@ -263,7 +261,8 @@ def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common
     from engines.serving.session import Session
 
     places = (asked.host, asked.port, asked.keys, asked.tenants, asked.admin_token, asked.metrics_prefix)
-    config = server.ServerConfig(*places, ready_delay_s=asked.ready_delay, drain_s=asked.drain)
+    level = "error" if common.quiet else "info"
+    config = server.ServerConfig(*places, ready_delay_s=asked.ready_delay, drain_s=asked.drain, log_level=level)
     settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads}
     settings |= {**asked.checks, "verify": not asked.no_verify}
     server.serve(Session.open(bundle, asked.target, device=asked.device, **settings), config)

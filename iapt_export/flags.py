@@ -260,7 +260,9 @@ class Common:
     json: bool = False
     """Print the result as JSON on stdout."""
     quiet: bool = False
-    """No progress on stderr."""
+    """Nothing but errors on stderr: no progress, no warnings."""
+    log: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    """Add to this file, with times, what is done and noted, warnings, and the stack trace of an error."""
     verbose: Annotated[bool, Parameter(alias="-v")] = False
     """Say on stderr what is noted on the way, such as what each pass changed."""
     debug: bool = False

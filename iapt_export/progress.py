@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,10 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+LOGGER = logging.getLogger("iapt_export.progress")
+"""Hears of each step; only a log file listens to it."""
+LOGGER.propagate = False
 
 
 class Steps:
@@ -36,11 +41,19 @@ class Steps:
 
     def __call__(self, text: str, fraction: float | None = None) -> None:
         """Say what is going on, and how far it is (0 to 1) if that is known."""
+        if text != self._text:
+            LOGGER.info(text)
         if self._live is not None:
             self._update(text, fraction)
         elif text != self._text and not self._quiet:
             print(f"[{time.monotonic() - self._started:6.1f}s] {text}", file=sys.stderr, flush=True)
         self._text = text
+
+    def line(self, text: str) -> None:
+        """Say something that stays: a line as it is."""
+        LOGGER.info(text)
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
 
     def _update(self, text: str, fraction: float | None) -> None:
         assert self._live is not None

@@ -43,6 +43,8 @@ class ServerConfig:
     """How long ``/ready`` says no before the server stops listening, so that a balancer sees it."""
     drain_s: float = 60.0
     """How long streams under way may take at the end."""
+    log_level: str = "info"
+    """Of uvicorn's own lines."""
 
     def __post_init__(self) -> None:
         if self.tenants is not None and not self.tenants.is_dir():
@@ -87,6 +89,7 @@ def serve(session: Session, config: ServerConfig) -> None:
         host=config.host,
         port=config.port,
         access_log=False,
+        log_level=config.log_level,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(config.drain_s),
         server_header=False,

@@ -10,6 +10,8 @@ from iapt_export.contract.errors import NotRunnableError
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 """On a GPU fp32 is fp32: by default products would be of TF32, which has ten bits of fraction."""
+ERRORS = 3
+"""Of ONNX Runtime's log: no warnings, on which nobody who serves could act."""
 FAULTY_VERSIONS = {
     "1.23.0": "its Attention-23 is wrong where several query heads share a key head (logits off by 0.84 of the largest)"
 }
@@ -31,6 +33,7 @@ def load_onnxruntime() -> Any:
             f"ONNX Runtime {onnxruntime.__version__} gives wrong answers: {reason}; "
             "expected 1.23.1 or newer: pip install --upgrade onnxruntime"
         )
+    onnxruntime.set_default_logger_severity(ERRORS)
     return onnxruntime
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from engines.cuda.memory import CudaStream, DeviceArray
 from engines.native import add_kernels
 from engines.onnxruntime.cores import available_cores
-from engines.onnxruntime.devices import OPTIONS, PROVIDERS, check_provider, preload_cuda, require_device
+from engines.onnxruntime.devices import ERRORS, OPTIONS, PROVIDERS, check_provider, preload_cuda, require_device
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
@@ -59,7 +59,7 @@ class OnnxRuntimeRunner(Runner):
         if self.device == "cuda":
             preload_cuda(onnxruntime)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = ERRORS
         options.intra_op_num_threads = self.threads or available_cores()
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.rational = add_kernels(options, self.device)
