@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import trainers
 from trainers.methods.configs import METHOD_CONFIGS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(trainers.__file__).resolve().parent.parent
+"""Where the packages are, also where a wheel of them is installed and the tests stand elsewhere."""
 PACKAGES = ("trainers", "iapt_export", "engines", "validation")
 CONTRACT = "iapt_export.contract"
 ALLOWED = {
