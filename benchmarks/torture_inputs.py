@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import random
 import shutil
 import signal
@@ -189,25 +190,35 @@ def torment(reader: Reader, work: Path, count: int, seed: int = 0, found: Findin
     for number, (path, data) in enumerate(_changes(reader, folder, count, seed), found.inputs):
         good = path.read_bytes()
         path.write_bytes(data)
-        began = time.process_time()
-        signal.alarm(LONGEST_SECONDS)  # one that hangs ends all of this
-        try:
-            reader.read(folder / reader.file)
+        error, seconds = _timed(reader, folder / reader.file)
+        if seconds > CPU_SECONDS:  # once more: a busy machine's processor time is longer, too
+            error, seconds = min((error, seconds), _timed(reader, folder / reader.file), key=operator.itemgetter(1))
+        if error is None:
             found.accepted += 1
             found.wrong += reader.hashed and data != good
-        except reader.refusals:
-            pass
-        except Exception as error:
+        elif not isinstance(error, reader.refusals):
             found.raw.append(f"{reader.name} {number}: {type(error).__name__}: {str(error)[:200]}")
-        if time.process_time() - began > CPU_SECONDS:
-            found.slow.append(f"{reader.name} {number}: {time.process_time() - began:.1f} seconds")
-        signal.alarm(0)
+        if seconds > CPU_SECONDS:
+            found.slow.append(f"{reader.name} {number}: {seconds:.1f} seconds")
         path.write_bytes(good)
     reader.read(folder / reader.file)  # it is good again, so that the refusals were those of the changes
     found.inputs += count
     found.growth_mib = max(found.growth_mib, round(_peak_mib() - before, 1))
     shutil.rmtree(folder)
     return found
+
+
+def _timed(reader: Reader, path: Path) -> tuple[Exception | None, float]:
+    """What reading raised, and the processor time it took."""
+    began = time.process_time()
+    signal.alarm(LONGEST_SECONDS)  # one that hangs ends all of this
+    try:
+        reader.read(path)
+    except Exception as error:
+        return error, time.process_time() - began
+    finally:
+        signal.alarm(0)
+    return None, time.process_time() - began
 
 
 def _changes(reader: Reader, folder: Path, count: int, seed: int) -> Iterator[tuple[Path, bytes]]:

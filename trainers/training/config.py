@@ -175,7 +175,7 @@ def read_train_file(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         _check_depth(yaml.parse(text), path)
         fields = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no text, a date or an integer that Python refuses
         raise IaptError(f"{path} is not YAML: {error}") from error
     if fields is not None and not isinstance(fields, dict):
         raise IaptError(f"{path} holds a {type(fields).__name__}; expected one 'field: value' per line")
