@@ -13,6 +13,7 @@ from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import Box
 
+from engines.triton.repository import TritonRepository, write_repository
 from iapt_export import __version__, flags
 from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.building.footprint import Load
@@ -20,7 +21,7 @@ from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
 from iapt_export.logs import listening
-from iapt_export.showing import check_folders, fail, print_json, show, show_answers
+from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 from trainers.training.convert import Conversion
@@ -94,7 +95,7 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         exit_on_error=False,
         print_error=False,
     )
-    commands: list[Callable[..., None]] = [build, validate, generate, serve, tenant, bench, inspect]
+    commands: list[Callable[..., None]] = [build, validate, generate, serve, triton, tenant, bench, inspect]
     commands += [plan, cache, doctor]
     for place, command in enumerate([train_command(method), *commands]):
         app.command(command, sort_key=2 * place, help_epilogue="")
@@ -166,11 +167,12 @@ def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) 
     from iapt_export.building.build import build as run
     from iapt_export.progress import Steps
     from validation.reporting.report import read_report
+    from validation.reporting.summary import summary
 
     with Steps(quiet=common.quiet) as steps:
         run(request, steps)
     output = Path(request.output)
-    _show_report(common.json, read_report(output / "report.json"))
+    show_report(common.json, read_report(output / "report.json"), summary)
     if not common.quiet:
         print(f"{output} is ready; its report is {output / 'report.html'}", file=sys.stderr)
 
@@ -191,7 +193,7 @@ def validate(
     from validation.judging.compare import Settings
     from validation.reporting.junit import write_junit
     from validation.reporting.report import write_report
-    from validation.reporting.summary import failure
+    from validation.reporting.summary import failure, summary
     from validation.validate import compared_targets, validate_bundle
 
     check_folders(asked.junit)
@@ -212,7 +214,7 @@ def validate(
     if asked.junit:
         write_junit(found, asked.junit)
     where = write_report(found, asked.report) if asked.report else None
-    _show_report(common.json, found)
+    show_report(common.json, found, summary)
     if where and not common.quiet:
         print(f"report: {where}", file=sys.stderr)
     if found.verdict != "pass":
@@ -266,6 +268,15 @@ def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common
     settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads}
     settings |= {**asked.checks, "verify": not asked.no_verify}
     server.serve(Session.open(bundle, asked.target, device=asked.device, **settings), config)
+
+
+def triton(bundle: BundleFolder, /, *, asked: Annotated[TritonRepository, FLAT], common: Common = Common()) -> None:
+    """Write a model repository for NVIDIA Triton, whose python backend runs a session of the bundle."""
+    folder = write_repository(bundle, asked)
+    if common.json:
+        print_json({"model": folder})
+    else:
+        print(f"{folder} is ready: tritonserver --model-repository {asked.output}")
 
 
 def tenant(
@@ -387,13 +398,3 @@ def doctor(
 
         findings.append(model_finding(model, describe_model(model)))
     show(common.json, [dataclasses.asdict(finding) for finding in findings], table(findings))
-
-
-def _show_report(as_json: bool, report: Any) -> None:
-    """A comparison with PyTorch, in words or as JSON."""
-    from validation.reporting.summary import summary
-
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print(summary(report))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ def show(as_json: bool, data: Any, table: Any) -> None:
         print_json(data)
     else:
         Console().print(table)
+
+
+def show_report(as_json: bool, report: Any, summary: Callable[[Any], str]) -> None:
+    """A comparison with PyTorch, in words or as JSON."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print(summary(report))
 
 
 def show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Any, as_json: bool) -> None:

@@ -26,8 +26,9 @@ class Environment:
 
     name: str
     pins: tuple[str, ...]
-    beside: bool = True
-    """Behind its own packages it has those of the environment that runs this, so that torch is there once."""
+    extra: str = ""
+    """This project is installed with this extra; without it, the environment has behind its own packages those of the
+    one that runs this, so that torch is there once."""
 
     @property
     def folder(self) -> Path:
@@ -42,7 +43,7 @@ class Environment:
     @property
     def stamp(self) -> str:
         """What is written beside it once it is whole."""
-        return "\n".join((*self.pins, sys.executable if self.beside else ""))
+        return "\n".join((*self.pins, self.extra or sys.executable))
 
     @property
     def is_ready(self) -> bool:
@@ -60,12 +61,12 @@ class Environment:
         own = Path(sysconfig.get_path("purelib", vars={"base": str(self.folder)}))
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
         pip += os.environ.get("PIP_ARGS", "").split()
-        if self.beside:
+        if not self.extra:
             (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
             subprocess.run([*pip, "--no-deps", *self.pins], check=True)
             subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT], check=True)
         else:
-            subprocess.run([*pip, *self.pins], check=True)
+            subprocess.run([*pip, *self.pins, "--editable", f"{ROOT}[{self.extra}]"], check=True)
         (self.folder / "installed.txt").write_text(self.stamp, encoding="utf-8")
 
     def need(self) -> None:
@@ -75,7 +76,9 @@ class Environment:
 
 
 OPTIMUM = Environment("optimum", ("optimum==2.3.0",))
-ENVIRONMENTS = (OPTIMUM,)
+# NumPy 2 kills the stub of this server's python backend at the first text
+TRITON = Environment("triton", ("nvidia-pytriton==0.7.0", "tritonclient[all]==2.73.0", "numpy<2"), "cpu")
+ENVIRONMENTS = (OPTIMUM, TRITON)
 
 
 def main() -> int:

@@ -109,7 +109,7 @@ def test_version_and_module_agree() -> None:
     [
         (
             [],
-            "iapt-export needs a command: train, build, validate, generate, serve, tenant, bench, inspect",
+            "iapt-export needs a command: train, build, validate, generate, serve, triton, tenant, bench, inspect",
         ),
         (["export"], 'Unknown command "export". Available commands: train, build'),
         (["build"], "iapt-export build needs --model, --adapter, --output; --model is missing"),
