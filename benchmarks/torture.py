@@ -268,7 +268,7 @@ def load(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -
     record = last.record()
     memory = [mib for _, mib in record["memory_mib"]]
     growth = round(memory[-1] - memory[len(memory) // 4], 1) if len(memory) > 3 else 0.0
-    faults = [f"{len(record[name])} answers {name}" for name in ("wrong", "lost") if record[name]]
+    faults = [f"{len(record[name])} {name}, the first: {record[name][0]}" for name in ("wrong", "lost") if record[name]]
     faults += [f"memory grew by {growth} MiB"] if growth > GROWTH_MIB else []
     faults += [] if record["answered"] and (record["removed"] or asked.load_seconds < 30) else ["nobody came and went"]
     kept = {name: record[name] for name in ("answered", "removed", "add_ms")}
