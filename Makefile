@@ -28,7 +28,7 @@ FUZZER   := build/cpp-sanitize/bin/fuzz_files
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv backbone demo serve cpp torture fuzz test test-slow test-gpu test-runtimes test-serving test-lowest \
+.PHONY: help venv backbone demo serve cpp torture fuzz test test-docs test-slow test-gpu test-runtimes test-serving test-lowest \
     check tidy format docs clean
 .DEFAULT_GOAL := help
 
@@ -145,6 +145,9 @@ fuzz:  ## damage the kept corpus and feed it to the C++ readers, under the sanit
 test: venv  ## run the tests that need neither a GPU nor much time
 	@$(MAKE) --no-print-directory backbone || echo "No backbone: the tests that need it will be skipped"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-docs: venv  ## run every command of the README and the site, and the notebooks, on tiny models (minutes)
+	$(BIN)/python -m pytest -m slow tests/test_documents.py tests/test_notebooks.py
 
 test-slow: venv backbone  ## run the tests that take minutes: the real backbone through the whole path
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -116,7 +116,7 @@ def report(session: Session, figures: list[Figures], device: str = "cpu") -> dic
         "dtype": session.target.dtype,
         "cache": type(session.stepper).__name__.removesuffix("Stepper"),
         "installed_tenants": len(session.tenants),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
         "processor": platform.processor() or platform.machine(),
         "device": device if session.target.name == "onnxruntime" else "cuda",
         "versions": {name: version for name in packages if (version := _version(name))},
@@ -124,12 +124,23 @@ def report(session: Session, figures: list[Figures], device: str = "cpu") -> dic
     }
 
 
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has held, in MiB; None where the system keeps no count (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
 def table(found: dict[str, Any]) -> Any:
     """The report for a terminal."""
     from rich.table import Table
 
     title = f"{found['bundle']}: {found['target']} {found['dtype']}, {found['installed_tenants']} tenants installed"
-    grid = Table(title=title, caption=f"peak memory {found['peak_memory_mb']:.0f} MB")
+    peak = found["peak_memory_mb"]
+    grid = Table(title=title, caption="peak memory not known here" if peak is None else f"peak memory {peak:.0f} MB")
     for name in ("rows", "first token ms", "worst", "next token ms", "p99", "tokens/s", "decode tokens/s"):
         grid.add_column(name, justify="right")
     keys = ("ttft_p50_ms", "ttft_max_ms", "itl_p50_ms", "itl_p99_ms", "tokens_per_s", "decode_tokens_per_s")

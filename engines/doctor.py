@@ -285,7 +285,9 @@ def _amount(name: str, detail: str, amount: float, needed: int, remedy: str) -> 
 
 
 def _memory_bytes() -> tuple[int, int]:
-    """Physical memory and what of it is available."""
+    """Physical memory and what of it is available; zeros where the system does not say."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 0, 0
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
     try:

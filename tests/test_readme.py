@@ -36,9 +36,13 @@ def code_blocks(language: str, document: Path = ROOT / "README.md") -> list[str]
 
 
 def shell_commands() -> list[list[str]]:
-    """Every command of the documents' shell blocks, as its words; quoted line breaks stay inside their word."""
+    return [words for document in DOCUMENTS for words in commands_of(document)]
+
+
+def commands_of(document: Path) -> list[list[str]]:
+    """Every command of a document's shell blocks, as its words; quoted line breaks stay inside their word."""
     commands: list[list[str]] = []
-    for block in (block for document in DOCUMENTS for block in code_blocks("sh", document)):
+    for block in code_blocks("sh", document):
         pending = ""
         for line in block.replace("\\\n", " ").splitlines():
             pending = f"{pending}\n{line}" if pending else line
@@ -80,6 +84,13 @@ def test_commands_parse(words):
     method, _ = method_settings(words[2:])
     command, *_ = command_line(method).parse_args(words[1:])
     assert command.__name__ in words[1:3]
+
+
+@pytest.mark.parametrize("words", [words for words in shell_commands() if words[0] == "optimum-cli"], ids=" ".join)
+def test_commands_of_optimum_parse(words):
+    ours = ["build", *words[3:]] if words[1:3] == ["export", "iapt"] else words[2:]
+    command, *_ = command_line("iapt").parse_args(ours)
+    assert command.__name__ == ours[0]
 
 
 def test_every_command_is_shown_and_exists():

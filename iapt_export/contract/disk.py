@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -16,6 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from iapt_export.contract.errors import IaptError
+
+try:
+    import fcntl
+except ImportError:  # Windows; only what builds and trains takes locks
+    fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
@@ -35,6 +39,8 @@ def locked(path: Path, busy: str | None = None, *, shared: bool = False) -> Iter
     Raises:
         IaptError: another process or thread holds it, or the file system has no locks.
     """
+    if fcntl is None:
+        raise IaptError("this system has no locks of files (flock), which builds and trainings need; run them on Linux")
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if busy is None else fcntl.LOCK_NB)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -82,7 +88,7 @@ def exchange(some: Path, other: Path) -> bool:
     """
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
+    except (AttributeError, OSError, TypeError):  # macOS and Windows have none
         return False
     if rename(_AT_FDCWD, os.fsencode(some), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
@@ -122,8 +128,10 @@ def sync(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush what a folder lists, as after a rename in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Flush what a folder lists, as after a rename in it; nothing on Windows, which opens no folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
