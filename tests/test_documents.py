@@ -49,6 +49,9 @@ NOT_RUN = {
     "tests/gpu/first_light.sh": GPU,
     "python -m": "takes an hour; tests/benchmarks runs short forms",
     "optimum-cli": "tests/doors runs it where Optimum is installed",
+    "iapt-export triton": "tests/doors/test_triton.py runs it, and the server",
+    "python3 -m venv": "the same",
+    "tritonserver": "the same",
     "curl": "test_the_server_answers_as_shown runs it",
     "iapt-export serve": "test_the_server_answers_as_shown runs it",
 }
