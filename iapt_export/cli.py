@@ -20,7 +20,7 @@ from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
-from iapt_export.logs import listening
+from iapt_export.progress import Steps, listening
 from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
         common = bound.kwargs.get("common", Common())
         debug = common.debug
+        check_folders(common.log)
         with listening(quiet=common.quiet, verbose=common.verbose, file=common.log):
             command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt as stop:
@@ -132,8 +133,7 @@ def train_command(method: str) -> Callable[..., None]:
             told = f"{example} holds every setting; when it is edited: iapt-export train --config {example}"
             print(told, file=sys.stderr)
             return
-        from iapt_export.progress import Steps
-        from trainers.training.train import train as run
+            from trainers.training.train import train as run
 
         request = TrainRequest(**vars(places), method=settings, config=config)
         result = run(request, say=Steps(quiet=common.quiet).line)
@@ -165,7 +165,6 @@ def convert(
 def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) -> None:
     """Export a backbone with adapters, build engines, validate; writes a bundle."""
     from iapt_export.building.build import build as run
-    from iapt_export.progress import Steps
     from validation.reporting.report import read_report
     from validation.reporting.summary import summary
 
@@ -188,7 +187,6 @@ def validate(
     """Compare a bundle with PyTorch again."""
     from iapt_export.contract.integrity import open_manifest
     from iapt_export.contract.manifest import BundleManifest
-    from iapt_export.progress import Steps
     from trainers.decoder.backbone import load_backbone_of
     from validation.judging.compare import Settings
     from validation.reporting.junit import write_junit
@@ -313,7 +311,6 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
     """Measure how fast a bundle answers: first token, next tokens, throughput, memory."""
     from engines.bench import check_plot, measure, plot, report, table
     from engines.serving.session import Session
-    from iapt_export.progress import Steps
 
     check_folders(asked.output, asked.plot)
     if asked.plot:

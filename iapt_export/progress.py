@@ -1,10 +1,13 @@
-"""Show what a long command is doing: a live line on a terminal, plain lines in a log."""
+"""Show what a long command is doing: a live line on a terminal, lines in a log, all of it in a file on request."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 LOGGER = logging.getLogger("iapt_export.progress")
 """Hears of each step; only a log file listens to it."""
 LOGGER.propagate = False
+OURS = ("iapt_export", "engines", "trainers", "validation")
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Steps:
@@ -76,3 +81,45 @@ class Steps:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+@contextmanager
+def listening(*, quiet: bool, verbose: bool, file: Path | None) -> Iterator[None]:
+    """Send what this project, its libraries and Python's warnings note to where it is wanted, while this is open.
+
+    Args:
+        quiet: nothing below an error on stderr.
+        verbose: also what passes changed.
+        file: a file to add everything to, steps and the trace of an error included; None for none.
+    """
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(logging.Formatter("%(message)s"))
+    stderr.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    handlers: list[logging.Handler] = [stderr]
+    if file is not None:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[-1].setFormatter(logging.Formatter(LINE))
+        LOGGER.addHandler(handlers[-1])
+    root, loggers = logging.getLogger(), [logging.getLogger(name) for name in OURS]
+    before = [logger.level for logger in loggers]
+    for handler in handlers:
+        root.addHandler(handler)
+    for logger in loggers if verbose or file else []:
+        logger.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.INFO)
+    if quiet or file:
+        logging.captureWarnings(True)
+    try:
+        yield
+    except Exception:
+        if file is not None:
+            LOGGER.exception("the command failed")
+        raise
+    finally:
+        logging.captureWarnings(False)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+            LOGGER.removeHandler(handler)
+            handler.close()

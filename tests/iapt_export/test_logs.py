@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from iapt_export.logs import listening
+from iapt_export.progress import listening
 from tests.bundles import RANGES, TinyBuild, run
 
 ROOT = Path(__file__).resolve().parents[2]
