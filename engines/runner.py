@@ -110,6 +110,13 @@ class Runner(Activated):
             shape: sizes of the axes.
         """
 
+    def beside(self) -> Runner | None:
+        """Another runner of the same loaded graph, for a second thread; None where only one call may run at a time.
+
+        It shares the weights, is active as long as this one is, and needs no `deactivate`.
+        """
+        return None
+
     def host_empty(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
         """An array on the host, its content unknown, to which outputs come quickest; it lives as long as it is used.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,14 @@ class OnnxRuntimeRunner(Runner):
         arrays = {tensor.name: np.ascontiguousarray(feeds[tensor.name]) for tensor in self.spec.inputs}
         names = [tensor.name for tensor in self.spec.outputs]
         return dict(zip(names, self._run(names, arrays), strict=True))
+
+    def beside(self) -> OnnxRuntimeRunner | None:
+        """See `engines.runner.Runner.beside`: a session takes calls of several threads, a binding does not."""
+        if self.device != "cpu":
+            return None
+        other = copy.copy(self)
+        other._binding, other._fed, other._given = None, [], []
+        return other
 
     def zeros(self, dtype: str, shape: Sequence[int]) -> Array:
         """See `engines.runner.Runner.zeros`; on the CPU the system gives the memory as it is written.

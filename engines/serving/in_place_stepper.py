@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engines.runner import Array, Arrays, Runner, numpy_type
-from engines.serving.stepper import Instruction, RowCache, Stepper
+from engines.serving.stepper import Instruction, Reading, RowCache, Stepper
 from engines.serving.tenants import TenantBank
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import ENCODER, PAST, PRESENT, step_graphs
@@ -35,7 +35,9 @@ class InPlaceStepper(Stepper):
         """``past_key_values.N.key`` and ``.value`` to ``[R, H, C, K]``, where the runtime wants them."""
         self.lengths: list[int] = []
         """Entries of each row."""
-        self._bound: tuple[Any, ...] = ()
+        self._bound: tuple[int, dict[str, Array], dict[str, Array]] | None = None
+        """What the last step was given: its number of rows, their part of the cache as inputs and as outputs."""
+        self._beside: Runner | None = None
 
     def activate(self) -> None:
         """Load the graphs and reserve the cache.
@@ -50,35 +52,82 @@ class InPlaceStepper(Stepper):
                 if name in self.runners:
                     self.runners[name].activate()
             self.buffers = self._reserve()
+            self._beside = self.reader.beside()
         except BaseException:
             self.deactivate()
             raise
 
     def deactivate(self) -> None:
         """Give the memory back."""
-        self.buffers, self.lengths, self._bound = {}, [], ()
+        self.buffers, self.lengths, self._bound, self._beside = {}, [], None, None
         super().deactivate()
 
+    @property
+    def reads_beside(self) -> bool:  # type: ignore[override]
+        """See `Stepper.reads_beside`: where the reader's graph may run twice at a time."""
+        return self._beside is not None
+
     def read(self, rows: Sequence[Instruction]) -> np.ndarray:
-        """See `Stepper.read`; rows are padded on the right to one length."""
-        first = self.num_rows
+        """See `Stepper.read`."""
+        reading = self._reading(rows, self.reader, self._logits)
+        logits = reading.run()
+        self.join(reading)
+        return logits
+
+    def begin(self, rows: Sequence[Instruction]) -> Reading:
+        """See `Stepper.begin`."""
+        assert self._beside is not None
+        return self._reading(rows, self._beside, self._logits_beside)
+
+    def join(self, reading: Reading) -> None:
+        """See `Stepper.join`; rows before it may have left in the meantime, so that it moves up."""
+        for place, (row, entries) in enumerate(zip(reading.rows, reading.lengths, strict=True), reading.place):
+            if place != self.num_rows:
+                for buffer in self.buffers.values():
+                    buffer[self.num_rows, :, :entries] = buffer[place, :, :entries]
+            self.tenants.append(row.tenant)
+            self.lengths.append(entries)
+
+    def _reading(self, rows: Sequence[Instruction], runner: Runner, logits: np.ndarray) -> Reading:
+        """Rows are padded on the right to one length."""
         slots = [row.tenant.prompt_length for row in rows]
         lengths = [count + len(row.tokens) for count, row in zip(slots, rows, strict=True)]
         ids = np.full((len(rows), max(lengths)), self.manifest.backbone.pad_token_id, dtype=np.int64)
         for n, row in enumerate(rows):
             ids[n, slots[n] : lengths[n]] = row.tokens
-        places = np.broadcast_to(np.arange(max(lengths)), ids.shape)
-        encoded = self.encoded(rows)
-        self.tenants += [row.tenant for row in rows]
-        self.lengths += lengths
-        return self._run(first, ids, places, reads=True, encoded=encoded)
+        feeds = {
+            "input_ids": ids,
+            "position_ids": np.ascontiguousarray(np.broadcast_to(np.arange(max(lengths)), ids.shape), dtype=np.int64),
+            READS_INSTRUCTION: np.array(True),
+            **self.bank.indices([row.tenant for row in rows]),
+            **self.bank.stacks,
+        }
+        cache, into = self._parts(self.num_rows, len(rows), logits)
+
+        def run() -> np.ndarray:
+            prompts = self.encoded(rows) or self._no_prompts(len(rows))
+            return _run(runner, {**feeds, **_lengths(lengths), **prompts, **cache}, into)
+
+        return Reading(rows, self.num_rows, lengths, run)
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """See `Stepper.step`."""
-        ids = np.array(tokens, dtype=np.int64)[:, None]
         places = np.array(self.lengths, dtype=np.int64)[:, None]
         self.lengths = [length + 1 for length in self.lengths]
-        return self._run(0, ids, places, reads=False, encoded={})
+        if self._bound is None or self._bound[0] != self.num_rows:  # the same objects as long as the rows are the same
+            self._bound = (self.num_rows, *self._parts(0, self.num_rows, self._logits))
+        _, cache, into = self._bound
+        feeds = {
+            "input_ids": np.array(tokens, dtype=np.int64)[:, None],
+            "position_ids": places,
+            READS_INSTRUCTION: np.array(False),
+            **_lengths(self.lengths),
+            **self.bank.indices(self.tenants),
+            **self.bank.stacks,
+            **self._no_prompts(self.num_rows),
+            **cache,
+        }
+        return _run(self.continuer, feeds, into)
 
     def leave(self, row: int) -> None:
         """See `Stepper.leave`."""
@@ -127,34 +176,16 @@ class InPlaceStepper(Stepper):
             shape = (self.max_rows, int(heads), self.capacity, int(width))
             buffers[tensor.name] = self.reader.zeros(tensor.dtype, shape)
         (logits,) = (tensor for tensor in spec.outputs if tensor.name == "logits")
-        self._logits = self.reader.host_empty(logits.dtype, (self.max_rows, 1, int(logits.shape[2])))
+        one_each = (self.max_rows, 1, int(logits.shape[2]))
+        self._logits, self._logits_beside = (self.reader.host_empty(logits.dtype, one_each) for _ in range(2))
         return buffers
 
-    def _run(self, first: int, ids: np.ndarray, places: np.ndarray, *, reads: bool, encoded: Arrays) -> np.ndarray:
-        """One step of the rows from ``first`` on."""
-        lengths = np.array(self.lengths[first:], dtype=np.int32)
-        cache, into = self._parts(first, len(ids))
-        feeds = {
-            "input_ids": ids,
-            "position_ids": np.ascontiguousarray(places, dtype=np.int64),
-            "seqlens_k": lengths - 1,
-            "total_sequence_length": np.array(lengths.max()),
-            READS_INSTRUCTION: np.array(reads),
-            **self.bank.indices(self.tenants[first:]),
-            **self.bank.stacks,
-            **(encoded or self._no_prompts(len(ids))),
-            **cache,
-        }
-        return (self.reader if reads else self.continuer).infer(feeds, into)["logits"][:, 0]
-
-    def _parts(self, first: int, rows: int) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The rows' part of the cache as inputs and outputs; the same objects as long as the rows are the same."""
-        if self._bound[:2] != (first, rows):
-            cache = {name: buffer[first : first + rows] for name, buffer in self.buffers.items()}
-            into = {name.replace(PAST, PRESENT, 1): part for name, part in cache.items()}
-            into["logits"] = self._logits[first : first + rows]
-            self._bound = first, rows, cache, into
-        return self._bound[2:]
+    def _parts(self, first: int, rows: int, logits: np.ndarray) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Some rows' part of the cache as inputs, and as outputs."""
+        cache = {name: buffer[first : first + rows] for name, buffer in self.buffers.items()}
+        into = {name.replace(PAST, PRESENT, 1): part for name, part in cache.items()}
+        into["logits"] = logits[first : first + rows]
+        return cache, into
 
     def _no_prompts(self, rows: int) -> Arrays:
         """What a method that takes prompts gets in steps that read no instruction."""
@@ -162,3 +193,15 @@ class InPlaceStepper(Stepper):
         if spec is None:
             return {}
         return {spec.name: np.zeros((rows, *map(int, spec.shape[1:])), numpy_type(spec.dtype))}
+
+
+def _lengths(lengths: Sequence[int]) -> Arrays:
+    """How many entries each row has, as the graphs take it."""
+    counted = np.array(lengths, dtype=np.int32)
+    return {"seqlens_k": counted - 1, "total_sequence_length": np.array(counted.max())}
+
+
+def _run(runner: Runner, feeds: dict[str, Any], into: dict[str, Array]) -> np.ndarray:
+    """Run a graph over parts of the cache; logits ``[B, V]``."""
+    logits: np.ndarray = runner.infer(feeds, into)["logits"][:, 0]
+    return logits

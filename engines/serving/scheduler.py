@@ -6,8 +6,9 @@
             ...
 
 A step gives every running row one token, then lets waiting requests join while rows are free and reads their
-instructions. Rows that end leave at once, so others take their places in the same step. What goes wrong with one
-request's logits or text ends that request alone. One thread; `engines.serving.session` runs it.
+instructions: short ones at once, long ones in another thread while the running rows go on, where the stepper can do so.
+Rows that end leave at once, so others take their places in the same step. What goes wrong with one request's logits or
+text ends that request alone. One thread; `engines.serving.session` runs it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from engines.serving.account import Share
+from engines.serving.beside import BesideReading
 from engines.serving.entry import Entry
 from engines.serving.fair_queue import FairQueue
 from engines.serving.request import Item, Token
 from engines.serving.stepper import Instruction, Stepper
 from iapt_export.contract.errors import IaptError
 
+BESIDE_TOKENS = 64
+"""More instruction tokens than this, padding included, are read in another thread while rows decode; fewer take about
+as long as a step."""
 READ_TOKENS = 1024
 """Instruction tokens, padding included, that are read at once at most: how long the running rows wait for new ones."""
 
@@ -44,11 +49,14 @@ class Scheduler:
         self.waiting = FairQueue(shares)
         self.running: list[Entry] = []
         """In the order of the stepper's rows."""
+        self.joining: list[Entry] = []
+        """Those whose instructions are being read beside the running rows."""
+        self._reading: BesideReading | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.running or len(self.waiting))
+        return bool(self.running or self.joining or len(self.waiting))
 
     def add(self, entry: Entry) -> None:
         """Let a request wait for its turn."""
@@ -61,15 +69,36 @@ class Scheduler:
             Each request with its token, its end where it was cancelled or is late, or its failure.
         """
         yield from self._dropped()
+        if self._reading is not None and (self._reading.is_done or not self.running):
+            yield from self._joined(self._reading.result())
         before = len(self.running)
         if before:
             logits = self.stepper.step([entry.tokens[-1] for entry in self.running])
             yield from self._advance(logits, 0)
-        if joining := self._joining(before):
+        if self._reading is None and (joining := self._chosen(before)):
             instructions = [Instruction(entry.tenant, entry.instruction, entry.soft_prompts) for entry in joining]
             first = len(self.running)
+            tokens = max(entry.length for entry in joining) * len(joining)
+            if first and tokens > BESIDE_TOKENS and self.stepper.reads_beside:
+                self.joining = joining
+                self._reading = BesideReading(self.stepper.begin(instructions))
+                return
             self.running += joining
             yield from self._advance(self.stepper.read(instructions), first)
+
+    def finish(self) -> None:
+        """Wait for what is being read; nobody steps any more, and the stepper may be deactivated then."""
+        if self._reading is not None:
+            self._reading.wait()
+
+    def _joined(self, logits: np.ndarray) -> Iterator[tuple[Entry, Item]]:
+        """The rows that were read beside the others follow them."""
+        assert self._reading is not None
+        self.stepper.join(self._reading.reading)
+        first = len(self.running)
+        self.running += self.joining
+        self.joining, self._reading = [], None
+        yield from self._advance(logits, first)
 
     def _dropped(self) -> Iterator[tuple[Entry, Item]]:
         """Those that were cancelled, or are late."""
@@ -83,7 +112,7 @@ class Scheduler:
                 self._leave(row)
                 yield entry, entry.end("cancelled" if entry.cancelled else "deadline")
 
-    def _joining(self, before: int) -> list[Entry]:
+    def _chosen(self, before: int) -> list[Entry]:
         """The waiting requests whose turn has come."""
         if before and not self.continuous:
             return []

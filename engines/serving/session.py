@@ -354,6 +354,7 @@ class Session(Activated):
             ended = IaptError(f"its thread was ended by {type(error).__name__}", code="session_failed")
             failure = self._failure = error if isinstance(error, Exception) else ended
             _log.exception("the session has failed and serves no more")
+        self._scheduler.finish()
         with self._lock:
             self._inbox.fail(failure)
             self._scheduler = Scheduler(self.stepper, continuous=self._scheduler.continuous, shares=self._shares)

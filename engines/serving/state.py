@@ -30,7 +30,7 @@ class SessionState:
     failure: str | None
     """Why it failed."""
     running: int
-    """Rows that decode."""
+    """Rows that decode, or read their instructions."""
     waiting: int
     """Requests that wait for a row."""
     max_rows: int
@@ -50,7 +50,7 @@ def state_of(
     status: str, failure: Exception | None, scheduler: Scheduler, arrived: Sequence[Entry], max_waiting: int
 ) -> SessionState:
     """What a session's scheduler has, and the requests that it will find at its next step."""
-    rows, queue, stepper = list(scheduler.running), scheduler.waiting, scheduler.stepper
+    rows, queue, stepper = [*scheduler.running, *scheduler.joining], scheduler.waiting, scheduler.stepper
     new = Counter(entry.tenant.name for entry in arrived)
     accounts = dict.fromkeys(new, Account()) | dict(queue.accounts)
     return SessionState(

@@ -10,7 +10,7 @@ K head width, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,26 @@ class Instruction:
     """``[P, D]``, which a client computed, for a tenant whose method takes them."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Instructions that are read into rows of their own, which are not among the others yet."""
+
+    rows: Sequence[Instruction]
+    place: int
+    """The first one's place in the cache."""
+    lengths: list[int]
+    """Entries of each."""
+    run: Callable[[], np.ndarray]
+    """Reads them, in any thread, and gives logits ``[len(rows), V]``, valid until the next reading runs."""
+
+
 class Stepper(Activated):
     """Steps the rows of one target's cache."""
 
     in_place: bool
     """Whether the graphs write the cache where it stands."""
+    reads_beside = False
+    """Whether another thread may run a `Reading` while rows step and leave."""
 
     def __init__(
         self, manifest: BundleManifest, target: TargetSpec, bank: TenantBank, runners: dict[str, Runner]
@@ -72,6 +87,14 @@ class Stepper(Activated):
         Returns:
             Logits ``[len(rows), V]`` for each new row's first token, valid until the next step.
         """
+
+    def begin(self, rows: Sequence[Instruction]) -> Reading:
+        """Prepare what `read` does at once, where `reads_beside`: one reading at a time, which `join` ends."""
+        raise NotImplementedError
+
+    def join(self, reading: Reading) -> None:
+        """Let the rows of a reading that has run follow those that are there now."""
+        raise NotImplementedError
 
     @abstractmethod
     def step(self, tokens: Sequence[int]) -> np.ndarray:

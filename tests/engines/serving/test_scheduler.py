@@ -102,6 +102,7 @@ class Counter:
     """Steps rows without a model: a row's n-th token is its instruction's first one plus n."""
 
     max_rows = 3
+    reads_beside = False
 
     def __init__(self) -> None:
         self.rows: list[int] = []
