@@ -182,7 +182,11 @@ def of_layer_0(bundle: Path, _: pytest.MonkeyPatch) -> None:
 def tenants_reversed(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are right, only ``tenant_index`` points at a neighbour's."""
     honest = TenantBank.indices
-    monkeypatch.setattr(TenantBank, "indices", lambda *args: {name: 2 - array for name, array in honest(*args).items()})
+
+    def indices(self: TenantBank, tenants: Any) -> dict[str, np.ndarray]:
+        return {name: np.where(array < 0, array, 2 - array) for name, array in honest(self, tenants).items()}
+
+    monkeypatch.setattr(TenantBank, "indices", indices)
 
 
 def fed(change: Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]) -> Plant:

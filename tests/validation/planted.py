@@ -68,7 +68,7 @@ def other_tenant(rows: slice) -> Callable[[Path, pytest.MonkeyPatch], None]:
     def indices(self: TenantBank, tenants: Any) -> dict[str, np.ndarray]:
         made = honest(self, tenants)
         for index in made.values():
-            index[rows] = (index[rows] + 1) % len(self.tenants)
+            index[rows] = np.where(index[rows] < 0, -1, (index[rows] + 1) % len(self.tenants))
         return made
 
     return lambda _, patches: patches.setattr(TenantBank, "indices", indices)

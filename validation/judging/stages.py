@@ -24,6 +24,7 @@ from validation.judging.metrics import (
 from validation.judging.result import Bisection, Check, TokenRow
 from validation.judging.tolerances import COMPARED_FOR_A_SHARE, OUTLIERS, tolerances
 from validation.sides.cases import Case
+from validation.sides.reference import BACKBONE
 from validation.sides.stepping import Row, Step, run_steps
 from validation.sides.truth import Truth
 
@@ -46,7 +47,7 @@ class Errors:
 
     def feed(self, tenants: Iterable[str]) -> None:
         """Say whose rows the next checks are of."""
-        self.tenants = list(dict.fromkeys(tenants))
+        self.tenants = list(dict.fromkeys(name or BACKBONE for name in tenants))
 
     def judge(
         self, stage: str, case: str, dtype: str, measured: dict[str, float], detail: str = "", part: str = ""

@@ -23,7 +23,7 @@ from validation.judging.tolerances import tolerance
 from validation.locating.scene import Arrays, Scene, Suspect, own_entries
 from validation.locating.sources import source_of
 from validation.sides.recording import leaf_modules, record_row
-from validation.sides.reference import Reference, numpy
+from validation.sides.reference import BACKBONE, Reference, numpy
 from validation.sides.stepping import Row, graph_of, run_steps, session_with
 from validation.sides.taps import Tap, TappedGraph, TappedRunner, layer_of
 
@@ -190,7 +190,7 @@ def _finding(scene: Scene, suspect: Suspect, seen: Arrays) -> Finding:
         operators=[graph.nodes[place].name for place in places][-8:],
         module=path if end == "output" else next((name for name in reversed(modules) if name), ""),
         row=suspect.row,
-        tenant=scene.rows[suspect.row].tenant,
+        tenant=scene.rows[suspect.row].tenant or BACKBONE,
         source=source,
         evidence=evidence,
         error=suspect.error,

@@ -20,7 +20,7 @@ from trainers.decoder.insertion import layers_path
 from validation.judging.metrics import worst_vector
 from validation.locating.scene import Scene, Suspect, hypothetical
 from validation.sides.recording import OTHER_INPUT, Hypothesis
-from validation.sides.reference import numpy
+from validation.sides.reference import BACKBONE, numpy
 from validation.sides.stepping import graph_of
 from validation.sides.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
 
@@ -68,7 +68,7 @@ def _hypotheses(scene: Scene, suspect: Suspect, modules: set[str]) -> Iterator[H
     row_tenant, pad, slots = scene.rows[row].tenant, scene.padding(row), scene.slots(row)
     for tenant in scene.reference.methods:
         if tenant != row_tenant and scene.reference.methods[tenant].num_slots == slots:
-            says = f"row {row} computes tenant {tenant}'s in place of {row_tenant}'s"
+            says = f"row {row} computes tenant {tenant or BACKBONE}'s in place of {row_tenant or BACKBONE}'s"
             yield Hypothesis(says, "tenant", tenant=tenant)
     for form in ("A", "B"):
         yield Hypothesis(f"the rational activation is evaluated in form {form}", "activation", form=form)

@@ -43,6 +43,7 @@ class Prompt:
     """One prompt of one tenant."""
 
     tenant: str
+    """Empty for the backbone alone."""
     text: str
     tokens: tuple[int, ...]
 
@@ -119,6 +120,8 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
     ]
     if room > LONG_STEPS // 4:
         cases.append(batch("long-answer", [last] * min(2, rows), [8, 5][: min(2, rows)], LONG_STEPS, is_quick=False))
+    if manifest.serves_backbone:
+        cases.append(batch("backbone-alone", ["", last][: min(2, rows)], [9, 4][: min(2, rows)]))
     cases.append(batch("full-cache", [last], [max(1, room - 8)], room, is_quick=False))
     return cases
 

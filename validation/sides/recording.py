@@ -37,8 +37,8 @@ class Hypothesis:
     """What it would mean, for the report."""
     kind: str = ""
     """``tenant``, ``position``, ``mask``, ``activation``, ``normalisation`` or ``scale``."""
-    tenant: str = ""
-    """Compute the row as this tenant's."""
+    tenant: str | None = None
+    """Compute the row as this tenant's; empty for the backbone alone."""
     shift: int = 0
     """Added to every position of the step."""
     padding: int = 0
@@ -86,7 +86,8 @@ def record_row(
     for number in range(step + 1):
         seen: dict[str, Tensor] = {}
         wrong = hypothesis if number == step else HONEST
-        method = altered(reference.methods[wrong.tenant or row.tenant], wrong.form, wrong.normalised_otherwise)
+        tenant = row.tenant if wrong.tenant is None else wrong.tenant
+        method = altered(reference.methods[tenant], wrong.form, wrong.normalised_otherwise)
         with ExitStack() as stack:
             stack.enter_context(_recorded(model, method, seen, wrong))
             stack.enter_context(_mistaken(model, wrong))

@@ -25,11 +25,29 @@ from iapt_export.contract.graphs import ENCODER, KINDS, PAST, PRESENT
 from iapt_export.contract.manifest import BundleManifest, GraphSpec
 from iapt_export.contract.settings import config_from_dict
 from iapt_export.graphs.installed import in_decode, installed_from_manifest, rows_from_inputs
+from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.generate import decode, prefill
 from trainers.decoder.insertion import positions, sizes_of
 from trainers.decoder.method import Method, Weights, rows_of
 from trainers.methods.configs import METHOD_CONFIGS
 from trainers.methods.forms import new_method
+
+BACKBONE = "the backbone"
+"""What reports call the rows that name no tenant."""
+
+
+class NoMethod(Method):
+    """What a request that names no tenant gets: the backbone as it is."""
+
+    @staticmethod
+    def shapes(config: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """See `Method.shapes`."""
+        return {}
+
+    @property
+    def num_slots(self) -> int:
+        """See `Method.num_slots`."""
+        return 0
 
 
 class Reference:
@@ -60,7 +78,9 @@ class Reference:
         self.manifest = manifest
         sizes = sizes_of(self.model)
         self.methods: dict[str, Method] = {}
-        """Tenant to its module with the weights that were trained."""
+        """Tenant to its module with the weights that were trained; the backbone alone under no name."""
+        if manifest.serves_backbone:
+            self.methods[""] = NoMethod(None, sizes)
         for tenant in manifest.tenants:
             config = config_from_dict(METHOD_CONFIGS[tenant.trained_form], tenant.trained_config, "manifest.json")
             method = new_method(config, sizes)

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.serving import tenants
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.session import Request, Session
+from engines.serving.tenants import Tenant
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, Outcome, TinyBuild, rehash, run
@@ -110,6 +112,24 @@ def test_nan_in_one_logit_fails(tiny_build: TinyBuild, backbone: Any, monkeypatc
 
     monkeypatch.setattr(InPlaceStepper, "step", step)
     assert {"decode logits", "greedy tokens"} <= compared(tiny_build.bundle, backbone)
+
+
+def test_a_row_of_the_backbone_that_a_tenants_prompts_reach_fails(
+    tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = validate(tiny_build.bundle, "--case=backbone-alone")
+    assert honest.code == 0, honest.err
+    assert json.loads(honest.out)["targets"][0]["checks"][0]["tenants"] == ["the backbone", "gamma"]
+
+    def as_alpha(bundle: Path, manifest: BundleManifest) -> Tenant:
+        method = manifest.methods[0]
+        return Tenant("base", method.name, 0, method.prompt_length, "plain", "plain")
+
+    monkeypatch.setattr(tenants, "_base", as_alpha)
+    wrong = validate(tiny_build.bundle, "--case=backbone-alone")
+    assert wrong.code == 3 and "prefill logits" in failed_stages(wrong)
+    finding = json.loads(wrong.out)["targets"][0]["bisection"]["finding"]
+    assert (finding["row"], finding["tenant"]) == (0, "the backbone")
 
 
 def test_the_manifest_keeps_every_limit(tiny_build: TinyBuild) -> None:

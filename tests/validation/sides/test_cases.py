@@ -38,6 +38,9 @@ def test_cases_reach_every_edge_of_the_ranges(manifest: BundleManifest) -> None:
     assert {row.tenant for row in cases["largest-batch"].rows} == {"alpha", "beta", "gamma"}
     assert {row.tenant for row in cases["tenant-0"].rows} == {"alpha"}
     assert len({row.tenant for row in cases["one-tenant"].rows}) == 1
+    assert [row.tenant for row in cases["backbone-alone"].rows] == ["", "gamma"]
+    merged = dataclasses.replace(manifest, serves_backbone=False)
+    assert "backbone-alone" not in {case.name for case in generated_cases(merged, 0, TEXT)}
     vocabulary = manifest.backbone.vocab_size
     assert {0, vocabulary - 1, manifest.backbone.pad_token_id} <= set(cases["unusual-tokens"].rows[0].tokens)
     assert all(0 <= token < vocabulary for case in accepted for row in case.rows for token in row.tokens)
