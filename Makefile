@@ -78,15 +78,22 @@ TRT_PACKAGE := kernel-lens==2.0.1
 JSON_PACKAGE := nlohmann-json==3.12.0
 # the tokenizer of the C++ programs, a shared library inside a Python package
 GENAI_PACKAGE := onnxruntime-genai==0.18.0
-ONNXRUNTIME_INCLUDE_DIR ?= $(NATIVE)/onnxruntime
-TENSORRT_INCLUDE_DIR ?= $(NATIVE)/tensorrt
+# ONNXRUNTIME_ROOT=DIR and TENSORRT_ROOT=DIR name unpacked SDKs, which win over the packages
+ONNXRUNTIME_INCLUDE_DIR ?= $(if $(ONNXRUNTIME_ROOT),$(ONNXRUNTIME_ROOT)/include,$(NATIVE)/onnxruntime)
+TENSORRT_INCLUDE_DIR ?= $(if $(TENSORRT_ROOT),$(TENSORRT_ROOT)/include,$(NATIVE)/tensorrt)
+SDKS := $(if $(ONNXRUNTIME_ROOT),-DONNXRUNTIME_ROOT=$(abspath $(ONNXRUNTIME_ROOT))) \
+    $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(abspath $(TENSORRT_ROOT)))
 # anything for CMake, for example -DONNXRUNTIME_ROOT=... or -DIAPT_CUDA=OFF
 CMAKE_ARGS ?=
+
+# A package that is not the one whose hash was recorded is thrown away.
+CHECK = sh engines/cpp/check_packages.sh $(1) || { rm -rf $(1); exit 1; }
 
 $(NATIVE)/onnxruntime/onnxruntime_c_api.h:
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm, or name an SDK's headers with ONNXRUNTIME_INCLUDE_DIR="; exit 1; }
 	@mkdir -p $(NATIVE)/npm $(@D)
 	cd $(NATIVE)/npm && npm pack --silent $(ORT_PACKAGE)
+	@$(call CHECK,$(NATIVE)/npm)
 	tar -xzf $(NATIVE)/npm/*.tgz -C $(@D) --wildcards --strip-components=7 '*/ios-arm64/onnxruntime.framework/Headers/*'
 	@rm -r $(NATIVE)/npm
 	@touch $@
@@ -95,6 +102,7 @@ $(NATIVE)/onnxruntime/onnxruntime_c_api.h:
 define UNPACK
 	@mkdir -p $(NATIVE)/wheel-$(1)
 	$(BIN)/python -m pip download --quiet $(PIP_ARGS) --no-deps --only-binary=:all: -d $(NATIVE)/wheel-$(1) $(2)
+	@$(call CHECK,$(NATIVE)/wheel-$(1))
 	$(BIN)/python -m zipfile -e $(NATIVE)/wheel-$(1)/*.whl $(NATIVE)/wheel-$(1)/unpacked
 	@rm -rf $(NATIVE)/$(1) && mv $(NATIVE)/wheel-$(1)/unpacked/$(3) $(NATIVE)/$(1)
 	@rm -r $(NATIVE)/wheel-$(1)
@@ -124,7 +132,7 @@ cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h $(NATIVE)/json/nlohmann
 	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
 	    -DTENSORRT_INCLUDE_DIR=$(abspath $(TENSORRT_INCLUDE_DIR)) \
 	    -DNLOHMANN_JSON_INCLUDE_DIR=$(abspath $(NATIVE)/json) \
-	    -DGENAI_LIBRARY=$(abspath $(NATIVE)/genai/libonnxruntime-genai.so) $(CMAKE_ARGS)
+	    -DGENAI_LIBRARY=$(abspath $(NATIVE)/genai/libonnxruntime-genai.so) $(SDKS) $(CMAKE_ARGS)
 	cmake --build build/cpp --parallel 2
 	cmake --install build/cpp --prefix engines --component kernels
 	cmake --install build/cpp --prefix build/install
@@ -148,7 +156,7 @@ test: venv  ## run the tests that need neither a GPU nor much time
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-docs: venv  ## run every command of the README and the site, and the notebooks, on tiny models (minutes)
-	$(BIN)/python -m pytest -m slow tests/test_documents.py
+	$(BIN)/python -m pytest -m slow tests/test_documents.py tests/test_notebooks.py
 
 test-slow: venv backbone  ## run the tests that take minutes: the real backbone through the whole path
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from iapt_export import build
+from iapt_export import BuildRequest, build
 from tests.bundles import RANGES, TinyBuild, run, save_tiny_adapter
 from tests.native.built import RUNNER
 from tests.test_readme import DOCUMENTS, ROOT, code_blocks, commands_of
@@ -64,6 +64,7 @@ PYTHON = {
     "docs/serving.md": "tests/engines/http/test_clients.py",
 }
 """Pages with Python, and the tests that run it."""
+CHOOSE = ROOT / "docs" / "choose.md"
 PAGES = [document for document in DOCUMENTS if code_blocks("sh", document)]
 
 
@@ -178,6 +179,55 @@ def test_the_forms_of_data_are_read(tmp_path: Path) -> None:
         (example,) = read_examples(tmp_path / f"{number}.jsonl")
         assert example.response.strip() == "positive"
     assert len(lines) == 3
+
+
+def test_the_metrics_are_those_of_a_server(tiny_build: TinyBuild) -> None:
+    pytest.importorskip("prometheus_client", reason="needs the extra serve")
+    from engines.http.telemetry import Telemetry
+    from engines.serving.session import Session
+
+    table = (ROOT / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(vllm:[a-z0-9_]+)` \| ([a-z]+) \|", table, flags=re.MULTILINE))
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        found = {metric.name: metric.type for metric in Telemetry(session, "vllm:").registry.collect()}
+    assert shown == found
+
+
+def test_the_limits_shown_are_the_defaults() -> None:
+    request = BuildRequest(model="m", adapters=["a"], output="o")
+    shown = re.findall(
+        r"^\| `--(batch|sequence|past|tenants)` \| ([0-9:]+) \|", CHOOSE.read_text("utf-8"), re.MULTILINE
+    )
+    assert dict(shown) == {name: getattr(request, name) for name in ("batch", "sequence", "past", "tenants")}
+
+
+def test_packages_are_pinned_by_hash_and_explained(tmp_path: Path) -> None:
+    makefile, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "docs/deploy.md"))
+    recorded = (ROOT / "engines" / "cpp" / "packages.sha256").read_text(encoding="utf-8")
+    packages = re.findall(r"^[A-Z]+_PACKAGE := ([^=@]+)(?:==|@)(\S+)", makefile, flags=re.MULTILINE)
+    assert len(packages) == 4
+    for name, version in packages:
+        file = rf"^[0-9a-f]{{64}}  {name.replace('-', '[-_]')}-{re.escape(version)}[-.]"
+        assert re.search(file, recorded, flags=re.MULTILINE), name
+        row = rf"^\| .*`{re.escape(name)}` {re.escape(version)}.* \| (MIT|Apache-2.0) \|$"
+        assert re.search(row, page, flags=re.MULTILINE), name
+    assert makefile.count("$(call CHECK,") == 2, "npm's package, and every wheel"
+    check = ["sh", str(ROOT / "engines" / "cpp" / "check_packages.sh"), str(tmp_path)]
+    (tmp_path / "nlohmann_json-3.12.0-py3-none-any.whl").write_bytes(b"something else")
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "is not the package whose hash" in done.stderr
+
+
+def test_an_sdk_wins_over_packages(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    asked = ["make", "-n", "-f", str(ROOT / "Makefile"), "cpp", "ONNXRUNTIME_ROOT=/opt/ort", "VENV=/nowhere"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "-DONNXRUNTIME_INCLUDE_DIR=/opt/ort/include" in done.stdout or "/opt/ort/include" in done.stderr
+    assert "npm pack" not in done.stdout
+    for name, variable in (("FindOnnxRuntime", "ONNXRUNTIME"), ("FindTensorRT", "TENSORRT")):
+        text = (ROOT / "engines" / "cpp" / "cmake" / f"{name}.cmake").read_text(encoding="utf-8")
+        assert text.index(f"unset({variable}_INCLUDE_DIR CACHE)") < text.index(f"find_path({variable}_INCLUDE_DIR")
 
 
 def not_run() -> Iterator[tuple[str, list[str]]]:

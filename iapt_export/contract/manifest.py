@@ -36,6 +36,7 @@ PROMPT_FORMATS = ("chat", "plain")
 LONGEST = 2**31
 """Positions, and sizes of a dynamic dimension, at most."""
 SCHEMA_VERSION = 2
+DOCUMENTATION = "docs/reference/files.md#a-bundle"
 READS_INSTRUCTION = "reads_instruction"
 """Input of ``serve``, a boolean: whether this step reads instructions or goes on from them."""
 TENANT_INDEX = "tenant_index"
@@ -243,6 +244,8 @@ class BundleManifest:
     """Every file but this one, by path."""
     serves_backbone: bool = False
     """Whether a row may have no method, so that the backbone alone answers beside its tenants."""
+    documentation: str = DOCUMENTATION
+    """The page of iapt-export's documentation that explains this file and the others beside it."""
     schema_version: int = SCHEMA_VERSION
 
     def target(self, name: str | None = None) -> TargetSpec:

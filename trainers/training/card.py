@@ -28,6 +28,11 @@ PROMPTS_NOTE = (
     "on them and copies them into the bundle. Whoever gets the adapter or the bundle can read them."
 )
 
+EXPLAINED = (
+    "In iapt-export's documentation, `docs/methods.md` explains the method and "
+    "`docs/reference/files.md#an-adapter` the files of this folder."
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -138,6 +143,7 @@ def _method(run: Run) -> str:
     return "\n".join(
         [
             summary_of(type(adapter.method)),
+            EXPLAINED,
             "",
             f"{count:,} trained parameters.{slots}",
             "",

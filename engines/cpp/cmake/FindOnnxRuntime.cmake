@@ -5,6 +5,9 @@
 #   ONNXRUNTIME_LIBRARY       libonnxruntime.so*; without it, the one of the onnxruntime wheel of Python_EXECUTABLE
 #
 # Defines the targets OnnxRuntime::Headers and, where the library was found, OnnxRuntime::OnnxRuntime.
+if(ONNXRUNTIME_ROOT)  # an SDK wins over headers that were named besides
+  unset(ONNXRUNTIME_INCLUDE_DIR CACHE)
+endif()
 find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h
   HINTS ${ONNXRUNTIME_ROOT}
   PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session)

@@ -5,6 +5,9 @@
 #   TENSORRT_LIBRARY       libnvinfer.so, or libtensorrt_rtx.so of TensorRT for RTX; plugins need none
 #
 # Defines TENSORRT_TARGET (tensorrt or tensorrt-rtx), and the targets TensorRT::Headers and, where the library was found, TensorRT::TensorRT.
+if(TENSORRT_ROOT)  # an SDK wins over headers that were named besides
+  unset(TENSORRT_INCLUDE_DIR CACHE)
+endif()
 find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${TENSORRT_ROOT} PATH_SUFFIXES include include/x86_64-linux-gnu)
 find_library(TENSORRT_LIBRARY NAMES nvinfer tensorrt_rtx HINTS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
 if(NOT TENSORRT_LIBRARY AND Python_EXECUTABLE)  # TensorRT for RTX's wheel brings its library

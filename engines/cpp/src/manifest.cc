@@ -229,6 +229,7 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
     manifest.files[name] = read_file(item, place, problems);
   });
   fields.skip("serves_backbone", kBoolean, false);
+  fields.skip("documentation", kString, false);
   fields.refuse_unknown();
   return manifest;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
+from trainers.training.card import EXPLAINED
 from trainers.training.config import TrainRequest
 from trainers.training.data import split_holdout
 from trainers.training.evaluate import ClassificationReport, GenerationReport
@@ -50,6 +52,8 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
     assert names == written
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    for page in re.findall(r"`(docs/[^`#]+)", EXPLAINED):
+        assert page in card and (Path(__file__).resolve().parents[3] / page).is_file()
     count = sum(parameter.numel() for parameter in IAPT(METHOD, Sizes(32, 3)).parameters())
     assert str(tmp_path) not in card
     assert backbone not in card
