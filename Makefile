@@ -171,7 +171,7 @@ test-runtimes: venv  ## compare the portable graphs in every runtime that reads 
 
 # Optimum, Triton and Ray each get an environment of their own in the cache.
 test-serving: venv  ## run the tests of optimum-cli, Triton and Ray Serve (minutes, installs them)
-	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.doors.environments
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.doors.environments $(SERVING_ARGS)
 
 test-lowest: venv  ## run a few tests with the lowest versions that pyproject.toml allows (installs them)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.lowest

