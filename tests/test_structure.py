@@ -38,7 +38,7 @@ ROOMS = {
 }
 """The folders of each package; docs/architecture.md says what is in which."""
 DOORS = {
-    "trainers.decoder": "attention backbone backbone_sizes family generate insertion instruction method",
+    "trainers.decoder": "attention backbone backbone_sizes family generate insertion instruction method stored",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",

@@ -25,6 +25,7 @@ from iapt_export.contract.manifest import GraphSpec
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.trace import trace_graph
 from trainers.decoder.method import Method
+from trainers.decoder.stored import is_outline
 from trainers.methods.forms import form_name
 
 LARGEST = 1 << 20
@@ -73,6 +74,8 @@ def counters(model: ir.Model) -> dict[str, int]:
 
 def is_plain(backbone: Any) -> bool:
     """Whether a small backbone does what its class says, so that its configuration and weights tell all of it."""
+    if is_outline(backbone):
+        return False
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
     return not hooks and sum(parameter.numel() for parameter in backbone.parameters()) <= LARGEST
 

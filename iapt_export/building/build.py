@@ -30,6 +30,7 @@ from iapt_export.contract.settings import computing_fields
 from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.save import WEIGHTS_FILE
 from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.stored import load_mapped, outline_of
 from trainers.methods.forms import form_name
 from validation.judging.compare import Settings
 from validation.reporting.report import write_report
@@ -67,7 +68,7 @@ def build(request: BuildRequest, on_step: OnStep = lambda *_: None) -> BundleMan
 def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
     on_step(f"loading {request.model}")
     backbones = _Backbones(request)
-    plan = plan_build(request, backbones.load("fp32"))
+    plan = plan_build(request, backbones.outline("fp32"))
     on_step("looking for an up-to-date bundle")
     if layout.is_current(plan.output, plan.key):
         _sign(plan.output, request)
@@ -75,7 +76,7 @@ def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
     graphs = {job.variant: _export(job, plan, backbones, on_step) for job in plan.graphs}
     with temporary_folder(plan.output) as bundle:
         targets = [_target(target, plan, graphs[target.variant], bundle, on_step) for target in plan.targets]
-        manifest = _lay_out(plan, targets, graphs, backbones.load("fp32"), bundle)
+        manifest = _lay_out(plan, targets, graphs, backbones.outline("fp32"), bundle)
         if request.prove:
             manifest = _prove(plan, bundle, manifest, backbones.load("fp32"), on_step)
         _sign(bundle, request)
@@ -98,19 +99,37 @@ class _Backbones:
         self._request = request
         self._dtype = ""
         self._backbone: Backbone | None = None
+        self._mapped: Backbone | None = None
+        # these compute with the weights before the graphs are written
+        self._is_outlined = not (request.merge_lora or request.fold_embeddings)
 
     def load(self, dtype: str) -> Backbone:
+        """The backbone as PyTorch computes with it."""
         if self._backbone is None or dtype != self._dtype:
-            self._backbone = None
-            gc.collect()  # modules refer to each other, so counting references frees nothing
+            self._drop()
             self._dtype = dtype
-            self._backbone = load_backbone(
-                self._request.model,
-                dtype=dtype,
-                revision=self._request.revision,
-                trust_remote_code=self._request.trust_remote_code,
-            )
+            self._backbone = load_backbone(self._request.model, dtype=dtype, **self._options())
         return self._backbone
+
+    def outline(self, dtype: str) -> Backbone:
+        """The backbone for all but computing with it: its weights stay in their files where that can be."""
+        if self._backbone is not None and dtype == self._dtype:
+            return self._backbone
+        if self._is_outlined and self._mapped is None:
+            self._mapped = load_mapped(self._request.model, **self._options())
+        made = None if self._mapped is None else outline_of(self._mapped, dtype)
+        if made is None:
+            self._is_outlined = False
+            return self.load(dtype)
+        self._drop()
+        return made
+
+    def _options(self) -> dict[str, Any]:
+        return {"revision": self._request.revision, "trust_remote_code": self._request.trust_remote_code}
+
+    def _drop(self) -> None:
+        self._backbone = None
+        gc.collect()  # modules refer to each other, so counting references frees nothing
 
 
 def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnStep) -> Path:
@@ -127,7 +146,7 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
     }
 
     def make(folder: Path) -> None:
-        model = backbones.load(job.target.graph_dtype).model
+        model = backbones.outline(job.target.graph_dtype).model
         with merged.merged(model) if merged else nullcontext():
             export_graphs(
                 model,

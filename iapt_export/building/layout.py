@@ -47,6 +47,7 @@ from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, 
 from trainers.decoder.family import check_family
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import is_token_id, padding_id
+from trainers.decoder.stored import stored_weight
 from trainers.methods.forms import form_name
 
 TENANTS_FOLDER = "tenants"
@@ -108,11 +109,11 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
 
 
 def weights_sha256(model: Any) -> str:
-    """SHA-256 over the names and bytes of a model's tensors, in the order of their names."""
+    """SHA-256 over the names and bytes of a model's tensors, in the order of their names, read one by one."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name in sorted(model.state_dict()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().reshape(-1).numpy().view("uint8").data)
+        digest.update(stored_weight(model, name).contiguous().reshape(-1).numpy().view("uint8").data)
     return digest.hexdigest()
 
 

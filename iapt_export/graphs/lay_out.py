@@ -7,6 +7,8 @@ seen twice behind layer 0. Of two equal layers everything is compared, node by n
 - a weight or an input with the layer's number in its name, or what the layer before gives out;
 - an integer that grows with the number, as the place of the layer in a tenant's stacked weights.
 
+What is constant may have been folded before, and shapes inferred, but for what depends on the layers' own weights.
+
 Then any further layer is a copy with these replaced. Where anything else differs, `LayOutError` is raised, and the
 whole decoder is traced, which is always right and takes as long as it has layers.
 """
@@ -15,17 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tensor_adapters import TorchTensor
 
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.graphs.layer_kinds import layer_of, numbered
 from iapt_export.graphs.ops.layer_end import LAYER_END
 from iapt_export.graphs.ops.serving_ops import MARKER_DOMAIN
+from iapt_export.graphs.weights import WEIGHTS, weight_tensor
 from trainers.decoder.insertion import layers_path
 
 
@@ -66,7 +68,7 @@ class _Layout:
     kinds: list[Hashable]
 
     def __post_init__(self) -> None:
-        self.path = f"backbone.{layers_path(self.backbone)}"
+        self.path = f"{WEIGHTS}{layers_path(self.backbone)}"
         self.inputs = {tensor.name: value for tensor, value in zip(self.short.inputs, self.graph.inputs, strict=True)}
         self.outputs = {
             tensor.name: value for tensor, value in zip(self.short.outputs, self.graph.outputs, strict=True)
@@ -84,26 +86,58 @@ class _Layout:
         return ends
 
     def _bodies(self) -> tuple[list[_Body], list[ir.Node]]:
-        """Each layer's nodes: what is needed for its end or its cache, and by no layer before it."""
+        """Each layer's nodes: what is needed for its end or its cache, and by no layer before it.
+
+        What several layers need and no layer's states or weights go into, such as a mask, is of none.
+        """
         owners: dict[ir.Node, int] = {}
-        for layer, end in enumerate(self.ends):
-            cached = [value for name, value in self.outputs.items() if layer_of(name) == layer]
-            waiting = [end, *(node for value in cached if (node := value.producer()))]
-            while waiting:
-                node = waiting.pop()
-                if node not in owners:
-                    owners[node] = layer
-                    waiting += [made for value in node.inputs if value is not None and (made := value.producer())]
+        shared: set[ir.Node] = set()
+        own = self._of_layers()
+        for layer in range(len(self.ends)):
+            for node in self._needed(layer):
+                if owners.setdefault(node, layer) != layer and node not in own:
+                    shared.add(node)
         nodes: list[list[ir.Node]] = [[] for _ in self.ends]
         tail = []
         for node in self.graph:
             if node.op_type == "Constant":
                 continue  # written once where it is needed first, whichever layer that is
             if node in owners:
-                nodes[owners[node]].append(node)
+                if node not in shared:
+                    nodes[owners[node]].append(node)
             else:
                 tail.append(node)
         return [_Body(layer, own, self.ends[layer].outputs[0]) for layer, own in enumerate(nodes)], tail
+
+    def _needed(self, layer: int) -> Iterator[ir.Node]:
+        """The nodes that a layer's end and cache need, without what other layers' ends need."""
+        cached = [value for name, value in self.outputs.items() if layer_of(name) == layer]
+        waiting = [self.ends[layer], *(node for value in cached if (node := value.producer()))]
+        seen: set[ir.Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen and (node is self.ends[layer] or not _is_end(node)):
+                seen.add(node)
+                waiting += [made for value in node.inputs if value is not None and (made := value.producer())]
+                yield node
+
+    def _of_layers(self) -> set[ir.Node]:
+        """The nodes into which a layer's states, cache or weights go, and not their sizes alone."""
+        found: set[ir.Node] = set()
+        for node in self.graph:
+            if node.op_type == "Shape":
+                continue
+            for value in node.inputs:
+                made = None if value is None else value.producer()
+                if made in found or (made is None and self._is_of_a_layer(value)) or (made and _is_end(made)):
+                    found.add(node)
+        return found
+
+    def _is_of_a_layer(self, value: ir.Value | None) -> bool:
+        if value is None:
+            return False
+        name = self.input_names.get(value)
+        return str(value.name).startswith(f"{self.path}.") if name is None else layer_of(name) is not None
 
     # -- what is replaced
 
@@ -111,8 +145,8 @@ class _Layout:
         """What a node's input is, in words that are equal for two layers which are alike; a constant is itself."""
         if value is None:
             return None
-        if (node := value.producer()) and node.op_type == "Constant":
-            return node
+        if self._is_constant(value):
+            return value
         if place := body.places.get(value):
             return ("own", *place)
         if body.layer and value is self.bodies[body.layer - 1].end:
@@ -125,6 +159,12 @@ class _Layout:
             return ("weight", str(value.name).removeprefix(own))
         self._refuse_leak(body.layer, value)
         return ("shared", value)
+
+    def _is_constant(self, value: ir.Value) -> bool:
+        """Whether a value was written into the program or folded, and is no weight of the backbone."""
+        if (node := value.producer()) is not None:
+            return node.op_type == "Constant"
+        return value.is_initializer() and not str(value.name).startswith(WEIGHTS)
 
     def _refuse_leak(self, layer: int, value: ir.Value) -> None:
         """Numbers about shapes may be computed in one layer and used in others; states may not."""
@@ -152,7 +192,7 @@ class _Layout:
         references = []
         for one, other in zip(ours.inputs, theirs.inputs, strict=True):
             was, now = self.reference(first, one), self.reference(second, other)
-            if isinstance(was, ir.Node) and isinstance(now, ir.Node):
+            if isinstance(was, ir.Value) and isinstance(now, ir.Value):
                 references.append(_Number.between(was, now, first.layer, second.layer, pair))
             elif was == now:
                 references.append(now)
@@ -221,7 +261,7 @@ class _Layout:
                     return value
                 case _Number():
                     if not reference.grows:
-                        return reference.node.outputs[0]
+                        return reference.value
                     numbers.append(reference.at(layer))
                     return numbers[-1].outputs[0]
             return None
@@ -248,11 +288,10 @@ class _Layout:
 
     def _weight(self, name: str) -> ir.Value:
         if name not in self.graph.initializers:
-            path = name.removeprefix("backbone.")
-            module, _, own = path.rpartition(".")
-            tensor = getattr(self.backbone.get_submodule(module), own)
-            const = TorchTensor(tensor.detach(), name=name)
-            value = ir.Value(name=name, shape=const.shape, type=ir.TensorType(const.dtype), const_value=const)
+            const = weight_tensor(self.backbone, name)
+            value = ir.Value(
+                name=name, shape=ir.Shape(const.shape.numpy()), type=ir.TensorType(const.dtype), const_value=const
+            )
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
@@ -261,19 +300,24 @@ class _Layout:
 class _Number:
     """A constant that is the same in all layers of a kind, or grows with their number."""
 
-    node: ir.Node
+    value: ir.Value
     layer: int
     growth: Any = 0
 
     @classmethod
-    def between(cls, one: ir.Node, other: ir.Node, first: int, second: int, pair: str) -> _Number:
+    def between(cls, one: ir.Value, other: ir.Value, first: int, second: int, pair: str) -> _Number:
         """What two layers have in one place."""
-        if one is other or _same_attributes(one, other):
+        if one is other:
             return cls(other, second)
-        ours, theirs = (_integers(node.attributes.values()) for node in (one, other))
-        if ours is None or theirs is None or ours.shape != theirs.shape or ((theirs - ours) % (second - first)).any():
-            raise LayOutError(f"{pair} read the constants {ours} and {theirs}")
-        return cls(other, second, (theirs - ours) // (second - first))
+        ours, theirs = (ir.convenience.get_const_tensor(value, propagate_shape_type=True) for value in (one, other))
+        if ours is None or theirs is None:
+            raise LayOutError(f"{pair} read {one.name} and {other.name}")
+        if _same_tensor(ours, theirs):
+            return cls(other, second)
+        growth = _growth(ours, theirs, second - first)
+        if growth is None:
+            raise LayOutError(f"{pair} read the constants {ours.numpy()} and {theirs.numpy()}")
+        return cls(other, second, growth)
 
     @property
     def grows(self) -> bool:
@@ -282,20 +326,26 @@ class _Number:
 
     def at(self, layer: int) -> ir.Node:
         """The constant of a layer."""
-        numbers = _integers(self.node.attributes.values())
-        assert numbers is not None
-        tensor = ir.tensor(numbers + self.growth * (layer - self.layer))
-        return ir.node("Constant", [], attributes={"value": tensor}, metadata_props=dict(self.node.metadata_props))
+        tensor = ir.convenience.get_const_tensor(self.value)
+        assert tensor is not None
+        grown = ir.tensor(tensor.numpy() + self.growth * (layer - self.layer))
+        made = self.value.producer()
+        metadata = dict(made.metadata_props) if made is not None else {}
+        node = ir.node("Constant", [], attributes={"value": grown}, metadata_props=metadata)
+        node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(grown.shape.numpy()), grown.dtype
+        return node
 
 
-def _integers(attributes: Iterable[ir.Attr]) -> np.ndarray[Any, Any] | None:
-    """The value of a constant of 64-bit integers; None for any other."""
-    (attribute,) = attributes
-    if attribute.type in (ir.AttributeType.INT, ir.AttributeType.INTS):
-        return np.asarray(attribute.value, np.int64)
-    if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.INT64:
-        return attribute.as_tensor().numpy()
-    return None
+def _growth(one: ir.TensorProtocol, other: ir.TensorProtocol, layers: int) -> np.ndarray[Any, Any] | None:
+    """By how much 64-bit integers grow from layer to layer; None where they do not, or are something else."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype != ir.DataType.INT64:
+        return None
+    difference = other.numpy() - one.numpy()
+    return None if (difference % layers).any() else difference // layers
+
+
+def _same_tensor(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
+    return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
 
 
 def _same_attributes(ours: ir.Node, theirs: ir.Node) -> bool:
@@ -308,8 +358,7 @@ def _same(one: ir.Attr, other: ir.Attr) -> bool:
     if one.type != other.type or one.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return False
     if one.type == ir.AttributeType.TENSOR:
-        ours, theirs = one.as_tensor(), other.as_tensor()
-        return (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+        return _same_tensor(one.as_tensor(), other.as_tensor())
     return bool(one.value == other.value)
 
 

@@ -56,18 +56,29 @@ def quantise(weight: np.ndarray, bits: int) -> Blocks:
     """Round a matrix ``[K, N]`` (fp32) to ``bits`` bits, blocks of `BLOCK_SIZE` along K.
 
     Raises:
+        IaptError: see `require_quantiser`.
+    """
+    require_quantiser()
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
+
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=True, bits=bits)
+    values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    return Blocks(bits, values, scales, len(weight))
+
+
+def require_quantiser() -> None:
+    """Refuse where quantising cannot work.
+
+    Raises:
         IaptError: ONNX Runtime, whose quantiser does it, is not installed.
     """
     try:
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            DefaultWeightOnlyQuantizer,
-        )
+        import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401
     except ImportError as error:
         raise IaptError(
             "int8 and int4 need ONNX Runtime's quantiser, which is not installed; "
             "pip install -e '.[cpu]', or choose fp32"
         ) from error
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=True, bits=bits)
-    values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
-    return Blocks(bits, values, scales, len(weight))

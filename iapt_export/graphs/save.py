@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -39,7 +40,7 @@ def save_graphs(models: dict[str, ir.Model], folder: Path, on_tensor: Callable[[
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes <= INLINE_BYTES:
                     continue
-                data = tensor.tobytes()
+                data = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data  # without a copy
                 shape = tuple(tensor.shape.numpy())
                 key = hashlib.sha256(data).digest()
                 if key not in places:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.export import Dim
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import KINDS
+from iapt_export.contract.graphs import KINDS, PORTABLE
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from iapt_export.graphs.in_place import in_place_attention
-from iapt_export.graphs.installed import Installed
+from iapt_export.graphs.installed import Installed, rational_forms
 from iapt_export.graphs.lay_out import LayOutError, lay_out, remove_marks
 from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace, shortened
 from iapt_export.graphs.one_trace import nothing_computed_twice, rewrite_for_one_trace
@@ -28,7 +28,9 @@ from iapt_export.graphs.ops import layer_end
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
 from iapt_export.graphs.ops.layer_end import layers_marked
+from iapt_export.graphs.passes import first_passes
 from iapt_export.graphs.table import TABLE
+from iapt_export.graphs.weights import WEIGHTS, fill_in
 from trainers.decoder.attention import attending_with, grouped_attention, mask_by_position, traceable_experts
 from trainers.decoder.insertion import decoder_layers
 
@@ -53,23 +55,31 @@ def trace_graph(name: str, backbone: Any, installed: list[Installed], spec: Grap
         opset: version of the standard operators.
 
     Returns:
-        The model as the exporter made it; `iapt_export.graphs.passes` makes it fit to ship.
+        The model after the first of `iapt_export.graphs.passes`; the others make it fit to ship.
 
     Raises:
         IaptError: the backbone's code cannot be traced.
     """
     kinds = layer_kinds(backbone, installed)
     count = layers_to_trace(kinds)
+    first = first_passes(rational_forms(installed), opset, spared=WEIGHTS, portable=name in PORTABLE)
+
+    def traced(spec: GraphSpec) -> ir.Model:
+        model = _traced(name, backbone, installed, spec, opset)
+        for step in first.passes:  # not all in a call, which would wrap our errors in its own
+            model = step(model).model
+        return model
+
     if count < len(kinds):
         short = shortened(spec, count)
         with first_layers(backbone, count):
-            model = _traced(name, backbone, installed, short, opset)
+            model = traced(short)
         try:
             lay_out(model, short, spec, backbone, kinds)
             return model
         except LayOutError as reason:
             LOGGER.info("%s.onnx: all %d layers are traced: %s", name, len(kinds), reason)
-    model = _traced(name, backbone, installed, spec, opset)
+    model = traced(spec)
     remove_marks(model)
     return model
 
@@ -98,12 +108,14 @@ def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpe
 
     with attention(backbone), traceable_experts(backbone), marked, nothing_computed_twice(), _quiet(), torch.no_grad():
         try:
-            return _translated(traced, opset)
+            model = _translated(traced, opset)
         except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not
             raise IaptError(
                 f"{type(backbone).__name__} could not be traced into {name}.onnx: {deepest_cause(error)}; only "
                 "decoders whose forward pass torch.export can follow are supported, see docs/models.md"
             ) from error
+    fill_in(model, backbone)
+    return model
 
 
 def _translated(traced: Callable[[], torch.export.ExportedProgram], opset: int) -> ir.Model:

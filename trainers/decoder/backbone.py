@@ -15,7 +15,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BackboneSpec
 from iapt_export.contract.sizes import MOST_LAYERS
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
-from trainers.decoder.checkpoint import check_loading, read_warnings
+from trainers.decoder.checkpoint import check_loading, read_checkpoint, read_warnings
 from trainers.decoder.family import ENCODER_AND_DECODER, check_family
 from trainers.decoder.gguf_config import gguf_config
 from trainers.decoder.gguf_file import GgufFile
@@ -212,6 +212,8 @@ def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict
     """Model and tokenizer of a hub id or a folder; weights from safetensors alone, which run no code."""
     from transformers import AutoModelForCausalLM
 
+    if Path(source).is_dir():
+        read_checkpoint(Path(source))
     model, info = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,

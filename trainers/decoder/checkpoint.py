@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import parse_json, read_object
+from iapt_export.contract.weights_header import LONGEST_HEADER, METADATA
 
 EXPECTED_WARNINGS = (
     "Using the explicit factor",  # yarn: llama.cpp and the file mean the explicit factor too
@@ -15,8 +18,77 @@ EXPECTED_WARNINGS = (
 )
 """Parts of warnings that were read and say nothing that a user must know."""
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+"""What transformers calls a checkpoint's files: an index of many, or one."""
+
+AGAIN = "download the checkpoint again"
+
 MAX_NAMED = 8
 """Weights named in an error; the rest are counted."""
+
+
+def read_checkpoint(folder: Path) -> dict[str, str]:
+    """The tensors of a checkpoint's files, from their headers: no weight is read.
+
+    Args:
+        folder: a local one.
+
+    Returns:
+        Tensor to its type as safetensors calls it (``BF16``); nothing where there are no such files.
+
+    Raises:
+        IaptError: a file is missing or cut off, or has not the tensors that the index says; each named.
+    """
+    places: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        listed = read_object(folder / INDEX, AGAIN).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+            raise IaptError(f"{folder / INDEX} has no weight_map of names to files; {AGAIN}")
+        places = listed
+    elif not (folder / SINGLE).is_file():
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    problems = []
+    for name in sorted(set(places.values())) or [SINGLE]:
+        try:
+            found[name] = _types(folder / name)
+        except FileNotFoundError:
+            problems.append(f"{name} is not there")
+        except ValueError as error:
+            problems.append(f"{name} {error}")
+    problems += [
+        f"{file} has no {tensor}, which {INDEX} places there"
+        for tensor, file in places.items()
+        if file in found and tensor not in found[file]
+    ]
+    if problems:
+        raise IaptError(f"the checkpoint {folder} is not whole: {_named(problems)}; {AGAIN}")
+    return {tensor: dtype for types in found.values() for tensor, dtype in types.items()}
+
+
+def _types(path: Path) -> dict[str, str]:
+    """Tensor to type of one safetensors file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no safetensors file, or shorter or longer than its header says.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = path.stat().st_size
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"is {size:,} bytes long, and its header does not fit into it")
+        fields = parse_json(stream.read(length))
+    try:
+        fields.pop(METADATA, None)
+        types = {str(name): str(item["dtype"]) for name, item in fields.items()}
+        wanted = 8 + length + max((int(item["data_offsets"][1]) for item in fields.values()), default=0)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError("has a header that safetensors does not know") from error
+    if wanted != size:
+        raise ValueError(f"is {size:,} bytes long, expected {wanted:,}")
+    return types
 
 
 def check_loading(info: dict[str, Any], name: str) -> None:

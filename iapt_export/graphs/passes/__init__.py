@@ -45,6 +45,25 @@ from iapt_export.graphs.passes.widen_bfloat16 import WidenBfloat16Pass
 from iapt_export.graphs.passes.write_sizes import WriteSizesPass
 
 
+def first_passes(
+    rational_forms: set[tuple[int, int, str]], opset: int, *, spared: str, portable: bool
+) -> ir.passes.Sequential:
+    """The passes that run before the layers are laid out, where a graph is a tenth as long: shapes take their time.
+
+    Args:
+        rational_forms: see `ship_pipeline`.
+        opset: version of the standard operators.
+        spared: how the names of weights begin, see `FoldConstantsPass`.
+        portable: see `ship_pipeline`.
+    """
+    return ir.passes.Sequential(
+        *([InlineRationalPass(rational_forms, opset)] if portable else []),
+        InlinePass(),
+        FoldConstantsPass(spared=spared),
+        RemoveUnusedNodesPass(),
+    )
+
+
 def ship_pipeline(
     spec: GraphSpec,
     rational_forms: set[tuple[int, int, str]],
@@ -53,7 +72,7 @@ def ship_pipeline(
     *,
     portable: bool = False,
 ) -> ir.passes.Sequential:
-    """The passes for one graph.
+    """The passes for one graph, behind `first_passes`.
 
     Args:
         spec: the interface that the graph must end up with.
@@ -63,10 +82,8 @@ def ship_pipeline(
         portable: the graph is for any runtime, also those that read no functions and infer few shapes.
     """
     return ir.passes.Sequential(
-        *([InlineRationalPass(rational_forms, opset)] if portable else []),
-        InlinePass(),
         FoldTransposesPass(),
-        FoldConstantsPass(),
+        FoldConstantsPass(infer_shapes=False),
         WidenBfloat16Pass(spec),
         RewritePass([mul_by_1_rule, no_op_cast_rule, no_op_expand_rule, no_op_transpose_rule]),
         IdentityEliminationPass(),

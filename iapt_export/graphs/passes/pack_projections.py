@@ -82,12 +82,18 @@ def _is_constant(value: ir.Value | None, rank: int) -> bool:
 
 
 def _joined(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value:
-    """Constants side by side along their last axis; layers whose biases are equal share them."""
+    """Constants side by side along their last axis, joined when they are written; equal biases of layers are shared."""
     name = JOIN.join(str(value.name).removeprefix("backbone.") for value in values if value is not None)
     if name in graph.initializers:
         return graph.initializers[name]
-    arrays = [value.const_value.numpy() for value in values if value is not None and value.const_value is not None]
-    tensor = ir.Tensor(np.concatenate(arrays, axis=-1), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    parts = [value.const_value for value in values if value is not None and value.const_value is not None]
+    shapes = [part.shape.numpy() for part in parts]
+    shape = ir.Shape([*shapes[0][:-1], sum(each[-1] for each in shapes)])
+
+    def compute() -> ir.Tensor:
+        return ir.Tensor(np.concatenate([part.numpy() for part in parts], axis=-1), dtype=parts[0].dtype, name=name)
+
+    tensor = ir.LazyTensor(compute, parts[0].dtype, shape, name=name)
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
 from iapt_export.graphs.ops.serving_ops import LOOKUP, MICROSOFT, PRODUCT
-from iapt_export.graphs.quantise import ACCURACY_LEVEL, BLOCK_SIZE, FRAGILE_BITS, Blocks, bits_for, quantise
+from iapt_export.graphs.quantise import (
+    ACCURACY_LEVEL,
+    BLOCK_SIZE,
+    FRAGILE_BITS,
+    Blocks,
+    bits_for,
+    quantise,
+    require_quantiser,
+)
 
 BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
 """Suffixes of a quantised weight's tensors: its values as products take them, as a lookup takes them, its scales."""
+OUTPUTS_AT_A_TIME = 4096
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -42,6 +53,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"{', '.join(names)} are still fp32")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        require_quantiser()  # before the long work, which is done when the weights are written
         graph = model.graph
         tables = [value for value in graph.initializers.values() if _is_embedding(value)]
         count = sum(self._embedding(graph, table) for table in tables)
@@ -58,18 +70,15 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
 
     def _embedding(self, graph: ir.Graph, table: ir.Value) -> int:
         """Quantise a table ``[V, D]`` where it is looked up, and where it is transposed and multiplied: a tied head."""
-        array = _array(table)
-        if array.shape[1] % BLOCK_SIZE:
+        if _shape(table)[1] % BLOCK_SIZE:
             self.kept.append(str(table.name))
             return 0
-        blocks = quantise(np.ascontiguousarray(array.T), FRAGILE_BITS)
-        values = _constant(graph, f"{table.name}{BLOCKS}", blocks.values)
-        flat = _constant(graph, f"{table.name}{ROWS}", blocks.values.reshape(len(array), -1))
-        scales = _constant(graph, f"{table.name}{SCALES}", blocks.scales)
+        blocks = _Later(table, FRAGILE_BITS, turned=True)
+        flat, values, scales = (blocks.constant(graph, part) for part in (ROWS, BLOCKS, SCALES))
         count = 0
         for node, _ in list(table.uses()):
             if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
-                fields = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+                fields = {"bits": FRAGILE_BITS, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
                 _replace(graph, node, ir.node(LOOKUP, [flat, node.inputs[1], scales], fields, domain=MICROSOFT))
                 count += 1
             elif node.op_type == "Transpose":
@@ -88,10 +97,10 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         if node.op_type == "Gemm" and not _is_plain(node):
             self.kept.append(str(weight.name))
             return 0
-        array = _array(weight)
-        blocks = quantise(array, bits_for(array.shape, self.bits, is_end=node.outputs[0] in graph.outputs))
-        values = _constant(graph, f"{weight.name}{BLOCKS}", blocks.values)
-        _replace(graph, node, _nbits(node, blocks, values, _constant(graph, f"{weight.name}{SCALES}", blocks.scales)))
+        bits = bits_for(_shape(weight), self.bits, is_end=node.outputs[0] in graph.outputs)
+        blocks = _Later(weight, bits)
+        values, scales = (blocks.constant(graph, part) for part in (BLOCKS, SCALES))
+        _replace(graph, node, _nbits(node, blocks, values, scales))
         return 1
 
 
@@ -99,12 +108,63 @@ def _products(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type in ("MatMul", "Gemm") and not node.domain]
 
 
-def _nbits(node: ir.Node, blocks: Blocks, values: ir.Value, scales: ir.Value) -> ir.Node:
+class _Later:
+    """A matrix that is quantised when the first of its tensors is written; the others wait for their turn."""
+
+    def __init__(self, weight: ir.Value, bits: int, *, turned: bool = False) -> None:
+        """Take a matrix ``[K, N]``, or ``[N, K]`` if it is ``turned``."""
+        assert weight.const_value is not None
+        self.tensor, self.name, self.bits, self.turned = weight.const_value, str(weight.name), bits, turned
+        shape = _shape(weight)
+        self.num_inputs, self.num_outputs = reversed(shape) if turned else shape
+        self.parts: list[str] = []
+        self.waiting: dict[str, np.ndarray] = {}
+
+    def constant(self, graph: ir.Graph, part: str) -> ir.Value:
+        """A constant of the graph that holds one of the tensors."""
+        blocks, size = -(-self.num_inputs // BLOCK_SIZE), BLOCK_SIZE * self.bits // 8
+        shape = {
+            BLOCKS: [self.num_outputs, blocks, size],
+            ROWS: [self.num_outputs, blocks * size],
+            SCALES: [self.num_outputs, blocks],
+        }[part]
+        dtype = ir.DataType.FLOAT if part == SCALES else ir.DataType.UINT8
+        self.parts.append(part)
+        name = f"{self.name}{part}"
+
+        def compute() -> ir.Tensor:
+            return ir.Tensor(self._take(part).reshape(shape), name=name)
+
+        tensor = ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        graph.register_initializer(value)
+        return value
+
+    def _take(self, part: str) -> np.ndarray:
+        if part not in self.waiting:
+            made = self._quantised()
+            self.waiting = {each: made.scales if each == SCALES else made.values for each in self.parts}
+        return self.waiting.pop(part)
+
+    def _quantised(self) -> Blocks:
+        """All blocks; outputs have nothing to do with each other, so some at a time are copied and rounded."""
+        array = self.tensor.numpy()
+        matrix = array.T if self.turned else array  # [K, N]
+        made = [
+            quantise(np.ascontiguousarray(matrix[:, begin : begin + OUTPUTS_AT_A_TIME]), self.bits)
+            for begin in range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
+        ]
+        values, scales = (
+            np.concatenate(each) for each in zip(*((part.values, part.scales) for part in made), strict=True)
+        )
+        return Blocks(self.bits, values, scales, self.num_inputs)
+
+
+def _nbits(node: ir.Node, blocks: _Later, values: ir.Value, scales: ir.Value) -> ir.Node:
     """The product of ``node``'s first input with a quantised matrix, and its bias where it has one."""
-    outputs, _, _ = blocks.values.shape
     fields = {
         "K": blocks.num_inputs,
-        "N": outputs,
+        "N": blocks.num_outputs,
         "bits": blocks.bits,
         "block_size": BLOCK_SIZE,
         "accuracy_level": ACCURACY_LEVEL,
@@ -123,16 +183,10 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _array(value: ir.Value) -> np.ndarray:
+def _shape(value: ir.Value) -> Sequence[int]:
+    """The sizes of a constant."""
     assert value.const_value is not None
-    return value.const_value.numpy()
+    return value.const_value.shape.numpy()
 
 
 def _is_matrix(value: ir.Value | None) -> bool:

@@ -76,6 +76,17 @@ def shipped(name: str, model: Any, methods: list[Installed]) -> dict[str, Any]:
     return described(run_passes(name, passes, traced)[0])
 
 
+def laid_out(name: str, model: Any, methods: list[Installed], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same, and it must not have been traced whole after all."""
+    calls = []
+    with monkeypatch.context() as patch:
+        once = trace._traced
+        patch.setattr(trace, "_traced", lambda *arguments: calls.append(name) or once(*arguments))
+        made = shipped(name, model, methods)
+    assert calls == [name], "layers of one kind were not traced alike"
+    return made
+
+
 def traced_whole(name: str, model: Any, methods: list[Installed], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The same from a trace of every layer."""
     with monkeypatch.context() as patch:
@@ -116,9 +127,9 @@ def test_a_backbone_is_whole_again_afterwards() -> None:
 def test_a_laid_out_graph_is_that_of_the_whole_trace(monkeypatch: pytest.MonkeyPatch, fresh_traces: None) -> None:
     model = tiny_llama(num_hidden_layers=4)
     methods = installed_in(model, LoRAConfig(rank=2))
-    laid_out = shipped("decode", model, methods)
-    assert laid_out == traced_whole("decode", model, methods, monkeypatch)
-    assert "model.layers.3.mlp.down_proj/MatMul" in laid_out  # three layers were traced
+    made = laid_out("decode", model, methods, monkeypatch)
+    assert made == traced_whole("decode", model, methods, monkeypatch)
+    assert "model.layers.3.mlp.down_proj/MatMul" in made  # three layers were traced
 
 
 def test_layers_that_turn_out_to_differ_are_all_traced(fresh_traces: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +149,7 @@ def test_layers_that_turn_out_to_differ_are_all_traced(fresh_traces: None, caplo
 def test_every_graph(name: str, monkeypatch: pytest.MonkeyPatch, fresh_traces: None) -> None:
     model = tiny_llama(num_hidden_layers=5)
     methods = installed_in(model, IAPTConfig(bottleneck=4), LoRAConfig(rank=2), PrefixTuningConfig(prompt_length=3))
-    assert shipped(name, model, methods) == traced_whole(name, model, methods, monkeypatch)
+    assert laid_out(name, model, methods, monkeypatch) == traced_whole(name, model, methods, monkeypatch)
 
 
 @pytest.mark.slow
@@ -147,4 +158,4 @@ def test_every_family(family: str, monkeypatch: pytest.MonkeyPatch, fresh_traces
     """With as many layers as show each kind twice, and two more."""
     model = tiny_family(family, layers=7)
     assert layers_to_trace(layer_kinds(model, [])) <= 5
-    assert shipped("decode", model, []) == traced_whole("decode", model, [], monkeypatch)
+    assert laid_out("decode", model, [], monkeypatch) == traced_whole("decode", model, [], monkeypatch)

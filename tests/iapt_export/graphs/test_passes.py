@@ -110,6 +110,25 @@ def test_small_constants_are_folded_and_weights_are_not() -> None:
     assert operators(large) == ["Add", "Mul"]
 
 
+def test_spared_weights_are_not_folded_until_the_pass_runs_again() -> None:
+    text = "g (float[4] x) => (float[4] y)\n{ c = Add (a, own.b)\n d = Add (a, a)\n e = Mul (c, d)\n y = Mul (x, e) }"
+    model = parse(text.replace("own.b", "b"), a=np.ones(4, np.float32), b=np.ones(4, np.float32))
+    model.graph.initializers["b"].name = "own.b"
+    FoldConstantsPass(spared="own.")(model)
+    assert operators(model) == ["Add", "Mul", "Mul"]  # what is computed of the weight stays, 2 a is folded
+    assert model.graph.node(1).outputs[0].shape == ir.Shape([4])
+    FoldConstantsPass(infer_shapes=False)(model)
+    assert operators(model) == ["Mul"] and np.array_equal(run(model, x=X[0]), 4 * X[0])
+
+
+def test_shapes_are_inferred_where_that_is_asked_for() -> None:
+    text = "g (float[n, 4] x) => (float[n, 4] y)\n{ c = Relu (x)\n y = Neg (c) }"
+    for infer in (True, False):
+        model = parse(text)
+        FoldConstantsPass(infer_shapes=infer)(model)
+        assert (model.graph.node(0).outputs[0].shape is not None) == infer
+
+
 def test_fusions_need_opset_23() -> None:
     text = "g (float[n, 4] x) => (float[n, 4] y)\n{ y = Relu (x) }"
     older = parse(text, opset=20)
