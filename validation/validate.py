@@ -14,7 +14,7 @@ from engines.serving.loading import cache_kinds, on_device, open_runners, steppe
 from engines.serving.session import Session
 from iapt_export.contract.errors import NotRunnableError
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
-from iapt_export.graphs.quantise import QUANTISED
+from trainers.decoder.quantise import QUANTISED
 from validation.judging.compare import OnStep, Settings, Truths, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
 from validation.judging.peft import compare_peft

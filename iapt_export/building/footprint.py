@@ -201,13 +201,13 @@ def model_weights(model: Any, bits: int | None, width: int) -> tuple[int, int]:
 
     Args:
         model: its tensors' shapes count alone.
-        bits: 8 or 4 for blocks with a scale each, as `iapt_export.graphs.quantise` makes them; None for ``width``.
+        bits: 8 or 4 for blocks with a scale each, as `trainers.decoder.quantise` makes them; None for ``width``.
         width: bytes of a number that is not in blocks.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from iapt_export.graphs.quantise import BLOCK_SIZE, bits_for
+    from trainers.decoder.quantise import BLOCK_SIZE, bits_for
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     blocks: dict[int, int] = {}

@@ -6,6 +6,7 @@ Like the build itself, this file may look into every room; nothing but the build
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from trainers.adapters.adapter import Adapter
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.family import Family, check_family
 
+LOGGER = logging.getLogger("iapt_export")
 NOT_IN_KEY = (
     "model",
     "revision",
@@ -151,6 +153,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     _check_targets(request, targets, family)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
     _check_text(backbone, adapters)
+    _tell_of_other_weights(targets, adapters)
     tenants = plan_tenants(
         adapters,
         backbone.model,
@@ -199,6 +202,18 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
             config = adapter.config
             tenant = Tenant(name, None, -1, 0, config.prompt_format, config.peft_type, config.system_prompt)
             encode_request(f"tenant {name}", Request(name, "Hello"), tenant, codec)
+
+
+def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapter]) -> None:
+    """An adapter answers best on the weights that it was trained on."""
+    for target in targets:
+        served = target.dtype if target.weight_bits else "fp32"
+        for name, adapter in adapters.items():
+            if adapter.config.weights != served:
+                LOGGER.warning(
+                    "tenant %s was trained on %s weights, and %s serves %s; train --weights %s trains on those",
+                    *(name, adapter.config.weights, target.name, served, served),
+                )
 
 
 def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Family) -> None:

@@ -14,11 +14,11 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import Range, Ranges
 from iapt_export.contract.types import FLOATS, OPSETS
 from iapt_export.graphs.installed import Installed, deploy, install
-from iapt_export.graphs.quantise import QUANTISED
 from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
+from trainers.decoder.quantise import QUANTISED
 from trainers.methods.forms import METHODS
 
 DEFAULT_OPSET = 23

@@ -58,6 +58,8 @@ class AdapterConfig(Sizes):
     """What all training examples began with; empty for no system prompt, None where they differ or it is not known."""
     eos_token_id: int | None = None
     """What ended the answers in training; None where it is not known."""
+    weights: Literal["fp32", "int8", "int4"] = "fp32"
+    """What the backbone's weights were rounded to in training."""
     labels: tuple[str, ...] = ()
     """The answers of a classification task; empty for free generation."""
     peft_type: str = ""

@@ -112,7 +112,7 @@ def _text(run: Run, has_prompts: bool) -> str:
         "## Training",
         f"```sh\n{run.command or command_line(run)}\n```",
         f"{run.steps:,} steps of batch {run.config.batch_size * run.config.gradient_accumulation}, "
-        f"seed {run.config.seed}, {run.config.precision}, "
+        f"seed {run.config.seed}, {run.config.precision}{_weights(run)}, "
         f"{run.seconds / 60:.0f} minutes. Versions: {versions}.",
     ]
     if run.history:
@@ -125,6 +125,10 @@ def _text(run: Run, has_prompts: bool) -> str:
         + (f" Each began with the system prompt {json.dumps(system, ensure_ascii=False)}." if system else ""),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _weights(run: Run) -> str:
+    return "" if run.config.weights == "fp32" else f" over weights rounded to {run.config.weights}"
 
 
 def _tags(run: Run) -> list[str]:

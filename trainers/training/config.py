@@ -21,6 +21,7 @@ from trainers.methods.configs import IAPTConfig
 Precision = Literal["fp32", "bf16"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Start = Literal["backbone", "random"]
+Weights = Literal["fp32", "int8", "int4"]
 Task = Literal["auto", "classification", "generation"]
 
 
@@ -80,6 +81,8 @@ class TrainConfig:
     """Experiment tracker of the Hugging Face Trainer: tensorboard, wandb, mlflow, none, ..."""
     precision: Precision = "fp32"
     """fp32, or bf16 for the backbone and the products (the adapter's weights stay fp32)."""
+    weights: Weights = "fp32"
+    """Train on the backbone's weights as they are, or rounded as build stores them for int8 and int4 targets."""
     start: Start = "backbone"
     """Initial weights: where the method says that they hurt the backbone least, or random."""
     group_by_length: bool = True

@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from iapt_export.graphs.passes.pack_projections import JOIN
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
-from iapt_export.graphs.quantise import BLOCK_SIZE, Blocks
 from trainers.decoder.insertion import layers_path
+from trainers.decoder.quantise import BLOCK_SIZE, Blocks
 from validation.judging.metrics import worst_vector
 from validation.locating.scene import Scene, Suspect, hypothetical
 from validation.sides.recording import OTHER_INPUT, Hypothesis

@@ -10,16 +10,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from engines.serving.session import Session
-from iapt_export.graphs.quantise import BLOCK_SIZE, bits_for, quantise
 from trainers.decoder.method import Method
-from validation.sides.reference import Reference, numpy
+from trainers.decoder.rounded import round_weights
+from validation.sides.reference import Reference
 from validation.sides.stepping import session_with
 from validation.sides.taps import TappedGraph, TappedRunner
 
@@ -58,24 +55,6 @@ def with_rounded_weights(reference: Reference, bits: int) -> Reference:
         other.model = copy.deepcopy(reference.model)
     round_weights(other.model, bits)
     return other
-
-
-def round_weights(model: nn.Module, bits: int) -> None:
-    """Round a backbone's matrices in place: embeddings by rows, linear layers by inputs, what both share once."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    done: set[Tensor] = set()
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding | nn.Linear | Conv1D) or module.weight in done:
-            continue
-        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T  # [K, N]
-        is_table = isinstance(module, nn.Embedding)
-        if weight.shape[0] < BLOCK_SIZE or (
-            is_table and (weight.shape[0] % BLOCK_SIZE or weight.shape[1] < BLOCK_SIZE)
-        ):
-            continue
-        chosen = bits_for(weight.shape, bits, is_end=is_table or module is head)
-        weight.copy_(torch.from_numpy(quantise(numpy(weight.contiguous()), chosen).restored()))
-        done.add(module.weight)
 
 
 def _without_effect(method: Method) -> Method:

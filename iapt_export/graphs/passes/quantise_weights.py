@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from iapt_export.graphs.ops.serving_ops import LOOKUP, MICROSOFT, PRODUCT
-from iapt_export.graphs.quantise import (
+from trainers.decoder.quantise import (
     ACCURACY_LEVEL,
     BLOCK_SIZE,
     FRAGILE_BITS,

@@ -14,10 +14,10 @@ import torch
 from engines.serving.session import Session
 from iapt_export.building.footprint import Load, Share, model_weights, plan_memory
 from iapt_export.contract.errors import IaptError
-from iapt_export.graphs.quantise import quantise
 from tests.bundles import TinyBuild, run
 from tests.tiny import tiny_llama
 from trainers.decoder.insertion import sizes_of
+from trainers.decoder.quantise import quantise
 from trainers.methods.configs import METHOD_CONFIGS, flag_name
 from trainers.methods.forms import new_method
 

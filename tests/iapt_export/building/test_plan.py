@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from iapt_export.building.jobs import plan_build
 from iapt_export.building.plan import (
     TargetPlan,
     check_device,
@@ -180,6 +181,28 @@ def test_no_tenant_and_two_of_one_name(tiny_build: TinyBuild, backbone: Backbone
     folder = tiny_build.adapters["alpha"]
     with pytest.raises(IaptError, match="two adapters are called 'alpha'; tell them apart with --adapter NAME=DIR"):
         load_tenants([str(folder), f"alpha={tiny_build.adapters['beta']}"], backbone)
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("onnxruntime:int4", "alpha was trained on fp32 weights, and onnxruntime serves int4; train --weights int4"),
+        ("onnxruntime:fp16", "coarse was trained on int4 weights, and onnxruntime serves fp32; train --weights fp32"),
+    ],
+)
+def test_other_weights_than_those_of_training_are_said(
+    tiny_build: TinyBuild,
+    tmp_path: Path,
+    backbone: Backbone,
+    caplog: pytest.LogCaptureFixture,
+    target: str,
+    text: str,
+) -> None:
+    coarse = save_tiny_adapter(tmp_path / "coarse", 0, backbone.fingerprint, weights="int4")
+    request = tiny_build.request(tmp_path / "out", "alpha", targets=[target])
+    plan_build(dataclasses.replace(request, adapters=[*request.adapters, coarse]), backbone)
+    warnings = [record.message for record in caplog.records if record.name == "iapt_export"]
+    assert warnings == [f"tenant {text} trains on those"]
 
 
 def test_an_adapter_for_another_backbone(tmp_path: Path, backbone: Backbone) -> None:

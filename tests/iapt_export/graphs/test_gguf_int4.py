@@ -10,9 +10,9 @@ import onnx
 from onnx import numpy_helper
 
 from iapt_export.graphs.export import Serving, export_graphs
-from iapt_export.graphs.quantise import Blocks
 from tests.trainers.decoder.gguf_files import TinyFile, write
 from trainers.decoder.backbone import load_backbone
+from trainers.decoder.quantise import Blocks
 
 
 def test_q4_0_survives_int4_exactly(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from iapt_export.building.plan import TargetPlan, onnx_variant, plan_targets
 from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
-from iapt_export.graphs.quantise import BLOCK_SIZE, quantise
 from iapt_export.graphs.save import save_graphs
 from tests.graphs import run_onnx, specs_for, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import tiny_gpt2, tiny_llama
+from trainers.decoder.quantise import BLOCK_SIZE, quantise
 
 WIDTH = 64
 LIMITS = {8: 0.02, 4: 0.25}

@@ -16,7 +16,9 @@ from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE
 from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import load_backbone
 from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.rounded import round_weights
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
 from trainers.training.card import EXPLAINED
@@ -41,6 +43,28 @@ def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
     assert isinstance(result.report, ClassificationReport)
     assert isinstance(result.baseline, ClassificationReport)
     assert load_adapter(tmp_path / "a").config.labels == ("no", "yes")
+
+
+def test_an_adapter_is_trained_on_the_weights_that_a_quantised_target_serves(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+
+    def noted(model: Any, method: Any) -> PromptTuned:
+        models.append(model)
+        return PromptTuned(model, method)
+
+    monkeypatch.setattr("trainers.training.train.PromptTuned", noted)
+    run(backbone, data, tmp_path / "a", max_steps=2, weights="int4")
+    plain, wanted = load_backbone(backbone).model, load_backbone(backbone).model
+    round_weights(wanted, 4)
+    for name, weight in models[0].named_parameters():
+        assert torch.equal(weight, wanted.get_parameter(name)), name
+    assert not torch.equal(
+        plain.model.layers[0].self_attn.q_proj.weight, wanted.model.layers[0].self_attn.q_proj.weight
+    )
+    assert load_adapter(tmp_path / "a").config.weights == "int4"
+    assert "fp32 over weights rounded to int4" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
 def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import iapt_export
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, SCALES
-from iapt_export.graphs.quantise import QUANTISED
 from tests.bundles import METHOD, MIXED, NEW_TOKENS, NUM_LAYERS, TinyBuild, save_tiny_adapter
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
+from trainers.decoder.quantise import QUANTISED
 from trainers.methods.configs import ADePTConfig, LoRAConfig
 from validation.judging.compare import Settings
 from validation.judging.metrics import relative
