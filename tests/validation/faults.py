@@ -14,8 +14,10 @@ from onnx import helper, numpy_helper
 
 from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.runner import NOWHERE
+from engines.serving import in_place_stepper
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.tenants import TenantBank
+from iapt_export.contract.manifest import READS_INSTRUCTION
 from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
 from tests.validation import sabotage
 
@@ -265,24 +267,24 @@ def stale_in_place(stepper: InPlaceStepper, step: int) -> None:
         values[0, :, newest] = values[0, :, newest - 1]
 
 
-def instruction_flag_lost(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def serving_fed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Plant:
+    """Change what the graphs over a cache in place are fed."""
+
+    def plant(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        honest = in_place_stepper._run
+        monkeypatch.setattr(in_place_stepper, "_run", lambda runner, feeds, into: honest(runner, change(feeds), into))
+
+    return plant
+
+
+def instruction_flag_lost(feeds: dict[str, Any]) -> dict[str, Any]:
     """Instructions are read as if they were generated tokens: nothing of the tenant goes in."""
-    honest = InPlaceStepper._run
-
-    def run(self: InPlaceStepper, *args: Any, **kwargs: Any) -> np.ndarray:
-        return honest(self, *args, **{**kwargs, "reads": False})
-
-    monkeypatch.setattr(InPlaceStepper, "_run", run)
+    return feeds | {READS_INSTRUCTION: np.array(False)}
 
 
-def place_off_by_one(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def place_off_by_one(feeds: dict[str, Any]) -> dict[str, Any]:
     """Decode steps rotate by the next position."""
-    honest = InPlaceStepper._run
-
-    def run(self: InPlaceStepper, first: int, ids: Any, places: Any, **kwargs: Any) -> np.ndarray:
-        return honest(self, first, ids, places + (not kwargs["reads"]), **kwargs)
-
-    monkeypatch.setattr(InPlaceStepper, "_run", run)
+    return feeds | {"position_ids": feeds["position_ids"] + (not feeds[READS_INSTRUCTION])}
 
 
 def serving_scale(graph: onnx.GraphProto) -> None:
@@ -294,8 +296,8 @@ FAULTS = (
     Fault("serve: cache rows swapped", stepping(rows_swapped_in_place), 2, 0, "cache", "0.key"),
     Fault("serve: stale cache entry", stepping(stale_in_place), 3, 1, "cache", "1.value"),
     Fault("serve: attention scale doubled", edit("serve.onnx", serving_scale), 0, 1, "scale", "o_proj.input", "2"),
-    Fault("serve: no prompts", instruction_flag_lost, 0, 0, "prompt", "input"),
-    Fault("serve: position off by one", place_off_by_one, 1, 0, "position", "present.0.key", "by +1"),
+    Fault("serve: no prompts", serving_fed(instruction_flag_lost), 0, 0, "prompt", "input"),
+    Fault("serve: position off by one", serving_fed(place_off_by_one), 1, 0, "position", "present.0.key", "by +1"),
     Fault(
         "every row is the first tenant's", in_files(sabotage.everybody_is_the_first_tenant), 0, 0, "tenant", "pooled"
     ),

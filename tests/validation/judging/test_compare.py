@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.serving import tenants
+from engines.serving import in_place_stepper, tenants
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.session import Request, Session
 from engines.serving.tenants import Tenant
@@ -283,8 +283,8 @@ def test_coarse_weights_are_judged_by_the_median_as_well(
     reference = Reference(tiny_build.bundle, manifest, backbone)
     settings = Settings(new_tokens=NEW_TOKENS, depth="quick")
     truths = measure_truth(tiny_build.bundle, manifest, reference, settings, lambda _: None)
-    honest = InPlaceStepper._run
-    monkeypatch.setattr(InPlaceStepper, "_run", lambda self, *args, **rest: honest(self, *args, **rest) * scale)
+    honest = in_place_stepper._run
+    monkeypatch.setattr(in_place_stepper, "_run", lambda *args: honest(*args) * scale)
     with Session.open(tiny_build.bundle) as session:
         session.target = dataclasses.replace(session.target, dtype="int8")
         result = compare_target(session, reference, truths, settings, lambda _: None)
