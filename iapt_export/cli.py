@@ -133,7 +133,7 @@ def train_command(method: str) -> Callable[..., None]:
             told = f"{example} holds every setting; when it is edited: iapt-export train --config {example}"
             print(told, file=sys.stderr)
             return
-            from trainers.training.train import train as run
+        from trainers.training.train import train as run
 
         request = TrainRequest(**vars(places), method=settings, config=config)
         result = run(request, say=Steps(quiet=common.quiet).line)
