@@ -53,6 +53,8 @@ class InPlaceStepper(Stepper):
                     self.runners[name].activate()
             self.buffers = self._reserve()
             self._beside = self.reader.beside()
+            if self._beside is not None:
+                self._logits_beside = np.empty_like(self._logits)
         except BaseException:
             self.deactivate()
             raise
@@ -177,7 +179,7 @@ class InPlaceStepper(Stepper):
             buffers[tensor.name] = self.reader.zeros(tensor.dtype, shape)
         (logits,) = (tensor for tensor in spec.outputs if tensor.name == "logits")
         one_each = (self.max_rows, 1, int(logits.shape[2]))
-        self._logits, self._logits_beside = (self.reader.host_empty(logits.dtype, one_each) for _ in range(2))
+        self._logits = self.reader.host_empty(logits.dtype, one_each)
         return buffers
 
     def _parts(self, first: int, rows: int, logits: np.ndarray) -> tuple[dict[str, Array], dict[str, Array]]:
