@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from engines.serving.conversation import check_text_fields, encode_request
 from engines.serving.entry import Entry
 from engines.serving.grammar import Grammar, GrammarCompiler
 from engines.serving.request import Request
+from engines.serving.sampling import Sampling
 from engines.serving.shaping import Shaping
 from engines.serving.stepper import Stepper
 from engines.serving.stop_texts import check_stops
 from engines.serving.tenants import Tenant, cast
 from engines.serving.text import TOKENIZER_FILE, TextCodec
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 from iapt_export.contract.manifest import BundleManifest
 
+MAX_NEW_TOKENS = 2**31
+MAX_DEADLINE_S = 365 * 86400
 MAX_LOGPROBS = 100
 RIGHT_CALL = 'Request(tenant="NAME", prompt="TEXT")'
 
@@ -218,20 +222,23 @@ def check_fields(where: str, request: Request) -> None:
         raise IaptError(f"{where}: {text}", field=name)
 
     longest = request.max_new_tokens
-    if longest is not None and (not _is_whole(longest) or longest < 1):
-        refuse("max_new_tokens", f"max_new_tokens is {longest}, expected at least 1, a whole number")
+    if longest is not None and (not _is_whole(longest) or not 1 <= longest <= MAX_NEW_TOKENS):
+        refuse("max_new_tokens", f"max_new_tokens is {shown(longest)}, expected at least 1, a whole number")
     for name in ("tokens", "stop_token_ids"):
         strange = [token for token in getattr(request, name) if not _is_whole(token)]
         if strange:
-            refuse(name, f"{strange[0]!r} is no token id; expected whole numbers")
+            refuse(name, f"{shown(strange[0])} is no token id; expected whole numbers")
     if not _is_whole(request.min_tokens) or not 0 <= request.min_tokens <= (longest or request.min_tokens):
-        refuse("min_tokens", f"min_tokens is {request.min_tokens}, expected 0 to max_new_tokens, a whole number")
+        refuse("min_tokens", f"min_tokens is {shown(request.min_tokens)}, expected 0 to max_new_tokens, a whole number")
     if request.logprobs is not None and (not _is_whole(request.logprobs) or not 0 <= request.logprobs <= MAX_LOGPROBS):
-        refuse("logprobs", f"logprobs is {request.logprobs}, expected None, or 0 to {MAX_LOGPROBS}")
+        refuse("logprobs", f"logprobs is {shown(request.logprobs)}, expected None, or 0 to {MAX_LOGPROBS}")
     if not _is_whole(request.priority):
-        refuse("priority", f"priority is {request.priority!r}, expected a whole number")
-    if request.deadline_s is not None and not request.deadline_s > 0:
-        refuse("deadline_s", f"deadline_s is {request.deadline_s}, expected more than 0 seconds, or None")
+        refuse("priority", f"priority is {shown(request.priority)}, expected a whole number")
+    deadline = request.deadline_s
+    if deadline is not None and not (isinstance(deadline, Real) and 0 < deadline <= MAX_DEADLINE_S):
+        refuse("deadline_s", f"deadline_s is {shown(deadline)}, expected more than 0 seconds, at most a year, or None")
+    if not isinstance(request.sampling, Sampling):
+        refuse("sampling", f"sampling is {type(request.sampling).__name__}, expected a Sampling")
     if request.grammar is not None and not isinstance(request.grammar, Grammar):
         refuse("grammar", f"grammar is {type(request.grammar).__name__}, expected a Grammar")
     if request.grammar is not None and request.ignore_eos:

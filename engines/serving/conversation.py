@@ -9,7 +9,7 @@ from typing import Any
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
 from engines.serving.text import TextCodec
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 
 ROLES = ("system", "user", "assistant")
 """Who may speak: those that training data may name."""
@@ -80,10 +80,10 @@ def _problems(index: int, message: Any) -> list[str]:
         return [f"message {index} is {type(message).__name__}, expected an object with role and content"]
     problems = []
     if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
-        problems.append(f"message {index} has role {message.get('role')!r}, expected {', '.join(ROLES)}")
+        problems.append(f"message {index} has role {shown(message.get('role'))}, expected {', '.join(ROLES)}")
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
-        problems.append(f"message {index} has content {content!r}, expected text")
+        problems.append(f"message {index} has content {shown(content)}, expected text")
     strange = sorted(str(key) for key in message if key not in ("role", "content"))
     if strange:
         problems.append(f"message {index} has {', '.join(strange)}, expected role and content alone")
@@ -108,7 +108,7 @@ def check_text_fields(where: str, request: Request) -> None:
     if len(given) > 1:
         raise IaptError(f"{where}: {' and '.join(given)} are given; expected one of them")
     if request.system is not None and (given == ["tokens"] or not isinstance(request.system, str)):
-        raise IaptError(f"{where}: system is {request.system!r}, expected text, beside a prompt or messages")
+        raise IaptError(f"{where}: system is {shown(request.system)}, expected text, beside a prompt or messages")
     for text in (request.prompt, request.system or ""):
         _check_characters(where, text)
 

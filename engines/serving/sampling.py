@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 
 LEAST = (1e-2, 1e-4, 1e-7)
 """Least weight of the tokens that are sorted, the likeliest token's being 1; where they cover too little, the next."""
 MAX_PENALTY = 2.0
 """Largest presence and frequency penalty, either sign, as in OpenAI's protocol."""
 MAX_BIAS = 100.0
+MAX_WHOLE = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class Sampling:
     """Token id to what is added to its logit."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if not isinstance(value := getattr(self, name), Real) or (
+                isinstance(value, int) and abs(value) > MAX_WHOLE
+            ):
+                raise _wrong(name, f"is {shown(value)}, expected a number")
+        for name in ("seed", "top_k"):
+            if not hasattr(value := getattr(self, name), "__index__") or abs(value) > MAX_WHOLE:
+                raise _wrong(name, f"is {shown(value)}, expected a whole number")
+        if not isinstance(self.logit_bias, Mapping):
+            raise _wrong("logit_bias", f"is {shown(self.logit_bias)}, expected token ids to numbers")
         if not 0 <= self.temperature < float("inf"):
             what = "negative" if self.temperature < 0 else "no finite number"
             raise _wrong("temperature", f"{self.temperature} is {what}; use 0 for greedy, or a positive number")
@@ -63,8 +75,10 @@ class Sampling:
             if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
                 raise _wrong(name, f"{getattr(self, name)} is out of range; expected {-MAX_PENALTY} to {MAX_PENALTY}")
         for token, bias in self.logit_bias.items():
-            if not hasattr(token, "__index__") or not -MAX_BIAS <= bias <= MAX_BIAS:
-                raise _wrong("logit_bias", f"{token}: {bias} is out of range; expected token ids to -100 to 100")
+            if not hasattr(token, "__index__") or not (isinstance(bias, Real) and -MAX_BIAS <= bias <= MAX_BIAS):
+                raise _wrong(
+                    "logit_bias", f"{shown(token)}: {shown(bias)} is out of range; expected token ids to -100 to 100"
+                )
 
     @property
     def changes_logits(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 
 if TYPE_CHECKING:
     from engines.serving.request import Request
@@ -37,7 +37,7 @@ def check_stops(where: str, request: Request) -> None:
         if not isinstance(value := getattr(request, name), Sequence | np.ndarray):
             refuse(name, f"{name} is {type(value).__name__}, expected a tuple")
     if isinstance(request.stop, str) or not all(isinstance(stop, str) for stop in request.stop):
-        refuse("stop", f"stop is {request.stop!r}, expected texts in a tuple, such as ('END',)")
+        refuse("stop", f"stop is {shown(request.stop)}, expected texts in a tuple, such as ('END',)")
     if "" in request.stop:
         refuse("stop", "a stop text is empty; leave it out")
     if (size := sum(map(len, request.stop))) > MAX_STOP_CHARACTERS:

@@ -78,3 +78,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{error.strerror}: {error.filename or 'writing a file'}; {REMEDIES[error.errno]}"
     return None
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value in an error's text, cut to a readable length, whatever it is: also what ``repr`` itself fails at."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, lists in lists in lists, a class with a defect
+        return f"{type(value).__name__} that cannot be shown"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

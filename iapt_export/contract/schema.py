@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
-from iapt_export.contract.errors import BundleError
+from iapt_export.contract.errors import BundleError, shown
 
 DEEPEST = 64
 """Lists and objects inside each other, at most."""
@@ -46,7 +46,7 @@ def parse_json(data: bytes | str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"the name {_shown(_first_double(pairs))} is given twice in one object")
+        raise ValueError(f"the name {shown(_first_double(pairs))} is given twice in one object")
     return fields
 
 
@@ -61,7 +61,7 @@ def _refuse(word: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     if math.isinf(value := float(text)):
-        raise ValueError(f"{_cut(text)} is too large")
+        raise ValueError(f"{text[:80]} is too large")
     return value
 
 
@@ -99,7 +99,7 @@ def read_fields(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):
         fits = any(isinstance(value, option) and not isinstance(value, bool) for option in arguments)
         if not fits or (isinstance(value, int) and value not in _INT64):
-            problems.append(f"{where} is {_shown(value)}, expected {hint}")
+            problems.append(f"{where} is {shown(value)}, expected {hint}")
         return value
     if origin is list and isinstance(value, list):
         return [read_fields(arguments[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
@@ -107,17 +107,8 @@ def read_fields(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return {key: read_fields(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
     wrong_int = hint is int and (isinstance(value, bool) or (isinstance(value, int) and value not in _INT64))
     if hint is not Any and (not isinstance(value, origin or hint) or wrong_int):
-        problems.append(f"{where} is {_shown(value)}, expected {getattr(origin or hint, '__name__', hint)}")
+        problems.append(f"{where} is {shown(value)}, expected {getattr(origin or hint, '__name__', hint)}")
     return value
-
-
-def _shown(value: Any) -> str:
-    """A value in an error's text, cut to a readable length."""
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @functools.cache
@@ -133,7 +124,7 @@ def _shape(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 def _dataclass(cls: Any, value: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
-        problems.append(f"{where} is {_shown(value)}, expected an object")
+        problems.append(f"{where} is {shown(value)}, expected an object")
         return None
     hints, required = _shape(cls)
     problems += [f"{where}.{name} is missing" for name in sorted(required - set(value))]
