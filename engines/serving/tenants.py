@@ -323,7 +323,9 @@ def _read_weights(path: Path, remedy: str) -> tuple[dict[str, str], Arrays]:
         metadata, entries = read_header(path)
         with safe_open(path, framework="numpy") as file:
             return metadata, {name: file.get_tensor(name) for name in entries}
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}; {remedy}") from error
+    except (SafetensorError, ValueError) as error:
         raise BundleError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
 
 
