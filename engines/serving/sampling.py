@@ -49,12 +49,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            if not isinstance(value := getattr(self, name), Real) or (
-                isinstance(value, int) and abs(value) > MAX_WHOLE
-            ):
+            if not _is_number(value := getattr(self, name)):
                 raise _wrong(name, f"is {shown(value)}, expected a number")
         for name in ("seed", "top_k"):
-            if not hasattr(value := getattr(self, name), "__index__") or abs(value) > MAX_WHOLE:
+            value = getattr(self, name)
+            if not hasattr(value, "__index__") or abs(value) > MAX_WHOLE:
                 raise _wrong(name, f"is {shown(value)}, expected a whole number")
         if not isinstance(self.logit_bias, Mapping):
             raise _wrong("logit_bias", f"is {shown(self.logit_bias)}, expected token ids to numbers")
@@ -76,14 +75,18 @@ class Sampling:
                 raise _wrong(name, f"{getattr(self, name)} is out of range; expected {-MAX_PENALTY} to {MAX_PENALTY}")
         for token, bias in self.logit_bias.items():
             if not hasattr(token, "__index__") or not (isinstance(bias, Real) and -MAX_BIAS <= bias <= MAX_BIAS):
-                raise _wrong(
-                    "logit_bias", f"{shown(token)}: {shown(bias)} is out of range; expected token ids to -100 to 100"
-                )
+                found = f"{shown(token)}: {shown(bias)}"
+                raise _wrong("logit_bias", f"{found} is out of range; expected token ids to -100 to 100")
 
     @property
     def changes_logits(self) -> bool:
         """Whether logits depend on more than the model."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+def _is_number(value: object) -> bool:
+    """Whether NumPy can compute with it; Python has integers that no float holds."""
+    return isinstance(value, Real) and not (isinstance(value, int) and abs(value) > MAX_WHOLE)
 
 
 def _wrong(name: str, text: str) -> IaptError:

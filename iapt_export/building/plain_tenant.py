@@ -16,7 +16,14 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BackboneSpec, BundleManifest
 from iapt_export.contract.settings import computing_fields, raise_problems
 from iapt_export.contract.tenant_card import TenantCard
-from trainers.adapters.adapter import WEIGHTS_FILE, AdapterConfig, is_stock_peft, read_adapter_config, read_fields
+from trainers.adapters.adapter import (
+    WEIGHTS_FILE,
+    AdapterConfig,
+    backbone_problems,
+    is_stock_peft,
+    read_adapter_config,
+    read_fields,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -95,17 +102,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _check_backbone(config: AdapterConfig, backbone: BackboneSpec, source: str) -> None:
-    told = {
-        "hidden size": (config.hidden_size, backbone.hidden_size),
-        "number of layers": (config.num_layers, backbone.num_layers),
-        "fingerprint": (config.backbone_fingerprint, backbone.fingerprint),
-    }
-    problems = [
-        f"{name} is {mine} in the adapter and {theirs} in the bundle"
-        for name, (mine, theirs) in told.items()
-        if mine != theirs
-    ]
-    if problems:
+    theirs = (backbone.hidden_size, backbone.num_layers, backbone.fingerprint)
+    if problems := backbone_problems(config, theirs, "bundle"):
         raise IaptError(
             f"the adapter {source} was trained for {config.base_model_name_or_path}, another backbone than the "
             f"bundle's {backbone.name_or_path}: {'; '.join(problems)}"

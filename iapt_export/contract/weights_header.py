@@ -48,13 +48,22 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
         OSError: it cannot be read.
         ValueError: it is no whole safetensors file, with the reason.
     """
+    return parse_header(*raw_header(path))
+
+
+def raw_header(path: Path) -> tuple[bytes, int]:
+    """A file's header, unread, and how many bytes of data follow it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the header is longer than the file.
+    """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         size = path.stat().st_size - 8
         if size < 0 or length > min(size, LONGEST_HEADER):
             raise ValueError("its header is longer than the file")
-        header = stream.read(length)
-    return parse_header(header, size - length)
+        return stream.read(length), size - length
 
 
 def parse_header(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:

@@ -198,23 +198,15 @@ def test_a_tenant_that_is_added_once_is_in_every_replica(cluster: Cluster, tiny_
     assert found == [(200, cluster.wanted["beta"])] * 12
 
 
-def test_a_killed_replica_costs_retries_and_no_answer(cluster: Cluster) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_replica_that_is_gone_costs_retries_and_no_answer(cluster: Cluster, ended_by: signal.Signals) -> None:
     with Load(cluster, retry=True) as load:
         victim = cluster.replicas()[0]
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, ended_by)
         cluster.wait_for_replicas(2, without=victim)
         time.sleep(1)
     load.check()
     assert cluster.ask("delta")[0] == 200, "the new one finds what was added while it was not there"
-
-
-def test_a_stopped_replica_is_replaced(cluster: Cluster) -> None:
-    with Load(cluster, retry=True) as load:
-        victim = cluster.replicas()[0]
-        os.kill(victim, signal.SIGSTOP)
-        cluster.wait_for_replicas(2, without=victim)
-        time.sleep(1)
-    load.check()
 
 
 def test_scaling_loses_no_request(cluster: Cluster) -> None:

@@ -95,6 +95,26 @@ class AdapterConfig(Sizes):
         return Sizes(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Sizes)})
 
 
+def backbone_problems(adapter: AdapterConfig, theirs: tuple[int, int, str], where: str) -> list[str]:
+    """What tells a backbone from the one that an adapter was trained for, a line each.
+
+    Args:
+        adapter: the adapter's configuration.
+        theirs: the backbone's hidden size, number of layers and fingerprint.
+        where: who says so, for the text.
+    """
+    mine = {
+        "hidden size": adapter.hidden_size,
+        "number of layers": adapter.num_layers,
+        "fingerprint": adapter.backbone_fingerprint,
+    }
+    return [
+        f"{name} is {own} in the adapter and {other} in the {where}"
+        for (name, own), other in zip(mine.items(), theirs, strict=True)
+        if own != other
+    ]
+
+
 @dataclass
 class Adapter:
     """A method's trained tensors with the configuration that gives them meaning."""

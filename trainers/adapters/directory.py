@@ -23,6 +23,7 @@ from trainers.adapters.adapter import (
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
+    backbone_problems,
     is_stock_peft,
     read_adapter_config,
     read_fields,
@@ -106,16 +107,8 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
         IaptError: width, depth or fingerprint differ.
     """
     config = backbone.model.config.get_text_config()
-    problems = [
-        f"{name} is {mine} in the adapter and {theirs} in the backbone"
-        for name, mine, theirs in (
-            ("hidden size", adapter.hidden_size, config.hidden_size),
-            ("number of layers", adapter.num_layers, config.num_hidden_layers),
-            ("fingerprint", adapter.backbone_fingerprint, backbone.fingerprint),
-        )
-        if mine != theirs
-    ]
-    if problems:
+    theirs = (config.hidden_size, config.num_hidden_layers, backbone.fingerprint)
+    if problems := backbone_problems(adapter, theirs, "backbone"):
         raise IaptError(
             f"the adapter {source} was trained for {adapter.base_model_name_or_path}, not for "
             f"{backbone.name_or_path}: {'; '.join(problems)}. Give its own backbone with --model"

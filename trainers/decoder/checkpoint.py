@@ -10,7 +10,7 @@ from typing import Any
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.schema import parse_json, read_object
-from iapt_export.contract.weights_header import LONGEST_HEADER, METADATA
+from iapt_export.contract.weights_header import METADATA, raw_header
 
 EXPECTED_WARNINGS = (
     "Using the explicit factor",  # yarn: llama.cpp and the file mean the explicit factor too
@@ -74,16 +74,16 @@ def _types(path: Path) -> dict[str, str]:
         FileNotFoundError: there is none.
         ValueError: it is no safetensors file, or shorter or longer than its header says.
     """
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        size = path.stat().st_size
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ValueError(f"is {size:,} bytes long, and its header does not fit into it")
-        fields = parse_json(stream.read(length))
+    size = path.stat().st_size
+    try:
+        header, data_bytes = raw_header(path)
+    except ValueError as error:
+        raise ValueError(f"is {size:,} bytes long, and its header does not fit into it") from error
+    fields = parse_json(header)
     try:
         fields.pop(METADATA, None)
         types = {str(name): str(item["dtype"]) for name, item in fields.items()}
-        wanted = 8 + length + max((int(item["data_offsets"][1]) for item in fields.values()), default=0)
+        wanted = size - data_bytes + max((int(item["data_offsets"][1]) for item in fields.values()), default=0)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError("has a header that safetensors does not know") from error
     if wanted != size:
