@@ -106,7 +106,15 @@ def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpe
         _say_grouped(program.graph)
         return program
 
-    with attention(backbone), traceable_experts(backbone), marked, nothing_computed_twice(), _quiet(), torch.no_grad():
+    with (
+        attention(backbone),
+        traceable_experts(backbone),
+        marked,
+        _nothing_left_behind(backbone),
+        nothing_computed_twice(),
+        _quiet(),
+        torch.no_grad(),
+    ):
         try:
             model = _translated(traced, opset)
         except RuntimeError as error:  # the exporter's own errors are of this kind, defects of ours are not
@@ -143,6 +151,20 @@ def _translated(traced: Callable[[], torch.export.ExportedProgram], opset: int) 
             LOGGER.info("traced a second time: %s", deepest_cause(error))
             program = traced()
     return translate(program)
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(backbone: Any) -> Iterator[None]:
+    """Take back tensors that a forward pass keeps in attributes, as longrope does: of a trace they have no values."""
+    before = [(module, dict(vars(module))) for module in backbone.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and attributes.get(name) is not value:
+                    vars(module).pop(name)
+                    vars(module).update({name: attributes[name]} if name in attributes else {})
 
 
 def _say_grouped(graph: torch.fx.Graph) -> None:

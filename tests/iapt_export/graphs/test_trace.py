@@ -101,6 +101,17 @@ def test_one_key_head_that_pytorch_broadcasts() -> None:
         assert [value.shape[1] for value in node.inputs[:3]] == [4, 1, 1]
 
 
+def test_a_model_that_keeps_tensors_of_its_forward_pass_is_traced_twice() -> None:
+    """Longrope's factors, which PyTorch's exporter leaves in the model without values."""
+    model = tiny_family("llama-longrope")
+    methods = installed(sizes=sizes_of(model))
+    spec = specs_for(model, methods)["decode"]
+    first, second = ([node.op_type for node in trace_graph("decode", model, methods, spec, 23).graph] for _ in range(2))
+    assert first == second
+    ids = torch.tensor([[5, 9, 30]])
+    assert torch.isfinite(model(ids).logits).all(), "it still computes"
+
+
 def test_tracing_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
