@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from iapt_export.contract.errors import IaptError
+from trainers.decoder.gguf_header import read_header
 
 NO_MEANING = ("tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual")
 """Fields that llama.cpp does not compute with: notes of the converter. Residuals of StableLM go by its tensors."""
@@ -24,14 +25,10 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path = path
         try:
-            reader = GGUFReader(path)
-            self.fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-            self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        except (ValueError, IndexError, KeyError, TypeError) as error:
+            self.fields, self.tensors = read_header(path)
+        except ValueError as error:
             raise IaptError(f"{path} is not a whole GGUF file ({error}); download or convert it again") from error
         if self.fields.get("split.count", 1) > 1:
             raise IaptError(
@@ -52,16 +49,16 @@ class GgufFile:
 
         stored = self.tensors[name]
         try:
-            return np.asarray(dequantize(stored.data, stored.tensor_type), np.float32)
+            return np.asarray(dequantize(stored.data, stored.kind), np.float32)
         except NotImplementedError as error:
             raise IaptError(
-                f"{self.path} stores {name} as {stored.tensor_type.name}, which the package gguf does not read; "
+                f"{self.path} stores {name} as {stored.kind.name}, which the package gguf does not read; "
                 "give a file of another quantisation, for example Q8_0"
             ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, rows first (GGUF itself counts from the other end)."""
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+        """A tensor's shape, rows first."""
+        return self.tensors[name].shape
 
 
 class Fields:
