@@ -27,7 +27,7 @@ def measure(
     repeat: int,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Figures:
-    """Let ``rows`` requests of the tenants in turn start together, several times.
+    """Let ``rows`` requests of the tenants in turn (without any, of the backbone) start together, several times.
 
     Args:
         session: active, with nothing under way.
@@ -43,17 +43,16 @@ def measure(
         each round's beside them; and the settings.
 
     Raises:
-        IaptError: a request does not fit into the bundle, or there is no tenant.
+        IaptError: a request does not fit into the bundle.
     """
     if rows > session.stepper.max_rows:
         raise IaptError(
             f"{rows} rows cannot run at once: the bundle takes {session.stepper.max_rows}; build with a larger --batch"
         )
-    if not session.tenants:
-        raise IaptError("the bundle has no tenants to measure")
     random = np.random.default_rng(0)
     vocabulary = session.manifest.backbone.vocab_size
-    tenants = [session.tenants[row % len(session.tenants)] for row in range(rows)]
+    names = session.tenants or [""]  # the backbone alone
+    tenants = [names[row % len(names)] for row in range(rows)]
     requests = [
         Request(
             tenant,
@@ -78,7 +77,7 @@ def measure(
     decode = [_decode_rate(times) for times in rounds] if new_tokens > 1 else []
     return {
         "rows": rows,
-        "tenants": len(set(tenants)),
+        "tenants": len({name for name in tenants if name}),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": repeat,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,16 @@ def refuse_lines(path: Path, problems: list[str]) -> None:
         more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         shown = "\n  ".join(problems[:MAX_PROBLEMS])
         raise IaptError(f"{path}: {len(problems)} request(s) cannot be answered, so none was:\n  {shown}{more}")
+
+
+def check_named(tenant: str | None, tenants: Sequence[str]) -> None:
+    """Refuse a request that names nobody where it could mean a tenant; an empty name asks the backbone.
+
+    Raises:
+        IaptError: it says nothing of whose adapter answers.
+    """
+    if tenant is None and tenants:
+        raise IaptError(f"--tenant is missing: whose adapter answers; this bundle has {', '.join(tenants)}")
 
 
 _EXAMPLE = '{"tenant": "reviews", "prompt": "A fine film."}'

@@ -221,7 +221,7 @@ def validate(
 
 def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common: Common = Common()) -> None:
     """Answer with tenants of a bundle; one instruction streams, several are printed in their order."""
-    from engines.request_file import read_messages, read_requests, refuse_lines
+    from engines.request_file import check_named, read_messages, read_requests, refuse_lines
     from engines.serving.sampling import Sampling
     from engines.serving.session import Request, Session
 
@@ -234,6 +234,8 @@ def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common:
     else:
         lines = {n: Request(asked.tenant or "", prompt, **settings) for n, prompt in enumerate(asked.prompt or (), 1)}
     session = Session.open(bundle, asked.target, device=asked.device, **asked.checks)
+    if not asked.requests:
+        check_named(asked.tenant, session.tenants)
     problems = []
     for number, request in lines.items():
         where = f"line {number}" if asked.requests else str(asked.messages or f"request {number - 1}")

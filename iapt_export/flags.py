@@ -132,8 +132,6 @@ def _check_instruction(_: Any, asked: "Answering") -> None:
     if len(given) != 1:
         flags = " and ".join(f"--{name}" for name in given)
         raise ValueError(f"expected one of --prompt, --messages, --requests, found {flags or 'none of them'}")
-    if given != ["requests"] and not asked.tenant:
-        raise ValueError(f"--{given[0]} needs --tenant, whose adapter answers; --tenant is missing")
     for name in ("tenant", "system"):
         if given == ["requests"] and getattr(asked, name) is not None:
             raise ValueError(f"--{name} is for --prompt and --messages; each line of --requests has a field {name}")
@@ -145,7 +143,8 @@ class Answering(_Running):
     """Which answers are wanted, and how they are made."""
 
     tenant: Annotated[str | None, Parameter(metavar="NAME")] = None
-    """Whose adapter answers; with --prompt or --messages."""
+    """Whose adapter answers, or the backbone's name; with --prompt or --messages. Without, where there is no other, the
+    backbone."""
     prompt: Annotated[list[str] | None, Parameter(metavar="TEXT")] = None
     """The instruction; once for each row of a batch."""
     messages: Annotated[Path | None, Parameter(metavar="FILE.json")] = None

@@ -27,7 +27,7 @@ from tests.tiny import tiny_llama
 from trainers.decoder.backbone import config_fingerprint
 from trainers.training.records import read_examples
 
-MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "M")
+MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "M", "my-merged-model")
 """What the pages call a model."""
 EXTRA = {
     "train": ["--max-steps=2", "--batch-size=2", "--bottleneck=8", "--no-baseline", "--overwrite"],

@@ -83,7 +83,7 @@ def validate_bundle(
         bundle=name,
         verdict="pass" if passed else "fail",
         backbone=manifest.backbone.name_or_path,
-        method=", ".join(dict.fromkeys(tenant.trained_form for tenant in manifest.tenants)),
+        method=", ".join(dict.fromkeys(tenant.trained_form for tenant in manifest.tenants)) or "none",
         tenants=[tenant.name for tenant in manifest.tenants],
         seed=settings.seed,
         created="",

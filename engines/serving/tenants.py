@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from engines.runner import Arrays, numpy_type
-from engines.serving.text import template_source
+from engines.serving.text import base_format
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import TENANT_INDEX, BundleManifest, MethodSpec, TargetSpec, TenantSpec
 from iapt_export.contract.tenant_card import TenantCard
@@ -289,8 +289,7 @@ def _base(bundle: Path, manifest: BundleManifest) -> Tenant | None:
         return None
     named = manifest.backbone.name_or_path
     is_hub_id = named.count("/") == 1 and named[0] not in "/.~"
-    form = "plain" if template_source(bundle) is None else "chat"
-    return Tenant(named if is_hub_id else Path(named).name, None, -1, 0, form, "none")
+    return Tenant(named if is_hub_id else Path(named).name, None, -1, 0, base_format(bundle), "none")
 
 
 def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:

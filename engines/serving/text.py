@@ -168,6 +168,11 @@ def template_source(bundle: Path) -> str | None:
     return source if isinstance(source, str) else None
 
 
+def base_format(bundle: Path) -> str:
+    """How the backbone alone is asked: ``chat`` where the bundle has a chat template, else ``plain``."""
+    return "plain" if template_source(bundle) is None else "chat"
+
+
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """What a template may call ``bos_token``, ``eos_token``, ... and a model's own, as transformers names them.
 

@@ -33,10 +33,11 @@ class BuildRequest:
 
     model: Annotated[str, Parameter(alias="-m", metavar="M")]
     """Hugging Face id, local folder, or GGUF file or folder."""
-    adapters: Annotated[Sequence[str | Path], Parameter(("--adapter", "-a"), metavar="[NAME=]DIR")]
-    """Adapter directory, once a tenant, called NAME or as the folder is; PEFT's also DIR,format=chat or DIR,task=0."""
     output: Annotated[str | Path, Parameter(alias="-o", metavar="BUNDLE")]
     """Bundle to write."""
+    adapters: Annotated[Sequence[str | Path], Parameter(("--adapter", "-a"), metavar="[NAME=]DIR")] = ()
+    """Adapter directory, once a tenant, called NAME or as the folder is; PEFT's also DIR,format=chat or DIR,task=0;
+    without any, the backbone alone is served."""
     targets: Annotated[Sequence[str], _TARGETS, Parameter(("--target", "-t"), metavar="T[:DTYPE]")] = ()
     """onnxruntime (also with :int8 or :int4 weights), tensorrt-rtx, tensorrt; once for each; without, onnxruntime."""
     dtype: Annotated[str | None, _TARGETS, Parameter(metavar="DTYPE")] = None

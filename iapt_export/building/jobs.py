@@ -16,7 +16,7 @@ from engines.onnxruntime.devices import require_device
 from engines.serving.conversation import encode_request
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
-from engines.serving.text import TextCodec
+from engines.serving.text import TextCodec, base_format
 from engines.tensorrt.builder import BuildOptions, check_options
 from engines.tensorrt.flavour import check_target, load_tensorrt
 from iapt_export.building import layout as layout
@@ -198,10 +198,12 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         layout.place_tokenizer(backbone, Path(folder))
         codec = TextCodec(Path(folder))
-        for name, adapter in adapters.items():
-            config = adapter.config
-            tenant = Tenant(name, None, -1, 0, config.prompt_format, config.peft_type, config.system_prompt)
-            encode_request(f"tenant {name}", Request(name, "Hello"), tenant, codec)
+        tenants = [
+            Tenant(name, None, -1, 0, config.prompt_format, config.peft_type, config.system_prompt)
+            for name, config in ((name, adapter.config) for name, adapter in adapters.items())
+        ] or [Tenant(backbone.name_or_path, None, -1, 0, base_format(Path(folder)), "none")]
+        for tenant in tenants:
+            encode_request(f"tenant {tenant.name}", Request(tenant.name, "Hello"), tenant, codec)
 
 
 def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapter]) -> None:

@@ -127,7 +127,9 @@ def plan_ranges(texts: dict[str, str]) -> Ranges:
     return Ranges(**{name: parse_range(text, name) for name, text in texts.items()})
 
 
-def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_tenants: int, fewest: int = 1) -> None:
+def check_ranges(
+    ranges: Ranges, prompt_length: int, max_positions: int, num_tenants: int, fewest: int | None = 1
+) -> None:
     """Refuse ranges that contradict each other, the backbone or the tenants.
 
     Raises:
@@ -147,7 +149,7 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
             f"--past from {ranges.past.min} leaves out an instruction of {ranges.sequence.min} tokens after "
             f"{prompt_length} prompt rows"
         )
-    if fewest < ranges.tenants.min:
+    if fewest is not None and fewest < ranges.tenants.min:
         problems.append(f"a method has {fewest} tenants, --tenants starts at {ranges.tenants.min}")
     if num_tenants > ranges.tenants.max:
         problems.append(f"{num_tenants} adapters are more than --tenants {ranges.tenants.max}")
@@ -158,7 +160,7 @@ def check_ranges(ranges: Ranges, prompt_length: int, max_positions: int, num_ten
 def load_tenants(
     arguments: Sequence[str | Path], backbone: Any, peft_prompt_format: str | None = None
 ) -> dict[str, Adapter]:
-    """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone.
+    """Load ``DIR`` or ``NAME=DIR`` for each tenant and check that they fit the backbone; none for the backbone alone.
 
     Args:
         arguments: as on the command line; the folder's name is the tenant's unless one is given. Behind a folder of
@@ -182,8 +184,6 @@ def load_tenants(
             raise IaptError(f"--adapter {argument}: {path} was not written by stock PEFT and says all of this itself")
         check_adapter_fits(adapter.config, backbone, str(path))
         tenants[name] = adapter
-    if not tenants:
-        raise IaptError("no adapter was given; add --adapter DIR, once for each tenant")
     return tenants
 
 
@@ -208,10 +208,10 @@ class TenantPlan:
         return max((item.method.num_slots for item in self.installed), default=0)
 
     @property
-    def fewest(self) -> int:
-        """Tenants of the method that has fewest."""
+    def fewest(self) -> int | None:
+        """Tenants of the method that has fewest; None where there is no tenant."""
         owners = list(self.owner.values())
-        return min(owners.count(owner) for owner in owners)
+        return min((owners.count(owner) for owner in owners), default=None)
 
 
 def plan_tenants(
@@ -242,7 +242,7 @@ def plan_tenants(
         raise IaptError("--fold-embeddings is for ADePT's offsets, and no adapter is of that method; leave it out")
     if merge_lora:
         if [method.is_mergeable for method in methods.values()] != [True]:
-            shown = ", ".join(f"{name} ({form})" for name, form in forms.items())
+            shown = ", ".join(f"{name} ({form})" for name, form in forms.items()) or "none"
             raise IaptError(
                 f"--merge-lora changes the backbone for everyone, so it needs exactly one LoRA adapter; got {shown}. "
                 "Without it each row chooses its own"

@@ -282,8 +282,8 @@ class BundleManifest:
         return [tenant for tenant in self.tenants if tenant.method == method]
 
     def prompt_length(self, tenant: str) -> int:
-        """Prompt slots that a tenant's rows use."""
-        method = self.tenant(tenant).method
+        """Prompt slots that a tenant's rows use; none those of the backbone alone, which has no name."""
+        method = self.tenant(tenant).method if tenant else None
         return next((spec.prompt_length for spec in self.methods if spec.name == method), 0)
 
     def save(self, bundle: Path) -> None:

@@ -112,7 +112,7 @@ def test_version_and_module_agree() -> None:
             "iapt-export needs a command: train, build, validate, generate, serve, triton, tenant, bench, inspect",
         ),
         (["export"], 'Unknown command "export". Available commands: train, build'),
-        (["build"], "iapt-export build needs --model, --adapter, --output; --model is missing"),
+        (["build"], "iapt-export build needs --model, --output; --model is missing"),
         (["build", "-mm", "--adapter=a"], "--output is missing"),
         (["build", "--model=m", "-a=a", "-o=o", "--opset=new"], 'value for --opset: unable to convert "new" into int'),
         (["build", "--model=m", "-a=a", "-o=o", "--seed=1.5"], 'value for --seed: unable to convert "1.5" into int'),

@@ -156,6 +156,7 @@ def test_files_that_hold_no_requests(tiny_build: TinyBuild, tmp_path: Path) -> N
         (["--tenant=beta", f"--messages={bad}"], 'expected a list of {role, content}, found {"role": "user"}'),
         (["--tenant=beta", f"--messages={empty}"], "empty is not JSON"),
         (["--tenant=nobody", "--prompt=x"], "tenant 'nobody' is not in this bundle"),
+        (["--prompt=x"], "--tenant is missing: whose adapter answers; this bundle has alpha, beta, gamma"),
     ):
         outcome = run("generate", tiny_build.bundle, *flags)
         assert (outcome.code, outcome.out) == (1, "") and text in outcome.err, outcome.err
@@ -165,8 +166,6 @@ def test_files_that_hold_no_requests(tiny_build: TinyBuild, tmp_path: Path) -> N
     ("flags", "text"),
     [
         ([], "expected one of --prompt, --messages, --requests, found none of them"),
-        (["--prompt=x"], "--prompt needs --tenant"),
-        (["--messages=x"], "--messages needs --tenant"),
         (["--tenant=a", "--prompt=x", "--messages=x"], "found --prompt and --messages"),
         (["--requests=x", "--tenant=a"], "--tenant is for --prompt and --messages"),
         (["--requests=x", "--system=a"], "--system is for --prompt and --messages"),

@@ -173,7 +173,6 @@ def test_a_target_without_the_graphs_of_a_cache(tiny_bundle: Path) -> None:
     ("flags", "text"),
     [
         (["--tenant=alpha"], "either --prompt or --tokens is needed"),
-        (["--prompt=x"], "BUNDLE and --tenant are needed"),
         (["--tenant=alpha", "--prompt"], "--prompt needs a value"),
         (["--tenant=alpha", "--prompt=x", "--seed=-1"], "--seed -1 is no number of its kind"),
         (["--tenant=alpha", "--prompt=x", "--max-new-tokens=many"], "--max-new-tokens many is no number of its kind"),
@@ -183,6 +182,12 @@ def test_a_target_without_the_graphs_of_a_cache(tiny_bundle: Path) -> None:
 def test_wrong_flags(flags: list[str], text: str) -> None:
     outcome = iapt_run("bundle", *flags)
     assert outcome.returncode == 2 and text in outcome.stderr
+
+
+@needs_runner
+def test_a_bundle_is_needed() -> None:
+    outcome = iapt_run("--prompt=x")
+    assert outcome.returncode == 2 and "BUNDLE is needed" in outcome.stderr
 
 
 @needs_runner

@@ -191,7 +191,7 @@ def _prompt_batches(manifest: BundleManifest, truths: list[Truth]) -> list[tuple
     """The prompts whose logits and caches are compared: in mixed batches, and one of each method alone."""
     size, first = manifest.ranges.batch.max, truths[: _num_kept(manifest)]
     methods = {tenant.name: tenant.method for tenant in manifest.tenants}
-    one_of_each = {methods[truth.prompt.tenant]: truth for truth in reversed(first)}
+    one_of_each = {methods.get(truth.prompt.tenant): truth for truth in reversed(first)}
     batches = [("mixed tenants, left padding", first[start : start + size]) for start in range(0, len(first), size)]
     if len(batches) > 1:
         batches = [(f"{case}, {number} of {len(batches)}", rows) for number, (case, rows) in enumerate(batches, 1)]

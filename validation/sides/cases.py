@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.serving.text import TextCodec
+from engines.serving.text import TextCodec, base_format
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import BundleManifest, TenantSpec
 from iapt_export.contract.schema import parse_json
@@ -85,7 +85,7 @@ def generated_cases(manifest: BundleManifest, seed: int, text: Sequence[int]) ->
 
 
 def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[Case]:
-    ranges, names = manifest.ranges, [tenant.name for tenant in manifest.tenants]
+    ranges, names = manifest.ranges, [tenant.name for tenant in manifest.tenants] or [""]
     room = ranges.past.max - manifest.num_slots
     rows, longest = ranges.batch.max, min(ranges.sequence.max, room)
 
@@ -128,7 +128,7 @@ def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[
 
 def _refused(manifest: BundleManifest, seed: int) -> list[Case]:
     """What no session may answer: nothing to read, too much of it, tokens that do not exist."""
-    ranges, name = manifest.ranges, manifest.tenants[0].name
+    ranges, name = manifest.ranges, manifest.tenants[0].name if manifest.tenants else ""
     vocabulary = manifest.backbone.vocab_size
     room = ranges.past.max - manifest.prompt_length(name)
 
@@ -159,11 +159,12 @@ def prompts_from_bundle(
         IaptError: an examples file is not JSONL with ``prompt`` fields.
         BundleError: no prompt of some tenant fits the bundle, so that the tenant would go uncompared.
     """
-    per_tenant = -(-num_prompts // len(manifest.tenants))
+    tenants = _asked(bundle, manifest)
+    per_tenant = -(-num_prompts // len(tenants))
     room = manifest.ranges.past.max - manifest.num_slots - new_tokens + 1
     longest = min(manifest.ranges.sequence.max, room)
     prompts: list[Prompt] = []
-    for tenant in manifest.tenants:
+    for tenant in tenants:
         texts = _texts(bundle, tenant)
         rounds = range(1, -(-per_tenant // len(texts)))
         texts += [f"{text} ({number})" for number in rounds for text in texts]
@@ -171,12 +172,12 @@ def prompts_from_bundle(
         fitting = [prompt for prompt in tokenised if len(prompt.tokens) <= longest][:per_tenant]
         if not fitting:
             raise BundleError(
-                f"tenant {tenant.name}: no example prompt has at most {longest} tokens, so nothing to compare; "
-                "raise --sequence or --past, or lower --new-tokens"
+                f"tenant {tenant.name or manifest.backbone.name_or_path}: no example prompt has at most {longest} "
+                "tokens, so nothing to compare; raise --sequence or --past, or lower --new-tokens"
             )
         prompts += fitting
     random.Random(seed).shuffle(prompts)
-    methods = {tenant.name: tenant.method for tenant in manifest.tenants}
+    methods = {tenant.name: tenant.method for tenant in tenants}
     of_method = {methods[prompt.tenant]: prompt for prompt in reversed(prompts)}
     of_tenant = {prompt.tenant: prompt for prompt in reversed(prompts)}
 
@@ -194,10 +195,15 @@ def example_text(bundle: Path, manifest: BundleManifest, codec: TextCodec) -> li
     """
     return [
         token
-        for tenant in manifest.tenants
+        for tenant in _asked(bundle, manifest)
         for text in _texts(bundle, tenant)
         for token in _as_trained(codec, tenant, text)
     ]
+
+
+def _asked(bundle: Path, manifest: BundleManifest) -> list[TenantSpec]:
+    """Whose prompts are compared: the tenants', or the backbone's under no name where there is none."""
+    return manifest.tenants or [TenantSpec("", None, None, "none", {}, base_format(bundle))]
 
 
 def _as_trained(codec: TextCodec, tenant: TenantSpec, text: str) -> list[int]:

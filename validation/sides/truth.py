@@ -95,11 +95,11 @@ def record_fed(reference: Reference, prompts: Sequence[Prompt], fed: Sequence[tu
 
 
 def _batches(reference: Reference, truths: list[Truth]) -> Iterator[tuple[str, list[Truth]]]:
-    """Each tenant's rows, a few at a time."""
-    for tenant in reference.manifest.tenants:
-        rows = [truth for truth in truths if truth.prompt.tenant == tenant.name]
+    """Each tenant's rows, and the backbone's own, a few at a time."""
+    for tenant in reference.methods:
+        rows = [truth for truth in truths if truth.prompt.tenant == tenant]
         for start in range(0, len(rows), 8):
-            yield tenant.name, rows[start : start + 8]
+            yield tenant, rows[start : start + 8]
 
 
 @torch.no_grad()

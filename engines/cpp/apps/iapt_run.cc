@@ -4,17 +4,18 @@
 #include <cstdlib>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <sstream>
 
 #include "iapt/session.h"
 
 namespace {
 
-constexpr const char* kHelp = R"(usage: iapt_run BUNDLE --tenant NAME (--prompt TEXT | --tokens IDS) ...
+constexpr const char* kHelp = R"(usage: iapt_run BUNDLE [--tenant NAME] (--prompt TEXT | --tokens IDS) ...
 
 Answer a prompt with one tenant of a bundle; streams tokens.
 
-  --tenant NAME        whose adapter answers
+  --tenant NAME        whose adapter answers, or the backbone's name; without, where there is no other, the backbone
   --prompt TEXT        once for each row of a batch
   --tokens IDS         instead of a prompt: token ids, separated by commas or spaces; prints token ids
   --target T           which of the bundle's targets runs (without: the first)
@@ -35,7 +36,8 @@ exit codes: 0 success · 1 bad input or damaged files · 2 wrong flags
 )";
 
 struct Arguments {
-  std::string bundle, tenant;
+  std::string bundle;
+  std::optional<std::string> tenant;
   std::vector<std::string> prompts, tokens;
   iapt::SessionOptions session;
   iapt::Sampling sampling;
@@ -96,7 +98,7 @@ Arguments parse(int argc, char** argv) {
     else if (found.bundle.empty()) found.bundle = word;
     else wrong("unexpected argument " + word);
   }
-  if (found.bundle.empty() || found.tenant.empty()) wrong("BUNDLE and --tenant are needed");
+  if (found.bundle.empty()) wrong("BUNDLE is needed");
   if (found.prompts.empty() == found.tokens.empty()) wrong("either --prompt or --tokens is needed");
   return found;
 }
@@ -115,7 +117,8 @@ std::vector<int64_t> token_ids(const std::string& text) {
 std::vector<iapt::Request> requests_of(const Arguments& arguments) {
   std::vector<iapt::Request> requests;
   const auto add = [&](const std::string& prompt, std::vector<int64_t> tokens) {
-    requests.push_back({arguments.tenant, prompt, std::move(tokens), arguments.max_new_tokens, arguments.sampling});
+    requests.push_back(
+        {arguments.tenant.value_or(""), prompt, std::move(tokens), arguments.max_new_tokens, arguments.sampling});
   };
   for (const auto& prompt : arguments.prompts) add(prompt, {});
   for (const auto& tokens : arguments.tokens) add("", token_ids(tokens));
@@ -133,6 +136,11 @@ void run(const Arguments& arguments) {
   if (arguments.verbose) {
     std::cerr << "target " << session.target().name << ":" << session.target().dtype << ", ai.iapt::Rational as "
               << session.rational() << "\n";
+  }
+  if (const auto& tenants = session.manifest().tenants; !arguments.tenant && !tenants.empty()) {
+    std::string names;
+    for (const auto& tenant : tenants) names += (names.empty() ? "" : ", ") + tenant.name;
+    throw iapt::Error("--tenant is missing: whose adapter answers; this bundle has " + names);
   }
   const auto requests = requests_of(arguments);
   const bool speaks = !arguments.prompts.empty();

@@ -114,6 +114,16 @@ class Fields {
     }
   }
 
+  void read(const std::string& name, bool& value, bool required = true) {
+    const Json* field = find(name, required);
+    if (field == nullptr) return;
+    if (field->is_boolean()) {
+      value = field->get<bool>();
+    } else {
+      expected(name, *field, "bool");
+    }
+  }
+
   // Fields that this reader needs not, held to their kind: `kind` is object, array or string, `or_null` allows null.
   void skip(const std::string& name, Json::value_t kind, bool required = true, bool or_null = false) {
     const Json* field = find(name, required);

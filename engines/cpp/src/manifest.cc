@@ -15,7 +15,6 @@ namespace {
 using Problems = std::vector<std::string>;
 constexpr auto kObject = Json::value_t::object;
 constexpr auto kString = Json::value_t::string;
-constexpr auto kBoolean = Json::value_t::boolean;
 constexpr int64_t kMost = 1 << 24;  // what a size is at most
 constexpr int64_t kMostLayers = 10000;
 constexpr int64_t kLongest = int64_t{1} << 31;  // positions, and sizes of a dynamic dimension
@@ -59,7 +58,8 @@ GraphSpec read_graph(const Json& json, const std::string& where, Problems& probl
 BackboneSpec read_backbone(const Json& json, const std::string& where, Problems& problems) {
   BackboneSpec spec;
   Fields fields(json, where, problems);
-  for (const char* name : {"name_or_path", "weights_sha256", "model_type"}) fields.skip(name, kString);
+  for (const char* name : {"weights_sha256", "model_type"}) fields.skip(name, kString);
+  fields.read("name_or_path", spec.name_or_path);
   fields.read("fingerprint", spec.fingerprint);
   fields.skip("revision", kString, true, true);
   fields.read("hidden_size", spec.hidden_size);
@@ -193,6 +193,19 @@ FileSpec read_file(const Json& json, const std::string& where, Problems& problem
   return spec;
 }
 
+// The backbone as those call it who ask it: its hub id, or the name of its folder or file.
+TenantSpec backbone_alone(std::string named) {
+  const bool is_hub_id = std::count(named.begin(), named.end(), '/') == 1 && named.find_first_of("/.~") != 0;
+  if (!is_hub_id) {
+    while (!named.empty() && named.back() == '/') named.pop_back();
+    named = named.substr(named.rfind('/') + 1);  // all of it where there is none
+  }
+  TenantSpec spec;
+  spec.name = named;
+  spec.trained_form = "none";
+  return spec;
+}
+
 BundleManifest read_manifest(const Json& json, Problems& problems) {
   BundleManifest manifest;
   Fields fields(json, "manifest", problems);
@@ -228,7 +241,9 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
   fields.object("files", [&](const std::string& name, const Json& item, const std::string& place) {
     manifest.files[name] = read_file(item, place, problems);
   });
-  fields.skip("serves_backbone", kBoolean, false);
+  bool serves_backbone = false;
+  fields.read("serves_backbone", serves_backbone, false);
+  if (serves_backbone) manifest.base = backbone_alone(manifest.backbone.name_or_path);
   fields.skip("documentation", kString, false);
   fields.refuse_unknown();
   return manifest;
@@ -367,7 +382,15 @@ const TenantSpec& BundleManifest::tenant(const std::string& name) const {
   for (const auto& tenant : tenants) {
     if (tenant.name == name) return tenant;
   }
-  throw Error("tenant '" + name + "' is not in this bundle; its tenants are " + names_of(tenants));
+  if (base && (name.empty() || name == base->name || name == backbone.name_or_path)) return *base;
+  const std::string known = tenants.empty() ? "none" : names_of(tenants);
+  if (name.empty()) {
+    throw Error(
+        "the backbone alone cannot be asked in this bundle: a tenant is merged into it, or it was built by an earlier "
+        "version; its tenants are " +
+        known);
+  }
+  throw Error("tenant '" + name + "' is not in this bundle; its tenants are " + known);
 }
 
 std::vector<const TenantSpec*> BundleManifest::tenants_of(const std::string& method) const {

@@ -94,10 +94,12 @@ Session::Row Session::make_row(size_t index, const Request& request) {
       throw Error("a prompt is text, but " + no_codec_ +
                   (no_codec_.find("--tokens") == std::string::npos ? "; give token ids (--tokens)" : ""));
     std::vector<Message> messages;  // the system prompt that the tenant was trained with, and the request
-    const bool has_system = tenant.prompt_format == "chat" && tenant.system_prompt && !tenant.system_prompt->empty();
+    const std::string base_format = text->has_chat_template() ? "chat" : "plain";
+    const std::string& format = tenant.prompt_format.empty() ? base_format : tenant.prompt_format;
+    const bool has_system = format == "chat" && tenant.system_prompt && !tenant.system_prompt->empty();
     if (has_system) messages.push_back({"system", *tenant.system_prompt});
     messages.push_back({"user", request.prompt});
-    prompt = text->encode(messages, tenant.prompt_format);
+    prompt = text->encode(messages, format);
   }
   const auto where = "request " + std::to_string(index) + ": ";
   for (const int64_t token : prompt) {

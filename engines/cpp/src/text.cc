@@ -127,6 +127,8 @@ TextCodec::~TextCodec() = default;
 TextCodec::TextCodec(TextCodec&&) noexcept = default;
 TextCodec& TextCodec::operator=(TextCodec&&) noexcept = default;
 
+bool TextCodec::has_chat_template() const { return parts_->chat_template.has_value(); }
+
 std::vector<int64_t> TextCodec::encode(const std::vector<Message>& messages, const std::string& prompt_format) const {
   if (messages.empty() || messages.back().content.find_first_not_of(" \t\r\n\f\v") == std::string::npos) {
     throw Error("the prompt is empty; expected an instruction of at least one word");

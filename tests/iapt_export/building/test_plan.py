@@ -175,9 +175,14 @@ def test_bad_tenant_names(tiny_build: TinyBuild, backbone: Backbone, name: str) 
     )
 
 
-def test_no_tenant_and_two_of_one_name(tiny_build: TinyBuild, backbone: Backbone) -> None:
-    with pytest.raises(IaptError, match="no adapter was given; add --adapter DIR, once for each tenant"):
-        load_tenants([], backbone)
+def test_no_tenant_is_the_backbone_alone(backbone: Backbone) -> None:
+    plan = plan_tenants(load_tenants([], backbone), backbone.model)
+    assert (plan.installed, plan.owner, plan.shipped, plan.num_slots, plan.fewest) == ([], {}, {}, 0, None)
+    late = dataclasses.replace(RANGES, tenants=Range(2, 4, 64))
+    check_ranges(late, 0, 8192, 0, plan.fewest)
+
+
+def test_two_tenants_of_one_name(tiny_build: TinyBuild, backbone: Backbone) -> None:
     folder = tiny_build.adapters["alpha"]
     with pytest.raises(IaptError, match="two adapters are called 'alpha'; tell them apart with --adapter NAME=DIR"):
         load_tenants([str(folder), f"alpha={tiny_build.adapters['beta']}"], backbone)
@@ -219,6 +224,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "two to merge": ({"merge_lora": True}, [LORA, LORA], f"{MERGE}a (LORA), b (LORA). Without it each row chooses"),
     "merging beside another": ({"merge_lora": True}, [METHOD, LORA], f"{MERGE}a (IAPT), b (LORA). Without it"),
     "nothing to merge": ({"merge_lora": True}, [METHOD], f"{MERGE}a (IAPT). Without it each row chooses its own"),
+    "nobody to merge": ({"merge_lora": True}, [], f"{MERGE}none. Without it each row chooses its own"),
     "nothing to fold": (
         {"fold_embeddings": True},
         [METHOD, LORA],

@@ -45,7 +45,8 @@ struct Ranges {
 
 struct BackboneSpec {
   int64_t hidden_size = 0, num_layers = 0, num_kv_heads = 0, head_dim = 0, vocab_size = 0, max_positions = 0;
-  std::string fingerprint;  // as tenants' cards name it
+  std::string name_or_path;  // a hub id, or where it stood when the bundle was built
+  std::string fingerprint;   // as tenants' cards name it
   std::vector<int64_t> eos_token_ids;
   int64_t pad_token_id = 0;
 };
@@ -63,7 +64,7 @@ struct TenantSpec {
   std::optional<std::string> method;  // none where it is merged into the backbone's weights
   std::optional<std::string> path;
   std::string trained_form;
-  std::string prompt_format;  // chat or plain
+  std::string prompt_format;  // chat or plain; empty for the backbone: chat where the bundle has a chat template
   std::vector<std::string> labels;
   std::optional<std::string> trained, examples;  // files that validation alone opens
   // what all of its training examples began with; empty for none, nothing where they differ or did not say
@@ -87,6 +88,7 @@ struct BundleManifest {
   BackboneSpec backbone;
   std::vector<MethodSpec> methods;
   std::vector<TenantSpec> tenants;
+  std::optional<TenantSpec> base;  // the backbone alone, under its name; none where a tenant is merged into it
   Ranges ranges;
   std::vector<TargetSpec> targets;
   std::map<std::string, FileSpec> files;  // every file but manifest.json, its hash and its signature, by path
@@ -100,6 +102,7 @@ struct BundleManifest {
 
   // The target of that name, or the first one if it is empty. Throws Error: no such target.
   const TargetSpec& target(const std::string& name) const;
+  // The tenant of that name; the backbone alone for an empty one or its own. Throws Error: no such tenant.
   const TenantSpec& tenant(const std::string& name) const;
   std::vector<const TenantSpec*> tenants_of(const std::string& method) const;
   // Prompt slots that a tenant's rows use, and those of a cache.

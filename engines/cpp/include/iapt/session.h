@@ -21,7 +21,7 @@ namespace iapt {
 
 // What one row of a batch shall answer.
 struct Request {
-  std::string tenant;
+  std::string tenant;           // empty, or the backbone's name, asks the backbone alone
   std::string prompt;           // the instruction's text; or give `tokens`
   std::vector<int64_t> tokens;  // the instruction as token ids, instead of text
   int64_t max_new_tokens = 64;

@@ -28,6 +28,7 @@ class TextCodec {
   TextCodec(TextCodec&&) noexcept;
   TextCodec& operator=(TextCodec&&) noexcept;
 
+  bool has_chat_template() const;
   // Token ids of an instruction; `chat` renders the chat template, `plain` takes the last message's text as it is.
   // Throws Error: the prompt is empty, the bundle has no chat template, the template refuses the conversation, or the
   // text holds what this program cannot read as training did.
