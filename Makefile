@@ -155,8 +155,8 @@ test: venv  ## run the tests that need neither a GPU nor much time
 	@$(MAKE) --no-print-directory backbone || echo "No backbone: the tests that need it will be skipped"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-docs: venv  ## run every command of the README and the site, and the notebooks, on tiny models (minutes)
-	$(BIN)/python -m pytest -m slow tests/test_documents.py tests/test_notebooks.py
+test-docs: venv  ## run every command of the README and the site, the notebooks, on tiny models, and look at the site (minutes)
+	$(BIN)/python -m pytest -m slow tests/test_documents.py tests/test_notebooks.py tests/test_site.py
 
 test-slow: venv backbone  ## run the tests that take minutes: the real backbone through the whole path
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

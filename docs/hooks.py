@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from iapt_export.cli import command_line
 from iapt_export.schemas import schemas
@@ -15,6 +16,8 @@ from trainers.methods.forms import METHODS
 MARK = "<!-- commands -->"
 METHODS_MARK = "<!-- methods -->"
 SCHEMAS_MARK = "<!-- schemas -->"
+MORE, LESS = ("models.md", "choose.md", "start.md", "serving.md"), ("reference/python.md", "decisions.md")
+"""Pages that stand before others in what the search finds, and behind them."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -25,8 +28,10 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Write what the marks stand for; a link out of the folder becomes the file's name."""
+    name = page.file.src_uri
+    page.meta["search"] = {"boost": 3 if name in MORE else 0.3 if name in LESS else 1}
     if MARK in markdown:
         markdown = markdown.replace(MARK, commands())
     if METHODS_MARK in markdown:

@@ -38,6 +38,8 @@ EXTRA = {
 """Flags that make a command small."""
 GPU = "needs an NVIDIA GPU; tests/gpu/test_first_light.py rehearses first light"
 NOT_RUN = {
+    "git clone": "nobody but the reader knows the address",
+    "cd": "tests run in the clone",
     "pip": "changes the environment; tests/test_packaging.py and the release workflow install the wheel",
     "make": "a target of its own: .ci/run calls demo's parts, cpp, test, docs, fuzz and torture",
     "cmake": "tests/native/test_examples.py compiles the example; make cpp the programs",
@@ -142,24 +144,42 @@ def test_the_commands_of_a_page_run(
         pytest.skip("; ".join(dict.fromkeys(skipped)))
 
 
-@pytest.mark.slow
-def test_the_server_answers_as_shown(desk: Path) -> None:
-    pytest.importorskip("fastapi", reason="needs the extra serve")
-    commands = commands_of(ROOT / "docs" / "serving.md")
-    serve = next(words for words in commands if words[:2] == ["iapt-export", "serve"])
-    curl = next(words for words in commands if words[0] == "curl")
+def answers_of(bundle: str, asked: list[list[str]]) -> list[str]:
+    """What a server of that bundle, here, says to the page's calls of curl."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", "iapt_export", *serve[1:], "--port=0"]
-    with subprocess.Popen(argv, cwd=desk, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    argv = [sys.executable, "-m", "iapt_export", "serve", bundle, "--port=0"]
+    with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             port = next(found[1] for line in process.stderr if (found := re.search(r"http://127.0.0.1:(\d+)", line)))
-            argv = [word.replace("localhost:8000", f"127.0.0.1:{port}") for word in curl]
-            done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+            calls = [[word.replace("localhost:8000", f"127.0.0.1:{port}") for word in words] for words in asked]
+            done = [subprocess.run(call, capture_output=True, text=True, check=True, timeout=60) for call in calls]
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-    assert '"model":"movie-sentiment"' in done.stdout.replace(" ", "") and done.stdout.rstrip().endswith("data: [DONE]")
+    return [answer.stdout.replace(" ", "").rstrip() for answer in done]
+
+
+@pytest.mark.slow
+def test_the_server_answers_as_shown(
+    desk: Path, tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    monkeypatch.chdir(shutil.copytree(desk, tmp_path / "here"))
+    asked: dict[str, list[list[str]]] = {}
+    for words in commands_of(ROOT / "docs" / "serving.md"):
+        if words[:2] == ["iapt-export", "build"]:
+            outcome = run(*small(words, tiny_build)[1:])
+            assert outcome.code == 0, outcome.err
+        elif words[:2] == ["iapt-export", "serve"]:
+            asked[words[2]] = []
+        elif words[0] == "curl" and any("localhost:8000/v1/" in word for word in words):
+            next(reversed(asked.values())).append(words)
+    (streamed,) = answers_of("bundle", asked["bundle"])
+    assert '"model":"movie-sentiment"' in streamed and streamed.endswith("data:[DONE]")
+    for model, answer in zip(("my-lora", "reviews"), answers_of("both", asked["both"]), strict=True):
+        assert f'"model":"{model}"' in answer and '"finish_reason":' in answer
+    assert asked.keys() == {"bundle", "both"}
 
 
 def test_python_in_pages_is_run_by_a_test() -> None:
@@ -264,3 +284,18 @@ def test_what_is_not_run_is_there_with_its_flags() -> None:
             assert all(option in lists for option in options), (page, words)
     stale = NOT_RUN.keys() - seen
     assert not stale, f"nothing in the pages begins with {stale}"
+
+
+def test_the_short_table_of_models_says_what_the_long_one_says() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    short, long = page.split("## Families")[0], page.split("<!-- table -->")[1].split("<!-- end of table -->")[0]
+    rows = re.findall(r"^\| ([^|]+) \| `\w+Config` \| ([^|]+) \|", long, flags=re.MULTILINE)
+    verdicts = {"yes": "yes", "portable graphs": "by portable graphs", "refused": "no"}
+    told = {
+        name: works
+        for works, names in re.findall(r"^\| [^|]+ \| ([^|]+) \| (`.+`) \|$", short, flags=re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    assert told.keys() == {name for name, _ in rows}
+    for name, verdict in rows:
+        assert told[name].partition(":")[0] == verdicts[verdict], name
