@@ -192,7 +192,7 @@ def validate(
     from validation.reporting.junit import write_junit
     from validation.reporting.report import write_report
     from validation.reporting.summary import failure, summary
-    from validation.validate import compared_targets, validate_bundle
+    from validation.validate import compared_targets, loader_for, validate_bundle
 
     check_folders(asked.junit)
     check_outside_bundles(asked.report, "--report")
@@ -202,7 +202,7 @@ def validate(
         steps("checking the files' hashes")
         manifest = open_manifest(bundle, trust=asked.trust, allow_unproven=True)
         steps(f"loading {backbone.model or manifest.backbone.name_or_path}")
-        loaded = load_backbone_of(bundle, manifest.backbone, **vars(backbone))
+        loaded = load_backbone_of(bundle, manifest.backbone, **vars(backbone), load=loader_for(manifest))
         depth = "quick" if asked.quick else "full"
         peft = not asked.no_peft_check
         settings = Settings(

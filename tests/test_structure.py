@@ -39,12 +39,12 @@ ROOMS = {
 """The folders of each package; docs/architecture.md says what is in which."""
 DOORS = {
     "trainers.decoder": "attention backbone backbone_sizes family generate insertion instruction method quantise "
-    "rounded stored",
+    "rounded stored streamed",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",
-    "iapt_export.contract": "disk errors graphs integrity manifest places probes schema settings sizes tenant_card "
-    "types weights_header",
+    "iapt_export.contract": "disk errors graphs integrity manifest places probes resources schema settings sizes "
+    "tenant_card types weights_header",
     "iapt_export.graphs": "export installed interface ops passes save table",
     "iapt_export.building": "build build_request footprint layout stage_cache tenant_file",
     "engines.onnxruntime": "devices runner",

@@ -93,15 +93,14 @@ class ParityFailure(Exception):  # noqa: N818
 def _compare(bundle: Path, config: pytest.Config) -> Any:
     from iapt_export.contract.errors import IaptError
     from iapt_export.contract.integrity import open_manifest
-    from trainers.decoder.backbone import load_backbone
     from validation.judging.compare import Settings
-    from validation.validate import validate_bundle
+    from validation.validate import loader_for, validate_bundle
 
     depth = "quick" if config.getoption("--iapt-quick") else "full"
     try:
         manifest = open_manifest(bundle, allow_unproven=True)
         name = config.getoption("--iapt-model") or manifest.backbone.name_or_path
-        backbone = load_backbone(name, revision=manifest.backbone.revision)
+        backbone = loader_for(manifest)(name, revision=manifest.backbone.revision)
         return validate_bundle(bundle, manifest, backbone, Settings(depth=depth, case=config.getoption("--iapt-case")))
     except IaptError as error:
         raise pytest.UsageError(f"--iapt-bundle {bundle}: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from engines.serving.loading import cache_kinds, on_device, open_runners, steppe
 from engines.serving.session import Session
 from iapt_export.contract.errors import NotRunnableError
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
+from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.quantise import QUANTISED
+from trainers.decoder.streamed import load_or_stream
 from validation.judging.compare import OnStep, Settings, Truths, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
 from validation.judging.peft import compare_peft
@@ -95,6 +97,17 @@ def validate_bundle(
         + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else "")
         + (f" --runner {settings.runner}" if settings.runner else ""),
     )
+
+
+def loader_for(manifest: BundleManifest) -> Callable[..., Backbone]:
+    """What loads a bundle's backbone for a comparison: streamed where there is no room for it.
+
+    A backbone that an adapter was merged into is loaded as a whole, because its weights are computed.
+    """
+    if any(tenant.method is None for tenant in manifest.tenants):
+        return load_backbone
+    rounds = any(target.dtype in QUANTISED for target in manifest.targets)
+    return functools.partial(load_or_stream, copies=1 + rounds)
 
 
 def compared_targets(manifest: BundleManifest, runner: str = "", device: str = "cpu") -> list[TargetSpec]:

@@ -31,8 +31,9 @@ from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.save import WEIGHTS_FILE
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.stored import load_mapped, outline_of
+from trainers.decoder.streamed import has_room_for, streamed
 from trainers.methods.forms import form_name
-from validation.judging.compare import Settings
+from validation.judging.compare import Settings, depth_for
 from validation.reporting.report import write_report
 from validation.reporting.summary import failure
 from validation.sides.peft_side import folders_of
@@ -78,7 +79,7 @@ def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
         targets = [_target(target, plan, graphs[target.variant], bundle, on_step) for target in plan.targets]
         manifest = _lay_out(plan, targets, graphs, backbones.outline("fp32"), bundle)
         if request.prove:
-            manifest = _prove(plan, bundle, manifest, backbones.load("fp32"), on_step)
+            manifest = _prove(plan, bundle, manifest, backbones.to_compare(plan.targets), on_step)
         _sign(bundle, request)
         publish(bundle, plan.output)
     return manifest
@@ -123,6 +124,14 @@ class _Backbones:
             return self.load(dtype)
         self._drop()
         return made
+
+    def to_compare(self, targets: list[TargetPlan]) -> Backbone:
+        """The backbone in fp32 for the proof: in memory, or `streamed` where that is too small."""
+        outline = self.outline("fp32")
+        rounds = any(target.weight_bits for target in targets)
+        if self._is_outlined and not has_room_for(outline.model, copies=1 + rounds):
+            return dataclasses.replace(outline, model=streamed(outline.model))
+        return self.load("fp32")
 
     def _options(self) -> dict[str, Any]:
         return {"revision": self._request.revision, "trust_remote_code": self._request.trust_remote_code}
@@ -230,7 +239,8 @@ def _prove(
 ) -> BundleManifest:
     """Validate a bundle that is not published yet; its manifest with parity and report files, saved."""
     request, output = plan.request, plan.output
-    settings = Settings(request.seed, request.new_tokens, request.device, peft_check=not request.no_peft_check)
+    depth = request.depth or depth_for(backbone.model)
+    settings = Settings(request.seed, request.new_tokens, request.device, depth, peft_check=not request.no_peft_check)
     folders = folders_of(plan.tenants.adapters)
     report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name, folders)
     # how long it took is not part of what was built: equal inputs give equal bytes

@@ -12,6 +12,7 @@ from cyclopts import Group, Parameter
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
 
 Device = Literal["cpu", "cuda"]
+Depth = Literal["quick", "standard", "full"]
 PeftFormat = Literal["plain", "chat"]
 Rational = Literal["function", "plugin"]
 _TARGETS = Parameter(group=Group("Targets", sort_key=1))
@@ -69,6 +70,9 @@ class BuildRequest:
     """Order in which prompts are mixed in the comparison."""
     new_tokens: Annotated[int, _COMPARISON] = 64
     """Greedy tokens for each prompt in the comparison."""
+    depth: Annotated[Depth | None, _COMPARISON] = None
+    """How much is compared: a few prompts and tokens (quick), all prompts (standard), or the longest cases as well
+    (full); without it, standard, and quick for backbones of more than two billion parameters."""
     device: Annotated[Device, _COMPARISON] = "cpu"
     """Where ONNX Runtime runs in the comparison; for cuda the bundle also gets the graphs that fp32 needs there."""
     no_peft_check: Annotated[bool, _COMPARISON] = False

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ def load_backbone_of(
     model: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    load: Callable[..., Backbone] = load_backbone,
 ) -> Backbone:
     """`load_backbone` for a bundle that exists.
 
@@ -123,13 +124,14 @@ def load_backbone_of(
         model: what to load; None takes what the manifest names.
         revision: likewise.
         trust_remote_code: as in `load_backbone`.
+        load: what to load it with.
 
     Raises:
         IaptError: it cannot be loaded. A folder's name in a manifest is meant from where the bundle was built.
     """
     name = model or spec.name_or_path
     try:
-        return load_backbone(name, revision=revision or spec.revision, trust_remote_code=trust_remote_code)
+        return load(name, revision=revision or spec.revision, trust_remote_code=trust_remote_code)
     except IaptError as error:
         if model or Path(name).exists():
             raise

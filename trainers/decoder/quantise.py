@@ -38,13 +38,24 @@ class Blocks:
 
     def restored(self) -> np.ndarray:
         """The matrix ``[K, N]`` (fp32) that the kernels multiply with."""
-        values = self.values
-        if self.bits == 4:
-            values = np.stack([values & 15, values >> 4], axis=-1)
+        return np.ascontiguousarray(self.restored_rows().T)
+
+    def restored_rows(self) -> np.ndarray:
+        """The same turned round, ``[N, K]``."""
         outputs, blocks = self.values.shape[:2]
-        steps = values.reshape(outputs, blocks, BLOCK_SIZE).astype(np.float32) - 2 ** (self.bits - 1)
-        matrix = (steps * self.scales.reshape(outputs, blocks, 1)).reshape(outputs, -1)
-        return np.ascontiguousarray(matrix[:, : self.num_inputs].T)
+        if self.bits == 4:
+            steps = _HALVES[self.values]  # [N, G, block / 2, 2]
+        else:
+            steps = self.values.astype(np.float32)
+            steps -= 2 ** (self.bits - 1)
+        steps = steps.reshape(outputs, blocks, BLOCK_SIZE)
+        steps *= self.scales.reshape(outputs, blocks, 1)
+        rows = steps.reshape(outputs, -1)
+        return np.ascontiguousarray(rows[:, : self.num_inputs])
+
+
+_HALVES = np.array([(byte % 16 - 8, byte // 16 - 8) for byte in range(256)], np.float32)
+"""The two steps that a byte holds."""
 
 
 def bits_for(shape: Sequence[int], bits: int, *, is_end: bool) -> int:

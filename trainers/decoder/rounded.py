@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainers.decoder.quantise import BLOCK_SIZE, bits_for, quantise
+from trainers.decoder.quantise import BLOCK_SIZE, Blocks, bits_for, quantise
 
 
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int) -> None:
     """Round a backbone's matrices in place: embeddings by rows, linear layers by inputs, what both share once."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    done: set[Tensor] = set()
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding | nn.Linear | Conv1D) or module.weight in done:
-            continue
+    for module, chosen in _matrices(model, bits):
         weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T  # [K, N]
-        is_table = isinstance(module, nn.Embedding)
-        if weight.shape[0] < BLOCK_SIZE or (
-            is_table and (weight.shape[0] % BLOCK_SIZE or weight.shape[1] < BLOCK_SIZE)
-        ):
-            continue
-        chosen = bits_for(weight.shape, bits, is_end=is_table or module is head)
         weight.copy_(torch.from_numpy(quantise(weight.contiguous().float().numpy(), chosen).restored()))
-        done.add(module.weight)
+
+
+def _matrices(model: nn.Module, bits: int) -> list[tuple[Any, int]]:
+    """The modules whose weights are rounded, one of those that share one, and to how many bits."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    done: set[int] = set()
+    found = []
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding | nn.Linear | Conv1D) or id(module.weight) in done:
+            continue
+        outputs_first = not isinstance(module, Conv1D)
+        shape = tuple(module.weight.shape)[::-1] if outputs_first else tuple(module.weight.shape)  # [K, N]
+        is_table = isinstance(module, nn.Embedding)
+        if shape[0] < BLOCK_SIZE or (is_table and (shape[0] % BLOCK_SIZE or shape[1] < BLOCK_SIZE)):
+            continue
+        done.add(id(module.weight))
+        found.append((module, bits_for(shape, bits, is_end=is_table or module is head)))
+    return found
+
+
+class RoundedWeights:
+    """Gives a backbone's weights as `round_weights` leaves them, one at a time.
+
+    What a matrix is rounded to is computed once and kept in a file without a name, in the folder for temporary files:
+    five to nine bits a number.
+    """
+
+    def __init__(self, model: nn.Module, bits: int, read: Callable[[str], Tensor]) -> None:
+        """Take a model whose parameters need no values, and what gives its weights by their names."""
+        self._read = read
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self._bits: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+        self._inputs_first: set[str] = set()
+        for module, chosen in _matrices(model, bits):
+            same = names[id(module.weight)]
+            self._bits |= dict.fromkeys(same, chosen)
+            self._first |= dict.fromkeys(same, same[0])
+            self._inputs_first |= set(same) if isinstance(module, Conv1D) else set()
+        self._kept: dict[str, Blocks] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        """A weight by its name in the model's state."""
+        if name not in self._bits:
+            return self._read(name)
+        blocks = self._kept.get(self._first[name])
+        if blocks is None:
+            weight = self._read(name).float()
+            matrix = weight if name in self._inputs_first else weight.T  # [K, N]
+            blocks = quantise(matrix.contiguous().numpy(), self._bits[name])
+            values, scales = _on_disk(blocks.values), _on_disk(blocks.scales)
+            self._kept[self._first[name]] = blocks = Blocks(blocks.bits, values, scales, blocks.num_inputs)
+        rows = torch.from_numpy(blocks.restored_rows())  # [N, K]
+        return rows.T.contiguous() if name in self._inputs_first else rows
+
+
+def _on_disk(array: np.ndarray) -> np.ndarray:
+    """A copy that is mapped from a file which is gone when nobody maps it any more."""
+    with tempfile.TemporaryFile() as stream:
+        array.tofile(stream)
+        stream.flush()
+        return np.memmap(stream, array.dtype, "r", shape=array.shape)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engines.serving.session import Session
 from engines.serving.text import TextCodec
@@ -31,6 +32,8 @@ from validation.sides.reference import Reference
 from validation.sides.truth import Truth, record_fed, record_truth
 
 OnStep = Callable[[str], None]
+LARGE = 2 * 10**9
+"""Parameters of a backbone above which a comparison is quick unless more is asked for."""
 PROMPTS = "prompts"
 """The name of the case that compares the tenants' own prompts."""
 
@@ -71,6 +74,11 @@ class Settings:
         return self.case in (None, name)
 
 
+def depth_for(model: Any) -> str:
+    """How much is compared with a backbone where nobody says it."""
+    return "quick" if sum(parameter.numel() for parameter in model.parameters()) > LARGE else "standard"
+
+
 @dataclass(frozen=True)
 class Truths:
     """The reference's answers, recorded once and held against every target."""
@@ -103,20 +111,20 @@ def measure_truth(
         num_kept=_num_kept(manifest),
         on_step=lambda: on_step(text),
     )
-    recorded: list[tuple[Case, list[Truth]]] = []
-    for case in cases:
-        if not case.is_refused:
-            on_step(f"PyTorch computes case {case}")
-        recorded.append((case, _case_truths(reference, case)))
-    return Truths(answers, recorded)
+    return Truths(answers, list(zip(cases, _case_truths(reference, cases, on_step), strict=True)))
 
 
-def _case_truths(reference: Reference, case: Case) -> list[Truth]:
-    if case.is_refused:
-        return []
-    if case.fed:
-        return record_fed(reference, case.rows, case.fed)
-    return record_truth(reference, case.rows, new_tokens=case.new_tokens, num_kept=len(case.rows))
+def _case_truths(reference: Reference, cases: Sequence[Case], on_step: OnStep) -> list[list[Truth]]:
+    """Each case's rows; all rows of all cases go through the backbone together."""
+    asked = [case for case in cases if not case.is_refused]
+    rows = [(case, prompt, fed) for case in asked for prompt, fed in zip(case.rows, case.fed, strict=True)]
+    truths = record_fed(
+        reference,
+        [prompt for _, prompt, _ in rows],
+        [fed for *_, fed in rows],
+        lambda number: on_step(f"PyTorch computes case {rows[number][0]}"),
+    )
+    return [[truth for truth, (of, *_) in zip(truths, rows, strict=True) if of is case] for case in cases]
 
 
 def chosen_cases(manifest: BundleManifest, settings: Settings, text: Sequence[int]) -> list[Case]:

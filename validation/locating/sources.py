@@ -6,8 +6,7 @@ tensor, it is named; weights are compared number by number. What no experiment e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -17,6 +16,7 @@ from iapt_export.graphs.passes.pack_projections import JOIN
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
 from trainers.decoder.insertion import layers_path
 from trainers.decoder.quantise import BLOCK_SIZE, Blocks
+from trainers.decoder.streamed import read_weight
 from validation.judging.metrics import worst_vector
 from validation.locating.scene import Scene, Suspect, hypothetical
 from validation.sides.recording import OTHER_INPUT, Hypothesis
@@ -139,8 +139,8 @@ def _weight_evidence(scene: Scene, graph: TappedGraph, path: str) -> str:
     module = scene.reference.model.get_submodule(path)
     used = [name for place in graph.of_module(path) for name in graph.nodes[place].input if name in graph.weights]
     weights = {name: stored_weight(graph, name) for name in used if not name.endswith(SCALES)}
-    for name, parameter in module.named_parameters(recurse=False):
-        right = numpy(parameter)
+    for name, _ in module.named_parameters(recurse=False):
+        right = numpy(read_weight(scene.reference.model, f"{path}.{name}"))
         shipped = next((other for other in weights if other.startswith(f"{path}.{name}")), None)
         # equal tensors are stored once, under the name of the first
         shipped = shipped or next((other for other, array in weights.items() if array.size == right.size), None)
@@ -160,7 +160,7 @@ def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str
         packed, start = stored_weight(graph, name), 0
         for part in name.removesuffix(BLOCKS).split(JOIN):
             module_path, _, kind = part.removesuffix(TRANSPOSED).rpartition(".")
-            right = numpy(scene.reference.model.get_submodule(module_path).get_parameter(kind))
+            right = numpy(read_weight(scene.reference.model, f"{module_path}.{kind}"))
             right = right.T if part.endswith(TRANSPOSED) else right
             stored = packed[..., start : start + right.shape[-1]]
             start += right.shape[-1]
@@ -192,7 +192,7 @@ def _initializer(graph: TappedGraph, name: str) -> np.ndarray:
     return numpy_helper.to_array(tensor)
 
 
-def _difference(stored: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.ndarray]) -> str:
+def _difference(stored: np.ndarray, right: np.ndarray, elsewhere: Iterable[tuple[int, np.ndarray]]) -> str:
     """In words, how a weight differs from the right one; ``elsewhere`` holds other layers' weights of that name."""
     if stored.shape != right.shape:
         return f"its shape is {list(stored.shape)}, expected {list(right.shape)}"
@@ -208,20 +208,20 @@ def _difference(stored: np.ndarray, right: np.ndarray, elsewhere: dict[int, np.n
     ratio = stored[used] / right[used]
     if ratio.size and np.allclose(ratio, np.median(ratio), rtol=1e-4):
         return f"it is {np.median(ratio):.6g} times the right one"
-    for layer, array in elsewhere.items():
+    for layer, array in elsewhere:
         if np.array_equal(stored.ravel(), array.ravel()) or np.array_equal(stored.ravel(), array.T.ravel()):
             return f"it is layer {layer}'s"
     return f"{count} of {stored.size} numbers differ, by up to {np.abs(stored - right).max():.3g}"
 
 
-def _elsewhere(scene: Scene, path: str, name: str) -> dict[int, np.ndarray]:
-    """The same weight of the other layers."""
+def _elsewhere(scene: Scene, path: str, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The same weight of the other layers, one at a time."""
     prefix = layers_path(scene.reference.model)
     this = layer_of(f"{path}.", prefix)
     layers = range(scene.reference.manifest.backbone.num_layers if this is not None else 0)
     paths = {layer: path.replace(f"{prefix}.{this}.", f"{prefix}.{layer}.") for layer in layers if layer != this}
-    modules: dict[int, Any] = {layer: scene.reference.model.get_submodule(other) for layer, other in paths.items()}
-    return {layer: numpy(module.get_parameter(name)) for layer, module in modules.items()}
+    for layer, other in paths.items():
+        yield layer, numpy(read_weight(scene.reference.model, f"{other}.{name}"))
 
 
 def _by_place(suspect: Suspect, graph: TappedGraph, places: list[int]) -> tuple[str, str]:

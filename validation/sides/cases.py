@@ -61,8 +61,8 @@ class Case:
     is_quick: bool = True
     """Part of a quick comparison too."""
     fed: tuple[tuple[int, ...], ...] = ()
-    """Each row's tokens after its instruction, one a step; empty feeds what PyTorch finds likeliest. Of given tokens
-    PyTorch computes hundreds in one pass."""
+    """Each row's tokens after its instruction, one a step, of which PyTorch computes hundreds in one pass; none where
+    the case is refused."""
 
     def __str__(self) -> str:
         lengths = ", ".join(str(len(row.tokens)) for row in self.rows)

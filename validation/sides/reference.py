@@ -8,9 +8,9 @@ eagerly, behind the runner contract, so that a session can generate with it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,9 +29,11 @@ from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.generate import decode, prefill
 from trainers.decoder.insertion import positions, sizes_of
 from trainers.decoder.method import Method, Weights, rows_of
+from trainers.decoder.streamed import abreast
 from trainers.methods.configs import METHOD_CONFIGS
 from trainers.methods.forms import new_method
 
+Result = TypeVar("Result")
 BACKBONE = "the backbone"
 """What reports call the rows that name no tenant."""
 
@@ -59,7 +61,8 @@ class Reference:
         Args:
             bundle: the bundle's folder.
             manifest: its manifest.
-            backbone: a `trainers.decoder.backbone.Backbone` in fp32.
+            backbone: a `trainers.decoder.backbone.Backbone` in fp32; its model may be one of
+                `trainers.decoder.streamed`.
 
         Raises:
             BundleError: the backbone is not the bundle's, or has other weights.
@@ -86,6 +89,19 @@ class Reference:
             method = new_method(config, sizes)
             method.load_state_dict(load_file(bundle / (tenant.trained or tenant.path or "")))
             self.methods[tenant.name] = method.eval()
+
+    def together(self, calls: Sequence[Callable[[Reference], Result]]) -> list[Result]:
+        """Results of computations that have nothing to do with each other, each given a reference to compute with.
+
+        Over a streamed backbone all share one reading of its weights; see `trainers.decoder.streamed.abreast`.
+        """
+
+        def over(model: Any) -> Reference:
+            other = copy.copy(self)
+            other.model = model
+            return other
+
+        return abreast(self.model, [lambda model, call=call: call(over(model)) for call in calls])  # type: ignore[misc]
 
     def prefill(self, tenant: str, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
         """Logits ``[B, V]`` and cache of rows of one tenant; see `trainers.decoder.generate.prefill`."""

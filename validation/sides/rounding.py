@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from contextlib import ExitStack
 
 import torch
 
 from engines.serving.session import Session
 from trainers.decoder.method import Method
-from trainers.decoder.rounded import round_weights
+from trainers.decoder.rounded import RoundedWeights, round_weights
+from trainers.decoder.streamed import is_streamed, read_weight, streamed
 from validation.sides.reference import Reference
 from validation.sides.stepping import session_with
 from validation.sides.taps import TappedGraph, TappedRunner
@@ -38,7 +40,7 @@ def with_rounded_weights(reference: Reference, bits: int) -> Reference:
     """The reference with the backbone's matrices rounded to ``bits`` bits and back, as the exporter's pass stores them.
 
     What `build` takes from fp32 weights stays as it is: a merged adapter, a folded embedding table. The copy takes as
-    much memory as the backbone.
+    much memory as the backbone; that of a streamed one takes disk instead.
     """
     other = copy.copy(reference)
     other.methods = dict(reference.methods)
@@ -52,6 +54,10 @@ def with_rounded_weights(reference: Reference, bits: int) -> Reference:
             elif method.folded_form == forms[tenant.method]:
                 table = reference.model.get_input_embeddings()
                 other.methods[tenant.name] = method.folded(table(torch.arange(table.num_embeddings))).eval()
+        if is_streamed(reference.model):
+            rounded = RoundedWeights(reference.model, bits, functools.partial(read_weight, reference.model))
+            other.model = streamed(reference.model, rounded)
+            return other
         other.model = copy.deepcopy(reference.model)
     round_weights(other.model, bits)
     return other

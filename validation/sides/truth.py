@@ -69,28 +69,53 @@ def record_truth(
     """
     truths = [Truth(prompt) for prompt in prompts]
     kept = {id(truth) for truth in truths[:num_kept]}
-    for tenant, rows in _batches(reference, truths):
-        drafts = _draft(reference, tenant, [row.prompt for row in rows], new_tokens, on_step)
-        for row, draft in zip(rows, drafts, strict=True):
-            _record_alone(reference, tenant, row, draft, is_kept=id(row) in kept)
+    batches = list(_batches(reference, truths))
+
+    def drafting(tenant: str, rows: list[Truth]) -> Callable[[Reference], list[list[int]]]:
+        return lambda with_model: _draft(with_model, tenant, [row.prompt for row in rows], new_tokens, on_step)
+
+    def recording(tenant: str, row: Truth, draft: list[int]) -> Callable[[Reference], None]:
+        return lambda with_model: _record_alone(with_model, tenant, row, draft, is_kept=id(row) in kept)
+
+    drafts = reference.together([drafting(*batch) for batch in batches])
+    reference.together(
+        [
+            recording(tenant, row, draft)
+            for (tenant, rows), drafted in zip(batches, drafts, strict=True)
+            for row, draft in zip(rows, drafted, strict=True)
+        ]
+    )
     return truths
 
 
-def record_fed(reference: Reference, prompts: Sequence[Prompt], fed: Sequence[tuple[int, ...]]) -> list[Truth]:
+def record_fed(
+    reference: Reference,
+    prompts: Sequence[Prompt],
+    fed: Sequence[tuple[int, ...]],
+    on_row: Callable[[int], None] = lambda _: None,
+) -> list[Truth]:
     """What PyTorch computes when given tokens follow each prompt: all of them in one pass, which is quick.
 
     Args:
         reference: the PyTorch side.
         prompts: what is read first.
-        fed: each prompt's tokens that follow, as many for each.
+        fed: each prompt's tokens that follow.
+        on_row: called with each row's number before it is computed, for progress.
 
     Returns:
         One `Truth` for each prompt, in their order: logits of a step more than there are tokens, and the caches
         that prefill and the whole leave.
     """
     truths = [Truth(prompt, forced=tokens) for prompt, tokens in zip(prompts, fed, strict=True)]
-    for truth in truths:
-        _record_forced(reference, truth.prompt.tenant, truth, is_kept=True)
+
+    def recording(number: int, truth: Truth) -> Callable[[Reference], None]:
+        def record(with_model: Reference) -> None:
+            on_row(number)
+            _record_forced(with_model, truth.prompt.tenant, truth, is_kept=True)
+
+        return record
+
+    reference.together([recording(*numbered) for numbered in enumerate(truths)])
     return truths
 
 
