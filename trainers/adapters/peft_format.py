@@ -16,7 +16,7 @@ from torch import Tensor
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import Adapter, AdapterConfig, read_fields, read_tensors
-from trainers.adapters.peft_forms import FORMS, PeftForm, check_tensors
+from trainers.adapters.peft_forms import FORMS, REMEDY, PeftForm, check_tensors
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
@@ -126,18 +126,18 @@ def _checked_form(fields: dict[str, Any], sizes: Sizes, source: str) -> PeftForm
     if form is None:
         raise IaptError(
             f"{source}: PEFT's method {kind!r} is not supported; use one of {', '.join(FORMS)}, or a method "
-            "of this project's own trainer"
+            f"of this project's own trainer; or {REMEDY}, where PEFT can do that"
         )
     problems = [
         f"{name}={value!r} is not supported"
         for name, value in sorted(fields.items())
         if value and name not in form.options
     ]
-    if problems and form.remedy:
+    others = {name: values for name, values in form.allowed(sizes).items() if fields.get(name) not in values}
+    for name, values in others.items():
+        allowed = " or ".join(repr(value) for value in values if value is not None)
+        problems.append(f"{name} is {fields[name]!r}, expected {allowed}")
+    if form.remedy and problems and others.keys() != {"task_type"}:
         problems.append(form.remedy)
-    for name, values in form.allowed(sizes).items():
-        if fields.get(name) not in values:
-            allowed = " or ".join(repr(value) for value in values if value is not None)
-            problems.append(f"{name} is {fields[name]!r}, expected {allowed}")
     raise_problems(f"{source}: this adapter of PEFT's {kind} cannot be served as it is", problems)
     return form

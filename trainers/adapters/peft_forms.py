@@ -33,6 +33,11 @@ COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """LoRA's initial weights that leave the backbone as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
+REMEDY = (
+    "merge it into the backbone with PEFT's merge_and_unload(), save that model with its tokenizer, and build it with "
+    "--model, without --adapter"
+)
+"""For what changes the backbone in a way that no stack of tenants holds."""
 MAX_PROBLEMS = 8
 """Tensors named in one error text; a wrong backbone makes all of them wrong."""
 _ANY = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
@@ -204,7 +209,7 @@ class _LoRA(PeftForm):
         *("ensure_weight_tying", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
         *("rank_pattern", "alpha_pattern", "layers_to_transform"),
     }
-    remedy = "merge it into the backbone with PEFT's merge_and_unload(), save that model and give it with --model"
+    remedy = REMEDY
 
     def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
         return super().allowed(sizes) | {"bias": (None, "none"), "init_lora_weights": HARMLESS_INITS}
@@ -212,6 +217,8 @@ class _LoRA(PeftForm):
     def read(
         self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
     ) -> tuple[Any, dict[str, Tensor]]:
+        if any(".lora_embedding_" in name for name in tensors):
+            raise IaptError(f"{source}: LoRA of the embeddings is not supported; {REMEDY}")
         try:
             configs = _configs(fields, tensors, sizes, source)
         except (TypeError, AttributeError, re.error) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ PROMPTS = (tuple(range(5, 25)), (40, 77, 12))
 SHORT_ROWS = {"sequence": "1:16:24", "past": "5:24:31"}
 """Within the 32 positions that longrope's short factors are for."""
 OURS = ("iapt", "prefix", "lora")
+TENANTS = ("", "stock", *OURS)
+"""The backbone alone, and the bundle's four tenants."""
 
 
 def method_for(name: str, sizes: Sizes) -> Any:
@@ -77,12 +80,13 @@ class Words:
         return float(np.abs(self.log_probabilities - other.log_probabilities).max())
 
 
-def stock_words(model: Any) -> list[Words]:
+def stock_words(model: Any, **options: Any) -> list[Words]:
     """What a stock model generates for each prompt, alone."""
     made = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         fed = {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": None, "do_sample": False}
+        fed |= options
         wanted = {"max_new_tokens": NEW_TOKENS, "output_logits": True, "return_dict_in_generate": True}
         answer = model.generate(input_ids=ids, **fed, **wanted)
         tokens = answer.sequences[0, -NEW_TOKENS:]
@@ -91,44 +95,94 @@ def stock_words(model: Any) -> list[Words]:
     return made
 
 
-def served_and_compared(family: str, folder: Path) -> float:
-    """Build, prove and serve a family; the largest difference of a log-probability to stock transformers and PEFT."""
-    model = save_tiny_backbone(folder / "model", tiny_family(family))
-    peft_model = stock(lambda: tiny_family(family), "PromptTuningConfig", {"num_virtual_tokens": 4})
-    peft_model.save_pretrained(folder / "stock")
-    for seed, name in enumerate(OURS):
-        save_ours(folder / name, family, seed)
-    adapters = [folder / name for name in ("stock", *OURS)]
-    places = {"model": str(model), "adapters": adapters, "output": folder / "out", "cache": folder / "cache"}
-    build(BuildRequest(**places, **RANGES | SHORT_ROWS, new_tokens=NEW_TOKENS, peft_prompt_format="plain"))
-
-    manifest = BundleManifest.load(folder / "out")
-    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
-    (theirs,) = [target for target in report["targets"] if target["name"] == "PEFT's own answer"]
-    assert manifest.parity.verdict == "pass" and theirs["status"] == "pass"
-    assert ("serve" in manifest.target().graphs) == (FAMILIES[family][0] == IN_PLACE)
-    tenants = ("", "stock", *OURS)
+def served_words(bundle: Path, tenants: Sequence[str]) -> dict[str, list[Words]]:
+    """What each tenant of a bundle answers to each prompt, all in one session's batches."""
     requests = [
         Request(tenant, tokens=prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
         for tenant in tenants
         for prompt in PROMPTS
     ]
     said: list[list[Token]] = [[] for _ in requests]
-    with Session.open(folder / "out") as session:
+    with Session.open(bundle) as session:
         for token in session.stream(requests):
             said[token.index].append(token)
     words = [Words([t.token for t in answer], np.array([t.logprob for t in answer])) for answer in said]
-    served = {tenant: words[2 * place : 2 * place + 2] for place, tenant in enumerate(tenants)}
-    for one, other in itertools.combinations(tenants, 2):
+    return {tenant: words[2 * place : 2 * place + 2] for place, tenant in enumerate(tenants)}
+
+
+def stock_prompt(family: str) -> Any:
+    """A family in stock PEFT, with a prompt."""
+    return stock(lambda: tiny_family(family), "PromptTuningConfig", {"num_virtual_tokens": 4})
+
+
+def built(family: str, folder: Path, *targets: str) -> Path:
+    """A bundle of four tenants that the proof accepts: a prompt that stock PEFT saved, IAPT, a prefix, and LoRA.
+
+    A second one, for other targets, takes its place.
+    """
+    adapters = [folder / name for name in TENANTS[1:]]
+    if not (folder / "model").is_dir():
+        save_tiny_backbone(folder / "model", tiny_family(family))
+        stock_prompt(family).save_pretrained(folder / "stock")
+        for seed, name in enumerate(OURS):
+            save_ours(folder / name, family, seed)
+    places = {"model": str(folder / "model"), "output": folder / "out", "cache": folder / "cache"}
+    fields = {"new_tokens": NEW_TOKENS, "peft_prompt_format": "plain"}
+    build(BuildRequest(**places, **RANGES | SHORT_ROWS, **fields, adapters=adapters, targets=targets))
+    assert BundleManifest.load(folder / "out").parity.verdict == "pass"
+    return folder / "out"
+
+
+def result_of(bundle: Path, name: str) -> dict[str, Any]:
+    """What the proof says of a target, or of PEFT."""
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    (result,) = [target for target in report["targets"] if target["name"] == name]
+    return dict(result)
+
+
+def served_apart(bundle: Path) -> dict[str, list[Words]]:
+    """Every tenant's answers and the backbone's, which adapters must change."""
+    served = served_words(bundle, TENANTS)
+    for one, other in itertools.combinations(TENANTS, 2):
         # a prompt is out of sight behind a long instruction where windows are short
         apart = max(ours.distance(theirs) for ours, theirs in zip(served[one], served[other], strict=True))
         assert apart > 10 * LIMIT, f"{one!r} and {other!r}: adapters matter"
+    return served
+
+
+def served_and_compared(family: str, folder: Path) -> float:
+    """Build, prove and serve a family; the largest difference of a log-probability to stock transformers and PEFT."""
+    bundle = built(family, folder)
+    assert result_of(bundle, "PEFT's own answer")["status"] == "pass"
+    assert ("serve" in BundleManifest.load(bundle).target().graphs) == (FAMILIES[family][0] == IN_PLACE)
+    served = served_apart(bundle)
     distances = []
-    for tenant, stock_model in (("", tiny_family(family)), ("stock", peft_model)):
+    for tenant, stock_model in (("", tiny_family(family)), ("stock", stock_prompt(family))):
         for ours, wanted in zip(served[tenant], stock_words(stock_model), strict=True):
             assert ours.tokens == wanted.tokens, tenant
             distances.append(ours.distance(wanted))
     return max(distances)
+
+
+def rounded_error(bundle: Path, dtype: str) -> float:
+    """Serve a bundle whose weights are in ``int8`` or ``int4``, and read what its proof measured.
+
+    Returns:
+        The largest error of a logit, relative to the largest, of graphs that round no activations against PyTorch with
+        weights that went through the same quantiser; the proof holds greedy tokens to be the same there.
+    """
+    exact = result_of(bundle, f"onnxruntime with {dtype} weights, otherwise")
+    assert exact["status"] == "pass"
+    assert [check["passed"] for check in exact["checks"] if check["stage"] == "greedy tokens"] == [True]
+    served_apart(bundle)
+    return max(check["measured"]["relative"] for check in exact["checks"] if check["stage"].endswith("logits"))
+
+
+def engines_of(bundle: Path) -> list[str]:
+    """A bundle's TensorRT for RTX engines, whose interface the proof checked, and more where there is a GPU."""
+    engines = result_of(bundle, "tensorrt-rtx")
+    assert engines["checks"] and all(check["passed"] for check in engines["checks"])
+    return sorted(path.stem for path in (bundle / "engines").rglob("*.engine"))
 
 
 @pytest.mark.slow
@@ -136,3 +190,15 @@ def served_and_compared(family: str, folder: Path) -> float:
 def test_a_family_is_served_as_stock_libraries_run_it(family: str, tmp_path: Path) -> None:
     """The backbone's tokens are those of ``generate``, a soft prompt's those of PEFT, and the proof holds for all."""
     assert served_and_compared(family, tmp_path) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "bloom"])
+def test_a_family_on_other_targets(family: str, tmp_path: Path) -> None:
+    """Weights in 4 bits, and engines for NVIDIA GPUs; ``python -m benchmarks.families`` tries all families."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which builds engines without a GPU")
+    in_place = FAMILIES[family][0] == IN_PLACE
+    bundle = built(family, tmp_path, f"onnxruntime:{'int4' if in_place else 'fp32'}", "tensorrt-rtx:fp16")
+    assert engines_of(bundle) == (["serve_decode", "serve_prefill"] if in_place else ["decode", "prefill"])
+    if in_place:
+        assert rounded_error(bundle, "int4") < LIMIT
