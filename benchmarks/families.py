@@ -1,11 +1,12 @@
 """Which families of decoders are supported, as a table: ``python -m benchmarks.families`` writes ``docs/models.md``.
 
-With ``--served FAMILY``, ``--served all`` or ``--served missing`` (a minute each) they are built with four tenants,
-proven and served too; what an earlier run found for the others is kept.
-
 Each family of `tests.families` is held against the outside truth in PyTorch: the plain backbone's tokens against
 ``generate`` of stock transformers, a soft prompt's logits against stock PEFT, and a short row beside a long one against
 the same row alone.
+
+``--served FAMILY``, ``all`` or ``missing`` builds bundles of four tenants, proves and serves them (a minute each), and
+``--targets FAMILY``, ``all`` or ``missing`` does it with weights in 4 and 8 bits, and builds TensorRT for RTX engines
+(two minutes each). What an earlier run found for the others is kept.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from iapt_export.contract.errors import IaptError
-from tests.families import FAMILIES, tiny_family
-from tests.iapt_export.building.test_families import SUPPORTED, served_and_compared
+from tests.families import FAMILIES, IN_PLACE, tiny_family
+from tests.iapt_export.building.test_families import (
+    SUPPORTED,
+    built,
+    engines_of,
+    rounded_error,
+    served_and_compared,
+)
 from tests.trainers.decoder import test_family as truth
 from trainers.decoder.family import family_of
 
@@ -36,63 +44,120 @@ TITLES = (
     "Error to PEFT",
     "Error beside a row",
     "Served",
+    "int4",
+    "RTX engines",
+    "int8",
 )
+RUN = TITLES[7:]
+"""Columns that take minutes a family, and are kept."""
+Cells = dict[str, str]
 
 
-def row(name: str) -> str:
-    """A family's line of the table, without its last column."""
+def row(name: str) -> Cells:
+    """A family's line of the table, but for the columns of `RUN`."""
     _, config, _ = FAMILIES[name]
     family = family_of(tiny_family(name))
+    cells = {"Family": name, "Configuration": f"`{config}Config`"}
     if family.refusal:
-        return f"| {name} | `{config}Config` | refused | {family.refusal} | | |"
-    same, of_peft, alone = truth.tokens_agree(name), truth.error_to_peft(name), truth.error_beside_a_long_row(name)
-    verdict = "yes" if family.in_place else "portable graphs"
-    notes = "; ".join(family.restrictions)
-    return f"| {name} | `{config}Config` | {verdict} | {notes} | {same and 'same'} | {of_peft:.0e} | {alone:.0e}"
+        return cells | {"Supported": "refused", "Why not, or how": family.refusal}
+    return cells | {
+        "Supported": "yes" if family.in_place else "portable graphs",
+        "Why not, or how": "; ".join(family.restrictions),
+        "Tokens": "same" if truth.tokens_agree(name) else FAILS,
+        "Error to PEFT": f"{truth.error_to_peft(name):.0e}",
+        "Error beside a row": f"{truth.error_beside_a_long_row(name):.0e}",
+    }
 
 
-def served_error(name: str) -> str:
+def served_cells(name: str) -> Cells:
     """What the exported graphs add: see `tests.iapt_export.building.test_families`."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            return f"{served_and_compared(name, Path(folder)):.0e}"
-        except (AssertionError, IaptError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            return FAILS
+        return {"Served": _tried(name, lambda: f"{served_and_compared(name, Path(folder)):.0e}")}
 
 
-def write_table(rows: dict[str, str], served: dict[str, str]) -> None:
+def target_cells(name: str) -> Cells:
+    """The largest error of a logit with weights in 4 bits, and which engines were built."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if FAMILIES[name][0] != IN_PLACE:
+            return {"int4": "refused", "RTX engines": _tried(name, partial(_engines, name, folder, "fp32"))}
+        engines = _tried(name, partial(_engines, name, folder, "int4"))
+        # where that failed, the weights are tried without the engines
+        make = partial(_rounded, name, folder, "int4") if engines == FAILS else partial(_error, folder / "out", "int4")
+        return {"int4": _tried(name, make), "RTX engines": engines}
+
+
+def int8_cells(name: str) -> Cells:
+    """The same with weights in 8 bits."""
+    if FAMILIES[name][0] != IN_PLACE:
+        return {"int8": "refused"}
+    with tempfile.TemporaryDirectory() as folder:
+        return {"int8": _tried(name, partial(_rounded, name, Path(folder), "int8"))}
+
+
+def _error(bundle: Path, dtype: str) -> str:
+    return f"{rounded_error(bundle, dtype):.0e}"
+
+
+def _rounded(name: str, folder: Path, dtype: str) -> str:
+    return _error(built(name, folder, f"onnxruntime:{dtype}"), dtype)
+
+
+def _engines(name: str, folder: Path, dtype: str) -> str:
+    return ", ".join(engines_of(built(name, folder, f"onnxruntime:{dtype}", "tensorrt-rtx:fp16")))
+
+
+def _tried(name: str, make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except Exception as error:  # whatever it is: the other families go on, and this one is mended
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return FAILS
+
+
+def write_table(lines: dict[str, Cells]) -> None:
     """Put the table between its markers."""
     versions = f"transformers {version('transformers')}, PEFT {version('peft')}, torch {version('torch')}"
-    head = [f"| {' | '.join(TITLES)} |", f"|{' --- |' * len(TITLES)}"]
-    lines = [f"{text} | {served.get(name, '')} |" for name, text in rows.items()]
+    table = [f"Measured with {versions}.", "", f"| {' | '.join(TITLES)} |", f"|{' --- |' * len(TITLES)}"]
+    table += [f"| {' | '.join(line.get(title, '') for title in TITLES)} |" for line in lines.values()]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    after = rest.partition(END)[2]
-    table = "\n".join([f"Measured with {versions}.", "", *head, *lines])
-    PAGE.write_text(f"{before}{START}{table}\n{END}{after}", encoding="utf-8")
+    text = "\n".join(table)
+    page = f"{before}{START}{text}\n{END}{rest.partition(END)[2]}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def kept_lines() -> dict[str, Cells]:
+    """What the table that is there says of each family, by title."""
+    lines = PAGE.read_text(encoding="utf-8").partition(START)[2].partition(END)[0].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    return {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells if line[0] in FAMILIES}
 
 
 def main() -> int:
-    """Write the table; 1 where a family that was served failed."""
+    """Write the table; 1 where a family failed in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = ("all", "missing", *SUPPORTED)
-    parser.add_argument("--served", action="append", default=[], choices=choices, metavar="all|missing|FAMILY")
-    asked = parser.parse_args().served
-    kept = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in _table() if line.count("|") == 9}
-    served = {name: text for name, text in kept.items() if name in SUPPORTED}
-    rows = {name: row(name) for name in FAMILIES}
-    write_table(rows, served)
-    for name in SUPPORTED:
-        if name in asked or "all" in asked or ("missing" in asked and served.get(name, "") in ("", FAILS)):
-            served[name] = served_error(name)
-            write_table(rows, served)  # at once: what was cut goes on with `--served missing`
-            print(f"{name}: {served[name]}", flush=True)
-    return int(FAILS in served.values())
-
-
-def _table() -> list[str]:
-    """The lines of the table that is there."""
-    return PAGE.read_text(encoding="utf-8").partition(START)[2].partition(END)[0].splitlines()
+    for flag in ("--served", "--targets"):
+        parser.add_argument(flag, action="append", default=[], choices=choices, metavar="all|missing|FAMILY")
+    asked, kept = parser.parse_args(), kept_lines()
+    lines: dict[str, Cells] = {}
+    for name in FAMILIES:
+        is_kept = name in kept and (asked.served or asked.targets)
+        lines[name] = kept[name] if is_kept else kept.get(name, {}) | row(name)
+    write_table(lines)
+    jobs = (
+        (RUN[:1], asked.served, served_cells),
+        (RUN[1:3], asked.targets, target_cells),
+        (RUN[3:], asked.targets, int8_cells),
+    )
+    for titles, wanted, make in jobs:
+        for name in SUPPORTED:
+            is_missing = any(lines[name].get(title, "") in ("", FAILS) for title in titles)
+            if name in wanted or "all" in wanted or ("missing" in wanted and is_missing):
+                lines[name] |= make(name)
+                write_table(lines)  # at once: what was cut goes on with `missing`
+                print(name, {title: lines[name][title] for title in titles}, flush=True)
+    return int(any(FAILS in line.values() for line in lines.values()))
 
 
 if __name__ == "__main__":
