@@ -233,7 +233,7 @@ def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common:
         lines = {1: Request(asked.tenant or "", messages=read_messages(asked.messages), **settings)}
     else:
         lines = {n: Request(asked.tenant or "", prompt, **settings) for n, prompt in enumerate(asked.prompt or (), 1)}
-    session = Session.open(bundle, asked.target, device=asked.device, **asked.checks)
+    session = Session.open(bundle, asked.target, device=asked.device, drafts=asked.drafts, **asked.checks)
     if not asked.requests:
         check_named(asked.tenant, session.tenants)
     problems = []
@@ -265,7 +265,7 @@ def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common
     places = (asked.host, asked.port, asked.keys, asked.tenants, asked.admin_token, asked.metrics_prefix)
     level = "error" if common.quiet else "info"
     config = server.ServerConfig(*places, ready_delay_s=asked.ready_delay, drain_s=asked.drain, log_level=level)
-    settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads}
+    settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads, "drafts": asked.drafts}
     settings |= {**asked.checks, "verify": not asked.no_verify}
     server.serve(Session.open(bundle, asked.target, device=asked.device, **settings), config)
 
@@ -318,7 +318,7 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
     if asked.plot:
         check_plot(asked.plot)
     with (
-        Session.open(bundle, asked.target, device=asked.device, **asked.checks) as session,
+        Session.open(bundle, asked.target, device=asked.device, drafts=asked.drafts, **asked.checks) as session,
         Steps(quiet=common.quiet) as steps,
     ):
         figures = [

@@ -25,7 +25,7 @@ from cyclopts import (
 )
 from cyclopts.config import Dict
 from cyclopts.exceptions import UnusedCliTokensError
-from cyclopts.types import PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 
 from iapt_export.building.build_request import Device
 from iapt_export.contract.errors import IaptError
@@ -115,6 +115,8 @@ class _Running:
     """Which of the bundle's targets runs; without it, the first."""
     device: Device = "cpu"
     """Where ONNX Runtime runs."""
+    drafts: Annotated[NonNegativeInt, Parameter(metavar="K")] = 0
+    """Guess up to K tokens of a row at once from what was read, where that pays; for bundles of build --drafts."""
     trust: Annotated[Path | None, Parameter(metavar="KEY.pem")] = None
     """Public ed25519 key; the bundle must be signed with its private key (build --sign)."""
     allow_unproven: bool = False

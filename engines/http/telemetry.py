@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from engines.serving.generation import Generation
@@ -72,14 +72,14 @@ class Telemetry:
 
 
 class _State(Collector):
-    """Gauges, read from the session when they are asked for."""
+    """Gauges, and what the session counts itself, read when they are asked for."""
 
     def __init__(self, session: Session, prefix: str) -> None:
         self._session = session
         self._prefix = prefix
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The gauges now."""
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        """What they are now."""
         state = self._session.state()
         base = self._session.base or "base"
         installed = {*self._session.tenants, base}
@@ -97,6 +97,13 @@ class _State(Collector):
         cache = gauge("kv_cache_usage_perc", "Cache entries in use; 1 is all of them.", LABEL)
         cache.add_metric([base], state.cache_use)
         yield cache
+        for name, text, count in (
+            ("spec_decode_num_draft_tokens", "Drafted tokens that were verified.", state.drafted_tokens),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that were right.", state.accepted_tokens),
+        ):
+            counted = CounterMetricFamily(self._prefix + name, text, labels=[LABEL])
+            counted.add_metric([base], count)
+            yield counted
         adapters = gauge("lora_requests_info", "Tenants that have requests.", "max_lora", *_ADAPTERS)
         names = [
             ",".join(sorted(name for name, tenant in state.tenants.items() if getattr(tenant, kind) and name != base))

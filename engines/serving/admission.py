@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engines.serving.conversation import check_text_fields, encode_request
+from engines.serving.drafts import Drafter
 from engines.serving.entry import Entry
 from engines.serving.grammar import Grammar, GrammarCompiler
 from engines.serving.request import Request
@@ -81,6 +82,7 @@ class Admission:
             np.random.default_rng(request.sampling.seed),
             None if request.soft_prompts is None else self._sent(where, tenant, request.soft_prompts),
             self._shaping(request, prompt, ends),
+            Drafter(prompt, self._stepper.drafts) if self._stepper.drafts else None,
         )
 
     def _prompt(self, where: str, request: Request, tenant: Tenant) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from engines.serving.account import Account
 from engines.serving.answer_text import AnswerText
+from engines.serving.drafts import Drafter
 from engines.serving.request import Ended, Request, Token
 from engines.serving.sampling import choose, log_probabilities
 from engines.serving.shaping import Shaping
@@ -44,6 +45,8 @@ class Entry:
     """What the client sent: the copy that was checked."""
     shaping: Shaping | None = None
     """What changes its logits, if anything does."""
+    drafter: Drafter | None = None
+    """What guesses its next tokens, where the session takes drafts."""
     tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
     times: Times = field(default_factory=lambda: Times(time.monotonic()))
@@ -61,6 +64,18 @@ class Entry:
     def length(self) -> int:
         """Cache entries that are taken when the instruction has been read."""
         return self.tenant.prompt_length + len(self.instruction)
+
+    def draft(self) -> list[int]:
+        """What its next tokens may be, but for the last that it may have, which no other follows."""
+        return self.drafter.propose()[: self._room] if self.drafter else []
+
+    def expected(self) -> float:
+        """How many of `draft` will be right."""
+        return self.drafter.expected(self._room) if self.drafter else 0.0
+
+    @property
+    def _room(self) -> int:
+        return max(self._longest - len(self.tokens) - 1, 0)
 
     def take(self, logits: np.ndarray) -> Token:
         """Choose the next token from ``logits [V]``.

@@ -7,6 +7,7 @@ between steps.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from engines.runner import Array, Arrays, Runner, numpy_type
 from engines.serving.stepper import Instruction, Reading, RowCache, Stepper
 from engines.serving.tenants import TenantBank
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import ENCODER, PAST, PRESENT, step_graphs
+from iapt_export.contract.graphs import ENCODER, PAST, PRESENT, VERIFY, step_graphs
 from iapt_export.contract.manifest import READS_INSTRUCTION, BundleManifest, TargetSpec
+
+_log = logging.getLogger(__name__)
 
 
 class InPlaceStepper(Stepper):
@@ -31,12 +34,17 @@ class InPlaceStepper(Stepper):
         super().__init__(manifest, target, bank, runners)
         reading, continuing = step_graphs(target.graphs, in_place=True)
         self.reader, self.continuer = runners[reading], runners[continuing]
+        self.verifier = runners.get(VERIFY)
         self.buffers: dict[str, Array] = {}
         """``past_key_values.N.key`` and ``.value`` to ``[R, H, C, K]``, where the runtime wants them."""
         self.lengths: list[int] = []
         """Entries of each row."""
         self._bound: tuple[int, dict[str, Array], dict[str, Array]] | None = None
         """What the last step was given: its number of rows, their part of the cache as inputs and as outputs."""
+        self._bound_several: tuple[int, dict[str, Array], dict[str, Array]] | None = None
+        """The same of the last step with drafts."""
+        self._agrees: dict[int, bool] = {}
+        """Number of rows to whether a step with drafts gave what single steps give, when it was first taken."""
         self._beside: Runner | None = None
 
     def activate(self) -> None:
@@ -52,6 +60,11 @@ class InPlaceStepper(Stepper):
                 if name in self.runners:
                     self.runners[name].activate()
             self.buffers = self._reserve()
+            if self.drafts and self.verifier is not None:
+                self.verifier.activate()
+                (logits,) = (tensor for tensor in self.verifier.spec.outputs if tensor.name == "logits")
+                shape = (self.max_rows, *map(int, logits.shape[1:]))
+                self._logits_several = self.verifier.host_empty(logits.dtype, shape)
             self._beside = self.reader.beside()
             if self._beside is not None:
                 self._logits_beside = np.empty_like(self._logits)
@@ -61,7 +74,8 @@ class InPlaceStepper(Stepper):
 
     def deactivate(self) -> None:
         """Give the memory back."""
-        self.buffers, self.lengths, self._bound, self._beside = {}, [], None, None
+        self.buffers, self.lengths, self._beside = {}, [], None
+        self._bound = self._bound_several = None
         super().deactivate()
 
     @property
@@ -130,6 +144,62 @@ class InPlaceStepper(Stepper):
             **cache,
         }
         return _run(self.continuer, feeds, into)
+
+    @property
+    def can_verify(self) -> bool:
+        """See `Stepper.can_verify`."""
+        if self.drafts == 0 or not self._agrees.get(self.num_rows, True):
+            return False
+        return max(self.lengths) + self._logits_several.shape[1] <= self.capacity
+
+    def verify(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        """See `Stepper.verify`.
+
+        The first time for each number of rows single steps are taken too, and if a bit differs, these rows take no
+        drafts any more: how kernels add up is the processor's business, and one row in 4 bits has one of its own.
+        """
+        length = self._logits_several.shape[1]
+        ids = np.full((self.num_rows, length), self.manifest.backbone.pad_token_id, dtype=np.int64)
+        for row, given in enumerate(tokens):
+            ids[row, : len(given)] = given
+        logits = self._step_of_several(ids)
+        if self.num_rows in self._agrees:
+            return logits
+        before = list(self.lengths)
+        single = np.stack([self.step(column.tolist()).copy() for column in ids.T], axis=1)
+        self.lengths = before
+        agrees = self._agrees[self.num_rows] = np.array_equal(single, logits, equal_nan=True)
+        if not agrees:
+            text = (
+                "%s rows of %s take no drafts: a step of several tokens differs from single ones in the last bits here"
+            )
+            _log.warning(text, self.num_rows, self.target.dtype)
+        return single
+
+    def _step_of_several(self, ids: np.ndarray) -> np.ndarray:
+        """``ids [B, T]`` behind what the rows have, to logits ``[B, T, V]``; the rows' lengths stay."""
+        assert self.verifier is not None
+        length = ids.shape[1]
+        if self._bound_several is None or self._bound_several[0] != self.num_rows:
+            cache, into = self._parts(0, self.num_rows, self._logits_several)
+            present = {name: part for name, part in into.items() if name.startswith(PRESENT)}
+            into |= {f"{name}.{step}": part for step in range(length - 1) for name, part in present.items()}
+            self._bound_several = (self.num_rows, cache, into)
+        _, cache, into = self._bound_several
+        feeds = {
+            "input_ids": ids,
+            "position_ids": np.array(self.lengths, dtype=np.int64)[:, None] + np.arange(length),
+            **_lengths([entries + length for entries in self.lengths]),
+            **self.bank.indices(self.tenants),
+            **self.bank.stacks,
+            **cache,
+        }
+        logits: np.ndarray = self.verifier.infer(feeds, into)["logits"]
+        return logits
+
+    def keep(self, row: int, count: int) -> None:
+        """See `Stepper.keep`."""
+        self.lengths[row] += count
 
     def leave(self, row: int) -> None:
         """See `Stepper.leave`."""

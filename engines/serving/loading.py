@@ -9,8 +9,8 @@ from engines.runner import Runner
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.stepper import ConcatenatedStepper, Stepper
 from engines.serving.tenants import TenantBank
-from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import runs_on, step_graphs
+from iapt_export.contract.errors import IaptError, shown
+from iapt_export.contract.graphs import VERIFY, runs_on, step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 
@@ -84,6 +84,7 @@ def open_stepper(
     device: str = "cpu",
     in_place: bool | None = None,
     threads: int | None = None,
+    drafts: int = 0,
 ) -> Stepper:
     """The stepper of a target with the bundle's tenants, not yet active.
 
@@ -95,10 +96,11 @@ def open_stepper(
         in_place: take the cache that is written in place, or the one that each step concatenates; None takes the
             first where target and device have it.
         threads: of ONNX Runtime on the CPU; None takes as many as this process may use cores.
+        drafts: tokens of a row that may be drafted, and verified in one step.
 
     Raises:
         BundleError: a tenant's file is damaged.
-        IaptError: the target has no such cache.
+        IaptError: the target has no such cache, or no graph that verifies so many drafts.
         NotRunnableError: this ONNX Runtime does not run on that device.
     """
     target = on_device(target, device)
@@ -107,8 +109,32 @@ def open_stepper(
     if chosen not in offered:
         graphs = ", ".join(target.graphs)
         raise IaptError(f"target {target.name} has no graph for that cache on device {device}; its graphs: {graphs}")
+    _check_drafts(drafts, target, device, in_place=chosen)
     runners = open_runners(bundle, target, device=device, threads=threads)
-    return stepper_over(bundle, manifest, target, runners, in_place=chosen)
+    stepper = stepper_over(bundle, manifest, target, runners, in_place=chosen)
+    stepper.drafts = drafts
+    return stepper
+
+
+def _check_drafts(drafts: int, target: TargetSpec, device: str, *, in_place: bool) -> None:
+    """Refuse, before anything is loaded, drafts that a target's graphs cannot verify."""
+    if not isinstance(drafts, int) or drafts < 0:
+        raise IaptError(f"drafts is {shown(drafts)}, expected how many tokens, or 0 for none", field="drafts")
+    if not drafts:
+        return
+    asked = f"drafts={drafts} asks for steps of several tokens a row"
+    if device != "cpu" or not in_place:
+        where = f"on {device}" if device != "cpu" else "over a cache that each step concatenates"
+        raise IaptError(f"{asked}, which a session {where} does not take; leave drafts out", field="drafts")
+    verify = target.graphs.get(VERIFY)
+    if verify is None:
+        text = f"{asked}, and target {target.name} of this bundle has no graph for them"
+        remedy = f"build for onnxruntime with --drafts {drafts}, or leave drafts out"
+        raise IaptError(text, field="drafts", remedy=remedy)
+    built = next(int(tensor.shape[1]) for tensor in verify.inputs if tensor.name == "input_ids") - 1
+    if drafts > built:
+        text = f"{asked}, and this bundle was built for at most {built}"
+        raise IaptError(text, field="drafts", remedy=f"ask for {built}, or build with --drafts {drafts}")
 
 
 def stepper_over(

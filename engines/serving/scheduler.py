@@ -5,8 +5,9 @@
         for entry, token in scheduler.step():
             ...
 
-A step gives every running row one token, then lets waiting requests join while rows are free and reads their
-instructions: short ones at once, long ones in another thread while the running rows go on, where the stepper can do so.
+A step gives every running row one token, or several where it was drafted right, then lets waiting requests join while
+rows are free and reads their instructions: short ones at once, long ones in another thread while the running rows go
+on, where the stepper can do so.
 Rows that end leave at once, so others take their places in the same step. What goes wrong with one request's logits or
 text ends that request alone. One thread; `engines.serving.session` runs it.
 """
@@ -14,12 +15,13 @@ text ends that request alone. One thread; `engines.serving.session` runs it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from engines.serving.account import Share
 from engines.serving.beside import BesideReading
+from engines.serving.drafts import Drafting
 from engines.serving.entry import Entry
 from engines.serving.fair_queue import FairQueue
 from engines.serving.request import Item, Token
@@ -51,6 +53,7 @@ class Scheduler:
         """In the order of the stepper's rows."""
         self.joining: list[Entry] = []
         """Those whose instructions are being read beside the running rows."""
+        self.drafting = Drafting()
         self._reading: BesideReading | None = None
 
     @property
@@ -63,7 +66,7 @@ class Scheduler:
         self.waiting.add(entry)
 
     def step(self) -> Iterator[tuple[Entry, Item]]:
-        """Advance everything by a token.
+        """Advance everything by a token, or by several where drafts are right.
 
         Yields:
             Each request with its token, its end where it was cancelled or is late, or its failure.
@@ -73,8 +76,7 @@ class Scheduler:
             yield from self._joined(self._reading.result())
         before = len(self.running)
         if before:
-            logits = self.stepper.step([entry.tokens[-1] for entry in self.running])
-            yield from self._advance(logits, 0)
+            yield from self._go_on()
         if self._reading is None and (joining := self._chosen(before)):
             instructions = [Instruction(entry.tenant, entry.instruction, entry.soft_prompts) for entry in joining]
             first = len(self.running)
@@ -84,7 +86,7 @@ class Scheduler:
                 self._reading = BesideReading(self.stepper.begin(instructions))
                 return
             self.running += joining
-            yield from self._advance(self.stepper.read(instructions), first)
+            yield from self._advance(self.stepper.read(instructions)[:, None], first)
 
     def finish(self) -> None:
         """Wait for what is being read; nobody steps any more, and the stepper may be deactivated then."""
@@ -98,7 +100,21 @@ class Scheduler:
         first = len(self.running)
         self.running += self.joining
         self.joining, self._reading = [], None
-        yield from self._advance(logits, first)
+        yield from self._advance(logits[:, None], first)
+
+    def _go_on(self) -> Iterator[tuple[Entry, Item]]:
+        """One step of the running rows, with drafts where that pays."""
+        last = [[entry.tokens[-1]] for entry in self.running]
+        drafts: list[list[int]] = [[] for _ in last]
+        if self.stepper.can_verify and self.drafting.pays([entry.expected() for entry in self.running]):
+            drafts = [entry.draft() for entry in self.running]
+        start = time.perf_counter()
+        if any(drafts):
+            logits = self.stepper.verify([first + draft for first, draft in zip(last, drafts, strict=True)])
+        else:
+            logits = self.stepper.step([token for (token,) in last])[:, None]
+        self.drafting.took(len(last), time.perf_counter() - start, drafts=any(drafts))
+        yield from self._advance(logits, 0, drafts)
 
     def _dropped(self) -> Iterator[tuple[Entry, Item]]:
         """Those that were cancelled, or are late."""
@@ -125,21 +141,50 @@ class Scheduler:
                 break
             self.waiting.take(entry)
             entry.times.started = now
+            if entry.drafter is not None:
+                self.drafting.start(entry.drafter)
             joining.append(entry)
         return joining
 
-    def _advance(self, logits: np.ndarray, first: int) -> Iterator[tuple[Entry, Item]]:
-        """Give the rows from ``first`` on their tokens, and let those leave that end."""
-        pairs = [
-            (entry, _token_or_failure(entry, row)) for entry, row in zip(self.running[first:], logits, strict=True)
-        ]
+    def _advance(
+        self, logits: np.ndarray, first: int, drafts: Sequence[list[int]] | None = None
+    ) -> Iterator[tuple[Entry, Item]]:
+        """Give the rows from ``first`` on their tokens, and let those leave that end.
+
+        Args:
+            logits: ``[rows, T, V]``, for the next token and for those after each drafted one.
+            first: place of the first row.
+            drafts: of each row.
+        """
+        entries = self.running[first:]
+        drafts = drafts or [[]] * len(entries)
+        given = [self._taken(*of_row) for of_row in zip(entries, logits, drafts, strict=True)]
         for row in reversed(range(first, len(self.running))):  # from the last, because it replaces who leaves
-            item = pairs[row - first][1]
-            if not isinstance(item, Token):
+            items = given[row - first]
+            if any(drafts):
+                self.stepper.keep(row, len(items))
+            if not isinstance(items[-1], Token):
                 self.stepper.clear(row)
-            if not isinstance(item, Token) or item.finish_reason:
+            if not isinstance(items[-1], Token) or items[-1].finish_reason:
                 self._leave(row)
-        yield from pairs
+        yield from ((entry, item) for entry, items in zip(entries, given, strict=True) for item in items)
+
+    def _taken(self, entry: Entry, logits: np.ndarray, draft: list[int]) -> list[Item]:
+        """A row's next tokens: one, and another one for as long as it was drafted; its failure ends them."""
+        items: list[Item] = []
+        for drafted, behind in zip([*draft, None], logits, strict=False):
+            item = _token_or_failure(entry, behind)
+            items.append(item)
+            if not isinstance(item, Token):
+                break
+            if entry.drafter is not None:
+                self.drafting.learn(entry.drafter.add(item.token))
+            if item.token == drafted:
+                self.drafting.accepted += 1
+            if item.finish_reason or item.token != drafted:
+                break
+        self.drafting.drafted += len(draft)
+        return items
 
     def _leave(self, row: int) -> None:
         self.running[row].account.running -= 1

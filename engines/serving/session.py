@@ -92,6 +92,7 @@ class Session(Activated):
         continuous: bool = True,
         max_waiting: int = MAX_WAITING,
         threads: int | None = None,
+        drafts: int = 0,
         **checks: Unpack[Checks],
     ) -> Session:
         """Read a bundle and prepare one of its targets; `activate` (or a with block) loads it.
@@ -105,6 +106,8 @@ class Session(Activated):
             max_waiting: requests that may wait for a row; `submit` makes callers wait beyond that. A tenant of which
                 none waits may still queue one, so that others cannot shut it out.
             threads: of ONNX Runtime on the CPU; None takes as many as this process may use cores.
+            drafts: tokens of a row that may be guessed from its instruction and answer, and verified in one step, where
+                that pays; see `engines.serving.drafts`. Answers stay the same. For bundles of ``build --drafts``.
             checks: ``verify``, ``trust="key.pub.pem"``, ``allow_unproven``; see
                 `iapt_export.contract.integrity.Checks`.
 
@@ -114,7 +117,13 @@ class Session(Activated):
         folder = Path(bundle)
         manifest = open_manifest(folder, **checks)
         stepper = open_stepper(
-            folder, manifest, manifest.target(target), device=device, in_place=in_place, threads=threads
+            folder,
+            manifest,
+            manifest.target(target),
+            device=device,
+            in_place=in_place,
+            threads=threads,
+            drafts=drafts,
         )
         return cls(folder, manifest, stepper.target, stepper, continuous=continuous, max_waiting=max_waiting)
 

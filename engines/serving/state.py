@@ -40,6 +40,11 @@ class SessionState:
     tenants: dict[str, TenantState]
     """Those that had a request since the session opened."""
 
+    drafted_tokens: int = 0
+    """Drafted tokens that steps have verified since the session opened."""
+    accepted_tokens: int = 0
+    """Those of them that were right, each a token without a step of its own."""
+
     @property
     def is_healthy(self) -> bool:
         """Whether requests are being answered."""
@@ -67,4 +72,6 @@ def state_of(
             )
             for name, account in accounts.items()
         },
+        drafted_tokens=scheduler.drafting.drafted,
+        accepted_tokens=scheduler.drafting.accepted,
     )

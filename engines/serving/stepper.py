@@ -55,6 +55,9 @@ class Stepper(Activated):
     reads_beside = False
     """Whether another thread may run a `Reading` while rows step and leave."""
 
+    drafts = 0
+    """Drafted tokens of a row that `verify` is to take at most; 0 for none."""
+
     def __init__(
         self, manifest: BundleManifest, target: TargetSpec, bank: TenantBank, runners: dict[str, Runner]
     ) -> None:
@@ -103,6 +106,27 @@ class Stepper(Activated):
         Returns:
             Logits ``[B, V]`` for the tokens after these, valid until the next step.
         """
+
+    @property
+    def can_verify(self) -> bool:
+        """Whether `verify` may be called now: there are `drafts`, and every row has room for as many entries."""
+        return False
+
+    def verify(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        """Give every row its next token and the drafted ones behind it, which are not the row's before `keep`.
+
+        Args:
+            tokens: of each row, 1 to `drafts` + 1.
+
+        Returns:
+            Logits ``[B, T, V]`` for the token after each, to the bit what `step` by step gives; behind a row's last
+            one anything. Valid until the next step.
+        """
+        raise NotImplementedError
+
+    def keep(self, row: int, count: int) -> None:
+        """Let the first ``count`` tokens that `verify` was given be the row's; the others are forgotten."""
+        raise NotImplementedError
 
     @abstractmethod
     def leave(self, row: int) -> None:

@@ -15,6 +15,8 @@ Device = Literal["cpu", "cuda"]
 Depth = Literal["quick", "standard", "full"]
 PeftFormat = Literal["plain", "chat"]
 Rational = Literal["function", "plugin"]
+MAX_DRAFTS = 15
+"""Each drafted token is one more attention in every layer of the graph."""
 _TARGETS = Parameter(group=Group("Targets", sort_key=1))
 _RANGES = Parameter(
     group=Group("Ranges that graphs and engines are built for: MAX, or MIN:OPT:MAX", sort_key=2), metavar="RANGE"
@@ -57,6 +59,8 @@ class BuildRequest:
     """Cache entries of a row: prompts, instruction, answer."""
     tenants: Annotated[str, _RANGES] = "1:4:64"
     """Tenants installed side by side."""
+    drafts: Annotated[int, _TARGETS, Parameter(metavar="K")] = 0
+    """For onnxruntime: let sessions verify up to K drafted tokens of a row in one step (serve --drafts); 3 is good."""
     peft_prompt_format: Annotated[PeftFormat | None, _METHODS] = None
     """How prompts are fed to adapters of stock PEFT, which do not say: as they are, or in the chat template; has to be
     given where the tokenizer has one."""
@@ -90,7 +94,8 @@ class BuildRequest:
     """Run code from the model's repository."""
 
     def __post_init__(self) -> None:
-        problems = choice_problems(self) + range_problems(self, seed=(0, 2**32 - 1), new_tokens=(1, 2**20))
+        limits = {"seed": (0, 2**32 - 1), "new_tokens": (1, 2**20), "drafts": (0, MAX_DRAFTS)}
+        problems = choice_problems(self) + range_problems(self, **limits)
         if self.max_lora_rank is not None:
             problems += range_problems(self, max_lora_rank=(1, 65536))
         for name in ("adapters", "targets"):

@@ -36,7 +36,7 @@ from iapt_export.building.plan import (
 )
 from iapt_export.building.stage_cache import content_key, default_cache
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import KINDS
+from iapt_export.contract.graphs import KINDS, VERIFY
 from iapt_export.contract.integrity import load_private_key
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
@@ -166,7 +166,8 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     specs = {}
     for target in targets:
         capacity = _capacity(target, ranges, request.device) if family.in_place else None
-        wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity)
+        drafts = 0 if target.name in TENSORRT else request.drafts
+        wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity, drafts)
         if not family.in_place:
             del wanted["serve"]
         specs[target.name] = wanted if target.weight_bits is None else layout.served_graphs(wanted)
@@ -182,7 +183,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         tenants=tenants,
         backbone=spec,
         specs=specs,
-        graphs=_graph_jobs(targets, specs, ranges, request.device),
+        graphs=_graph_jobs(targets, specs, ranges, request),
         engines=[
             EngineJob(target.name, name, specs[target.name][name], _options(request, target))
             for target in targets
@@ -222,6 +223,13 @@ def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Fam
     """Refuse targets that need graphs which a family cannot have."""
     if request.rational == "plugin" and not family.in_place:
         raise _no_node_for_plugin(f"this backbone ({'; '.join(family.restrictions)})", "use --rational function")
+    if request.drafts and all(target.name in TENSORRT for target in targets):
+        raise IaptError("--drafts is for ONNX Runtime, and no such target is built; add --target onnxruntime")
+    if request.drafts and not family.in_place:
+        raise IaptError(
+            "--drafts needs a graph over a cache that is written in place, which this backbone cannot have: "
+            f"{'; '.join(family.restrictions)}. Leave it out"
+        )
     quantised = [target.dtype for target in targets if target.weight_bits is not None]
     if quantised and not family.in_place:
         raise IaptError(
@@ -247,7 +255,7 @@ def _capacity(target: TargetPlan, ranges: Ranges, device: str) -> int | None:
 
 
 def _graph_jobs(
-    targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]], ranges: Ranges, device: str
+    targets: list[TargetPlan], specs: dict[str, dict[str, GraphSpec]], ranges: Ranges, request: BuildRequest
 ) -> list[GraphJob]:
     """One job for each variant: all graphs of the one that the bundle ships, of others those of the engines."""
     jobs = []
@@ -256,10 +264,11 @@ def _graph_jobs(
         own = [target for target in targets if target.variant == variant]
         chosen = [specs[t.name] if variant == shipped else layout.engine_graphs(specs[t.name]) for t in own]
         names = tuple(dict.fromkeys(name for graphs in chosen for name in graphs))
-        capacity = next(filter(None, (_capacity(target, ranges, device) for target in own)), None)
+        capacity = next(filter(None, (_capacity(target, ranges, request.device) for target in own)), None)
         # one position more than a step finds, for the entry that it adds
         positions = ranges.past.max + 1 if any(KINDS[name].needs_onnxruntime for name in names) else None
-        jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].weight_bits)))
+        drafts = request.drafts if VERIFY in names else 0
+        jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].weight_bits, drafts)))
     return jobs
 
 

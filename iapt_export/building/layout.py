@@ -20,7 +20,7 @@ from iapt_export.building.plan import TenantPlan
 from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import STAGE_FILE, place
 from iapt_export.contract.errors import BundleError
-from iapt_export.contract.graphs import ENCODER, KINDS, step_graphs
+from iapt_export.contract.graphs import ENCODER, KINDS, VERIFY, step_graphs
 from iapt_export.contract.integrity import verify_files
 from iapt_export.contract.manifest import (
     OUTSIDE_MANIFEST,
@@ -223,7 +223,7 @@ def engine_graphs(specs: dict[str, GraphSpec]) -> tuple[str, ...]:
 def served_graphs(specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
     """The graphs that ONNX Runtime serves from; the others are for engines, other readers and comparison."""
     steps = step_graphs(specs, in_place=True)
-    return {name: spec for name, spec in specs.items() if name in (ENCODER, *steps)}
+    return {name: spec for name, spec in specs.items() if name in (ENCODER, VERIFY, *steps)}
 
 
 def new_manifest(

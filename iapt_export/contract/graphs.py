@@ -19,6 +19,9 @@ class GraphKind:
     """It goes on from them, a token a row."""
     in_place: bool = False
     """Its cache is written in place; else each step returns a longer one."""
+    verifies: bool = False
+    """It goes on by several tokens a row, which a session drafted; what each place gives equals single steps to the
+    bit."""
     needs_onnxruntime: bool = False
     """It has operators of ONNX Runtime's own; see `runs_on`."""
 
@@ -27,6 +30,8 @@ PAST, PRESENT = "past_key_values.", "present."
 """How the tensors begin that hold the cache before and after a step, ``LAYER.key`` and ``LAYER.value`` behind it."""
 ENCODER = "encoder"
 """Makes the prompts of a method that computes them beforehand."""
+VERIFY = "verify"
+"""Reads a row's last token and the drafted ones behind it, in one step for all rows."""
 GENERATOR = "generator"
 """The generators of methods that make prompts at every layer, alone, for comparison."""
 KINDS: dict[str, GraphKind] = {
@@ -34,6 +39,7 @@ KINDS: dict[str, GraphKind] = {
     "prefill": GraphKind(reads=True),
     "decode": GraphKind(continues=True),
     "serve": GraphKind(reads=True, continues=True, in_place=True, needs_onnxruntime=True),
+    VERIFY: GraphKind(in_place=True, verifies=True, needs_onnxruntime=True),
     "serve_prefill": GraphKind(reads=True, in_place=True),
     "serve_decode": GraphKind(continues=True, in_place=True),
     GENERATOR: GraphKind(),

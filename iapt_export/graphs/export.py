@@ -15,6 +15,7 @@ from iapt_export.contract.graphs import PORTABLE
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.contract.types import OPSETS
 from iapt_export.graphs.installed import Installed, rational_forms
+from iapt_export.graphs.interface import as_traced
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.save import save_graphs
@@ -60,13 +61,13 @@ def export_graphs(
     if opset not in OPSETS:
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
-    specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity)
+    specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity, serving.drafts)
     models: dict[str, ir.Model] = {}
     notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)
     for name in names or specs:
         on_step(f"tracing {name}.onnx")
-        model = trace_graph(name, backbone, installed, specs[name], opset)
+        model = trace_graph(name, backbone, installed, as_traced(specs[name]), opset)
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
         graph_passes += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []

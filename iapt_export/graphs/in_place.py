@@ -43,6 +43,8 @@ class Step:
     """Key and value buffers ``[B, H, C, K]`` of layer 0, of layer 1, and so on."""
     flag: Tensor | bool | None = None
     """Whether instructions are read: a boolean scalar, or known while tracing; None where no method needs it."""
+    every: bool = False
+    """Give logits behind every position, not behind each row's last one."""
     present: list[Tensor] = field(default_factory=list)
     """The buffers after the step, which share the memory of ``past``."""
 
@@ -57,15 +59,17 @@ def serve(backbone: Any, rows: Rows, input_ids: Tensor, step: Step) -> Tensor:
         step: the rest of the step's inputs; ``present`` is filled.
 
     Returns:
-        Logits ``[B, 1, V]`` after each row's last token.
+        Logits ``[B, 1, V]`` after each row's last token, or ``[B, T, V]`` after all.
     """
     layout = _Layout(rows, step)
     hidden = layout.embed(input_ids, backbone.get_input_embeddings()(input_ids))
     last = (step.seqlens_k.long() - step.position_ids[:, 0])[:, None, None]  # [B, 1, 1]
     with contextlib.ExitStack() as stack:
         stack.enter_context(hooked(decoder_layers(backbone), layout.before_layer))
-        stack.enter_context(projected(backbone, rows))
-        stack.enter_context(selected(backbone, lambda states: states.gather(1, last.expand(-1, 1, states.shape[-1]))))
+        stack.enter_context(projected(backbone, _OneByOne(*rows.parts) if step.every else rows))
+        if not step.every:
+            select = lambda states: states.gather(1, last.expand(-1, 1, states.shape[-1]))  # noqa: E731
+            stack.enter_context(selected(backbone, select))
         stack.enter_context(_attending(step))
         output = backbone(
             inputs_embeds=hidden,
@@ -74,6 +78,17 @@ def serve(backbone: Any, rows: Rows, input_ids: Tensor, step: Step) -> Tensor:
             use_cache=True,
         )
     return output.logits
+
+
+class _OneByOne(Rows):
+    """Rows that change linear layers for one token after the other: another number of tokens takes another kernel for
+    products with a tenant's weights, and the last bits differ.
+    """
+
+    def project(self, layer: int, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """See `trainers.decoder.method.Method.project`."""
+        pairs = zip(inputs.split(1, dim=1), outputs.split(1, dim=1), strict=True)
+        return torch.cat([super(_OneByOne, self).project(layer, name, *pair) for pair in pairs], dim=1)
 
 
 class _Layout:

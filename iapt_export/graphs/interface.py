@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from iapt_export.contract.graphs import PAST, PRESENT
-from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, TensorSpec
+from iapt_export.contract.manifest import READS_INSTRUCTION, SENT_PROMPTS, TENANT_INDEX, GraphSpec, TensorSpec
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.graphs.in_place import needs_flag
 from iapt_export.graphs.installed import Installed, generators, in_decode
@@ -35,6 +35,8 @@ class Sizing:
     dtype: str
     capacity: int | None = None
     """Cache entries of a row in graphs that want a fixed number."""
+    drafts: int = 0
+    """Drafted tokens of a row that one step verifies; 0 for no such graph."""
 
     def hidden(self, name: str, *sizes: int | str) -> TensorSpec:
         """A tensor ``[batch, ..., D]`` in the graph's type."""
@@ -105,6 +107,33 @@ def serve(of: Sizing) -> Tensors:
     if needs_flag([item.method for item in of.installed]):
         inputs += _whole(names=(READS_INSTRUCTION,), dtype="bool")
     return [*inputs, *of.taken(of.installed)], of.stepped("capacity")
+
+
+def verify(of: Sizing) -> Tensors | None:
+    """A row's last token and its drafted ones, over the buffers of `serve`; logits behind each.
+
+    Where the buffers are one memory, so are the ones after each token but the last, ``present.N.key.STEP``.
+    """
+    if not of.drafts:
+        return None
+    length = of.drafts + 1
+    inputs = [
+        *_whole("batch", length, names=("input_ids", "position_ids")),
+        *_whole("batch", names=("seqlens_k",), dtype="int32"),
+        *_whole(names=("total_sequence_length",), dtype="int32"),
+        *of.cache(PAST, "capacity"),
+        *of.taken(in_decode(of.installed)),
+    ]
+    present = of.cache(PRESENT, "capacity")
+    between = [replace(spec, name=f"{spec.name}.{step}") for step in range(of.drafts) for spec in present]
+    logits = TensorSpec("logits", of.dtype, ["batch", length, of.shape.vocab_size])
+    return inputs, [logits, *present, *between]
+
+
+def as_traced(spec: GraphSpec) -> GraphSpec:
+    """An interface without the outputs that a pass adds: the buffers between the tokens of one step."""
+    outputs = [tensor for tensor in spec.outputs if not (tensor.name.startswith(PRESENT) and tensor.name[-1].isdigit())]
+    return replace(spec, outputs=outputs)
 
 
 def serve_prefill(of: Sizing) -> Tensors | None:

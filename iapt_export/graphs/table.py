@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from iapt_export.contract.graphs import ENCODER, GENERATOR
+from iapt_export.contract.graphs import ENCODER, GENERATOR, VERIFY
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.graphs import interface, twins
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.passes import serve_passes
+from iapt_export.graphs.passes.one_by_one import OneByOnePass
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
 
 
@@ -30,6 +31,8 @@ class Serving:
     """Cache entries of a row in ``serve_prefill`` and ``serve_decode``; None leaves these graphs out."""
     weight_bits: int | None = None
     """4 or 8 to store the backbone's weights in as many; for graphs of fp32. None leaves them in the graphs' type."""
+    drafts: int = 0
+    """Drafted tokens of a row that ``verify`` takes; 0 leaves this graph out."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ def _serve_passes(serving: Serving) -> list[ir.passes.PassBase]:
     return serve_passes(serving.num_positions, packed=serving.weight_bits != 4)
 
 
+def _verify_passes(serving: Serving) -> list[ir.passes.PassBase]:
+    return [*_serve_passes(serving), OneByOnePass(serving.drafts + 1)]
+
+
 def _scatter(_: Serving) -> list[ir.passes.PassBase]:
     return [UseTensorScatterPass()]
 
@@ -58,6 +65,7 @@ TABLE: dict[str, Graph] = {
     "prefill": Graph(twins.PrefillTwin, interface.prefill),
     "decode": Graph(twins.DecodeTwin, interface.decode),
     "serve": Graph(twins.ServeTwin, interface.serve, passes=_serve_passes),
+    VERIFY: Graph(twins.VerifyTwin, interface.verify, passes=_verify_passes),
     "serve_prefill": Graph(twins.ServePrefillTwin, interface.serve_prefill, SCATTER_OPSET, _scatter),
     "serve_decode": Graph(twins.ServeDecodeTwin, interface.serve_decode, SCATTER_OPSET, _scatter),
     ENCODER: Graph(twins.EncoderTwin, interface.encoder),
@@ -66,7 +74,7 @@ TABLE: dict[str, Graph] = {
 
 
 def graph_specs(
-    installed: list[Installed], shape: BackboneSizes, dtype: str, capacity: int | None = None
+    installed: list[Installed], shape: BackboneSizes, dtype: str, capacity: int | None = None, drafts: int = 0
 ) -> dict[str, GraphSpec]:
     """Interfaces of a bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
 
@@ -75,11 +83,13 @@ def graph_specs(
         shape: the backbone's sizes.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         capacity: cache entries of a row in the graphs for TensorRT, which wants a fixed number; None leaves them out.
+        drafts: drafted tokens of a row that ``verify`` takes; 0 leaves it out.
 
     Returns:
-        ``prefill``, ``decode`` and ``serve``, ``serve_prefill`` and ``serve_decode`` if asked for, ``encoder`` where a
-        method computes its prompts beforehand, ``generator`` where a method generates prompts at every layer.
+        ``prefill``, ``decode`` and ``serve``, ``verify``, ``serve_prefill`` and ``serve_decode`` if asked for,
+        ``encoder`` where a method computes its prompts beforehand, ``generator`` where a method generates prompts at
+        every layer.
     """
-    sizing = interface.Sizing(installed, shape, dtype, capacity)
+    sizing = interface.Sizing(installed, shape, dtype, capacity, drafts)
     tensors = {name: graph.interface(sizing) for name, graph in TABLE.items()}
     return {name: GraphSpec(f"{name}.onnx", *both) for name, both in tensors.items() if both}

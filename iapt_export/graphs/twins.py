@@ -109,6 +109,27 @@ class ServeTwin(Twin):
         return (logits, *step.present)
 
 
+class VerifyTwin(Twin):
+    """A decode step of `ServeTwin` by several tokens a row, with logits behind each; the same methods act."""
+
+    num_plain = 4
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        rest: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """``input_ids, position_ids [B, T]``, ``seqlens_k [B]``, buffers ``[B, H, C, K]`` to logits ``[B, T, V]``."""
+        inputs = self.named(rest)
+        past = [tensor for name, tensor in inputs.items() if name.startswith(PAST)]
+        step = Step(position_ids, seqlens_k, total_sequence_length, past, flag=False, every=True)
+        rows = rows_from_inputs(self.installed, inputs, only=in_decode(self.installed))
+        return (serve(self.backbone, rows, input_ids, step), *step.present)
+
+
 class ServePrefillTwin(Twin):
     """The reading half of `ServeTwin`, of standard operators."""
 

@@ -71,6 +71,8 @@ Arguments parse(int argc, char** argv) {
   }
   for (size_t i = 0; i < words.size(); ++i) {
     const std::string& word = words[i];
+    if (word == "--drafts")
+      wrong("--drafts is for iapt-export; this program takes a token a step, with the same answer");
     const auto value = [&]() -> const std::string& {
       if (++i == words.size()) wrong(word + " needs a value");
       return words[i];

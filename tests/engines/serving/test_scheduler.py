@@ -103,6 +103,7 @@ class Counter:
 
     max_rows = 3
     reads_beside = False
+    can_verify = False
 
     def __init__(self) -> None:
         self.rows: list[int] = []

@@ -18,19 +18,23 @@ struct GraphKind {
   bool reads;              // it reads instructions
   bool continues;          // it goes on from them, a token a row
   bool in_place;           // its cache is written in place; else each step returns a longer one
+  bool verifies;           // it goes on by several tokens a row, which a session drafted
   bool needs_onnxruntime;  // it has operators of ONNX Runtime's own, which are used on the CPU
 };
 
 // Of graphs for one purpose, the better first.
+// clang-format off
 inline constexpr GraphKind kGraphKinds[] = {
-    {"encoder", false, false, false, false},  // makes the prompts of a method that computes them beforehand
-    {"prefill", true, false, false, false},
-    {"decode", false, true, false, false},
-    {"serve", true, true, true, true},
-    {"serve_prefill", true, false, true, false},
-    {"serve_decode", false, true, true, false},
-    {"generator", false, false, false, false},  // makes prompts at every layer, alone, for comparison
+    {"encoder", false, false, false, false, false},  // makes the prompts of a method that computes them beforehand
+    {"prefill", true, false, false, false, false},
+    {"decode", false, true, false, false, false},
+    {"serve", true, true, true, false, true},
+    {"verify", false, false, true, true, true},  // a step of drafted tokens
+    {"serve_prefill", true, false, true, false, false},
+    {"serve_decode", false, true, true, false, false},
+    {"generator", false, false, false, false, false},  // makes prompts at every layer, alone, for comparison
 };
+// clang-format on
 inline constexpr std::string_view kEncoder = "encoder";
 
 // Two graphs of a target, which may be one and the same.

@@ -1,0 +1,126 @@
+"""What drafts by prompt lookup are worth: tokens a second with and without, and that answers are the same.
+
+    python -m benchmarks.drafts BUNDLE
+
+The bundle is one of ``build --drafts``. Both sessions are open in one process and take turns, round by round, because
+a machine's speed changes; a ratio is taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines.serving.session import Request, Sampling, Session
+
+SCHEMA = (
+    "CREATE TABLE customers (customer_id INTEGER, first_name TEXT, last_name TEXT, city TEXT);\n"
+    "CREATE TABLE orders (order_id INTEGER, customer_id INTEGER, order_date TEXT, total_amount REAL);\n"
+)
+NEWS = (
+    "The harbour of Port Ellery was closed on Monday after a cargo ship ran aground near the northern breakwater. The "
+    "port authority said that nobody was hurt and that two tugs would try to free the vessel at high tide. Ferries "
+    "to the islands were sent to the southern terminal, where passengers waited up to three hours. "
+)
+RECORD = '{"name": "Ada Lindqvist", "street": "14 Harbour Road", "city": "Port Ellery", "phone": "555-0134", "plan": 3}'
+COPYING = {
+    "repeat": f"Repeat this text word for word:\n{NEWS}",
+    "json": f"Write this record again with the phone number 555-0199, everything else as it is:\n{RECORD}",
+    "sql": f"{SCHEMA}\nRepeat the two CREATE TABLE statements, then write a query for the total amount by city.",
+    "extract": f"Copy every sentence of the text that names a place.\n\n{NEWS}",
+    "correct": "Correct the spelling and write the whole text again: "
+    "The old libary on the hill was bilt in 1902 and has more then forty thousand books, most of them on ships.",
+    "summary": f"Summarise in two sentences, with the words of the text:\n{NEWS}",
+    "quote": f"Quote the text, then say in one sentence who is responsible for the harbour.\n\n{NEWS}",
+    "table": "Write these lines as they are, sorted by price: apples 3.20, pears 2.80, cherries 7.50, plums 4.10, "
+    "grapes 5.60, oranges 2.10, lemons 1.90, peaches 6.30",
+}
+"""Tasks whose answers take much from the instruction."""
+OTHER = [
+    "Write a short story about a lighthouse keeper.",
+    "Explain why the sky is blue.",
+    "Give advice to somebody who moves to a large city.",
+    "What is the difference between a violin and a cello?",
+    "Describe how bread is made.",
+    "Write a poem about winter.",
+    "Why do people travel?",
+    "Tell me about the history of tea.",
+]
+
+
+def requests(kind: str, rows: int, first: int, new_tokens: int) -> list[Request]:
+    """One for each row; the tasks in turn, beginning with another one in each round."""
+    texts = list(COPYING.values()) if kind == "copying" else OTHER
+    # other texts are sampled, because a small model's greedy ones soon repeat themselves, and drafts like that
+    sampling = [Sampling(temperature=0.0 if kind == "copying" else 1.0, seed=first + row) for row in range(rows)]
+    return [
+        Request("", texts[(first + row) % len(texts)], max_new_tokens=new_tokens, sampling=sampling[row])
+        for row in range(rows)
+    ]
+
+
+def measured(session: Session, asked: Sequence[Request]) -> tuple[list[list[int]], float]:
+    """The answers, and tokens a second from when every row has its first token."""
+    answers: list[list[int]] = [[] for _ in asked]
+    times = []
+    begun = 0.0
+    for token in session.stream(asked):
+        answers[token.index].append(token.token)
+        if not begun and all(answers):
+            begun = time.perf_counter()
+        elif begun:
+            times.append(time.perf_counter())
+    return answers, len(times) / (times[-1] - begun) if times else 0.0
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="a bundle of iapt-export build --drafts")
+    parser.add_argument("--drafts", type=int, default=3, help="tokens of a draft")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path, help="also write every round there, a JSON object a line")
+    asked = parser.parse_args()
+    lines = []
+    opened = {"verify": False, "allow_unproven": True, "threads": asked.threads}
+    with (
+        Session.open(asked.bundle, **opened) as plain,
+        Session.open(asked.bundle, drafts=asked.drafts, **opened) as drafting,
+    ):
+        sessions = {"without": plain, "with": drafting}
+        for rows in asked.rows:
+            for kind in ("copying", "other"):
+                ratios, rates = [], []
+                before = drafting.state()
+                for number in range(asked.rounds):
+                    wanted = requests(kind, rows, number, asked.new_tokens)
+                    order = list(sessions) if number % 2 else list(reversed(sessions))
+                    found = {name: measured(sessions[name], wanted) for name in order}
+                    if found["with"][0] != found["without"][0]:
+                        raise SystemExit(f"answers differ in round {number} of {kind}, {rows} rows")
+                    rates.append({name: found[name][1] for name in sessions})
+                    ratios.append(found["with"][1] / found["without"][1])
+                    lines.append({"rows": rows, "kind": kind, "round": number, **rates[-1]})
+                after = drafting.state()
+                drafted = after.drafted_tokens - before.drafted_tokens
+                accepted = after.accepted_tokens - before.accepted_tokens
+                middle = [statistics.median(rate[name] for rate in rates) for name in sessions]
+                print(
+                    f"{rows} rows, {kind}: {middle[0]:.0f} to {middle[1]:.0f} tokens/s, times "
+                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
+                    f"{accepted} of {drafted} drafted tokens were right",
+                    flush=True,
+                )
+    if asked.output:
+        asked.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
