@@ -27,10 +27,6 @@ from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 from trainers.training.convert import Conversion
 
 BundleFolder = Annotated[Path, Parameter(metavar="BUNDLE", help="Bundle folder.")]
-PEFT_HELP = (
-    "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template; has to "
-    "be given where the tokenizer has one."
-)
 NO_FRAME = Box("    \n" * 8)  # help is plain tables under their titles, which logs and pagers take
 
 WRONG_FLAGS = 2
@@ -162,14 +158,19 @@ def convert(
         print_json(dataclasses.asdict(done))
 
 
-def build(*, request: Annotated[BuildRequest, FLAT], common: Common = Common()) -> None:
+def build(*, request: Annotated[BuildRequest, FLAT], dry_run: flags.DryRun = False, common: Common = Common()) -> None:
     """Export a backbone with adapters, build engines, validate; writes a bundle."""
-    from iapt_export.building.build import build as run
+    from iapt_export.building import build as building
     from validation.reporting.report import read_report
     from validation.reporting.summary import summary
 
     with Steps(quiet=common.quiet) as steps:
-        run(request, steps)
+        outlook = building.foresee(request, steps) if dry_run else None
+        if outlook is None:
+            building.build(request, steps)
+    if outlook is not None:
+        show_report(common.json, outlook, building.Outlook.text)
+        return
     output = Path(request.output)
     show_report(common.json, read_report(output / "report.json"), summary)
     if not common.quiet:
@@ -287,7 +288,7 @@ def tenant(
     *,
     bundle: Annotated[Path, Parameter(metavar="BUNDLE", help="The bundle that shall serve it, or one of its kind.")],
     output: Annotated[Path, Parameter(alias="-o", metavar="FILE.safetensors", help="File to write.")],
-    peft_prompt_format: Annotated[PeftFormat | None, Parameter(help=PEFT_HELP)] = None,
+    peft_prompt_format: Annotated[PeftFormat | None, Parameter(help=flags.PEFT_HELP)] = None,
     backbone: Backbone = Backbone(),
     common: Common = Common(),
 ) -> None:

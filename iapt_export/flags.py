@@ -53,6 +53,13 @@ EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "train.jsonl"
 """What ``--write-config`` writes where no flag says more."""
 
 
+PEFT_HELP = (
+    "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template; has to "
+    "be given where the tokenizer has one."
+)
+DryRun = Annotated[bool, Parameter(help="Say what would be made, and what it needs; write nothing.")]
+
+
 def _shown(value: Any) -> str | None:
     """A default as help shows it; None where it only says that a flag was not given."""
     if value is None or value is False or value in ("", ()):

@@ -20,6 +20,8 @@ from engines.tensorrt.flavour import runtime_version
 from iapt_export.building import layout as layout
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.jobs import BuildPlan, EngineJob, GraphJob, cache_of, check_request, plan_build
+from iapt_export.building.outlook import Outlook as Outlook
+from iapt_export.building.outlook import outlook_of
 from iapt_export.building.output import claimed, publish, temporary_folder
 from iapt_export.building.plan import TENSORRT, TargetPlan, onnx_variant
 from iapt_export.building.stage_cache import in_use, run_stage
@@ -74,6 +76,7 @@ def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
     if layout.is_current(plan.output, plan.key):
         _sign(plan.output, request)
         return BundleManifest.load(plan.output)
+    _outlook(plan, backbones.outline("fp32")).check()
     graphs = {job.variant: _export(job, plan, backbones, on_step) for job in plan.graphs}
     with temporary_folder(plan.output) as bundle:
         targets = [_target(target, plan, graphs[target.variant], bundle, on_step) for target in plan.targets]
@@ -83,6 +86,34 @@ def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
         _sign(bundle, request)
         publish(bundle, plan.output)
     return manifest
+
+
+def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook:
+    """What `build` would make and need; writes nothing.
+
+    Args:
+        request: what is wanted.
+        on_step: called with each step, for progress.
+
+    Raises:
+        IaptError: what `build` would refuse, but for too little memory or disk, which the outlook says.
+    """
+    check_request(request)
+    on_step(f"reading {request.model}")
+    backbones = _Backbones(request)
+    plan = plan_build(request, backbones.outline("fp32"))
+    if layout.is_current(plan.output, plan.key):
+        return Outlook([], [], f"{plan.output} is up to date: nothing to do")
+    return _outlook(plan, backbones.outline("fp32"))
+
+
+def _outlook(plan: BuildPlan, backbone: Backbone) -> Outlook:
+    keys = {job.variant: _graph_key(job, plan) for job in plan.graphs}
+    return outlook_of(plan, backbone.model, keys, _depth(plan, backbone))
+
+
+def _depth(plan: BuildPlan, backbone: Backbone) -> str:
+    return plan.request.depth or depth_for(backbone.model)
 
 
 def _sign(bundle: Path, request: BuildRequest) -> None:
@@ -141,10 +172,10 @@ class _Backbones:
         gc.collect()  # modules refer to each other, so counting references frees nothing
 
 
-def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnStep) -> Path:
-    """The folder with a job's ONNX graphs."""
+def _graph_key(job: GraphJob, plan: BuildPlan) -> dict[str, Any]:
+    """Everything that decides a job's ONNX graphs."""
     installed, merged = plan.tenants.installed, plan.tenants.merged
-    inputs = {
+    return {
         "backbone": [plan.backbone.fingerprint, plan.backbone.weights_sha256],
         "methods": [[item.name, form_name(item.stacked), computing_fields(item.stacked.config)] for item in installed],
         "merged": layout.adapter_hashes(plan.tenants.adapters) if merged else None,
@@ -153,6 +184,11 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
         "serving": dataclasses.asdict(job.serving),
         "versions": layout.export_versions(quantises=job.target.weight_bits is not None),
     }
+
+
+def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnStep) -> Path:
+    """The folder with a job's ONNX graphs."""
+    installed, merged = plan.tenants.installed, plan.tenants.merged
 
     def make(folder: Path) -> None:
         model = backbones.outline(job.target.graph_dtype).model
@@ -168,7 +204,7 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
                 on_step=lambda text: on_step(f"{job.variant}: {text}"),
             )
 
-    folder, is_found = run_stage(plan.cache, f"graphs-{job.variant}", inputs, make)
+    folder, is_found = run_stage(plan.cache, f"graphs-{job.variant}", _graph_key(job, plan), make)
     if is_found:
         on_step(f"{job.variant}: graphs are up to date")
     return folder
@@ -239,7 +275,7 @@ def _prove(
 ) -> BundleManifest:
     """Validate a bundle that is not published yet; its manifest with parity and report files, saved."""
     request, output = plan.request, plan.output
-    depth = request.depth or depth_for(backbone.model)
+    depth = _depth(plan, backbone)
     settings = Settings(request.seed, request.new_tokens, request.device, depth, peft_check=not request.no_peft_check)
     folders = folders_of(plan.tenants.adapters)
     report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name, folders)

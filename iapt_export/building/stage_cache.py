@@ -11,6 +11,7 @@ are checked again before every use, so that an altered file is rebuilt and not s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.building.output import temporary_folder
-from iapt_export.contract.disk import locked
+from iapt_export.contract.disk import clone, locked
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import file_sha256, write_atomically
 from iapt_export.contract.schema import parse_json
@@ -87,9 +88,12 @@ def run_stage(cache: Path, name: str, inputs: dict[str, Any], make: Callable[[Pa
             return folder, True
         shutil.rmtree(folder, ignore_errors=True)
         with temporary_folder(folder) as temporary:
+            started = time.monotonic()
             make(temporary)
+            seconds = round(time.monotonic() - started, 3)
             hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-            write_atomically(temporary / STAGE_FILE, json.dumps({"inputs": inputs, "files": hashes}, indent=2).encode())
+            record = {"inputs": inputs, "files": hashes, "seconds": seconds}
+            write_atomically(temporary / STAGE_FILE, json.dumps(record, indent=2).encode())
             os.replace(temporary, folder)
     return folder, False
 
@@ -149,12 +153,25 @@ def table(cache: Path, kept: list[Stage]) -> Any:
 
 
 def place(source: Path, folder: Path) -> None:
-    """Copy a file into a folder.
+    """Copy a file into a folder; see `iapt_export.contract.disk.clone`."""
+    clone(source, folder / source.name)
 
-    A hard link would save the disk a copy, but onnx refuses external data with more than one, and a bundle whose
-    file is changed in place would change the stage behind it.
-    """
-    shutil.copyfile(source, folder / source.name)
+
+def made_stage(cache: Path, name: str, inputs: dict[str, Any]) -> Path | None:
+    """The folder of a stage that is made, unless a file of it is damaged, which only `run_stage` looks for."""
+    folder = cache / f"{name}-{content_key(inputs)}"
+    return folder if (folder / STAGE_FILE).is_file() else None
+
+
+def bytes_per_second(cache: Path, name: str) -> float | None:
+    """How quickly stages of a name were made here, the last of them; None where there was none."""
+    rates = {}
+    for stage in stages(cache):
+        if stage.name[: -len("-0123456789abcdef")] == name and (cache / stage.name / STAGE_FILE).is_file():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+                seconds = float(parse_json((cache / stage.name / STAGE_FILE).read_bytes())["seconds"])
+                rates[stage.used] = stage.size_bytes / seconds
+    return rates[max(rates)] if rates else None
 
 
 def _is_whole(folder: Path) -> bool:

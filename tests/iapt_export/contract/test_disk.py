@@ -81,3 +81,21 @@ def test_a_failed_write_names_the_file_and_leaves_none(
     text = explain(caught.value)
     assert text is not None and text.startswith(f"{os.strerror(number)}: {tmp_path / 'out.json'}; ")
     assert "--" not in text and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["a file system that shares blocks", "one that does not"])
+def test_a_clone_has_the_bytes_and_stays_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    (tmp_path / "one").write_bytes(content := bytes(range(256)) * 99)
+
+    def ioctl(made: int, request: int, given: int) -> int:
+        if not shares:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        assert request == 0x40049409
+        return os.write(made, os.pread(given, len(content), 0)) * 0
+
+    monkeypatch.setattr(module.fcntl, "ioctl", ioctl)
+    (tmp_path / "two").write_bytes(b"longer than it will be" * 9999)
+    assert module.clone(tmp_path / "one", tmp_path / "two") is shares
+    assert (tmp_path / "two").read_bytes() == content and (tmp_path / "two").stat().st_nlink == 1
+    (tmp_path / "two").write_bytes(b"other")
+    assert (tmp_path / "one").read_bytes() == content
