@@ -68,7 +68,12 @@ class OnnxRuntimeRunner(Runner):
             provider = (PROVIDERS[self.device], OPTIONS[self.device])
             session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise IaptError(f"ONNX Runtime refuses {self.path}: {str(error).strip().splitlines()[0]}") from error
+            reason = str(error).strip().splitlines()[0]
+            if "Opset 24 is under development" in reason or "TensorScatter(24)" in reason:
+                reason = (
+                    f"it needs TensorScatter, which ONNX Runtime has from 1.25 on; this is {onnxruntime.__version__}"
+                )
+            raise IaptError(f"ONNX Runtime refuses {self.path}: {reason}") from error
         check_provider(session, self.device)
         self._session = session
 

@@ -87,7 +87,8 @@ def with_iree(graph: Path, feeds: Arrays) -> Arrays:
     context = iree.runtime.SystemContext(config=iree.runtime.Config("local-sync"))
     context.add_vm_module(iree.runtime.VmModule.copy_buffer(context.instance, module))
     made = context.modules.module[model.graph.name](*[feeds[value.name] for value in model.graph.input])
-    return {value.name: np.asarray(array) for value, array in zip(model.graph.output, made, strict=True)}
+    outputs = made if isinstance(made, list | tuple) else [made]  # an only output comes as it is
+    return {value.name: np.asarray(array) for value, array in zip(model.graph.output, outputs, strict=True)}
 
 
 def through_tool(tool: str, graph: Path, feeds: Arrays) -> Arrays:

@@ -186,10 +186,8 @@ def stored_weight(graph: TappedGraph, name: str) -> np.ndarray:
 def _initializer(graph: TappedGraph, name: str) -> np.ndarray:
     """From the graph, or from the file of weights beside it."""
     tensor = onnx.TensorProto()
-    tensor.CopyFrom(graph.weights[name])
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        onnx.external_data_helper.load_external_data_for_tensor(tensor, str(graph.folder))
-    return numpy_helper.to_array(tensor)
+    tensor.CopyFrom(graph.weights[name])  # the library keeps what it reads in the tensor
+    return numpy_helper.to_array(tensor, str(graph.folder))
 
 
 def _difference(stored: np.ndarray, right: np.ndarray, elsewhere: Iterable[tuple[int, np.ndarray]]) -> str:

@@ -187,3 +187,21 @@ def test_a_file_that_is_no_graph(tmp_path: Path, data: bytes | None) -> None:
     with pytest.raises(IaptError) as caught:
         OnnxRuntimeRunner(path, spec()).activate()
     assert f"ONNX Runtime refuses {path}: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Opset 24 is under development and support for this is limited.",
+        "NOT_IMPLEMENTED : Could not find an implementation for TensorScatter(24) node with name ''",
+    ],
+)
+def test_a_release_without_tensor_scatter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """What 1.23.1 and 1.24.1 say."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    with pytest.raises(IaptError, match=r"needs TensorScatter, which ONNX Runtime has from 1\.25 on; this is \d"):
+        OnnxRuntimeRunner(tmp_path / "graph.onnx", spec()).activate()
