@@ -82,9 +82,12 @@ def target_cells(name: str) -> Cells:
         if FAMILIES[name][0] != IN_PLACE:
             return {"int4": "refused", "RTX engines": _tried(name, partial(_engines, name, folder, "fp32"))}
         engines = _tried(name, partial(_engines, name, folder, "int4"))
-        # where that failed, the weights are tried without the engines
-        make = partial(_rounded, name, folder, "int4") if engines == FAILS else partial(_error, folder / "out", "int4")
-        return {"int4": _tried(name, make), "RTX engines": engines}
+        if engines != FAILS:
+            return {"int4": _tried(name, partial(_error, folder / "out", "int4")), "RTX engines": engines}
+        return {  # each without the other
+            "int4": _tried(name, partial(_rounded, name, folder, "int4")),
+            "RTX engines": _tried(name, partial(_engines, name, folder, "fp32")),
+        }
 
 
 def int8_cells(name: str) -> Cells:
