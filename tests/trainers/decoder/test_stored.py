@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from iapt_export.building.layout import backbone_spec, weights_sha256
 from iapt_export.contract.errors import IaptError
@@ -119,3 +120,12 @@ def test_an_index_must_fit_its_files(tmp_path: Path) -> None:
     index.write_text("{}", encoding="utf-8")
     with pytest.raises(IaptError, match="has no weight_map of names to files"):
         load_backbone(str(folder))
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    folder = save_tiny_backbone(tmp_path, tiny_llama().to(torch.bfloat16))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:31].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IaptError, match=r"another shape than its configuration says: model.norm.weight \[31\].*\[32\]"):
+        load_mapped(str(folder))
