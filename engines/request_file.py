@@ -141,7 +141,9 @@ def _request(line: str, defaults: dict[str, Any]) -> Request:
         ) from error
     if not isinstance(fields, dict):
         raise IaptError(f"expected {_EXAMPLE} or the like, found {_shown(fields)}")
-    problems = [f"field {name} is not known; expected {', '.join(FIELDS)}" for name in fields.keys() - FIELDS.keys()]
+    unknown = sorted(fields.keys() - FIELDS.keys())
+    are = f"fields {', '.join(unknown)} are" if len(unknown) > 1 else f"field {''.join(unknown)} is"
+    problems = [f"{are} not known; expected {', '.join(FIELDS)}"] if unknown else []
     for name, (is_right, expected) in FIELDS.items():
         if name in fields and not is_right(fields[name]):
             problems.append(f"field {name}: expected {expected}, found {_shown(fields[name])}")

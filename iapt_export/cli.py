@@ -14,7 +14,7 @@ from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import Box
 
 from engines.triton.repository import TritonRepository, write_repository
-from iapt_export import __version__, flags
+from iapt_export import __version__, flags, showing
 from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; see ``iapt-export --help`` for its exit codes."""
     # weights and data are read from disk unless the user names a hub model, so hub chatter only confuses
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tries five times, and says so each time
     argv = flags.with_values(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             command, bound, _ = app.parse_args(argv)
         except CycloptsError as error:
-            fail(flags.refusal(error, app, method))
+            fail(showing.refusal(error, app, method, argv))
             token = getattr(error, "token", None)
             sys.exit(WRONG_FLAGS if token is None or token.source == "cli" else 1)
         common = bound.kwargs.get("common", Common())
@@ -88,7 +89,7 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
         help_formatter=DefaultFormatter(panel_spec=PanelSpec(box=NO_FRAME)),
         version=f"iapt-export {__version__}",
         default_parameter=flags.PLAIN,
-        config=flags.whole_numbers,
+        config=(showing.whole_numbers, showing.no_empty_paths),
         exit_on_error=False,
         print_error=False,
     )
@@ -99,7 +100,7 @@ def command_line(method: str, sources: Sequence[Dict] = ()) -> App:
     data = App(name="data", help="Bring data into the form that train reads.", help_epilogue="", sort_key=1)
     data.command(convert, help_epilogue="")
     app.command(data)
-    app["train"].config = (*sources, flags.whole_numbers)
+    app["train"].config = (*sources, showing.whole_numbers, showing.no_empty_paths)
     app.register_install_completion_command(help="Complete commands and flags in this shell from now on.")
     return app
 
@@ -141,7 +142,7 @@ def train_command(method: str) -> Callable[..., None]:
 
 
 def convert(
-    source: Annotated[Path, Parameter(metavar="FILE", help="What another tool wrote.")],
+    source: Annotated[Path, Parameter(metavar="SOURCE", help="File that another tool wrote.")],
     /,
     *,
     asked: Annotated[Conversion, FLAT],

@@ -5,33 +5,21 @@ in the dataclasses that Python callers fill as well.
 """
 
 import dataclasses
-import functools
 import itertools
-import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from cyclopts import (
-    App,
-    ArgumentCollection,
-    CoercionError,
-    CycloptsError,
-    Group,
-    MissingArgumentError,
-    Parameter,
-    UnknownOptionError,
-)
+from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict
-from cyclopts.exceptions import UnusedCliTokensError
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import ExistingDirectory, NonNegativeInt, PositiveInt
 
 from iapt_export.building.build_request import Device
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.integrity import Checks
-from iapt_export.contract.settings import summary_of
-from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
+from iapt_export.contract.settings import size_of, summary_of
+from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name, of_another
 from trainers.training.config import TrainConfig, TrainPlaces, read_train_file
 
 EPILOG = """\
@@ -104,7 +92,7 @@ class Comparison:
     """Look inside the graphs also where nothing failed."""
     seed: int = 0
     """Order in which prompts are mixed."""
-    new_tokens: int = 64
+    new_tokens: PositiveInt = 64
     """Greedy tokens for each prompt."""
     device: Device = "cpu"
     """Where ONNX Runtime runs."""
@@ -191,31 +179,22 @@ class Measuring(_Running):
     """Also draw the time between tokens."""
 
 
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-
-
-def _check_size(_: Any, text: str) -> None:
-    if not re.fullmatch(r"[0-9]+([.][0-9]+)? ?([kmgt]b)?", text.lower()):
-        raise ValueError(f"{text!r} is no size; expected such as 20GB, 500MB, or 0")
-
-
 @FLAT
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
     """What a cache keeps."""
 
-    cache: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    cache: Annotated[ExistingDirectory | None, Parameter(metavar="DIR")] = None
     """The cache; without it, $IAPT_EXPORT_CACHE or the one in the user's cache folder."""
     prune: bool = False
     """Remove what killed builds left, then the stages that were not used for longest until --max-size is kept."""
-    max_size: Annotated[str, Parameter(metavar="SIZE", validator=_check_size)] = "20GB"
+    max_size: Annotated[str, Parameter(metavar="SIZE", validator=lambda _, text: size_of(text))] = "20GB"
     """What --prune lets stay; 0 for nothing."""
 
     @property
     def max_bytes(self) -> int:
         """``max_size`` as a number."""
-        number, unit = re.fullmatch(r"([0-9.]+) ?([a-z]*)", self.max_size.lower()).groups()  # type: ignore[union-attr]
-        return int(float(number) * UNITS[unit])
+        return size_of(self.max_size)
 
 
 @FLAT
@@ -306,7 +285,7 @@ def method_settings(argv: list[str]) -> tuple[str, list[Dict]]:
     method = flag_name(asked if asked in map(flag_name, METHOD_CONFIGS) else of_file)
     known = {field.name for cls in (TrainPlaces, config_of(method), TrainConfig) for field in dataclasses.fields(cls)}
     for name in sorted(settings.keys() - known):
-        told = _of_another(name, method) or f"unknown field {name}; known fields are {', '.join(sorted(known))}"
+        told = of_another(name, method) or f"unknown field {name}; known fields are {', '.join(sorted(known))}"
         raise IaptError(f"{path}: {told}")
     sources = [(settings, path), (EXAMPLE if example else {}, "")]
     # under the command's name: the parser drops settings that are called as a command, such as data, from a flat file
@@ -321,20 +300,6 @@ def _value_of(flag: str, argv: list[str]) -> str:
         if name == flag:
             value = own if equals else after
     return value
-
-
-def whole_numbers(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse 1.5 where a whole number is wanted; the parser would round it."""
-    for argument in arguments:
-        for token in argument.tokens if _holds_int(argument.hint) else ():
-            try:
-                int(token.value)
-            except ValueError:
-                raise CoercionError(token=token, argument=argument, target_type=int) from None
-
-
-def _holds_int(hint: Any) -> bool:
-    return hint is int or any(map(_holds_int, get_args(hint)))
 
 
 def methods_help(name: str) -> str:
@@ -363,33 +328,3 @@ def example_file(train: App, values: dict[str, Any]) -> str:
             lines += ["", *(f"# {line}" for line in textwrap.wrap(str(argument.parameter.help), 98))]
             lines.append(yaml.safe_dump({name: value}).rstrip())
     return "\n".join(lines) + "\n"
-
-
-def refusal(error: CycloptsError, app: App, method: str) -> str:
-    """A wrong flag in one sentence, as the parser found it: which, what was expected, and where to read on."""
-    chain = tuple(error.command_chain or ())
-    command = " ".join(("iapt-export", *chain))
-    text = str(error)
-    if isinstance(error, UnknownOptionError):
-        text = (chain == ("train",) and _of_another(error.token.keyword or error.token.value, method)) or text
-    elif isinstance(error, UnusedCliTokensError):
-        text = f"{' '.join(error.unused_tokens or [])!r} belongs to no flag"
-    elif isinstance(error, MissingArgumentError) and error.keyword:
-        text = f"{error.keyword} needs a value"
-    elif isinstance(error, MissingArgumentError):
-        required = [
-            argument.name
-            for argument in functools.reduce(App.__getitem__, chain, app).assemble_argument_collection()
-            if argument.required and argument.name != "*"
-        ]
-        text = f"{command} needs {', '.join(required)}; {error.argument and error.argument.name} is missing"
-    return f"{text} (see {command} --help)"
-
-
-def _of_another(setting: str, method: str) -> str:
-    """A sentence where a setting is another method's, else empty."""
-    name = setting.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
-    owners = [
-        flag_name(key) for key, cls in METHOD_CONFIGS.items() if name in {f.name for f in dataclasses.fields(cls)}
-    ]
-    return f"{setting} is a setting of --method {' or '.join(owners)}, not of {method}" if owners else ""

@@ -34,7 +34,7 @@ def describe(path: Path, model: str | None = None) -> dict[str, Any]:
         IaptError: nothing stands there, nothing that is known, or a model is given for what is no adapter.
     """
     if not path.exists():
-        raise IaptError(f"{path} does not exist; expected {EXPECTED}")
+        raise IaptError(f"{path} does not exist; expected {EXPECTED} (doctor --model {path} asks the model hub)")
     if (path / "adapter_config.json").is_file():
         return _describe_adapter(path, model)
     if model is not None:

@@ -1,15 +1,30 @@
-"""What every command does with paths that it will write, with its result, and with an error."""
+"""What every command does with its words, with paths that it will write, with its result, and with an error."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from cyclopts import (
+    App,
+    ArgumentCollection,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    Token,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.places import check_outside_bundles
+from trainers.methods.configs import of_another
 
 
 def check_folders(*paths: Path | None) -> None:
@@ -67,3 +82,60 @@ def print_json(data: Any) -> None:
 def fail(text: str) -> None:
     """An error on stderr, for people."""
     print(f"iapt-export: error: {text}", file=sys.stderr)
+
+
+def whole_numbers(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse 1.5 where a whole number is wanted; the parser would round it."""
+    for argument in arguments:
+        for token in argument.tokens if _holds(argument.hint, int) else ():
+            try:
+                int(token.value)
+            except ValueError:
+                raise CoercionError(token=token, argument=argument, target_type=int) from None
+
+
+def no_empty_paths(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse an empty text where a path belongs, such as an unset variable of a shell: it would mean this folder."""
+    for argument in arguments:
+        if any(token.value == "" for token in argument.tokens) and (argument.required or _holds(argument.hint, Path)):
+            raise MissingArgumentError(argument=argument, keyword=argument.name)
+
+
+def _holds(hint: Any, kind: type) -> bool:
+    return hint is kind or any(_holds(inner, kind) for inner in get_args(hint))
+
+
+def refusal(error: CycloptsError, app: App, method: str, argv: Sequence[str] = ()) -> str:
+    """A wrong flag in one sentence, as the parser found it: which, what was expected, and where to read on.
+
+    What a group of flags lacks often stands in ``argv``, misspelt; then that is said.
+    """
+    chain = tuple(error.command_chain or ())
+    arguments = functools.reduce(App.__getitem__, chain, app).assemble_argument_collection()
+    if isinstance(error, ValidationError) and (unknown := _unknown_flag(argv, chain, arguments)):
+        error = unknown
+    command = " ".join(("iapt-export", *chain))
+    text = str(error)
+    if isinstance(error, UnknownOptionError):
+        text = (chain == ("train",) and of_another(error.token.keyword or error.token.value, method)) or text
+    elif isinstance(error, UnusedCliTokensError):
+        text = f"{' '.join(error.unused_tokens or [])!r} belongs to no flag"
+    elif isinstance(error, MissingArgumentError) and error.keyword:
+        text = f"{error.keyword} needs a value"
+    elif isinstance(error, MissingArgumentError):
+        required = [argument.name for argument in arguments if argument.required and argument.name != "*"]
+        text = f"{command} needs {', '.join(required)}; {error.argument and error.argument.name} is missing"
+    return f"{text} (see {command} --help)"
+
+
+def _unknown_flag(
+    argv: Sequence[str], chain: tuple[str, ...], arguments: ArgumentCollection
+) -> UnknownOptionError | None:
+    """The first flag that the command has not, as the parser would have told it had the others been enough."""
+    known = {name for argument in arguments for name in argument.names}
+    known = {name for argument in arguments for name in argument.names}
+    for flag in (word.partition("=")[0] for word in argv):
+        if re.fullmatch("--?[a-z][a-z-]+", flag) and flag not in known:
+            token = Token(keyword=flag, source="cli")
+            return UnknownOptionError(token=token, argument_collection=arguments, command_chain=chain, verbose=False)
+    return None

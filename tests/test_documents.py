@@ -251,6 +251,18 @@ def test_an_sdk_wins_over_packages(tmp_path: Path) -> None:
         assert text.index(f"unset({variable}_INCLUDE_DIR CACHE)") < text.index(f"find_path({variable}_INCLUDE_DIR")
 
 
+def test_make_cpp_says_that_its_tests_were_skipped(tmp_path: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.search(r"^\t@(if ctest .*?fi)$", makefile, flags=re.DOTALL | re.MULTILINE)
+    assert found
+    (tmp_path / "ctest").write_text('#!/bin/sh\necho "Total Tests: $COUNT"\n', encoding="utf-8")
+    (tmp_path / "ctest").chmod(0o755)
+    for count, said in (("0", "Skipped: the C++ tests, which need nvcc\n"), ("3", "Total Tests: 3\n")):
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COUNT": count}
+        done = subprocess.run(["sh", "-c", found[1]], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == said
+
+
 def not_run() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for words in commands_of(page):

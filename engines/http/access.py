@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from engines.http.refusals import RefusalError
@@ -48,6 +48,15 @@ class Access:
         if not fits or not keys:
             raise IaptError(f"{path} holds no keys with lists of tenants; expected {expected}")
         return cls(keys, admin_token)
+
+    def check_tenants(self, known: Collection[str]) -> None:
+        """Refuse keys for tenants that a server has not and cannot get.
+
+        Raises:
+            IaptError: which they are.
+        """
+        if strange := sorted({ALL}.union(*self._allowed.values()) - {ALL, *known}):
+            raise IaptError(f"keys are for tenants {', '.join(strange)}; this server has {', '.join(known)}")
 
     def tenants_of(self, authorization: str | None) -> frozenset[str]:
         """The tenants that whoever sends this header may ask; ``*`` among them for all.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,8 @@ from iapt_export.contract.errors import IaptError
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections; a server that closes first races with a client's next request."""
+
+MAX_PORT = 65535
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +51,8 @@ class ServerConfig:
     """Of uvicorn's own lines."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port <= MAX_PORT:
+            raise IaptError(f"port {self.port} is no port; expected 1 to {MAX_PORT}, or 0 for a free one")
         if self.tenants is not None and not self.tenants.is_dir():
             raise IaptError(f"{self.tenants} is no folder; expected one with tenants' files")
         if self.admin_token is not None and (self.tenants is None or not self.admin_token):
@@ -75,15 +81,38 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def check_place(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on, before the bundle is loaded.
+
+    Raises:
+        IaptError: the port is taken, or the host is none of this machine's.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as place:
+            if os.name == "posix":
+                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            place.bind(address)
+    except OSError as error:
+        raise IaptError(
+            f"nothing can listen on {host}:{port} ({error.strerror or error}); give --port another number, "
+            "0 for a free one, or --host an address of this machine"
+        ) from error
+
+
 def serve(session: Session, config: ServerConfig) -> None:
     """Serve until a signal comes; opens the session, and closes it when all is answered.
 
     Raises:
-        IaptError: the bundle cannot run here, or the keys cannot be read.
+        IaptError: the bundle cannot run here, the keys cannot be read or are for tenants that there are not, or nothing
+            can listen there.
     """
+    check_place(config.host, config.port)
     access = Access.read(config.keys, config.admin_token)
     telemetry = Telemetry(session, config.metrics_prefix)
     door = Door(session, access, TenantFolder(session, config.tenants), telemetry, config.max_body_bytes)
+    if config.tenants is None:
+        access.check_tenants(door.models)
     settings = uvicorn.Config(
         make_app(door),
         host=config.host,

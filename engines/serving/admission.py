@@ -225,7 +225,8 @@ def check_fields(where: str, request: Request) -> None:
 
     longest = request.max_new_tokens
     if longest is not None and (not _is_whole(longest) or not 1 <= longest <= MAX_NEW_TOKENS):
-        refuse("max_new_tokens", f"max_new_tokens is {shown(longest)}, expected at least 1, a whole number")
+        limit = f"at most {MAX_NEW_TOKENS}" if _is_whole(longest) and longest > 0 else "at least 1"
+        refuse("max_new_tokens", f"max_new_tokens is {shown(longest)}, expected {limit}, a whole number")
     for name in ("tokens", "stop_token_ids"):
         strange = [token for token in getattr(request, name) if not _is_whole(token)]
         if strange:

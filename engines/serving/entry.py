@@ -26,6 +26,8 @@ class Times:
     """It got a row."""
     first_token: float | None = None
     finished: float | None = None
+    tokens: list[float] = field(default_factory=list)
+    """Each token was handed out by the session; when its reader takes it is another matter."""
 
 
 @dataclass(eq=False)

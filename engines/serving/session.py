@@ -383,6 +383,8 @@ class Session(Activated):
         generation = self._generations[entry]
         if not entry.times.first_token and entry.tokens:
             entry.times.first_token = time.monotonic()
+        if isinstance(item, Token):
+            entry.times.tokens.append(time.monotonic())
         if not isinstance(item, Token) or item.finish_reason:
             entry.times.finished = time.monotonic()
             with self._lock:

@@ -20,6 +20,7 @@ from engines.serving.text import TextCodec, base_format
 from engines.tensorrt.builder import BuildOptions, check_options
 from engines.tensorrt.flavour import check_target, load_tensorrt
 from iapt_export.building import layout as layout
+from iapt_export.building.adapter_argument import parse_adapters
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.output import check_output
 from iapt_export.building.plan import (
@@ -42,7 +43,7 @@ from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
 from iapt_export.graphs.table import graph_specs
-from trainers.adapters.adapter import Adapter
+from trainers.adapters.adapter import Adapter, read_fields
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.family import Family, check_family
 
@@ -124,10 +125,12 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
         The targets and ranges that are asked for.
 
     Raises:
-        IaptError: contradicting or unknown settings, an output that is not ours, no key to sign with, or engines
-            that this machine cannot build.
+        IaptError: contradicting or unknown settings, an output that is not ours, no adapter where one is named, no
+            key to sign with, or engines that this machine cannot build.
     """
     check_output(Path(request.output), cache_of(request))
+    for path, _ in parse_adapters(request.adapters).values():
+        read_fields(path)
     if request.sign:
         load_private_key(Path(request.sign))
     targets = plan_targets(request.targets, request.dtype, request.opset)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from iapt_export.building.adapter_argument import parse_adapter
+from iapt_export.building.adapter_argument import parse_adapters
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import Range, Ranges
 from iapt_export.contract.types import FLOATS, OPSETS
@@ -143,7 +143,10 @@ def check_ranges(
             f"--past {ranges.past.max} cannot hold {prompt_length} prompt rows and --sequence {ranges.sequence.max}"
         )
     if ranges.past.max + 1 > max_positions:
-        problems.append(f"--past {ranges.past.max} is more than the backbone's {max_positions} positions less one")
+        problems.append(
+            f"--past {ranges.past.max} is more than the backbone's {max_positions} positions less one; "
+            f"give --past {max_positions - 1} or less"
+        )
     if ranges.past.min > prompt_length + ranges.sequence.min:
         problems.append(
             f"--past from {ranges.past.min} leaves out an instruction of {ranges.sequence.min} tokens after "
@@ -173,15 +176,13 @@ def load_tenants(
         IaptError: a bad adapter, one for another backbone, or a repeated name.
     """
     tenants: dict[str, Adapter] = {}
-    for argument in map(str, arguments):
-        name, path, options = parse_adapter(argument)
-        if name in tenants:
-            raise IaptError(f"two adapters are called {name!r}; tell them apart with --adapter NAME=DIR")
+    for name, (path, options) in parse_adapters(arguments).items():
         prompt_format = options.get("format", peft_prompt_format)
         task = int(options["task"]) if "task" in options else None
         adapter = load_adapter(path, backbone, peft_prompt_format=prompt_format, peft_task=task)
         if options and not adapter.from_peft:
-            raise IaptError(f"--adapter {argument}: {path} was not written by stock PEFT and says all of this itself")
+            said = "".join(f",{option}={value}" for option, value in options.items())
+            raise IaptError(f"--adapter {path}{said}: {path} was not written by stock PEFT and says all of this itself")
         check_adapter_fits(adapter.config, backbone, str(path))
         tenants[name] = adapter
     return tenants

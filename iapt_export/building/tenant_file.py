@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from iapt_export.building.plain_tenant import plain_tenant
+from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest, write_atomically
 from iapt_export.contract.tenant_card import TenantCard
 
@@ -38,8 +39,11 @@ def write_tenant_file(
         The card that the file carries.
 
     Raises:
-        IaptError: a bad adapter, another backbone, or a method that the bundle's graphs cannot run.
+        IaptError: a bad adapter, another backbone, a method that the bundle's graphs cannot run, or an output of
+            another name.
     """
+    if output.suffix != ".safetensors":
+        raise IaptError(f"{output} must end in .safetensors, by which a server's folder of tenants knows its files")
     made = plain_tenant(adapter, BundleManifest.load(bundle))
     if made is None:
         from iapt_export.building.computed_tenant import computed_tenant

@@ -61,6 +61,7 @@ REMEDIES = {
     errno.EPERM: f"get that permission, or {_ELSEWHERE}",
     errno.EROFS: _ELSEWHERE,
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.EEXIST: "a file stands where a folder belongs; give another path",
     errno.ENOTDIR: "a part of the path is a file; expected a folder",
     errno.EISDIR: "it is a folder; expected a file",
     errno.ELOOP: "a link leads back to itself; remove it",

@@ -22,6 +22,7 @@ from iapt_export.contract.disk import file_sha256 as file_sha256
 from iapt_export.contract.disk import write_atomically as write_atomically
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.graphs import step_graphs
+from iapt_export.contract.kinds import found_at
 from iapt_export.contract.schema import parse_json, read_fields
 from iapt_export.contract.sizes import MOST, MOST_LAYERS, BackboneSizes
 from iapt_export.contract.types import TENSOR_TYPES
@@ -302,7 +303,10 @@ class BundleManifest:
         """
         path = bundle / MANIFEST_FILE
         if not path.is_file():
-            raise BundleError(f"{bundle} holds no {MANIFEST_FILE}; expected a bundle written by 'iapt-export build'")
+            raise BundleError(
+                f"{bundle} holds no {MANIFEST_FILE}; expected a bundle written by 'iapt-export build', "
+                f"found {found_at(bundle)}"
+            )
         return cls.parse(path.read_bytes(), str(path))
 
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
@@ -109,3 +110,15 @@ def raise_problems(subject: str, problems: list[str]) -> None:
     """Raise one `IaptError` that lists every problem, or return when there is none."""
     if problems:
         raise IaptError(f"{subject}: " + "; ".join(problems))
+
+
+def size_of(text: str) -> int:
+    """A size such as 20GB or 500MB, in bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?) ?([kmgt]b)?", text.lower())
+    if found is None:
+        raise ValueError(f"{text!r} is no size; expected such as 20GB, 500MB, or 0")
+    return int(float(found[1]) * 1000 ** ("", "kb", "mb", "gb", "tb").index(found[2] or ""))

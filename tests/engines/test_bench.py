@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from engines.bench import measure
+from engines.bench import measure, plot
+from engines.serving.generation import Generation
 from engines.serving.session import Session
 from tests.bundles import TinyBuild, run
 
@@ -45,6 +48,28 @@ def test_one_token_has_no_next(tiny_build: TinyBuild) -> None:
     with Session.open(tiny_build.bundle, verify=False) as session:
         figures = measure(session, 2, 3, 1, 1)
     assert figures["itl_p50_ms"] is None and figures["decode_tokens_per_s"] is None and figures["tokens_per_s"] > 0
+
+
+def test_a_reader_that_is_late_changes_no_figure(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Generation.result
+    monkeypatch.setattr(Generation, "result", lambda generation: (time.sleep(2), read(generation))[1])
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        figures = measure(session, 1, 3, 8, 1)
+    assert figures["itl_p50_ms"] > 0 and figures["ttft_max_ms"] < 2000 and figures["itl_quantiles_ms"][-1] < 2000
+    assert figures["tokens_per_s"] > 4, "all tokens within the two seconds in which nobody read"
+
+
+def test_the_plot_marks_p50_and_p99_and_says_one_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words: list[str] = []
+
+    def look(figure: Figure, *_: object, **__: object) -> None:
+        (axes,) = figure.axes
+        words.extend(text.get_text() for text in (*axes.texts, *axes.get_legend().get_texts()))
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    lines = [{"rows": rows, "itl_quantiles_ms": list(range(101))} for rows in (1, 8)]
+    plot({"bundle": "b", "target": "onnxruntime", "dtype": "fp32", "figures": lines}, tmp_path / "b.png")
+    assert words == ["p50", "p99", "1 row", "8 rows"]
 
 
 def test_what_a_plot_needs_is_missed_before_measuring(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.kinds import found_at
 from iapt_export.contract.schema import read_object
 from iapt_export.contract.settings import choice_problems, config_from_dict, raise_problems, type_problems
 from iapt_export.contract.sizes import MOST, MOST_LAYERS
@@ -150,7 +151,10 @@ def read_fields(folder: Path) -> dict[str, Any]:
         if inner := sorted(item.parent for item in folder.glob(f"*/{CONFIG_FILE}")):
             flags = ", ".join(f"--adapter {item.name}={item}" for item in inner)
             raise IaptError(f"{folder} is no adapter but holds {len(inner)} in folders of their own; give {flags}")
-        raise IaptError(f"{folder}: {CONFIG_FILE} is missing; expected an adapter directory written by a trainer")
+        raise IaptError(
+            f"{folder}: {CONFIG_FILE} is missing; expected an adapter directory written by a trainer, "
+            f"found {found_at(folder)}"
+        )
     return read_object(path, "copy or train the adapter again")
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.manifest import BackboneSpec
+from iapt_export.contract.kinds import found_at
+from iapt_export.contract.manifest import MANIFEST_FILE, BackboneSpec
 from iapt_export.contract.sizes import MOST_LAYERS
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from trainers.decoder.checkpoint import check_loading, read_checkpoint, read_warnings
@@ -204,9 +205,11 @@ def _explained(name: str) -> Iterator[None]:
             yield
     except (OSError, ValueError, AssertionError, ImportError, StrictDataclassError, SafetensorError) as error:
         where = "" if Path(name).exists() else f", which is no folder as seen from {Path.cwd()},"
+        found = f", found {found_at(Path(name))}" if (Path(name) / MANIFEST_FILE).is_file() else ""
         raise IaptError(
             f"the backbone {name!r}{where} could not be loaded: {_first_line(error)} "
-            "Expected a Hugging Face id, a folder with config.json, tokenizer and safetensors, or a GGUF file"
+            "Expected a Hugging Face id and a network, a folder with config.json, tokenizer and safetensors, or a GGUF "
+            f"file{found}"
         ) from error
 
 
@@ -288,7 +291,7 @@ def _locate(name_or_path: str) -> tuple[str, str | None]:
         if len(found) != 1:
             raise IaptError(
                 f"{path} holds no config.json and {len(found)} .gguf files; expected a Hugging Face model folder "
-                "or exactly one GGUF file (name the file itself to choose)"
+                f"or exactly one GGUF file (name the file itself to choose), found {found_at(path)}"
             )
         return str(path), found[0].name
     if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1):

@@ -334,3 +334,10 @@ def method_name(config: Any) -> str:
 def flag_name(method: str) -> str:
     """A ``peft_type`` as the command line writes it."""
     return method.lower().replace("_", "-")
+
+
+def of_another(setting: str, method: str) -> str:
+    """A sentence where a setting, a field or a flag, is another method's, else empty."""
+    name = setting.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
+    owners = [flag_name(key) for key, cls in METHOD_CONFIGS.items() if name in cls.__dataclass_fields__]
+    return f"{setting} is a setting of --method {' or '.join(owners)}, not of {method}" if owners else ""

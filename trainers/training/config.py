@@ -173,7 +173,8 @@ def read_train_file(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     if not path.is_file():
-        raise IaptError(f"the settings file {path} does not exist; expected YAML with one 'field: value' per line")
+        what = "is no file" if path.exists() else "does not exist"
+        raise IaptError(f"the settings file {path} {what}; expected YAML with one 'field: value' per line")
     try:
         text = path.read_text(encoding="utf-8")
         _check_depth(yaml.parse(text), path)

@@ -101,7 +101,8 @@ def convert(source: Path, asked: Conversion) -> Converted:
 
 def _text_of(source: Path) -> str:
     if not source.is_file():
-        raise IaptError(f"the file {source} does not exist; expected one to convert")
+        what = "is no file" if source.exists() else "does not exist"
+        raise IaptError(f"the file {source} {what}; expected one to convert")
     try:
         with source.open(encoding="utf-8-sig", newline="") as file:
             return file.read()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from iapt_export.contract.errors import IaptError
 from trainers.adapters.adapter import Adapter, AdapterConfig
@@ -36,6 +37,20 @@ KEPT_CHECKPOINTS = 2
 
 class DivergedError(IaptError):
     """The loss is no number any more."""
+
+
+def check_tracker(name: str) -> None:
+    """Refuse an experiment tracker that the Trainer does not know, or whose package is not installed.
+
+    Raises:
+        IaptError: which it is, and those that are known.
+    """
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise IaptError(f"report_to is {name!r}, expected none, all or one of {', '.join(INTEGRATION_TO_CALLBACK)}")
+    if name not in get_available_reporting_integrations():
+        raise IaptError(f"report_to is {name!r}, whose package is not installed; install it, or say none")
 
 
 class PromptTuned(nn.Module):

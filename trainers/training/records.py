@@ -43,7 +43,8 @@ def read_examples(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     if not path.is_file():
-        raise IaptError(f"the data file {path} does not exist; expected JSONL, one record per line")
+        what = "is no file" if path.exists() else "does not exist"
+        raise IaptError(f"the data file {path} {what}; expected JSONL, one record per line")
     examples, problems = [], []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -58,17 +59,37 @@ def read_examples(path: str | Path) -> list[Example]:
             problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-    refuse_records(problems)
+    refuse_records(problems, _conversion(path, lines))
     if not examples:
         raise IaptError(f"the data file {path} holds no records; expected JSONL, one record per line")
     return examples
 
 
-def refuse_records(problems: Sequence[str]) -> None:
-    """Raise one `IaptError` for all bad records, the first ten in full, or return when there is none."""
+def _conversion(path: Path, lines: Sequence[str]) -> str:
+    """How a file of another tool becomes JSONL, or nothing where this is none."""
+    start = next((line.strip() for line in lines if line.strip()), "")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        form = "csv"
+    elif '"conversations"' in start or any('"conversations"' in line for line in lines[:MAX_PROBLEMS]):
+        form = "sharegpt"
+    elif start.startswith("["):
+        form = "alpaca"
+    else:
+        return ""
+    return f"iapt-export data convert {path} --format {form} --output {path.with_suffix('.jsonl').name}"
+
+
+def refuse_records(problems: Sequence[str], remedy: str = "") -> None:
+    """Raise one `IaptError` for all bad records, the first ten in full, or return when there is none.
+
+    Args:
+        problems: a line each.
+        remedy: a command that makes a good file of this one.
+    """
     if problems:
         more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         text = "\n  ".join(problems[:MAX_PROBLEMS])
+        more += f"\ntry: {remedy}" if remedy else ""
         raise IaptError(f"{len(problems)} bad record(s) in the data:\n  {text}{more}")
 
 

@@ -43,7 +43,7 @@ from trainers.training.data import (
 )
 from trainers.training.evaluate import Evaluation, Report, evaluate
 from trainers.training.finished import TrainResult, find_finished
-from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned
+from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned, check_tracker
 from trainers.training.records import Example, read_examples
 from trainers.training.work import (
     FINISHED,
@@ -182,6 +182,7 @@ def evaluate_adapter(
 def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
     """Read the data before the backbone: its errors are the more frequent ones."""
     model_name, method, config = request.model, request.method, request.config
+    check_tracker(config.report_to)
     examples = read_examples(request.data)
     labels = find_labels(examples, config.task)
     if config.eval_file:
