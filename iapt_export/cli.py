@@ -282,9 +282,7 @@ def triton(bundle: BundleFolder, /, *, asked: Annotated[TritonRepository, FLAT],
 
 
 def tenant(
-    adapter: Annotated[
-        str, Parameter(metavar="ADAPTER", help="DIR or NAME=DIR; the folder's name is the tenant's else.")
-    ],
+    adapter: Annotated[str, Parameter(metavar="ADAPTER", help="DIR or NAME=DIR; without NAME, the folder's is taken.")],
     /,
     *,
     bundle: Annotated[Path, Parameter(metavar="BUNDLE", help="The bundle that shall serve it, or one of its kind.")],

@@ -111,8 +111,7 @@ def refusal(error: CycloptsError, app: App, method: str, argv: Sequence[str] = (
     What a group of flags lacks often stands in ``argv``, misspelt; then that is said.
     """
     chain = tuple(error.command_chain or ())
-    arguments = functools.reduce(App.__getitem__, chain, app).assemble_argument_collection()
-    if isinstance(error, ValidationError) and (unknown := _unknown_flag(argv, chain, arguments)):
+    if isinstance(error, ValidationError) and (unknown := _unknown_flag(argv, chain, _arguments_of(app, chain))):
         error = unknown
     command = " ".join(("iapt-export", *chain))
     text = str(error)
@@ -123,9 +122,15 @@ def refusal(error: CycloptsError, app: App, method: str, argv: Sequence[str] = (
     elif isinstance(error, MissingArgumentError) and error.keyword:
         text = f"{error.keyword} needs a value"
     elif isinstance(error, MissingArgumentError):
-        required = [argument.name for argument in arguments if argument.required and argument.name != "*"]
+        required = [
+            argument.name for argument in _arguments_of(app, chain) if argument.required and argument.name != "*"
+        ]
         text = f"{command} needs {', '.join(required)}; {error.argument and error.argument.name} is missing"
     return f"{text} (see {command} --help)"
+
+
+def _arguments_of(app: App, chain: tuple[str, ...]) -> ArgumentCollection:
+    return functools.reduce(App.__getitem__, chain, app).assemble_argument_collection()
 
 
 def _unknown_flag(

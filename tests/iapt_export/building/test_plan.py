@@ -140,7 +140,7 @@ def test_all_contradictions_are_listed() -> None:
         check_ranges(RANGES, 513, 1024, 65)
     assert str(caught.value) == (
         "--past 1024 cannot hold 513 prompt rows and --sequence 512; "
-        "--past 1024 is more than the backbone's 1024 positions less one; "
+        "--past 1024 is more than the backbone's 1024 positions less one; give --past 1023 or less; "
         "65 adapters are more than --tenants 64"
     )
 
@@ -178,7 +178,7 @@ def test_bad_tenant_names(tiny_build: TinyBuild, backbone: Backbone, name: str) 
 def test_no_tenant_is_the_backbone_alone(backbone: Backbone) -> None:
     plan = plan_tenants(load_tenants([], backbone), backbone.model)
     assert (plan.installed, plan.owner, plan.shipped, plan.num_slots, plan.fewest) == ([], {}, {}, 0, None)
-    late = dataclasses.replace(RANGES, tenants=Range(2, 4, 64))
+    late = dataclasses.replace(RANGES, past=Range(1, 256, 1024), tenants=Range(2, 4, 64))
     check_ranges(late, 0, 8192, 0, plan.fewest)
 
 
