@@ -31,7 +31,11 @@ MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "M", "my-merged-model")
 """What the pages call a model."""
 EXTRA = {
     "train": ["--max-steps=2", "--batch-size=2", "--bottleneck=8", "--no-baseline", "--overwrite"],
-    "build": [*(f"--{name}={text}" for name, text in RANGES.items()), "--new-tokens=4", "--no-peft-check"],
+    "build": [
+        *(f"--{name}={text}" for name, text in (RANGES | {"past": "1:64:160"}).items()),
+        "--new-tokens=4",
+        "--no-peft-check",
+    ],
     "generate": ["--max-new-tokens=4"],
     "bench": ["--rows", "1", "--repeat=1", "--prompt-tokens=4", "--new-tokens=4"],
 }
