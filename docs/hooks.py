@@ -16,7 +16,7 @@ from trainers.methods.forms import METHODS
 MARK = "<!-- commands -->"
 METHODS_MARK = "<!-- methods -->"
 SCHEMAS_MARK = "<!-- schemas -->"
-MORE, LESS = ("models.md", "choose.md", "start.md", "serving.md"), ("reference/python.md", "decisions.md")
+MORE, LESS = ("models.md", "start.md", "serving.md"), ("reference/python.md", "decisions.md")
 """Pages that stand before others in what the search finds, and behind them."""
 
 
@@ -31,7 +31,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Write what the marks stand for; a link out of the folder becomes the file's name."""
     name = page.file.src_uri
-    page.meta["search"] = {"boost": 3 if name in MORE else 0.3 if name in LESS else 1}
+    page.meta["search"] = {"boost": 10 if name == "choose.md" else 3 if name in MORE else 0.3 if name in LESS else 1}
     if MARK in markdown:
         markdown = markdown.replace(MARK, commands())
     if METHODS_MARK in markdown:
