@@ -9,11 +9,12 @@ a machine's speed changes; a ratio is taken within a round.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from engines.serving.session import Request, Sampling, Session
 
@@ -52,11 +53,11 @@ OTHER = [
 ]
 
 
-def requests(kind: str, rows: int, first: int, new_tokens: int) -> list[Request]:
+def requests(tasks: str, rows: int, first: int, new_tokens: int) -> list[Request]:
     """One for each row; the tasks in turn, beginning with another one in each round."""
-    texts = list(COPYING.values()) if kind == "copying" else OTHER
+    texts = list(COPYING.values()) if tasks == "copying" else OTHER
     # other texts are sampled, because a small model's greedy ones soon repeat themselves, and drafts like that
-    sampling = [Sampling(temperature=0.0 if kind == "copying" else 1.0, seed=first + row) for row in range(rows)]
+    sampling = [Sampling(temperature=0.0 if tasks == "copying" else 1.0, seed=first + row) for row in range(rows)]
     return [
         Request("", texts[(first + row) % len(texts)], max_new_tokens=new_tokens, sampling=sampling[row])
         for row in range(rows)
@@ -77,6 +78,36 @@ def measured(session: Session, asked: Sequence[Request]) -> tuple[list[list[int]
     return answers, len(times) / (times[-1] - begun) if times else 0.0
 
 
+def compare_drafts(
+    bundle: Path, drafts: int, threads: int | None, rounds: int, rows: Sequence[int] = (1, 8), new_tokens: int = 96
+) -> Iterator[dict[str, Any]]:
+    """Both sessions in turns; a record for each number of rows and kind of tasks.
+
+    Raises:
+        SystemExit: an answer differs.
+    """
+    opened: dict[str, Any] = {"verify": False, "allow_unproven": True, "threads": threads}
+    with Session.open(bundle, **opened) as plain, Session.open(bundle, drafts=drafts, **opened) as drafting:
+        sessions = {"without": plain, "with": drafting}
+        for count, tasks in itertools.product(rows, ("copying", "other")):
+            speeds, before = [], drafting.state()
+            for number in range(rounds):
+                wanted = requests(tasks, count, number, new_tokens)
+                order = list(sessions)[:: (1, -1)[number % 2]]
+                found = {name: measured(sessions[name], wanted) for name in order}
+                if found["with"][0] != found["without"][0]:
+                    raise SystemExit(f"answers differ in round {number} of {tasks}, {count} rows")
+                speeds.append({name: round(found[name][1], 2) for name in sessions})
+            after = drafting.state()
+            yield {
+                "rows": count,
+                "tasks": tasks,
+                "rounds": speeds,
+                "drafted": after.drafted_tokens - before.drafted_tokens,
+                "accepted": after.accepted_tokens - before.accepted_tokens,
+            }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,40 +117,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, help="also write every round there, a JSON object a line")
     asked = parser.parse_args()
-    lines = []
-    opened = {"verify": False, "allow_unproven": True, "threads": asked.threads}
-    with (
-        Session.open(asked.bundle, **opened) as plain,
-        Session.open(asked.bundle, drafts=asked.drafts, **opened) as drafting,
-    ):
-        sessions = {"without": plain, "with": drafting}
-        for rows in asked.rows:
-            for kind in ("copying", "other"):
-                ratios, rates = [], []
-                before = drafting.state()
-                for number in range(asked.rounds):
-                    wanted = requests(kind, rows, number, asked.new_tokens)
-                    order = list(sessions) if number % 2 else list(reversed(sessions))
-                    found = {name: measured(sessions[name], wanted) for name in order}
-                    if found["with"][0] != found["without"][0]:
-                        raise SystemExit(f"answers differ in round {number} of {kind}, {rows} rows")
-                    rates.append({name: found[name][1] for name in sessions})
-                    ratios.append(found["with"][1] / found["without"][1])
-                    lines.append({"rows": rows, "kind": kind, "round": number, **rates[-1]})
-                after = drafting.state()
-                drafted = after.drafted_tokens - before.drafted_tokens
-                accepted = after.accepted_tokens - before.accepted_tokens
-                middle = [statistics.median(rate[name] for rate in rates) for name in sessions]
-                print(
-                    f"{rows} rows, {kind}: {middle[0]:.0f} to {middle[1]:.0f} tokens/s, times "
-                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
-                    f"{accepted} of {drafted} drafted tokens were right",
-                    flush=True,
-                )
-    if asked.output:
-        asked.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for record in compare_drafts(asked.bundle, asked.drafts, asked.threads, asked.rounds, asked.rows, asked.new_tokens):
+        gains = [each["with"] / each["without"] for each in record["rounds"]]
+        middle = [statistics.median(each[name] for each in record["rounds"]) for name in ("without", "with")]
+        print(
+            f"{record['rows']} rows, {record['tasks']}: {middle[0]:.0f} to {middle[1]:.0f} tokens/s, times "
+            f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f}); "
+            f"{record['accepted']} of {record['drafted']} drafted tokens were right",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

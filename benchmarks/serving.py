@@ -1,20 +1,22 @@
 """Serve the same tokens with this project and with its peers, in alternating runs, and compare.
 
     python -m benchmarks.serving all --genai fp32=DIR --genai int4=DIR --genai-python PYTHON --optimum DIR \
-        --optimum-python PYTHON
+        --optimum-python PYTHON --gguf q4_0=FILE --gguf q4_1=FILE --gguf q8_0=FILE --gguf-python PYTHON
 
 does it all; its parts are
 
     prepare   the bundles, once
     run       every case, round after round
     trace     continuous against static batches, on requests of mixed lengths and arrivals
+    drafts    steps that verify drafted tokens against steps of one token, answers compared
     soak      half an hour in which tenants come and go: right answers, no request lost, flat memory
     report    the tables and plots of docs/benchmarks.md from the records
 
 ``run`` measures every case once a round, in a process of its own, because processes of one case differ by up to a
 tenth; slow seconds of the machine fall on all of them, and ratios are medians over rounds. The genai folders come from
 ``python -m onnxruntime_genai.models.builder -i MODEL -o DIR -p fp32 -e cpu`` (and ``-p int4``), optimum's from
-``optimum-cli export onnx -m MODEL --task text-generation-with-past DIR``.
+``optimum-cli export onnx -m MODEL --task text-generation-with-past DIR``, and the GGUF files from
+``python -m benchmarks.gguf_types``.
 """
 
 from __future__ import annotations
@@ -33,15 +35,17 @@ from typing import Any
 
 import onnxruntime
 
+from benchmarks.drafts import compare_drafts
 from benchmarks.pages import MODEL, RESULTS, ROOT, append_record, brief, read_records, write_tables
 from benchmarks.serving_bundles import BUNDLES, SEVEN, make_bundle
 from benchmarks.serving_load import compare_batching
 from benchmarks.serving_peers import Job
-from benchmarks.serving_tables import draw, tables
+from benchmarks.serving_tables import draw, draw_accuracy, tables
 from engines.native import add_kernels
 from tests.engines.serving.soak import soak
 from trainers.decoder.backbone import load_backbone
 
+QUANTISED = RESULTS / "quantised.json"
 WORKER = ROOT / "benchmarks" / "serving_peers.py"
 SIZES: dict[str, Any] = {"tokens": 128, "steps": 24, "threads": 2}
 TIMEOUT_S = 600
@@ -52,11 +56,13 @@ def cases(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[str, Job, 
     sizes = {**SIZES, "rows": rows}
     yield "base", Job("base", "", **sizes), sys.executable
     for name, plan in BUNDLES.items():
-        if (arguments.prepared / name / "manifest.json").is_file():
+        if not plan.drafts and (arguments.prepared / name / "manifest.json").is_file():
             tenants = 0 if plan.merged else plan.tenants
             yield name, Job("session", str(arguments.prepared / name), tenants=tenants, **sizes), sys.executable
     for dtype, folder in arguments.genai:
         yield f"genai-{dtype}", Job("genai", folder, **sizes), arguments.genai_python
+    for dtype, path in arguments.gguf:
+        yield f"llama-{dtype}", Job("llama", path, **sizes), arguments.gguf_python
     yield "transformers", Job("transformers", arguments.model, **sizes), sys.executable
     for name, rank, modules in (("peft-qv", 8, ("q_proj", "v_proj")), ("peft-all", 16, SEVEN)):
         yield name, Job("peft", arguments.model, tenants=8, rank=rank, modules=modules, **sizes), sys.executable
@@ -109,6 +115,16 @@ def trace(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_drafts(arguments: argparse.Namespace) -> int:
+    """Measure drafts on the bundles that are made for them; fails where an answer differs."""
+    for name, plan in BUNDLES.items():
+        if plan.drafts and (arguments.prepared / name / "manifest.json").is_file():
+            for record in compare_drafts(arguments.prepared / name, plan.drafts, SIZES["threads"], arguments.rounds):
+                print(f"drafts: {plan.dtype} {json.dumps(record)}", flush=True)
+                _save(arguments, "drafts", {"dtype": plan.dtype, **record})
+    return 0
+
+
 def run_soak(arguments: argparse.Namespace) -> int:
     """Serve while tenants come and go; fails where an answer is wrong or lost."""
     for state in soak(arguments.prepared / "iapt-8", 60 * arguments.minutes):
@@ -123,13 +139,16 @@ def report(arguments: argparse.Namespace) -> int:
     if not any(record["kind"] == "round" for record in records):
         sys.exit(f"{arguments.results} holds no rounds; use run first")
     write_tables(arguments.page, tables(records))
-    draw(records, arguments.page.parent / "images")
+    images = arguments.page.parent / "images"
+    draw(records, images)
+    if QUANTISED.is_file():
+        draw_accuracy(records, json.loads(QUANTISED.read_text(encoding="utf-8")), images / "accuracy.png")
     return 0
 
 
 def measure_all(arguments: argparse.Namespace) -> int:
-    """Prepare, run, trace, soak, report."""
-    return max(action(arguments) for action in (prepare, run, trace, run_soak, report))
+    """Everything, one after another."""
+    return max(action(arguments) for action in (prepare, run, trace, run_drafts, run_soak, report))
 
 
 def _save(arguments: argparse.Namespace, kind: str, record: dict[str, Any]) -> None:
@@ -148,14 +167,22 @@ def _save(arguments: argparse.Namespace, kind: str, record: dict[str, Any]) -> N
 
 def _named(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
-    if not equals or not Path(folder).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR of a folder that exists")
+    if not equals or not Path(folder).exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH of something that exists")
     return name, folder
 
 
 def main(words: list[str] | None = None) -> int:
     """Measure or report; returns the exit code."""
-    actions = {"all": measure_all, "prepare": prepare, "run": run, "trace": trace, "soak": run_soak, "report": report}
+    actions = {
+        "all": measure_all,
+        "prepare": prepare,
+        "run": run,
+        "trace": trace,
+        "drafts": run_drafts,
+        "soak": run_soak,
+        "report": report,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=actions)
     parser.add_argument("--model", default=str(MODEL), help="folder of the backbone (default: %(default)s)")
@@ -163,9 +190,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="prepare and run these alone")
     parser.add_argument("--genai", action="append", type=_named, default=[], metavar="DTYPE=DIR")
     parser.add_argument("--genai-python", default=sys.executable, metavar="PYTHON", help="where genai is installed")
+    parser.add_argument("--gguf", action="append", type=_named, default=[], metavar="TYPE=FILE")
+    parser.add_argument("--gguf-python", default=sys.executable, metavar="PYTHON", help="where xllamacpp is installed")
     parser.add_argument("--optimum", metavar="DIR", help="a model that optimum-onnx exported")
     parser.add_argument("--optimum-python", default=sys.executable, metavar="PYTHON", help="where optimum is installed")
-    parser.add_argument("--rounds", type=int, default=9, help="of run and trace (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of run, trace and drafts (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=64, help="of trace (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="of soak (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl", help="file of the records")

@@ -34,6 +34,8 @@ class BundlePlan:
     dtype: str = "fp32"
     merged: bool = False
     """Add the one adapter to the weights: the plain backbone's graph."""
+    drafts: int = 0
+    """Tokens of a draft that a step may verify."""
 
 
 PLAIN = LoRAConfig(rank=1, target_modules=("q_proj",))
@@ -42,11 +44,15 @@ BUNDLES = {
     "plain-int8": BundlePlan(PLAIN, 1, "int8", merged=True),
     "plain-int4": BundlePlan(PLAIN, 1, "int4", merged=True),
     "iapt-8": BundlePlan(),
+    "iapt-8-int4": BundlePlan(dtype="int4"),
     "iapt-64": BundlePlan(tenants=64),
     "iapt-narrow": BundlePlan(IAPTConfig(bottleneck=64)),
     "lora-qv": BundlePlan(LoRAConfig(rank=8, target_modules=("q_proj", "v_proj"))),
     "lora-all": BundlePlan(LoRAConfig(rank=16, target_modules=SEVEN)),
+    "drafts-fp32": BundlePlan(tenants=0, drafts=3),
+    "drafts-int4": BundlePlan(tenants=0, dtype="int4", drafts=3),
 }
+"""Those for drafts have no tenant: what they answer matters, and the backbone's own answers are real ones."""
 
 
 def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
@@ -65,6 +71,7 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
         past=f"1:256:{PAST}",
         tenants=f"1:8:{max(64, plan.tenants)}",
         merge_lora=plan.merged,
+        drafts=plan.drafts,
         prove=False,
         cache=output.with_name("stages"),
     )

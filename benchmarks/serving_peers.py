@@ -14,7 +14,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +176,39 @@ def optimum(job: Job) -> tuple[Step, Step]:
     return _torch_steps(job, call)
 
 
-PEERS = {each.__name__: each for each in (session, base, genai, transformers, peft, optimum)}
+def llama(job: Job) -> Callable[[], dict[str, float]]:
+    """llama.cpp by the package xllamacpp, which has its server and no steps: by the server's own clock.
+
+    Rows are requests that are sent at once. A prefill ends when the last of them was read; a step takes what the row
+    that was read last, and so had all others beside it, took for a token.
+    """
+    import xllamacpp  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_gpu_layers, parameters.n_parallel = job.model, 0, job.rows
+    parameters.n_ctx = job.rows * 512
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = job.threads
+    server = xllamacpp.Server(parameters)
+
+    def ask(prompt: list[int]) -> dict[str, float]:
+        request = {"prompt": prompt, "n_predict": job.steps, "ignore_eos": True, "temperature": 0}
+        request["cache_prompt"] = False  # or the second time reads nothing
+        timings: dict[str, float] = server.handle_completions(request)["timings"]
+        return timings
+
+    def once() -> dict[str, float]:
+        with ThreadPoolExecutor(job.rows) as pool:
+            found = list(pool.map(ask, job.prompts()))
+        last = max(found, key=lambda timings: timings["prompt_ms"])
+        decode_ms = last["predicted_ms"] / (last["predicted_n"] - 1)  # the first token comes of prefill's logits
+        return {"prefill_ms": last["prompt_ms"], "decode_ms": decode_ms, "peak_mib": peak_mib()}
+
+    return once
+
+
+PEERS: dict[str, Callable[[Job], Any]] = {
+    each.__name__: each for each in (session, base, genai, transformers, peft, optimum, llama)
+}
 
 
 def measure(job: Job, prefill: Step, decode: Step) -> dict[str, float]:
@@ -222,9 +256,10 @@ def main() -> None:
     job = Job(**{**fields, "modules": tuple(fields.get("modules", ()))})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    steps = PEERS[job.peer](job)
-    measure(job, *steps)
-    print(json.dumps(measure(job, *steps)), file=answers, flush=True)
+    made = PEERS[job.peer](job)
+    once = made if callable(made) else partial(measure, job, *made)
+    once()
+    print(json.dumps(once()), file=answers, flush=True)
 
 
 if __name__ == "__main__":

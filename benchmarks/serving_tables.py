@@ -16,17 +16,24 @@ TITLES = {
     "plain-int8": "ours, no tenant, int8",
     "plain-int4": "ours, no tenant, int4",
     "iapt-8": "ours, 8 IAPT tenants",
+    "iapt-8-int4": "ours, 8 IAPT tenants, int4",
     "iapt-64": "ours, 64 IAPT tenants",
     "iapt-narrow": "ours, 8 IAPT tenants (bottleneck 64)",
     "lora-qv": "ours, 8 LoRA tenants (rank 8, q and v)",
     "lora-all": "ours, 8 LoRA tenants (rank 16, seven projections)",
     "genai-fp32": "onnxruntime-genai, fp32",
     "genai-int4": "onnxruntime-genai, int4",
+    "llama-q4_0": "llama.cpp, Q4_0",
+    "llama-q4_1": "llama.cpp, Q4_1",
+    "llama-q8_0": "llama.cpp, Q8_0",
     "transformers": "transformers, eager",
     "peft-qv": "PEFT, 8 LoRA tenants (rank 8, q and v)",
     "peft-all": "PEFT, 8 LoRA tenants (rank 16, seven projections)",
     "optimum": "optimum-onnx",
 }
+PEERS_DRAWN = ("genai-fp32", "genai-int4", "llama-q4_0", "llama-q4_1", "llama-q8_0")
+"""In the plot of speed and accuracy."""
+DRAFT_TASKS = {"copying": "answers that copy", "other": "other answers"}
 BATCHES = {
     "continuous": "continuous",
     "static": "static ones that rows leave when they are finished",
@@ -54,6 +61,10 @@ GOALS = (
     Goal("decode", "against genai, fp32", "plain", "genai-fp32", 1.0, 1.1),
     Goal("decode", "against genai, int4", "plain-int4", "genai-int4", 0.95, 0.95),
     Goal("decode", "with 8 tenants against genai without, fp32", "iapt-8", "genai-fp32"),
+    Goal("decode", "with 8 tenants against none, int4", "iapt-8-int4", "plain-int4"),
+    Goal("decode", "against llama.cpp's Q4_0, int4", "plain-int4", "llama-q4_0", 1.6, 2.5),
+    Goal("decode", "against llama.cpp's Q4_1, int4", "plain-int4", "llama-q4_1", 1.6, 2.5),
+    Goal("decode", "against llama.cpp's Q8_0, int8", "plain-int8", "llama-q8_0", 1.2, 1.2),
     Goal("decode", "against LoRA of seven projections, same session", "iapt-8", "lora-all", None, 1.3),
     Goal("decode", "against LoRA of q and v, same session", "iapt-8", "lora-qv"),
     Goal("decode", "against PEFT's mixed batch, seven projections", "iapt-8", "peft-all", None, 3.0),
@@ -152,6 +163,17 @@ def goal_rows(records: Records) -> Iterator[list[str]]:
             yield [f"a tenant added {where}: median", "8", f"at most {ADD_GOAL_MS} ms", *shown]
 
 
+def draft_rows(records: Records) -> Iterator[list[str]]:
+    """What drafts gave: a row for each bundle, number of rows and kind of tasks, by the newest record of each."""
+    newest = {(each["dtype"], each["rows"], each["tasks"]): each for each in of(records, "drafts")}
+    for (dtype, rows, tasks), found in newest.items():
+        speeds = [f"{median(each[name] for each in found['rounds']):.0f}" for name in ("without", "with")]
+        gains = [each["with"] / each["without"] for each in found["rounds"]]
+        share = f"{100 * found['accepted'] / found['drafted']:.0f} %" if found["drafted"] else "none drafted"
+        gain = f"{median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
+        yield [f"{dtype}, {DRAFT_TASKS[tasks]}", str(rows), *speeds, gain, share]
+
+
 def growth(soak: Mapping[str, Any]) -> float:
     """MiB by which a soak's memory grew after its first fifth: medians of the second and of the last fifth."""
     mib = [sample for _, sample in soak["memory_mib"]]
@@ -184,8 +206,47 @@ def tables(records: Records) -> dict[str, str]:
     return {
         "goals": table(["What", "Rows", "Goal", "Measured", ""], list(goal_rows(records))),
         "cases": table(head, list(case_rows(records))),
+        "drafts": table(
+            ["Weights and tasks", "Rows", "Without, tokens/s", "With, tokens/s", "Ratio", "Drafted tokens right"],
+            list(draft_rows(records)),
+        ),
         "batches": table(["Batches", "Tokens/s", "Seconds to the first token", "Seconds to the whole answer"], lines),
     }
+
+
+def draw_accuracy(records: Records, quantised: Mapping[str, Any], path: Path) -> None:
+    """Tokens a second with eight rows against the accuracy of the shipped adapters, a point for each type of weights.
+
+    Peers cannot run these adapters, so that they have a speed and no accuracy: vertical lines.
+    """
+    with figure(path, (8, 4)) as ((axes,),):
+        for bundle in quantised["bundles"]:
+            dtype, shares = bundle["dtype"], list(bundle["accuracy"].values())
+            found = typical(records, "plain" if dtype == "fp32" else f"plain-{dtype}", 8)
+            if not found:
+                continue
+            mean = sum(shares) / len(shares)
+            error = sum(share * (1 - share) for share in shares) ** 0.5 / quantised["examples"] ** 0.5 / len(shares)
+            speed = 8e3 / found["decode_ms"]
+            axes.errorbar([speed], [100 * mean], [100 * error], fmt="o", capsize=4, color=OWN)
+            axes.annotate(f"ours, {dtype}", (speed, 100 * mean), xytext=(8, 6), textcoords="offset points")
+        for number, name in enumerate(PEERS_DRAWN):
+            if found := typical(records, name, 8):
+                speed = 8e3 / found["decode_ms"]
+                axes.axvline(speed, color=OTHER, linewidth=1, linestyle=":")
+                place = (speed, 0.02 + 0.05 * number)
+                axes.annotate(
+                    TITLES[name],
+                    place,
+                    xycoords=("data", "axes fraction"),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    color=OTHER,
+                    fontsize=8,
+                )
+        axes.set_xlabel("tokens a second, eight rows")
+        axes.set_ylabel("right answers, % (and standard error)")
+        axes.margins(0.15, 0.3)
 
 
 def draw(records: Records, folder: Path) -> None:

@@ -87,7 +87,10 @@ def records() -> list[dict[str, Any]]:
     state = Soak(None, {}, answered=9, memory_mib=memory, idle_add_ms=[0.4, 9.0, 0.3])  # type: ignore[arg-type]
     state.add_ms = [*range(20, 70), *range(60, 110)]
     soaked = {"kind": "soak", "minutes": 1.0, **state.record()}
-    return [*ROUNDS, broken, {"kind": "trace", "requests": 3, "batches": batches}, soaked]
+    rounds = [{"without": 10.0, "with": 15.0}, {"without": 10.0, "with": 30.0}, {"without": 20.0, "with": 30.0}]
+    drafts = {"kind": "drafts", "dtype": "fp32", "rows": 8, "tasks": "copying", "rounds": rounds}
+    drafted = [{**drafts, "drafted": 4, "accepted": 1}, {**drafts, "drafted": 0, "accepted": 0, "rows": 1}]
+    return [*ROUNDS, broken, *drafted, {"kind": "trace", "requests": 3, "batches": batches}, soaked]
 
 
 def test_the_tables_say_what_was_met_missed_and_not_measured(records: list[dict[str, Any]]) -> None:
@@ -110,6 +113,9 @@ def test_the_tables_say_what_was_met_missed_and_not_measured(records: list[dict[
     assert f"| {TITLES['iapt-8']} | 8 | 100 | 15.0 | 533 | 500 |" in cases
     assert f"| {TITLES['peft-all']} | 8 | ImportError: no peft |" in cases
     assert f"| {TITLES['optimum']} | 8 | not measured |" in cases
+    drafts = tables(records)["drafts"]
+    assert "| fp32, answers that copy | 8 | 10 | 30 | 1.50 (1.50 to 3.00) | 25 % |" in drafts
+    assert drafts.endswith("| none drafted |")
 
 
 def test_one_lost_or_wrong_answer_is_a_miss(records: list[dict[str, Any]]) -> None:
@@ -125,8 +131,8 @@ def test_a_report_fills_the_pages_tables(records: list[dict[str, Any]], tmp_path
     page.write_text("".join(f"<!-- table {name} -->\n<!-- end -->\nWe think.\n" for name in tables(records)))
     assert main(["report", "--results", str(tmp_path / "r.jsonl"), "--page", str(page)]) == 0
     text = page.read_text()
-    assert all(content in text for content in tables(records).values()) and text.count("We think.") == 3
-    for name in ("serving", "soak"):
+    assert all(content in text for content in tables(records).values()) and text.count("We think.") == 4
+    for name in ("serving", "soak", "accuracy"):
         assert (tmp_path / "images" / f"{name}.png").stat().st_size > 1000
 
 
@@ -138,16 +144,27 @@ def test_cases_are_the_bundles_that_stand_there_and_the_peers_that_are_named(tmp
     (tmp_path / "iapt-8").mkdir()
     (tmp_path / "iapt-8" / "manifest.json").write_text("{}")
     fields = {"prepared": tmp_path, "genai": [("int4", "g")], "genai_python": "python", "model": "m"}
+    fields |= {"gguf": [("q8_0", "f")], "gguf_python": "third"}
     arguments = argparse.Namespace(**fields, optimum="o", optimum_python="other")
     found = {name: (job, python) for name, job, python in cases(arguments, 8)}
-    assert list(found) == ["base", "iapt-8", "genai-int4", "transformers", "peft-qv", "peft-all", "optimum"]
+    assert list(found) == [
+        "base",
+        "iapt-8",
+        "genai-int4",
+        "llama-q8_0",
+        "transformers",
+        "peft-qv",
+        "peft-all",
+        "optimum",
+    ]
     assert {job.rows for job, _ in found.values()} == {8}
-    assert found["optimum"][1] == "other" and found["iapt-8"][0].tenants == 8
+    assert found["optimum"][1] == "other" and found["llama-q8_0"][1] == "third"
+    assert found["iapt-8"][0].tenants == 8
     assert set(found) - {"base"} <= set(TITLES)
 
 
 def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = "peer 'nobody' is not known; use one of session, base, genai, transformers, peft, optimum"
+    problem = "peer 'nobody' is not known; use one of session, base, genai, transformers, peft, optimum, llama"
     assert serving.measure(Job(**{**JOB, "peer": "nobody"}), sys.executable) == {"error": problem}
     monkeypatch.setattr(serving, "TIMEOUT_S", 0.01)
     late = {"error": "no answer in 0.01 seconds"}
