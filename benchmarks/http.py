@@ -1,6 +1,7 @@
 """What HTTP costs over a session, and how peers' servers do: processor time of a token and throughput, as ratios.
 
     python -m benchmarks.http BUNDLE
+    python -m benchmarks.http BUNDLE --doors                               # behind Triton and Ray, too
     python -m benchmarks.http BUNDLE --gguf FILE --gguf-python PYTHON      # llama.cpp's server beside it
     python -m benchmarks.http BUNDLE --vllm PYTHON --model FOLDER          # vLLM's beside it
 
@@ -15,45 +16,58 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
 import resource
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.pages import ROOT
 from engines.serving.session import Request, Session
+from iapt_export.contract.manifest import BundleManifest
+from tests.doors.environments import RAY, TRITON
+from tests.doors.test_triton import command as triton_command
+from tests.doors.test_triton import free_ports
 
 PEERS = ROOT / "benchmarks" / "http_peers.py"
 PROMPT = tuple(range(20, 36))
+MARK = "IAPT_BENCHMARK"
 START_S = 900
 """A server may compile before it listens."""
-HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+HEAD = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
 
 
-def processor_seconds(session: int | None = None) -> float:
-    """User and system time of this process, or of all processes that are now in a process session."""
-    if session is None:
+def processor_seconds(mark: str | None = None) -> float:
+    """User and system time of this process, or of all that now run with a mark among their variables."""
+    if mark is None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return used.ru_utime + used.ru_stime
     ticks = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        if int(fields[3]) == session:
+    for process in marked(mark):
+        with contextlib.suppress(OSError):  # it has ended
+            text = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
+            fields = text.rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))  # its children's that it has waited for, too
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def marked(mark: str) -> Iterator[int]:
+    """Processes that were started with a mark, and those that these started."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                yield int(path.parent.name)
 
 
 def over_session(bundle: Path, streams: int, tokens: int, threads: int | None) -> dict[str, float]:
@@ -75,102 +89,141 @@ def over_session(bundle: Path, streams: int, tokens: int, threads: int | None) -
         return {"tokens_per_s": made / (time.perf_counter() - start), "us": 1e6 * (processor_seconds() - used) / made}
 
 
-def over_http(command: list[str], port: int, streams: int, tokens: int) -> dict[str, float]:
-    """Stream the same requests from a server, which the command starts on a port of this machine."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+@dataclass(frozen=True)
+class Server:
+    """A server that a round starts, and how its clients ask."""
+
+    command: Sequence[str | Path]
+    port: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    path: str = "/v1/completions"
+    tenants: tuple[str, ...] = ()
+    """Of a server of Triton, which lists none."""
+    folder: Path = ROOT
+
+
+def over_http(server: Server, streams: int, tokens: int) -> dict[str, float]:
+    """Stream the same requests from a server."""
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **server.environment, MARK: mark}
     with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            server.command, stdout=log, stderr=log, stdin=subprocess.PIPE, env=environment, cwd=server.folder
+        )
         try:
-            _wait(server, port, log)
-            asyncio.run(_clients(port, streams, tokens))
-            start, used = time.perf_counter(), processor_seconds(server.pid)
-            made = asyncio.run(_clients(port, streams, tokens))
-            passed, used = time.perf_counter() - start, processor_seconds(server.pid) - used
+            tenants = _wait(process, server, log)
+            asyncio.run(_clients(server, tenants, streams, tokens))
+            start, used = time.perf_counter(), processor_seconds(mark)
+            made = asyncio.run(_clients(server, tenants, streams, tokens))
+            passed, used = time.perf_counter() - start, processor_seconds(mark) - used
             return {"tokens_per_s": made / passed, "us": 1e6 * used / made}
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            for each in marked(mark):
+                with contextlib.suppress(OSError):
+                    os.kill(each, signal.SIGKILL)
+            process.wait()
 
 
-def _wait(server: subprocess.Popen[bytes], port: int, log: IO[str]) -> None:
-    """Until the server lists its models."""
+def _wait(process: subprocess.Popen[bytes], server: Server, log: IO[str]) -> list[str]:
+    """Until the server lists its models; those that are tenants, or all where none says so."""
     end = time.monotonic() + START_S
-    while time.monotonic() < end and server.poll() is None:
+    while time.monotonic() < end and process.poll() is None:
         try:
-            asyncio.run(_get(port, "/v1/models"))["data"]
+            if server.tenants:
+                asyncio.run(_get(server.port, "/v2/models/iapt/config"))["name"]
+                return list(server.tenants)
+            found = asyncio.run(_get(server.port, "/v1/models"))["data"]
         except (OSError, ValueError, KeyError):  # not listening, or still loading
             time.sleep(0.5)
         else:
-            return
+            return [each["id"] for each in found if each.get("parent")] or [found[0]["id"]]
     log.seek(0)
     raise SystemExit(f"the server did not start; the end of what it said:\n{log.read()[-3000:]}")
 
 
-def servers(asked: argparse.Namespace) -> dict[str, Callable[[int], list[str]]]:
-    """Name and command, given a port, of every server that the arguments ask for."""
-    threads = asked.threads or len(os.sched_getaffinity(0))
+Start = Callable[[int], Server]
+"""Given a port."""
 
-    def own(port: int) -> list[str]:
+
+def servers(asked: argparse.Namespace, scratch: Path) -> dict[str, Start]:
+    """Every server that the arguments ask for."""
+    threads = asked.threads or len(os.sched_getaffinity(0))
+    here = {"PYTHONPATH": str(ROOT)}
+
+    def own(port: int) -> Server:
         command = [sys.executable, "-m", "iapt_export", "serve", str(asked.bundle), "--port", str(port)]
         command += ["--no-verify", "--allow-unproven", "--max-waiting", str(max(asked.streams, 64))]
-        return [*command, "--threads", str(asked.threads)] if asked.threads else command
+        return Server([*command, "--threads", str(threads)], port, here)
 
-    def llama(port: int) -> list[str]:
+    def llama(port: int) -> Server:
         context = -(-(len(PROMPT) + asked.tokens + 1) // 256) * 256
         about = {"gguf": str(asked.gguf), "port": port, "streams": asked.streams, "context": context}
-        return [asked.gguf_python, str(PEERS), json.dumps({**about, "threads": threads})]
+        return Server([asked.gguf_python, PEERS, json.dumps({**about, "threads": threads})], port)
 
-    def vllm(port: int) -> list[str]:
+    def vllm(port: int) -> Server:
         command = [asked.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", asked.model, "--port", str(port)]
         command += ["--host", "127.0.0.1", "--dtype", asked.vllm_dtype, "--max-num-seqs", str(asked.streams)]
-        return [*command, "--max-model-len", "512"]
+        return Server([*command, "--max-model-len", "512"], port)
 
-    found: dict[str, Callable[[int], list[str]]] = {"http": own}
+    def ray(port: int) -> Server:
+        application = {"import_path": "engines.http.ray_app:application", "route_prefix": "/", "name": "iapt"}
+        application["args"] = {"bundle": str(asked.bundle.resolve()), "threads": threads}  # type: ignore[assignment]
+        config = scratch / "ray.yaml"
+        config.write_text(
+            json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]})
+        )
+        environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= {"RAY_TMPDIR": str(scratch), "PATH": f"{RAY.bin}:{os.environ['PATH']}"}
+        return Server([RAY.bin / "serve", "run", str(config)], port, environment, folder=scratch)
+
+    def triton(port: int) -> Server:
+        folder = scratch / f"triton-{port}"
+        words = ["triton", str(asked.bundle), "--output", str(folder / "models"), "--environment", str(TRITON.folder)]
+        words += ["--threads", str(threads), "--max-waiting", str(max(asked.streams, 64))]
+        subprocess.run([sys.executable, "-m", "iapt_export", *words], check=True, env={**os.environ, **here})
+        ports = {**free_ports("grpc", "metrics"), "http": port}
+        command, environment = triton_command(folder, ports)
+        names = tuple(each.name for each in BundleManifest.load(asked.bundle).tenants)
+        return Server(command, port, environment, "/v2/models/iapt/generate_stream", names, folder)
+
+    found: dict[str, Start] = {"http": own}
     if asked.gguf:
         found["llama.cpp"] = llama
     if asked.vllm:
         found["vllm"] = vllm
+    if asked.doors:
+        found |= {"triton": triton, "ray": ray}
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-async def _clients(port: int, streams: int, tokens: int) -> int:
+async def _clients(server: Server, tenants: Sequence[str], streams: int, tokens: int) -> int:
     """Tokens of as many streams; reading costs a client little, so that the cores stay with the server."""
-    names = await _get(port, "/v1/models")
-    tenants = [each["id"] for each in names["data"] if each.get("parent")] or [names["data"][0]["id"]]
+    common = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
 
     async def one(number: int) -> int:
-        body = json.dumps(
-            {
-                "model": tenants[number % len(tenants)],
-                "prompt": PROMPT,
-                "max_tokens": tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
-        writer.write(HEAD.format(len(body)).encode() + body)
-        end = b""
-        while b"[DONE]" not in end:
+        if server.tenants:
+            fields: dict[str, Any] = {**common, "input_ids": PROMPT, "tenant": tenants[number % len(tenants)]}
+        else:
+            fields = {**common, "prompt": PROMPT, "model": tenants[number % len(tenants)]}
+            fields["stream_options"] = {"include_usage": True}
+        body = json.dumps(fields).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 22)
+        writer.write(HEAD.format(server.path, len(body)).encode() + body)
+        content = b""
+        while not content.endswith(b"0\r\n\r\n") and b"[DONE]" not in content[-2000:]:
             piece = await reader.read(1 << 16)
             if not piece:
-                raise RuntimeError(f"the server closed the connection: {end[-500:]!r}")
-            end = (end + piece)[-2000:]
+                raise RuntimeError(f"the server closed the connection: {content[-500:]!r}")
+            content += piece
         writer.close()
-        found = re.search(rb'"completion_tokens": ?(\d+)', end)
-        assert found
+        if server.tenants:
+            return content.count(b"data:")  # a token each
+        found = re.search(rb'"completion_tokens": ?(\d+)', content)
+        if not found:
+            raise RuntimeError(f"the server did not say how many tokens it wrote: {content[-500:]!r}")
         return int(found[1])
 
     return sum(await asyncio.gather(*map(one, range(streams))))
@@ -192,6 +245,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="that compute; as many as there are cores unless given")
+    parser.add_argument("--doors", action="store_true", help="measure also behind Triton and Ray: make test-serving")
     parser.add_argument("--gguf", type=Path, help="model of llama.cpp's server")
     parser.add_argument("--gguf-python", default=sys.executable, metavar="PYTHON", help="where xllamacpp is installed")
     parser.add_argument("--vllm", metavar="PYTHON", help="where vllm is installed")
@@ -200,20 +254,21 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.vllm and not asked.model:
         parser.error("--vllm needs --model, the folder of the model that it serves")
-    commands, rounds = servers(asked), []
-    for number in range(asked.rounds):
-        found = {"session": over_session(asked.bundle, asked.streams, asked.tokens, asked.threads)}
-        for name, command in commands.items():
-            port = _free_port()
-            found[name] = over_http(command(port), port, asked.streams, asked.tokens)
-        rounds.append(found)
-        print(number, json.dumps(found), file=sys.stderr, flush=True)
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="iapt") as scratch:
+        starts = servers(asked, Path(scratch))
+        for number in range(asked.rounds):
+            found = {"session": over_session(asked.bundle, asked.streams, asked.tokens, asked.threads)}
+            for name, start in starts.items():
+                found[name] = over_http(start(free_ports(name)[name]), asked.streams, asked.tokens)
+            rounds.append(found)
+            print(number, json.dumps(found), file=sys.stderr, flush=True)
 
     print(f"{asked.streams} streams of {asked.tokens} tokens, {asked.rounds} rounds, load {os.getloadavg()[0]:.1f}")
     for name in rounds[0]:
         middle = {key: statistics.median(found[name][key] for found in rounds) for key in ("tokens_per_s", "us")}
         print(f"{name}: {middle['tokens_per_s']:.0f} tokens/s, {middle['us']:.0f} us of processor time a token")
-    for other in ("session", *[name for name in commands if name != "http"]):
+    for other in ("session", *[name for name in starts if name != "http"]):
         for key in ("us", "tokens_per_s"):
             values = [found["http"][key] / found[other][key] for found in rounds]
             print(f"{key}, http over {other}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")

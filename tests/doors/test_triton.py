@@ -73,6 +73,26 @@ class Triton:
         return found
 
 
+def command(folder: Path, ports: dict[str, int]) -> tuple[list[str | Path], dict[str, str]]:
+    """The words and variables that start the server of `TRITON` on the model repository ``folder/models``."""
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(TRITON.folder)}))
+    triton = packages / "pytriton" / "tritonserver"
+    backends = folder / "backends"
+    (backends / "python").mkdir(parents=True)
+    for path in (
+        *(triton / "backends" / "python").iterdir(),
+        triton / "python_backend_stubs" / sysconfig.get_python_version() / STUB,
+    ):
+        (backends / "python" / path.name).symlink_to(path)
+    flags = [f"--{name}-port={port}" for name, port in ports.items()]
+    flags += [f"--{name}-address=127.0.0.1" for name in ports]
+    flags += [f"--model-repository={folder / 'models'}", f"--backend-directory={backends}"]
+    libraries = f"{packages / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["LD_LIBRARY_PATH"] = libraries
+    return [triton / "bin" / "tritonserver", "--model-control-mode=explicit", "--load-model=iapt", *flags], environment
+
+
 def free_ports(*names: str) -> dict[str, int]:
     made = [socket.create_server(("127.0.0.1", 0)) for _ in names]
     ports = {name: each.getsockname()[1] for name, each in zip(names, made, strict=True)}
@@ -90,30 +110,10 @@ def server(tiny_build: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> I
     assert made.code == 0, made.err
     with (folder / "models" / "iapt" / "1" / "model.py").open("a", encoding="utf-8") as file:
         file.write(SLOW)
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(TRITON.folder)}))
-    triton = packages / "pytriton" / "tritonserver"
-    backends = folder / "backends"
-    (backends / "python").mkdir(parents=True)
-    for path in (
-        *(triton / "backends" / "python").iterdir(),
-        triton / "python_backend_stubs" / sysconfig.get_python_version() / STUB,
-    ):
-        (backends / "python" / path.name).symlink_to(path)
     ports = free_ports("http", "grpc", "metrics")
-    flags = [f"--{name}-port={port}" for name, port in ports.items()]
-    flags += [f"--{name}-address=127.0.0.1" for name in ports]
-    flags += [f"--model-repository={folder / 'models'}", f"--backend-directory={backends}"]
-    libraries = f"{packages / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["LD_LIBRARY_PATH"] = libraries
+    started, environment = command(folder, ports)
     with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(
-            [triton / "bin" / "tritonserver", "--model-control-mode=explicit", "--load-model=iapt", *flags],
-            env=environment,
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
+        process = subprocess.Popen(started, env=environment, cwd=folder, stdout=log, stderr=log)
     try:
         found = Triton(process, ports, folder / "models")
         wait_until_ready(found, folder / "log.txt")
