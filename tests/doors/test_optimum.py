@@ -60,7 +60,7 @@ def test_help_is_that_of_build(tmp_path: Path) -> None:
     [
         (("export", "iapt"), 2, "iapt-export build needs --model, --output"),
         (("export", "iapt", "--model", "m", "--adapter", "a", "-o", "b", "c"), 2, "'c' belongs to no flag"),
-        (("export", "iapt", "--model", "m", "--adapter", "./gone", "-o", "b"), 1, "./gone"),
+        (("export", "iapt", "--model", "m", "--adapter", "./gone", "-o", "b"), 1, "gone: adapter_config"),
         (("export", "iapt", "--model", "m", "--adapter", "a", "-o", "b", "--task", "t"), 2, "--task"),
         (("iapt",), 2, "iapt-export needs a command"),
         (("iapt", "publish"), 2, "publish"),
