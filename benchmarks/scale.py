@@ -110,6 +110,7 @@ class TimedStepper:
     """What a scheduler asks of `engines.serving.stepper.Stepper`: takes time by the clock, and computes nothing."""
 
     reads_beside = False
+    can_verify = False
 
     def __init__(self, costs: Costs, max_rows: int) -> None:
         self.costs, self.max_rows, self.num_rows = costs, max_rows, 0

@@ -147,8 +147,8 @@ def test_a_real_bundle_round_trips(tiny_bundle: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nothing"):
-        text = f"{folder} holds no manifest.json; expected a bundle written by 'iapt-export build'"
+    for folder, found in ((tmp_path, "a folder that is nothing of ours"), (tmp_path / "nothing", "nothing there")):
+        text = f"{folder} holds no manifest.json; expected a bundle written by 'iapt-export build', found {found}"
         assert refusal(folder) == text
 
 

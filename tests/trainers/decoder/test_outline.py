@@ -47,7 +47,7 @@ def test_train_and_build_refuse_it_before_weights_are_read(tmp_path: Path, monke
     monkeypatch.setattr("trainers.decoder.backbone.gguf_state_dict", never)
     for argv in (
         ("train", f"--data={data}", f"--output={tmp_path / 'adapter'}"),
-        ("build", "--adapter=a", f"--output={tmp_path / 'bundle'}"),
+        ("build", f"--output={tmp_path / 'bundle'}"),
     ):
         outcome = run(*argv, f"--model={folder}")
         assert outcome.code == 1 and "is not supported: its layers keep other state than keys" in outcome.err
