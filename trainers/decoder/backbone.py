@@ -18,10 +18,14 @@ from iapt_export.contract.sizes import MOST_LAYERS
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
 from trainers.decoder.checkpoint import check_loading, read_checkpoint, read_warnings
 from trainers.decoder.family import ENCODER_AND_DECODER, check_family
+from trainers.decoder.fp8 import Blocks, Weight, blocks_of, check_scales, weights_of
 from trainers.decoder.gguf_config import gguf_config
 from trainers.decoder.gguf_file import GgufFile
 from trainers.decoder.gguf_tokenizer import gguf_tokenizer
 from trainers.decoder.gguf_weights import gguf_state_dict
+
+CHECKPOINT = ["*.safetensors", "*.safetensors.index.json"]
+"""Files of a model on the hub that hold its weights."""
 
 FINGERPRINT_FIELDS = (
     "model_type",
@@ -99,9 +103,14 @@ def load_backbone(
     source, gguf_file = _locate(name_or_path)
     options = {"revision": revision} if revision else {}
     with _explained(name_or_path):
-        check_family(_outline(source, gguf_file, name_or_path, trust_remote_code, options), name_or_path)
+        outline, blocks = _outline(source, gguf_file, name_or_path, trust_remote_code, options)
+        check_family(outline, name_or_path)
         if gguf_file:
             model, tokenizer = _load_gguf(Path(source) / gguf_file, kind)
+        elif blocks:
+            weights = _weights_in_fp8(source, blocks, name_or_path, options)
+            model = _named_after(source, _filled(outline, weights, kind, source), options)
+            tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code, **options)
         else:
             model, tokenizer = _load_folder(source, kind, trust_remote_code, options)
     model.requires_grad_(False)
@@ -159,11 +168,40 @@ def load_outline(name_or_path: str, *, revision: str | None = None, trust_remote
     source, gguf_file = _locate(name_or_path)
     with _explained(name_or_path):
         options = {"revision": revision} if revision else {}
-        return _outline(source, gguf_file, name_or_path, trust_remote_code, options)
+        return _outline(source, gguf_file, name_or_path, trust_remote_code, options)[0]
 
 
-def _outline(source: str, gguf_file: str | None, name: str, trust_remote_code: bool, options: dict[str, str]) -> Any:
-    """`load_outline` of what `_locate` found."""
+def load_unread(
+    folder: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Backbone, dict[str, Weight]] | None:
+    """A backbone in FP8 on the meta device, and what its weights are read from, by their names in the checkpoint.
+
+    Args:
+        folder: a local one.
+        revision: for the backbone that is returned.
+        trust_remote_code: run code from the model's folder.
+
+    Returns:
+        None where its weights are not in FP8.
+
+    Raises:
+        IaptError: as `load_backbone`, but for weights that are missing or left over.
+    """
+    with _explained(folder):
+        outline, blocks = _outline(folder, None, folder, trust_remote_code, {})
+        if blocks is None:
+            return None
+        check_family(outline, folder)
+        weights = _weights_in_fp8(folder, blocks, folder, {})
+        model = _named_after(folder, outline, {})
+        tokenizer = _load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Backbone(model, tokenizer, folder, revision), weights
+
+
+def _outline(
+    source: str, gguf_file: str | None, name: str, trust_remote_code: bool, options: dict[str, str]
+) -> tuple[Any, Blocks | None]:
+    """`load_outline` of what `_locate` found, and how its weights are scaled where they are in FP8."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -173,14 +211,18 @@ def _outline(source: str, gguf_file: str | None, name: str, trust_remote_code: b
         else:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         _check_counts(config, name)
+        blocks = blocks_of(config, name)
+        if blocks and Path(source).is_dir():
+            check_scales(read_checkpoint(Path(source)), blocks, name)
         if config.is_encoder_decoder:
             raise IaptError(f"{name} is not supported: {ENCODER_AND_DECODER}")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise IaptError(
             f"the configuration of {name} describes no model that can be made: {_first_line(error)}"
         ) from error
+    return model.eval(), blocks
 
 
 def _check_counts(config: Any, name: str) -> None:
@@ -260,16 +302,43 @@ def _load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
     tokenizer = gguf_tokenizer(file)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
+    return _filled(empty, gguf_state_dict(file, empty, dtype), dtype, str(path)), tokenizer
+
+
+def _weights_in_fp8(source: str, blocks: Blocks, name: str, options: dict[str, str]) -> dict[str, Weight]:
+    """The weights of a folder or hub id in FP8, unread."""
+    from huggingface_hub import snapshot_download
+
+    folder = source
+    if not Path(source).is_dir():
+        folder = snapshot_download(source, revision=options.get("revision"), allow_patterns=CHECKPOINT)
+    places = read_checkpoint(Path(folder))
+    check_scales(places, blocks, name)
+    return weights_of(places, blocks)
+
+
+def _filled(empty: Any, state: dict[str, Any], dtype: Any, source: str) -> Any:
+    """A model like an empty one with the weights of a checkpoint, from tensors or what is read as one by ``[...]``."""
     model, info = type(empty).from_pretrained(
         None,
-        config=config,
-        state_dict=gguf_state_dict(file, empty, dtype),
+        config=empty.config,
+        state_dict=state,
         dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    check_loading(info, str(path))
-    return model, tokenizer
+    check_loading(info, source)
+    return model
+
+
+def _named_after(source: str, model: Any, options: dict[str, str]) -> Any:
+    """A model with the name and the settings for generation that it would have, had transformers read it there."""
+    from transformers import GenerationConfig
+
+    model.config._name_or_path = source
+    with contextlib.suppress(OSError):  # there are none
+        model.generation_config = GenerationConfig.from_pretrained(source, **options)
+    return model
 
 
 def save_backbone(backbone: Backbone, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,24 @@ MAX_NAMED = 8
 """Weights named in an error; the rest are counted."""
 
 
-def read_checkpoint(folder: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint stands, and what its file's header says of it."""
+
+    file: Path
+    dtype: str
+    """As safetensors calls it (``BF16``)."""
+    shape: tuple[int, ...]
+
+
+def read_checkpoint(folder: Path) -> dict[str, Place]:
     """The tensors of a checkpoint's files, from their headers: no weight is read.
 
     Args:
         folder: a local one.
 
     Returns:
-        Tensor to its type as safetensors calls it (``BF16``); nothing where there are no such files.
+        Tensor to its place; nothing where there are no such files.
 
     Raises:
         IaptError: a file is missing or cut off, or has not the tensors that the index says; each named.
@@ -48,11 +59,11 @@ def read_checkpoint(folder: Path) -> dict[str, str]:
         places = listed
     elif not (folder / SINGLE).is_file():
         return {}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, Place]] = {}
     problems = []
     for name in sorted(set(places.values())) or [SINGLE]:
         try:
-            found[name] = _types(folder / name)
+            found[name] = _tensors(folder / name)
         except FileNotFoundError:
             problems.append(f"{name} is not there")
         except ValueError as error:
@@ -63,12 +74,12 @@ def read_checkpoint(folder: Path) -> dict[str, str]:
         if file in found and tensor not in found[file]
     ]
     if problems:
-        raise IaptError(f"the checkpoint {folder} is not whole: {_named(problems)}; {AGAIN}")
-    return {tensor: dtype for types in found.values() for tensor, dtype in types.items()}
+        raise IaptError(f"the checkpoint {folder} is not whole: {named(problems)}; {AGAIN}")
+    return {tensor: place for tensors in found.values() for tensor, place in tensors.items()}
 
 
-def _types(path: Path) -> dict[str, str]:
-    """Tensor to type of one safetensors file.
+def _tensors(path: Path) -> dict[str, Place]:
+    """The tensors of one safetensors file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -82,13 +93,15 @@ def _types(path: Path) -> dict[str, str]:
     fields = parse_json(header)
     try:
         fields.pop(METADATA, None)
-        types = {str(name): str(item["dtype"]) for name, item in fields.items()}
+        tensors = {
+            str(name): Place(path, str(item["dtype"]), tuple(map(int, item["shape"]))) for name, item in fields.items()
+        }
         wanted = size - data_bytes + max((int(item["data_offsets"][1]) for item in fields.values()), default=0)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError("has a header that safetensors does not know") from error
     if wanted != size:
         raise ValueError(f"is {size:,} bytes long, expected {wanted:,}")
-    return types
+    return tensors
 
 
 def check_loading(info: dict[str, Any], name: str) -> None:
@@ -105,12 +118,12 @@ def check_loading(info: dict[str, Any], name: str) -> None:
     """
     problems = []
     if missing := sorted(info["missing_keys"]):
-        problems.append(f"these are missing and would be drawn at random: {_named(missing)}")
+        problems.append(f"these are missing and would be drawn at random: {named(missing)}")
     if unused := sorted(info["unexpected_keys"]):
-        problems.append(f"these have no place in the model: {_named(unused)}")
+        problems.append(f"these have no place in the model: {named(unused)}")
     if mismatched := sorted((item[0], *map(tuple, item[1:3])) for item in info["mismatched_keys"]):
         shapes = [f"{key} {list(stored)}, expected {list(wanted)}" for key, stored, wanted in mismatched]
-        problems.append(f"these have another shape than its configuration says: {_named(shapes)}")
+        problems.append(f"these have another shape than its configuration says: {named(shapes)}")
     if errors := info.get("error_msgs"):
         problems.append("; ".join(map(str, errors)))
     if problems:
@@ -120,7 +133,8 @@ def check_loading(info: dict[str, Any], name: str) -> None:
         )
 
 
-def _named(names: list[str]) -> str:
+def named(names: list[str]) -> str:
+    """The first `MAX_NAMED` of them, and how many more there are."""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 

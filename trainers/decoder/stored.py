@@ -2,7 +2,8 @@
 
 The checkpoint is mapped in its own type, which takes no memory of its own. Beside it stands the same model in the type
 that is wanted, with weights that have a shape and no values: it can be traced and described, and computing with it
-raises an error. `stored_weight` reads a weight, in the type of the model that it is asked of.
+raises an error. `stored_weight` reads a weight, in the type of the model that it is asked of. Weights in FP8 have no
+type to compute in, and are mapped as they are, with their scales.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.types import TENSOR_TYPES
-from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.backbone import Backbone, load_backbone, load_unread
 from trainers.decoder.checkpoint import read_checkpoint, read_warnings
 
 STORED = "stored_weights"
-"""Attribute of an outline: name to the mapped tensor of the checkpoint."""
+"""Attribute of an outline: name to the mapped tensor of the checkpoint, or what reads it."""
 TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -35,7 +36,7 @@ def stored_type(name_or_path: str) -> str | None:
     folder = Path(name_or_path)
     if not (folder / "config.json").is_file():
         return None
-    floats = {dtype for dtype in read_checkpoint(folder).values() if "F" in dtype}
+    floats = {place.dtype for place in read_checkpoint(folder).values() if "F" in place.dtype}
     return TYPES.get(floats.pop()) if len(floats) == 1 else None
 
 
@@ -47,10 +48,31 @@ def load_mapped(name_or_path: str, **options: Any) -> Backbone | None:
         options: of `load_backbone`.
 
     Returns:
-        None where the checkpoint has several types, or is no local folder of safetensors.
+        None where the checkpoint has several types, or is no local folder of safetensors. One in FP8 is on the meta
+        device: all of it is in what `outline_of` makes of it.
     """
     dtype = stored_type(name_or_path)
-    return None if dtype is None else load_backbone(name_or_path, dtype=dtype, **options)
+    if dtype is not None:
+        return load_backbone(name_or_path, dtype=dtype, **options)
+    return _load_fp8(name_or_path, **options) if (Path(name_or_path) / "config.json").is_file() else None
+
+
+def _load_fp8(folder: str, **options: Any) -> Backbone | None:
+    """`load_mapped` of a checkpoint in FP8; None for others, and where its tensors are not the model's one by one."""
+    found = load_unread(folder, **options)
+    if found is None:
+        return None
+    backbone, weights = found
+    state = backbone.model.state_dict(keep_vars=True)
+    fitting = {
+        id(tensor): weights[name]  # tied ones have one
+        for name, tensor in state.items()
+        if name in weights and tuple(weights[name].get_shape()) == tuple(tensor.shape)
+    }
+    if len(fitting) != len(weights) or any(id(tensor) not in fitting for tensor in state.values()):
+        return None
+    vars(backbone.model)[STORED] = {name: fitting[id(tensor)] for name, tensor in state.items()}
+    return backbone
 
 
 def outline_of(stored: Backbone, dtype: str) -> Backbone | None:
@@ -65,15 +87,18 @@ def outline_of(stored: Backbone, dtype: str) -> Backbone | None:
     """
     kind = getattr(torch, TENSOR_TYPES[dtype])
     model = stored.model
-    if all(parameter.dtype == kind for parameter in model.parameters() if parameter.is_floating_point()):
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if not is_outline(model) and types == {kind}:
         return stored
+    sources = vars(model)[STORED] if is_outline(model) else model.state_dict(keep_vars=True)
     weights = dict(model.named_parameters())  # tied ones once
     # never written and so never in memory, but real: transformers puts them into the model as they are
     empty = {
         name: torch.empty(tensor.shape, dtype=kind if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in weights.items()
     }
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
+    buffers = dict(model.named_buffers())
+    kept = {name: source[...] for name, source in sources.items() if name in buffers}
     config = copy.deepcopy(model.config)
     with read_warnings():
         made, info = type(model).from_pretrained(
@@ -85,7 +110,7 @@ def outline_of(stored: Backbone, dtype: str) -> Backbone | None:
     made.config._name_or_path = model.config._name_or_path
     made.requires_grad_(False).eval()
     _forget_values(made)
-    vars(made)[STORED] = dict(model.named_parameters(remove_duplicate=False))
+    vars(made)[STORED] = sources
     return dataclasses.replace(stored, model=made)
 
 
@@ -114,7 +139,7 @@ def stored_weight(model: Any, name: str) -> Tensor:
     source = vars(model)[STORED].get(name)
     if source is None:
         raise IaptError(f"the checkpoint has no weight {name}")
-    read: Tensor = source.detach().to(tensor.dtype)
+    read: Tensor = source[...].detach().to(tensor.dtype)
     return read
 
 
