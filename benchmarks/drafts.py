@@ -52,6 +52,9 @@ OTHER = [
     "Tell me about the history of tea.",
 ]
 
+AGAIN = 3
+"""Times that a session is asked whether an answer is always the same."""
+
 
 def requests(tasks: str, rows: int, first: int, new_tokens: int) -> list[Request]:
     """One for each row; the tasks in turn, beginning with another one in each round."""
@@ -83,26 +86,32 @@ def compare_drafts(
 ) -> Iterator[dict[str, Any]]:
     """Both sessions in turns; a record for each number of rows and kind of tasks.
 
+    Where answers differ, the session without drafts is asked again: weights in 4 bits have a kernel of their own for a
+    row that is alone, and when rows join and end is a matter of time, so that its own answers may differ, too.
+
     Raises:
-        SystemExit: an answer differs.
+        SystemExit: an answer differs that is always the same without drafts.
     """
     opened: dict[str, Any] = {"verify": False, "allow_unproven": True, "threads": threads}
     with Session.open(bundle, **opened) as plain, Session.open(bundle, drafts=drafts, **opened) as drafting:
         sessions = {"without": plain, "with": drafting}
         for count, tasks in itertools.product(rows, ("copying", "other")):
-            speeds, before = [], drafting.state()
+            speeds, unsteady, before = [], 0, drafting.state()
             for number in range(rounds):
                 wanted = requests(tasks, count, number, new_tokens)
                 order = list(sessions)[:: (1, -1)[number % 2]]
                 found = {name: measured(sessions[name], wanted) for name in order}
                 if found["with"][0] != found["without"][0]:
-                    raise SystemExit(f"answers differ in round {number} of {tasks}, {count} rows")
+                    if all(measured(plain, wanted)[0] == found["without"][0] for _ in range(AGAIN)):
+                        raise SystemExit(f"answers differ in round {number} of {tasks}, {count} rows")
+                    unsteady += 1
                 speeds.append({name: round(found[name][1], 2) for name in sessions})
             after = drafting.state()
             yield {
                 "rows": count,
                 "tasks": tasks,
                 "rounds": speeds,
+                "unsteady": unsteady,
                 "drafted": after.drafted_tokens - before.drafted_tokens,
                 "accepted": after.accepted_tokens - before.accepted_tokens,
             }

@@ -213,7 +213,7 @@ async def _clients(server: Server, tenants: Sequence[str], streams: int, tokens:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 22)
         writer.write(HEAD.format(server.path, len(body)).encode() + body)
         content = b""
-        while not content.endswith(b"0\r\n\r\n") and b"[DONE]" not in content[-2000:]:
+        while not content.endswith(b"\r\n0\r\n\r\n") and b"[DONE]" not in content[-2000:]:
             piece = await reader.read(1 << 16)
             if not piece:
                 raise RuntimeError(f"the server closed the connection: {content[-500:]!r}")
