@@ -153,7 +153,8 @@ class _Backbones:
         if made is None:
             self._is_outlined = False
             return self.load(dtype)
-        self._drop()
+        if self._backbone is not None:
+            self._drop()
         return made
 
     def to_compare(self, targets: list[TargetPlan]) -> Backbone:
