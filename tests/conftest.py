@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -36,6 +37,12 @@ def _keep_to_own_cores() -> None:
         cores = sorted(os.sched_getaffinity(0))
         own = cores[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
         os.sched_setaffinity(0, own or cores)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections pass over all that was imported, a million objects; transformers asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
