@@ -27,6 +27,8 @@ FUZZER   := build/cpp-sanitize/bin/fuzz_files
 # `make backbone` is an error to see at once, not a download to wait for.
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# where it is set, every process compiles our modules anew, and pytest all tests: seconds each
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv backbone demo serve cpp torture fuzz test test-docs test-slow test-gpu test-runtimes test-serving test-lowest \
     check tidy format docs clean
