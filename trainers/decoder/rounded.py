@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from trainers.decoder.quantise import BLOCK_SIZE, Blocks, bits_for, quantise
 
+ROWS_AT_ONCE = 4096
+"""Outputs of a matrix that are rounded at once."""
+
 
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int) -> None:
@@ -69,18 +72,29 @@ class RoundedWeights:
             return self._read(name)
         blocks = self._kept.get(self._first[name])
         if blocks is None:
-            weight = self._read(name).float()
-            matrix = weight if name in self._inputs_first else weight.T  # [K, N]
-            blocks = quantise(matrix.contiguous().numpy(), self._bits[name])
-            values, scales = _on_disk(blocks.values), _on_disk(blocks.scales)
-            self._kept[self._first[name]] = blocks = Blocks(blocks.bits, values, scales, blocks.num_inputs)
+            weight = self._read(name)
+            blocks = _rounded(weight.T if name in self._inputs_first else weight, self._bits[name])
+            del weight
+            self._kept[self._first[name]] = blocks
         rows = torch.from_numpy(blocks.restored_rows())  # [N, K]
         return rows.T.contiguous() if name in self._inputs_first else rows
 
 
-def _on_disk(array: np.ndarray) -> np.ndarray:
-    """A copy that is mapped from a file which is gone when nobody maps it any more."""
+def _rounded(rows: Tensor, bits: int) -> Blocks:
+    """``rows [N, K]`` rounded along K, a few at a time, because the quantiser takes several copies of what it is given.
+
+    The values and scales are mapped from files.
+    """
+    parts = [quantise(part.float().T.contiguous().numpy(), bits) for part in rows.split(ROWS_AT_ONCE)]
+    values, scales = _on_disk([part.values for part in parts]), _on_disk([part.scales for part in parts])
+    return Blocks(bits, values, scales, rows.shape[1])
+
+
+def _on_disk(parts: list[np.ndarray]) -> np.ndarray:
+    """The arrays, one after the other, mapped from a file which is gone when nobody maps it any more."""
     with tempfile.TemporaryFile() as stream:
-        array.tofile(stream)
+        for part in parts:
+            part.tofile(stream)
         stream.flush()
-        return np.memmap(stream, array.dtype, "r", shape=array.shape)
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        return np.memmap(stream, parts[0].dtype, "r", shape=shape)

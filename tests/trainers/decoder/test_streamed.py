@@ -15,6 +15,7 @@ from torch import Tensor
 from iapt_export.building.layout import weights_sha256
 from tests.families import tiny_family
 from tests.tiny import save_tiny_backbone, tiny_llama
+from trainers.decoder import rounded
 from trainers.decoder import streamed as module
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import decoder_layers, hooked
@@ -126,7 +127,10 @@ def test_an_error_ends_all_computations(tmp_path: Path) -> None:
     assert left == [True, True] and threading.active_count() == before
 
 
-def test_rounded_weights_are_those_that_rounding_in_place_leaves(tmp_path: Path) -> None:
+def test_rounded_weights_are_those_that_rounding_in_place_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounded, "ROWS_AT_ONCE", 20)
     for number, family in enumerate(("llama", "gpt2", "opt")):
         made = outline(tmp_path / str(number), family)
         loaded = load_backbone(str(tmp_path / str(number)))
