@@ -132,6 +132,7 @@ class _Backbones:
         self._dtype = ""
         self._backbone: Backbone | None = None
         self._mapped: Backbone | None = None
+        self._outlines: dict[str, Backbone | None] = {}
         # these compute with the weights before the graphs are written
         self._is_outlined = not (request.merge_lora or request.fold_embeddings)
 
@@ -149,7 +150,9 @@ class _Backbones:
             return self._backbone
         if self._is_outlined and self._mapped is None:
             self._mapped = load_mapped(self._request.model, **self._options())
-        made = None if self._mapped is None else outline_of(self._mapped, dtype)
+        if self._mapped is not None and dtype not in self._outlines:
+            self._outlines[dtype] = outline_of(self._mapped, dtype)
+        made = self._outlines.get(dtype)
         if made is None:
             self._is_outlined = False
             return self.load(dtype)

@@ -15,6 +15,7 @@ from tests.families import tiny_family
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.stored import is_outline, load_mapped, outline_of, stored_type, stored_weight
+from trainers.decoder.streamed import streamed
 
 
 def saved(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -64,6 +65,19 @@ def test_a_checkpoint_of_the_wanted_type_is_its_own_outline(tmp_path: Path) -> N
     stored = load_mapped(str(save_tiny_backbone(tmp_path, tiny_llama())))
     assert stored is not None and outline_of(stored, "fp32") is stored
     assert weights_sha256(stored.model) == weights_sha256(tiny_llama())
+
+
+def test_an_outline_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = load_mapped(str(saved(tmp_path, "llama")))
+    assert stored is not None
+    made = outline_of(stored, "fp32")
+    assert made is not None
+    right = weights_sha256(load_backbone(str(tmp_path)).model)
+    assert weights_sha256(made.model) == right
+    monkeypatch.setattr("iapt_export.building.layout.stored_weight", lambda *_: pytest.fail("it is read again"))
+    assert weights_sha256(made.model) == weights_sha256(streamed(made.model)) == right
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        weights_sha256(load_backbone(str(tmp_path)).model)
 
 
 def test_a_checkpoint_of_several_types_is_loaded_as_a_whole(tmp_path: Path) -> None:
