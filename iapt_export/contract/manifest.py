@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +220,10 @@ class Parity:
     """Stage to limits, per target."""
     measured: dict[str, Any] = field(default_factory=dict)
     """Stage to worst figures, per target."""
+    depth: str = ""
+    """How much was compared: ``quick``, ``standard`` or ``full``; empty where nothing was, and in older bundles."""
+    cases: dict[str, Any] = field(default_factory=dict)
+    """Target to the names of what was fed to it and to PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,11 +356,7 @@ def _reference_problems(manifest: BundleManifest) -> list[str]:
     and each target without graphs to serve from.
     """
     known = {method.name for method in manifest.methods}
-    kinds: dict[str, Sequence[MethodSpec | TenantSpec | TargetSpec]] = {
-        "method": manifest.methods,
-        "tenant": manifest.tenants,
-        "target": manifest.targets,
-    }
+    kinds: dict[str, list[Any]] = {"method": manifest.methods, "tenant": manifest.tenants, "target": manifest.targets}
     return (
         [
             f"{kind} {name} is named twice"

@@ -148,6 +148,8 @@ class Report:
     targets: list[TargetResult]
     command: str
     """How to run the comparison again."""
+    depth: str = ""
+    """How much was compared: ``quick``, ``standard``, ``full``, or ``case NAME``."""
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ def summary(report: Report) -> str:
         ]
         if target.bisection is not None:
             lines += [f"    {line}" for line in whereabouts(target.bisection)]
+    if report.depth:
+        lines.append(f"  compared: {report.depth}")
     return "\n".join(lines)
 
 

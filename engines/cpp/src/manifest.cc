@@ -236,6 +236,8 @@ BundleManifest read_manifest(const Json& json, Problems& problems) {
     proof.read("verdict", manifest.verdict);
     proof.skip("tolerances", kObject, false);
     proof.skip("measured", kObject, false);
+    proof.skip("depth", kString, false);
+    proof.skip("cases", kObject, false);
     proof.refuse_unknown();
   }
   fields.object("files", [&](const std::string& name, const Json& item, const std::string& place) {
