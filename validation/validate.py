@@ -16,8 +16,8 @@ from iapt_export.contract.errors import NotRunnableError
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.quantise import QUANTISED
-from trainers.decoder.streamed import load_or_stream
-from validation.judging.compare import OnStep, Settings, Truths, compare_target, measure_truth
+from trainers.decoder.streamed import is_streamed, load_or_stream
+from validation.judging.compare import Answers, OnStep, Settings, Truths, answers_of, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
 from validation.judging.peft import compare_peft
 from validation.judging.result import Report, TargetResult
@@ -58,15 +58,21 @@ def validate_bundle(
     """
     targets = compared_targets(manifest, settings.runner, settings.device)
     open_graphs = portable_runners if settings.runner else functools.partial(open_runners, device=settings.device)
+
+    def open_session(target: TargetSpec, in_place: bool) -> Session:
+        stepper = stepper_over(bundle, manifest, target, open_graphs(bundle, target), in_place=in_place)
+        return Session(bundle, manifest, target, stepper)
+
     reference = Reference(bundle, manifest, backbone)
-    truths = measure_truth(bundle, manifest, reference, settings, on_step)
+    drafts = None
+    if is_streamed(reference.model):  # each token that PyTorch has to draft itself takes a reading of all weights
+        drafts = _first_answers(open_session, targets, settings, on_step)
+    truths = measure_truth(bundle, manifest, reference, settings, on_step, drafts)
     results = []
     for target in targets:
         try:
             for in_place in cache_kinds(target):
-                stepper = stepper_over(bundle, manifest, target, open_graphs(bundle, target), in_place=in_place)
-                session = Session(bundle, manifest, target, stepper)
-                with session:
+                with open_session(target, in_place) as session:
                     result = compare_target(session, reference, truths, settings, on_step)
                 if target.dtype in QUANTISED:
                     results += _without_rounding(session, reference, truths, result, settings, on_step)
@@ -89,13 +95,14 @@ def validate_bundle(
         tenants=[tenant.name for tenant in manifest.tenants],
         seed=settings.seed,
         created="",
-        environment=environment(settings.device),
+        environment=environment(settings.device) | {"backbone": how_computed(reference.model)},
         tolerances=rows_for({result.dtype for result in results}),
         targets=results,
         command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
         f"--seed {settings.seed} --new-tokens {settings.new_tokens}"
         + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else "")
         + (f" --runner {settings.runner}" if settings.runner else ""),
+        depth=f"case {settings.case}" if settings.case else settings.depth,
     )
 
 
@@ -120,31 +127,45 @@ def compared_targets(manifest: BundleManifest, runner: str = "", device: str = "
     return [portable_target(manifest)] if runner else [on_device(target, device) for target in manifest.targets]
 
 
+def _first_answers(
+    open_session: Callable[[TargetSpec, bool], Session], targets: list[TargetSpec], settings: Settings, on_step: OnStep
+) -> Answers | None:
+    """The prompts' tokens as the first target that runs here chooses them; None where none does."""
+    for target in targets:
+        try:
+            with open_session(target, cache_kinds(target)[0]) as session:
+                return answers_of(session, settings, on_step)
+        except NotRunnableError:
+            continue
+    return None
+
+
 def _without_rounding(
     session: Session, reference: Reference, truths: Truths, result: TargetResult, settings: Settings, on_step: OnStep
 ) -> list[TargetResult]:
     """A quantised target's result, and that of the same graphs with rounded weights and nothing else, on both sides.
 
     Where the first failed, it is looked into without the rounding of activations as well, which would hide where an
-    error begins.
+    error begins; but not where the backbone is read layer by layer, once for each row and step that is looked into.
     """
     target = session.target
     on_step(f"{target.name}: rounding PyTorch's weights to {target.dtype}")
     reference = with_rounded_weights(reference, QUANTISED[target.dtype])
-    quick = dataclasses.replace(settings, depth="quick")
-    exact_truths = measure_truth(session.bundle, session.manifest, reference, quick, on_step)
+    less = settings.without_rounding
     exact = unrounded_session(session)
     with exact:
-        exact_result = compare_target(exact, reference, exact_truths, quick, on_step)
+        answers = answers_of(exact, less, on_step)
+        exact_truths = measure_truth(session.bundle, session.manifest, reference, less, on_step, answers)
+        exact_result = compare_target(exact, reference, exact_truths, less, on_step, answers)
     name = f"{target.name} with {target.dtype} weights, otherwise"  # its type, fp32, follows wherever it is shown
-    return [
-        look_inside(exact, reference, truths, result, dataclasses.replace(settings, bisect=False), on_step),
-        look_inside(exact, reference, exact_truths, dataclasses.replace(exact_result, name=name), quick, on_step),
-    ]
+    if not is_streamed(reference.model):
+        result = look_inside(exact, reference, truths, result, dataclasses.replace(settings, bisect=False), on_step)
+    exact_result = dataclasses.replace(exact_result, name=name)
+    return [result, look_inside(exact, reference, exact_truths, exact_result, less, on_step)]
 
 
 def parity_from_report(report: Report) -> Parity:
-    """What the manifest keeps of a report: the limits, and the worst figure of each stage and target."""
+    """What the manifest keeps of a report: the limits, the worst figure of each stage and target, what was compared."""
     limits: dict[str, dict[str, float]] = {}
     for row in report.tolerances:
         limits.setdefault(f"{row['stage']} {row['dtype']}", {})[row["metric"]] = row["limit"]
@@ -155,7 +176,16 @@ def parity_from_report(report: Report) -> Parity:
             worst = stages.get(check.stage)
             if worst is None or check.measured.get("relative", 0) > worst.get("relative", 0):
                 stages[check.stage] = check.measured
-    return Parity(report.verdict, limits, measured)
+    cases = {
+        f"{target.name}:{target.dtype}": list(dict.fromkeys(check.case for check in target.checks))
+        for target in report.targets
+    }
+    return Parity(report.verdict, limits, measured, report.depth, cases)
+
+
+def how_computed(model: Any) -> str:
+    """Where PyTorch's side had its weights."""
+    return "read layer by layer" if is_streamed(model) else "in memory"
 
 
 def environment(device: str) -> dict[str, str]:

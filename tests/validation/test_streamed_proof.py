@@ -76,9 +76,13 @@ def test_figures_are_those_of_a_backbone_in_memory(
         assert [(check.stage, check.case) for check in ours.checks] == [
             (check.stage, check.case) for check in theirs.checks
         ]
-        assert ours.tokens == theirs.tokens
+        assert [(row.reference, row.target) for row in ours.tokens] == [
+            (row.reference, row.target) for row in theirs.tokens
+        ]
         for check, other in zip(ours.checks, theirs.checks, strict=True):
-            assert check.passed == other.passed and check.measured == pytest.approx(other.measured, rel=1e-3, abs=1e-9)
+            # prompt and tokens are read in one pass or in two, which adds up in another order
+            judged, wanted = ({name: one.measured[name] for name in one.limits} for one in (check, other))
+            assert check.passed == other.passed and judged == pytest.approx(wanted, rel=1e-3, abs=1e-5)
 
 
 def test_a_fault_is_found_and_located(in_int4: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +107,11 @@ def test_a_build_proves_with_what_memory_there_is(
     monkeypatch.setattr(streamed, "free_memory", lambda: 0)
     request = in_fp32.request(tmp_path / "bundle", depth="quick")
     assert iapt_export.build(request).parity.verdict == "pass" and len(used) == 1
-    assert "--quick" in json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))["command"]
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
+    assert "--quick" in report["command"] and report["depth"] == "quick"
+    assert report["environment"]["backbone"] == "read layer by layer"
+    parity = BundleManifest.load(tmp_path / "bundle").parity
+    assert parity.depth == "quick" and {"most-padding", "batch 1, one row"} <= set(parity.cases["onnxruntime:fp32"])
 
 
 def test_a_merged_adapter_is_compared_in_memory(in_fp32: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from trainers.methods.forms import FORMS
 from validation.judging.generators import compare_generator
 from validation.judging.metrics import HISTOGRAM_EDGES
 from validation.judging.result import TargetResult
-from validation.judging.stages import Errors, compare_refusal, compare_steps, compare_tokens
+from validation.judging.stages import Answers as Answers
+from validation.judging.stages import Errors, answer_freely, compare_refusal, compare_steps, compare_tokens
 from validation.sides.cases import (
     MIN_PROMPTS,
     QUICK_PROMPTS,
     QUICK_TOKENS,
+    SHORT_STEPS,
     Case,
     Prompt,
     example_text,
@@ -29,11 +32,15 @@ from validation.sides.cases import (
     prompts_from_bundle,
 )
 from validation.sides.reference import Reference
-from validation.sides.truth import Truth, record_fed, record_truth
+from validation.sides.truth import Truth, record_truth
 
 OnStep = Callable[[str], None]
 LARGE = 2 * 10**9
 """Parameters of a backbone above which a comparison is quick unless more is asked for."""
+BRIEF = "brief"
+"""What a quick comparison takes of int8 and int4 without rounding of activations, see `Settings.without_rounding`."""
+BRIEF_STEPS = 4
+"""Steps of each row there: reading, the first step after it, and two that read what steps wrote."""
 PROMPTS = "prompts"
 """The name of the case that compares the tenants' own prompts."""
 
@@ -49,7 +56,8 @@ class Settings:
     device: str = "cpu"
     """``cpu`` or ``cuda``, for ONNX Runtime."""
     depth: str = "standard"
-    """``quick`` (few prompts, few tokens), ``standard`` (all prompts, quick cases) or ``full`` (all cases)."""
+    """``quick`` (few prompts, few tokens), ``standard`` (all prompts, quick cases) or ``full`` (all cases); and
+    `BRIEF`, the quick cases with fewer tokens still."""
     case: str | None = None
     """Only the case of this name; None takes all."""
     bisect: bool = False
@@ -62,12 +70,25 @@ class Settings:
     @property
     def is_quick(self) -> bool:
         """Whether little time is to be spent."""
-        return self.depth == "quick"
+        return self.depth in ("quick", BRIEF)
 
     @property
     def steps(self) -> int:
         """Tokens for each prompt."""
-        return min(self.new_tokens, QUICK_TOKENS) if self.is_quick else self.new_tokens
+        most = {"quick": QUICK_TOKENS, BRIEF: BRIEF_STEPS}.get(self.depth, self.new_tokens)
+        return min(self.new_tokens, most)
+
+    @property
+    def case_steps(self) -> int:
+        """Tokens for each row of the cases that are not about long answers."""
+        return BRIEF_STEPS if self.depth == BRIEF else SHORT_STEPS
+
+    @property
+    def without_rounding(self) -> Settings:
+        """How much is compared of int8 and int4 without rounding of activations: nothing is left to chance there, and
+        its products take many times as long.
+        """
+        return dataclasses.replace(self, depth=BRIEF if self.is_quick else "quick")
 
     def wants(self, name: str) -> bool:
         """Whether a case is to be run."""
@@ -89,42 +110,63 @@ class Truths:
 
 
 def measure_truth(
-    bundle: Path, manifest: BundleManifest, reference: Reference, settings: Settings, on_step: OnStep
+    bundle: Path,
+    manifest: BundleManifest,
+    reference: Reference,
+    settings: Settings,
+    on_step: OnStep,
+    answers: Answers | None = None,
 ) -> Truths:
     """The reference's answers to prompts and cases, logits and caches kept where they are compared.
+
+    Args:
+        bundle: its folder.
+        manifest: its manifest.
+        reference: the PyTorch side.
+        settings: how much is compared.
+        on_step: called with a word on each step, for progress.
+        answers: a target's to the same prompts, as drafts of the reference's.
 
     Raises:
         IaptError: there is no case of the name that the settings ask for.
     """
     codec = TextCodec(bundle)
     cases = chosen_cases(manifest, settings, example_text(bundle, manifest, codec))
-    prompts: list[Prompt] = []
-    if settings.wants(PROMPTS):
-        number = QUICK_PROMPTS if settings.is_quick else MIN_PROMPTS
-        prompts = prompts_from_bundle(bundle, manifest, codec, settings.seed, settings.steps, number)
-
+    prompts = _chosen_prompts(bundle, manifest, settings)
+    rows = [(case, given) for case in cases if not case.is_refused for given in zip(case.rows, case.fed, strict=True)]
     on_step(text := "PyTorch generates the reference")
-    answers = record_truth(
+    truths = record_truth(
         reference,
         prompts,
         new_tokens=settings.steps,
         num_kept=_num_kept(manifest),
+        given=[given for _, given in rows],
+        drafts=None if answers is None else [_padded(tokens, settings.steps) for tokens in answers.tokens],
         on_step=lambda: on_step(text),
+        on_given=lambda number: on_step(f"PyTorch computes case {rows[number][0]}"),
     )
-    return Truths(answers, list(zip(cases, _case_truths(reference, cases, on_step), strict=True)))
+    free, fed = truths[: len(prompts)], truths[len(prompts) :]
+    of_case = [(case, [truth for truth, (of, _) in zip(fed, rows, strict=True) if of is case]) for case in cases]
+    return Truths(free, of_case)
 
 
-def _case_truths(reference: Reference, cases: Sequence[Case], on_step: OnStep) -> list[list[Truth]]:
-    """Each case's rows; all rows of all cases go through the backbone together."""
-    asked = [case for case in cases if not case.is_refused]
-    rows = [(case, prompt, fed) for case in asked for prompt, fed in zip(case.rows, case.fed, strict=True)]
-    truths = record_fed(
-        reference,
-        [prompt for _, prompt, _ in rows],
-        [fed for *_, fed in rows],
-        lambda number: on_step(f"PyTorch computes case {rows[number][0]}"),
-    )
-    return [[truth for truth, (of, *_) in zip(truths, rows, strict=True) if of is case] for case in cases]
+def answers_of(session: Session, settings: Settings, on_step: OnStep) -> Answers:
+    """What an active session answers to the prompts that the settings ask for."""
+    prompts = _chosen_prompts(session.bundle, session.manifest, settings)
+    return answer_freely(session, prompts, settings.steps, on_step)
+
+
+def _chosen_prompts(bundle: Path, manifest: BundleManifest, settings: Settings) -> list[Prompt]:
+    """The tenants' own prompts that the settings ask for; none where they ask for another case alone."""
+    if not settings.wants(PROMPTS):
+        return []
+    number = QUICK_PROMPTS if settings.is_quick else MIN_PROMPTS
+    return prompts_from_bundle(bundle, manifest, TextCodec(bundle), settings.seed, settings.steps, number)
+
+
+def _padded(tokens: list[int], length: int) -> list[int]:
+    """A draft of that length; any token will do for what is missing."""
+    return (tokens + [0] * length)[:length]
 
 
 def chosen_cases(manifest: BundleManifest, settings: Settings, text: Sequence[int]) -> list[Case]:
@@ -133,7 +175,7 @@ def chosen_cases(manifest: BundleManifest, settings: Settings, text: Sequence[in
     Raises:
         IaptError: there is no case of that name.
     """
-    cases = generated_cases(manifest, settings.seed, text)
+    cases = generated_cases(manifest, settings.seed, text, settings.case_steps)
     names = [PROMPTS, *(case.name for case in cases)]
     if settings.case is not None and settings.case not in names:
         raise IaptError(f"case {settings.case!r} does not exist; this bundle's cases are {', '.join(names)}")
@@ -147,7 +189,12 @@ def _num_kept(manifest: BundleManifest) -> int:
 
 
 def compare_target(
-    session: Session, reference: Reference, truths: Truths, settings: Settings, on_step: OnStep
+    session: Session,
+    reference: Reference,
+    truths: Truths,
+    settings: Settings,
+    on_step: OnStep,
+    answers: Answers | None = None,
 ) -> TargetResult:
     """Compare one runnable target with the reference.
 
@@ -157,6 +204,7 @@ def compare_target(
         truths: its answers, from `measure_truth`.
         settings: how much is compared.
         on_step: called with a word on each step, for progress.
+        answers: the session's to the prompts, where they are known already.
     """
     started = time.perf_counter()
     errors = Errors()
@@ -167,7 +215,9 @@ def compare_target(
         for case, rows in _prompt_batches(session.manifest, truths.prompts):
             on_step(f"{target.name}: prefill and decode, {case}")
             compare_steps(session, f"batch {len(rows)}, {case}", rows, errors)
-        tokens = compare_tokens(session, truths.prompts, settings.steps, errors, on_step)
+        if answers is None:
+            answers = answer_freely(session, [truth.prompt for truth in truths.prompts], settings.steps, on_step)
+        tokens = compare_tokens(session, truths.prompts, answers, errors)
     for generated, rows in truths.cases:
         on_step(f"{target.name}: case {generated}")
         if generated.is_refused:

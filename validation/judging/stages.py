@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from validation.judging.metrics import (
 )
 from validation.judging.result import Bisection, Check, TokenRow
 from validation.judging.tolerances import COMPARED_FOR_A_SHARE, OUTLIERS, tolerances
-from validation.sides.cases import Case
+from validation.sides.cases import Case, Prompt
 from validation.sides.reference import BACKBONE
 from validation.sides.stepping import Row, Step, run_steps
 from validation.sides.truth import Truth
@@ -199,21 +199,34 @@ def compare_refusal(session: Session, case: Case, errors: Errors) -> None:
     errors.judge("refusal", case.name, session.target.dtype, {"refused": refused}, detail)
 
 
-def compare_tokens(
-    session: Session, truths: list[Truth], new_tokens: int, errors: Errors, on_step: OnStep
-) -> list[TokenRow]:
-    """Generate freely in mixed batches and compare the tokens."""
-    rows: list[TokenRow] = []
-    failures: list[str] = []
+@dataclass(frozen=True)
+class Answers:
+    """What a target answers to prompts when it chooses freely."""
+
+    tokens: list[list[int]]
+    """Of each prompt; fewer than were asked for where the target failed."""
+    failures: list[str]
+    """What it said then."""
+
+
+def answer_freely(session: Session, prompts: Sequence[Prompt], new_tokens: int, on_step: OnStep) -> Answers:
+    """Generate greedily in mixed batches, past any end token."""
+    answers = Answers([], [])
     size = session.manifest.ranges.batch.max
-    for start in range(0, len(truths), size):
-        on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(truths))}")
-        batch = truths[start : start + size]
+    for start in range(0, len(prompts), size):
+        on_step(f"{session.target.name}: greedy tokens, prompts {start + 1} to {min(start + size, len(prompts))}")
         requests = [
-            Request(t.prompt.tenant, tokens=t.prompt.tokens, max_new_tokens=new_tokens, ignore_eos=True) for t in batch
+            Request(prompt.tenant, tokens=prompt.tokens, max_new_tokens=new_tokens, ignore_eos=True)
+            for prompt in prompts[start : start + size]
         ]
         running = [session.submit(request, start + number) for number, request in enumerate(requests)]
-        rows += [token_row(session, t, _tokens(one, failures)) for t, one in zip(batch, running, strict=True)]
+        answers.tokens.extend(_tokens(one, answers.failures) for one in running)
+    return answers
+
+
+def compare_tokens(session: Session, truths: list[Truth], answers: Answers, errors: Errors) -> list[TokenRow]:
+    """Compare the tokens that a target chose freely."""
+    rows = [token_row(session, truth, tokens) for truth, tokens in zip(truths, answers.tokens, strict=True)]
     errors.feed(truth.prompt.tenant for truth in truths)
     identical = sum(row.first_divergence is None for row in rows)
     excused = sum(row.excused for row in rows)
@@ -223,7 +236,7 @@ def compare_tokens(
         "excused": float(excused),
         "tokens": float(sum(len(row.reference) for row in rows)),
     }
-    detail = "; ".join([f"{identical} of {len(rows)} rows identical, {excused} excused as ties", *failures[:1]])
+    detail = "; ".join([f"{identical} of {len(rows)} rows identical, {excused} excused as ties", *answers.failures[:1]])
     errors.judge("greedy tokens", f"{len(rows)} prompts, mixed batches", session.target.dtype, measured, detail)
     return rows
 

@@ -69,7 +69,9 @@ class Case:
         return f"{self.name} ({len(self.rows)} rows of {lengths} tokens, {self.new_tokens} steps)"
 
 
-def generated_cases(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[Case]:
+def generated_cases(
+    manifest: BundleManifest, seed: int, text: Sequence[int], short_steps: int = SHORT_STEPS
+) -> list[Case]:
     """Batches at the edges of the manifest's ranges: the same for the same seed.
 
     Instructions are cut from ``text``, not drawn: among random tokens stands one that no text has, at which a rounding
@@ -80,17 +82,18 @@ def generated_cases(manifest: BundleManifest, seed: int, text: Sequence[int]) ->
         manifest: the bundle's.
         seed: decides where the text is cut.
         text: what the bundle's tenants read, see `example_text`.
+        short_steps: of the cases that are not about long answers.
     """
-    return [*_accepted(manifest, seed, text), *_refused(manifest, seed)]
+    return [*_accepted(manifest, seed, text, short_steps), *_refused(manifest, seed)]
 
 
-def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int]) -> list[Case]:
+def _accepted(manifest: BundleManifest, seed: int, text: Sequence[int], short_steps: int) -> list[Case]:
     ranges, names = manifest.ranges, [tenant.name for tenant in manifest.tenants] or [""]
     room = ranges.past.max - manifest.num_slots
     rows, longest = ranges.batch.max, min(ranges.sequence.max, room)
 
     def batch(
-        name: str, tenants: list[str], lengths: list[int], new_tokens: int = SHORT_STEPS, *, is_quick: bool = True
+        name: str, tenants: list[str], lengths: list[int], new_tokens: int = short_steps, *, is_quick: bool = True
     ) -> Case:
         prompts, fed = [], []
         for place, (tenant, wanted) in enumerate(zip(tenants, lengths, strict=True)):

@@ -44,7 +44,7 @@ class Step:
     def caches(self) -> list[RowCache]:
         """Every row's cache in fp32."""
         rows = [self.stepper.row_cache(row) for row in range(len(self.mask))]
-        return [[(key.astype(np.float32), value.astype(np.float32)) for key, value in row] for row in rows]
+        return [[(_fp32(key), _fp32(value)) for key, value in row] for row in rows]
 
     def present(self) -> Arrays:
         """``present.N.*`` to ``[B, H, S, K]``: the cache as the mask says."""
@@ -72,6 +72,10 @@ def run_steps(session: Session, rows: Sequence[Row], num_steps: int) -> Iterator
     finally:
         while stepper.num_rows:
             stepper.leave(stepper.num_rows - 1)
+
+
+def _fp32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32, copy=False)
 
 
 def graph_of(graphs: Container[str], step: int, in_place: bool) -> str:

@@ -12,10 +12,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from engines.serving.stepper import RowCache
-from trainers.decoder.insertion import continue_from
+from trainers.decoder.insertion import continue_from, read_instruction
 from trainers.decoder.method import rows_of
+from trainers.decoder.streamed import is_streamed
 from validation.sides.cases import Prompt
 from validation.sides.reference import Reference, numpy
+
+Given = tuple[Prompt, tuple[int, ...]]
+"""A prompt, and the tokens that follow it."""
 
 
 @dataclass
@@ -48,12 +52,16 @@ def record_truth(
     *,
     new_tokens: int,
     num_kept: int,
+    given: Sequence[Given] = (),
+    drafts: Sequence[Sequence[int]] | None = None,
     on_step: Callable[[], None] = lambda: None,
+    on_given: Callable[[int], None] = lambda _: None,
 ) -> list[Truth]:
-    """Generate greedily with the reference, tenant by tenant, past any end token.
+    """Generate greedily with the reference, tenant by tenant, past any end token; and read what is given.
 
     Every row is computed alone and without padding, as ``generate`` would for that prompt: what padding does to a row
-    of some families, the reference must not share. Rows together only draft the tokens, which saves time.
+    of some families, the reference must not share. Drafts only save time: each token is the reference's own choice
+    after those before it.
 
     A classifier ends after two tokens; going on compares every row over the same number of steps.
 
@@ -62,69 +70,60 @@ def record_truth(
         prompts: in the order of the comparison.
         new_tokens: tokens for each prompt.
         num_kept: the first so many prompts keep their logits and caches.
-        on_step: called after each step, for progress.
+        given: further rows, whose tokens are given: all of them in one pass, which is quick.
+        drafts: tokens of each prompt that the reference may choose, ``new_tokens`` each; without them PyTorch drafts,
+            rows together.
+        on_step: called after each step of PyTorch's drafts, for progress.
+        on_given: called with the number of each given row before it is computed.
 
     Returns:
-        One `Truth` for each prompt, in their order.
+        One `Truth` for each prompt, in their order, then one for each given row: logits of a step more than there are
+        tokens, and the caches that prefill and the whole leave.
     """
-    truths = [Truth(prompt) for prompt in prompts]
-    kept = {id(truth) for truth in truths[:num_kept]}
-    batches = list(_batches(reference, truths))
+    if drafts is None:
+        drafts = _drafts(reference, prompts, new_tokens, on_step)
+    free = [Truth(prompt) for prompt in prompts]
+    fed = [Truth(prompt, forced=tokens) for prompt, tokens in given]
 
-    def drafting(tenant: str, rows: list[Truth]) -> Callable[[Reference], list[list[int]]]:
-        return lambda with_model: _draft(with_model, tenant, [row.prompt for row in rows], new_tokens, on_step)
+    def generating(number: int, truth: Truth) -> Callable[[Reference], None]:
+        return lambda own: _record_greedy(own, truth, list(drafts[number]), is_kept=number < num_kept)
 
-    def recording(tenant: str, row: Truth, draft: list[int]) -> Callable[[Reference], None]:
-        return lambda with_model: _record_alone(with_model, tenant, row, draft, is_kept=id(row) in kept)
+    def reading(number: int, truth: Truth) -> Callable[[Reference], None]:
+        def read(own: Reference) -> None:
+            on_given(number)
+            _record_forced(own, truth, is_kept=True)
 
-    drafts = reference.together([drafting(*batch) for batch in batches])
-    reference.together(
-        [
-            recording(tenant, row, draft)
-            for (tenant, rows), drafted in zip(batches, drafts, strict=True)
-            for row, draft in zip(rows, drafted, strict=True)
-        ]
-    )
-    return truths
+        return read
 
-
-def record_fed(
-    reference: Reference,
-    prompts: Sequence[Prompt],
-    fed: Sequence[tuple[int, ...]],
-    on_row: Callable[[int], None] = lambda _: None,
-) -> list[Truth]:
-    """What PyTorch computes when given tokens follow each prompt: all of them in one pass, which is quick.
-
-    Args:
-        reference: the PyTorch side.
-        prompts: what is read first.
-        fed: each prompt's tokens that follow.
-        on_row: called with each row's number before it is computed, for progress.
-
-    Returns:
-        One `Truth` for each prompt, in their order: logits of a step more than there are tokens, and the caches
-        that prefill and the whole leave.
-    """
-    truths = [Truth(prompt, forced=tokens) for prompt, tokens in zip(prompts, fed, strict=True)]
-
-    def recording(number: int, truth: Truth) -> Callable[[Reference], None]:
-        def record(with_model: Reference) -> None:
-            on_row(number)
-            _record_forced(with_model, truth.prompt.tenant, truth, is_kept=True)
-
-        return record
-
-    reference.together([recording(*numbered) for numbered in enumerate(truths)])
-    return truths
+    numbered = [generating(*each) for each in enumerate(free)] + [reading(*each) for each in enumerate(fed)]
+    reference.together(numbered)  # over a streamed backbone, one reading of the weights for all of them
+    return free + fed
 
 
-def _batches(reference: Reference, truths: list[Truth]) -> Iterator[tuple[str, list[Truth]]]:
-    """Each tenant's rows, and the backbone's own, a few at a time."""
+def _drafts(
+    reference: Reference, prompts: Sequence[Prompt], new_tokens: int, on_step: Callable[[], None]
+) -> list[list[int]]:
+    """Likely tokens of each prompt."""
+    batches = list(_batches(reference, prompts))
+
+    def drafting(tenant: str, numbers: list[int]) -> Callable[[Reference], list[list[int]]]:
+        return lambda own: _draft(own, tenant, [prompts[number] for number in numbers], new_tokens, on_step)
+
+    drafted = reference.together([drafting(*batch) for batch in batches])
+    made = {
+        number: draft
+        for (_, numbers), drafts in zip(batches, drafted, strict=True)
+        for number, draft in zip(numbers, drafts, strict=True)
+    }
+    return [made[number] for number in range(len(prompts))]
+
+
+def _batches(reference: Reference, prompts: Sequence[Prompt]) -> Iterator[tuple[str, list[int]]]:
+    """The numbers of each tenant's prompts, and of the backbone's own, a few at a time."""
     for tenant in reference.methods:
-        rows = [truth for truth in truths if truth.prompt.tenant == tenant]
-        for start in range(0, len(rows), 8):
-            yield tenant, rows[start : start + 8]
+        numbers = [number for number, prompt in enumerate(prompts) if prompt.tenant == tenant]
+        for start in range(0, len(numbers), 8):
+            yield tenant, numbers[start : start + 8]
 
 
 @torch.no_grad()
@@ -144,11 +143,11 @@ def _draft(
     return torch.stack(chosen, dim=1).tolist()
 
 
-def _record_alone(reference: Reference, tenant: str, row: Truth, draft: list[int], *, is_kept: bool) -> None:
+def _record_greedy(reference: Reference, row: Truth, draft: list[int], *, is_kept: bool) -> None:
     """The row's own greedy tokens: the draft where reading it gives it again, else one token more a pass."""
     while True:
         row.forced = tuple(draft[:-1])
-        _record_forced(reference, tenant, row, is_kept=is_kept)
+        _record_forced(reference, row, is_kept=is_kept)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, draft, strict=True)))
         if same >= len(draft) - 1:
             row.forced = ()
@@ -157,25 +156,58 @@ def _record_alone(reference: Reference, tenant: str, row: Truth, draft: list[int
 
 
 @torch.no_grad()
-def _record_forced(reference: Reference, tenant: str, row: Truth, *, is_kept: bool) -> None:
-    """What follows the prompt and the row's forced tokens, in one pass over those."""
-    ids = torch.tensor([row.prompt.tokens])
-    first, cache = reference.prefill(tenant, ids, torch.ones_like(ids))
+def _record_forced(reference: Reference, row: Truth, *, is_kept: bool) -> None:
+    """What follows the prompt and the row's forced tokens.
+
+    They are read after the prompt, in one pass over them. Over a streamed backbone they are read together with it, as
+    in training, which reads the weights once: what a token attends to is the same.
+    """
+    read = _at_once if is_streamed(reference.model) else _in_turn
+    logits, cache = read(reference, row)  # [K+1, V]
+    entries = logits.shape[0] - 1
+    row.final_cache = _views(cache) if is_kept else []
+    row.prefill_cache = [
+        (key[:, : key.shape[1] - entries], value[:, : value.shape[1] - entries]) for key, value in row.final_cache
+    ]
     row.tokens, row.margins, row.logits, row.peak = [], [], [], 0.0
-    row.prefill_cache = _copied(cache) if is_kept else []
-    logits = first[:, None]  # [1, 1, V]
-    fed = torch.tensor([row.forced], dtype=torch.long)  # [1, K]
-    if fed.shape[1]:
-        methods = rows_of(reference.methods[tenant])
-        mask = fed.new_ones(1, methods.num_slots + ids.shape[1] + fed.shape[1])
-        logits = torch.cat([logits, continue_from(reference.model, methods, fed, mask, cache).logits], dim=1)
-    row.final_cache = _copied(cache) if is_kept else []
-    for step in logits[0]:
+    for step in logits:
         _take_step(row, step, is_kept=is_kept)
 
 
-def _copied(cache: DynamicCache) -> RowCache:
-    """The only row's entries of a PyTorch cache."""
+def _in_turn(reference: Reference, row: Truth) -> tuple[Tensor, DynamicCache]:
+    """Logits ``[K+1, V]`` after the prompt and after each of K forced tokens, and the cache of all of them."""
+    ids = torch.tensor([row.prompt.tokens])
+    first, cache = reference.prefill(row.prompt.tenant, ids, torch.ones_like(ids))
+    fed = torch.tensor([row.forced], dtype=torch.long)  # [1, K]
+    if not fed.shape[1]:
+        return first, cache
+    rows = rows_of(reference.methods[row.prompt.tenant])
+    mask = fed.new_ones(1, rows.num_slots + ids.shape[1] + fed.shape[1])
+    return torch.cat([first, continue_from(reference.model, rows, fed, mask, cache).logits[0]]), cache
+
+
+def _at_once(reference: Reference, row: Truth) -> tuple[Tensor, DynamicCache]:
+    """`_in_turn` in one pass; methods read the prompt alone, as they do in training."""
+    ids = torch.tensor([row.prompt.tokens + row.forced])
+    instruction = torch.zeros_like(ids)
+    instruction[:, : len(row.prompt.tokens)] = 1
+    rows, cache = rows_of(reference.methods[row.prompt.tenant]), DynamicCache()
+    last = rows.num_slots + len(row.prompt.tokens) - 1
+    output = read_instruction(
+        reference.model,
+        rows,
+        ids,
+        torch.ones_like(ids),
+        instruction_mask=instruction,
+        select=lambda hidden: hidden[:, last:],
+        past_key_values=cache,
+    )
+    logits: Tensor = output.logits[0]
+    return logits, cache
+
+
+def _views(cache: DynamicCache) -> RowCache:
+    """The only row's entries of a PyTorch cache, where they are."""
     return [(numpy(layer.keys[0]), numpy(layer.values[0])) for layer in cache.layers]
 
 

@@ -26,7 +26,7 @@ from trainers.decoder.method import rows_of
 from validation.sides import truth
 from validation.sides.cases import GENERAL_PROMPTS, MIN_PROMPTS, prompts_from_bundle, read_examples
 from validation.sides.reference import Reference, TorchRunner
-from validation.sides.truth import record_fed, record_truth
+from validation.sides.truth import record_truth
 
 REQUESTS = [
     Request("gamma", "the film is a quiet joy", max_new_tokens=NEW_TOKENS),
@@ -34,6 +34,8 @@ REQUESTS = [
     Request("beta", "yes", max_new_tokens=3),
     Request("gamma", "grain oil", max_new_tokens=NEW_TOKENS),
 ]
+
+PREFILL = Reference.prefill
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +146,21 @@ def test_a_row_is_what_it_is_alone(
     np.testing.assert_allclose(made[0].logits, wanted[0].logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["after the prompt", "with the prompt"])
 def test_feeding_tokens_in_one_pass_is_stepping_through_them(
-    tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference
+    at_once: bool,
+    tiny_build: TinyBuild,
+    manifest: BundleManifest,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of several tenants and lengths, so that batches hold padding."""
     prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, NEW_TOKENS)[:7]
     assert len({len(prompt.tokens) for prompt in prompts}) > 1 < len({prompt.tenant for prompt in prompts})
     stepped = record_truth(reference, prompts, new_tokens=NEW_TOKENS, num_kept=len(prompts))
-    fed = record_fed(reference, prompts, [row.fed for row in stepped])
+    monkeypatch.setattr(truth, "is_streamed", lambda _: at_once)
+    given = [(row.prompt, row.fed) for row in stepped]
+    fed = record_truth(reference, [], new_tokens=1, num_kept=0, given=given)
     for made, wanted in zip(fed, stepped, strict=True):
         assert (made.prompt, made.tokens, made.fed) == (wanted.prompt, wanted.tokens, wanted.fed)
         assert made.margins == pytest.approx(wanted.margins, abs=1e-4)
@@ -160,6 +169,20 @@ def test_feeding_tokens_in_one_pass_is_stepping_through_them(
             for mine, theirs in zip(getattr(made, cache), getattr(wanted, cache), strict=True):
                 pairs += zip(mine, theirs, strict=True)  # keys and values
         assert all(worst(*pair) < 1e-5 for pair in pairs)
+
+
+def test_drafts_decide_nothing_but_how_often_the_backbone_is_asked(
+    tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, 6)[:3]
+    wanted = [row.tokens for row in record_truth(reference, prompts, new_tokens=6, num_kept=0)]
+    monkeypatch.setattr(truth, "_draft", lambda *_: pytest.fail("PyTorch drafts although there are drafts"))
+    asked: list[Any] = []
+    monkeypatch.setattr(Reference, "prefill", lambda *args: asked.append(args) or PREFILL(*args))
+    for drafts, passes in ((wanted, 3), ([[tokens[0], 3, *tokens[2:]] for tokens in wanted], 6)):
+        asked.clear()
+        made = record_truth(reference, prompts, new_tokens=6, num_kept=0, drafts=drafts)
+        assert [row.tokens for row in made] == wanted and len(asked) == passes
 
 
 def test_a_reference_for_another_backbone_is_refused(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
