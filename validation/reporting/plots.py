@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
@@ -222,7 +223,10 @@ def _svg(figure: Figure, label: str) -> str:
     stream = io.StringIO()
     # Element names are hashes over the salt; a salt of its own keeps them apart from the page's other plots.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set_visible(False)
+        # `savefig` would draw everything once more before, to find a size that we give
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
