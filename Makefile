@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv backbone demo serve cpp torture fuzz test test-docs test-slow test-gpu test-runtimes test-serving test-lowest \
-    check tidy format docs clean
+    lint check tidy format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -182,11 +182,13 @@ CPP_SOURCES := $(wildcard engines/cpp/*/*.cc engines/cpp/*/*.h engines/cpp/*/*.c
     tests/native/*.cc examples/apps/*.cc)
 COMPILE_COMMANDS := build/cpp/compile_commands.json
 
-check: venv  ## lint, format and types, as CI sees them
+lint: venv  ## lint, format and types; the part of `check` that needs no C++ compiled
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+check: lint  ## lint, format and types, as CI sees them, and clang-tidy
 	@if test -f $(COMPILE_COMMANDS); then $(MAKE) --no-print-directory tidy; \
 	else echo "No build/cpp: clang-tidy is skipped (make cpp tidy)"; fi
 
