@@ -45,7 +45,7 @@ PROMPT = tuple(range(20, 36))
 MARK = "IAPT_BENCHMARK"
 START_S = 900
 """A server may compile before it listens."""
-HEAD = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+HEAD = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 
 
 def processor_seconds(mark: str | None = None) -> float:
@@ -261,6 +261,7 @@ def main() -> None:
             found = {"session": over_session(asked.bundle, asked.streams, asked.tokens, asked.threads)}
             for name, start in starts.items():
                 found[name] = over_http(start(free_ports(name)[name]), asked.streams, asked.tokens)
+                print(number, name, json.dumps(found[name]), file=sys.stderr, flush=True)
             rounds.append(found)
             print(number, json.dumps(found), file=sys.stderr, flush=True)
 
