@@ -81,7 +81,7 @@ def describe_model(name: str) -> dict[str, Any]:
         "layers": sizes.num_layers,
         "width": sizes.hidden_size,
         "vocabulary": sizes.vocab_size,
-        "cache": f"{sizes.num_kv_heads} heads of {sizes.head_dim}",
+        "cache": f"{sizes.num_kv_heads} heads of {' and '.join(map(str, dict.fromkeys(sizes.cache_widths)))}",
         **({"positions": positions} if positions else {}),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

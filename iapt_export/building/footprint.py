@@ -175,7 +175,7 @@ def _of_model(path: str, load: Load) -> list[Share]:
         "tenants": load.tenants or 1,
     }
     width = FLOAT_BYTES[target.graph_dtype]
-    entry = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
+    entry = sum(shape.cache_widths) * shape.num_layers * shape.num_kv_heads * width
     method = METHODS[next(name for name in METHOD_CONFIGS if flag_name(name) == load.method)]
     with torch.device("meta"):
         module = method(config_of(load.method)(), shape)

@@ -118,8 +118,9 @@ class BackboneSpec(BackboneSizes):
     def __post_init__(self) -> None:
         limits = {item.name: MOST for item in dataclasses.fields(BackboneSizes)}
         for name, most in (limits | {"num_layers": MOST_LAYERS, "max_positions": LONGEST}).items():
-            if not 1 <= (size := getattr(self, name)) <= most:
-                raise BundleError(f"{name} is {size}, expected 1 to {most}")
+            least = 0 if name == "value_dim" else 1
+            if not least <= (size := getattr(self, name)) <= most:
+                raise BundleError(f"{name} is {size}, expected {least} to {most}")
         for token in (self.pad_token_id, *self.eos_token_ids):
             if not 0 <= token < self.vocab_size:
                 raise BundleError(f"token id {token} is not in the vocabulary of {self.vocab_size}")

@@ -48,11 +48,10 @@ class Sizing:
 
     def cache(self, prefix: str, length: str | int) -> list[TensorSpec]:
         """Keys and values of every layer, ``length`` entries."""
-        sizes: list[int | str] = ["batch", self.shape.num_kv_heads, length, self.shape.head_dim]
         return [
-            TensorSpec(f"{prefix}{layer}.{part}", self.dtype, list(sizes))
+            TensorSpec(f"{prefix}{layer}.{part}", self.dtype, ["batch", self.shape.num_kv_heads, length, width])
             for layer in range(self.shape.num_layers)
-            for part in ("key", "value")
+            for part, width in zip(("key", "value"), self.shape.cache_widths, strict=True)
         ]
 
     def taken(self, items: list[Installed]) -> list[TensorSpec]:

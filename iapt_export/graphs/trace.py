@@ -31,7 +31,13 @@ from iapt_export.graphs.ops.layer_end import layers_marked
 from iapt_export.graphs.passes import first_passes
 from iapt_export.graphs.table import TABLE
 from iapt_export.graphs.weights import WEIGHTS, fill_in
-from trainers.decoder.attention import attending_with, grouped_attention, mask_by_position, traceable_experts
+from trainers.decoder.attention import (
+    attending_with,
+    grouped_attention,
+    mask_by_position,
+    real_rotations,
+    traceable_experts,
+)
 from trainers.decoder.insertion import decoder_layers
 
 LOGGER = logging.getLogger("iapt_export")
@@ -109,6 +115,7 @@ def _traced(name: str, backbone: Any, installed: list[Installed], spec: GraphSpe
     with (
         attention(backbone),
         traceable_experts(backbone),
+        real_rotations(backbone),
         marked,
         _nothing_left_behind(backbone),
         nothing_computed_twice(),

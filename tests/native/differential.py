@@ -75,8 +75,9 @@ def manifest_of_python(data: bytes) -> dict[str, Any]:
     lengths = {method.name: method.prompt_length for method in manifest.methods}
     return {
         "backbone": [
-            *(backbone.hidden_size, backbone.num_layers, backbone.num_kv_heads, backbone.head_dim, backbone.vocab_size),
-            *(backbone.max_positions, backbone.pad_token_id, backbone.eos_token_ids, backbone.fingerprint),
+            *(backbone.hidden_size, backbone.num_layers, backbone.num_kv_heads, backbone.head_dim, backbone.value_dim),
+            *(backbone.vocab_size, backbone.max_positions, backbone.pad_token_id, backbone.eos_token_ids),
+            backbone.fingerprint,
         ],
         "methods": [[item.name, item.form, item.prompt_length] for item in manifest.methods],
         "tenants": [

@@ -48,8 +48,9 @@ Json read_manifest(const std::string& text) {
   for (const auto& target : manifest.targets) targets.push_back({target.name, target.dtype, target.graphs.size()});
   for (const auto& [name, file] : manifest.files) files[name] = file.size_bytes;
   return {{"backbone",
-           {backbone.hidden_size, backbone.num_layers, backbone.num_kv_heads, backbone.head_dim, backbone.vocab_size,
-            backbone.max_positions, backbone.pad_token_id, backbone.eos_token_ids, backbone.fingerprint}},
+           {backbone.hidden_size, backbone.num_layers, backbone.num_kv_heads, backbone.head_dim, backbone.value_dim,
+            backbone.vocab_size, backbone.max_positions, backbone.pad_token_id, backbone.eos_token_ids,
+            backbone.fingerprint}},
           {"methods", methods},
           {"tenants", tenants},
           {"targets", targets},

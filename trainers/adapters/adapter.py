@@ -80,7 +80,7 @@ class AdapterConfig(Sizes):
         if self.prompt_format not in ("chat", "plain"):
             problems.append(f"prompt_format={self.prompt_format!r} is not one of chat, plain")
         limits = {"hidden_size": (1, MOST), "num_layers": (1, MOST_LAYERS)}
-        limits |= dict.fromkeys(("num_kv_heads", "head_dim", "vocab_size"), (0, MOST))
+        limits |= dict.fromkeys(("num_kv_heads", "head_dim", "value_dim", "vocab_size"), (0, MOST))
         for name, (least, most) in limits.items():
             if not _is_count(getattr(self, name), least, most):
                 problems.append(f"{name}={getattr(self, name)!r} is not an integer from {least} to {most}")

@@ -128,6 +128,11 @@ def _checked_form(fields: dict[str, Any], sizes: Sizes, source: str) -> PeftForm
             f"{source}: PEFT's method {kind!r} is not supported; use one of {', '.join(FORMS)}, or a method "
             f"of this project's own trainer; or {REMEDY}, where PEFT can do that"
         )
+    if kind == "PREFIX_TUNING" and sizes.value_dim:
+        raise IaptError(
+            f"{source}: PEFT's PREFIX_TUNING has keys and values of one width, and this backbone caches latents of "
+            f"{sizes.head_dim} and {sizes.value_dim} numbers; train a prefix with iapt-export train"
+        )
     problems = [
         f"{name}={value!r} is not supported"
         for name, value in sorted(fields.items())

@@ -26,7 +26,7 @@ from trainers.adapters.adapter import tensor_problems
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.lora import LoRA, targets, tensor_name
-from trainers.methods.prefix_tuning import PrefixTuning, from_table, to_table
+from trainers.methods.prefix_tuning import PrefixTuning, from_table, prefix_width, to_table
 
 TABLE = "prompt_embeddings"
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
@@ -163,7 +163,7 @@ class _Prefix(_VirtualTokens):
 
     def allowed(self, sizes: Sizes) -> dict[str, tuple[Any, ...]]:
         heads = {"num_attention_heads": (None, sizes.num_kv_heads)}
-        return super().allowed(sizes) | {"token_dim": (None, sizes.num_kv_heads * sizes.head_dim), **heads}
+        return super().allowed(sizes) | {"token_dim": (None, prefix_width(sizes)), **heads}
 
     def read(
         self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
@@ -175,12 +175,12 @@ class _Prefix(_VirtualTokens):
     def fields(self, method: Any, sizes: Sizes) -> dict[str, Any]:
         # The table is written, which is all that PEFT reads: to PEFT there is no projection any more.
         prefix_fields = {"num_attention_heads": sizes.num_kv_heads, "prefix_projection": False}
-        return super().fields(method, sizes) | {"token_dim": sizes.num_kv_heads * sizes.head_dim, **prefix_fields}
+        return super().fields(method, sizes) | {"token_dim": prefix_width(sizes), **prefix_fields}
 
     def shapes(self, method: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         projection_shapes = PrefixTuning.shapes(method, sizes) if method.projection else {}
         return {
-            TABLE: (method.prompt_length, 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim),
+            TABLE: (method.prompt_length, 2 * sizes.num_layers * prefix_width(sizes)),
             **projection_shapes,
         }
 

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, S keys, N query heads, H key/value heads, K width of 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -217,3 +218,33 @@ def traceable_experts(backbone: Any) -> Iterator[None]:
         yield
     finally:
         backbone.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def real_rotations(backbone: Any) -> Iterator[None]:
+    """Let DeepSeek-V2 rotate in real numbers while the context is open: its code has complex ones, a graph has not."""
+    if backbone.config.model_type != "deepseek_v2":
+        yield
+        return
+    code, rotary = sys.modules[type(backbone).__module__], backbone.model.rotary_emb
+
+    def factors(_hidden: Tensor, position_ids: Tensor) -> Tensor:
+        angles = position_ids[..., None].float() * rotary.inv_freq.float()  # [B, T, R / 2]
+        return torch.stack([angles.cos(), angles.sin()], dim=-1) * rotary.attention_scaling
+
+    def rotated(query: Tensor, key: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = turns[:, None].unbind(-1)  # [B, 1, T, R / 2]
+        pairs = (part.float().unflatten(-1, (-1, 2)).unbind(-1) for part in (query, key))  # neighbours are a pair
+        query_turned, key_turned = (
+            torch.stack([left * cos - right * sin, left * sin + right * cos], dim=-1).flatten(-2)
+            for left, right in pairs
+        )
+        return query_turned.type_as(query), key_turned.type_as(key)
+
+    theirs = code.apply_rotary_emb
+    vars(code)["apply_rotary_emb"], rotary.forward = rotated, factors
+    try:
+        yield
+    finally:
+        vars(code)["apply_rotary_emb"] = theirs
+        del rotary.forward

@@ -48,7 +48,9 @@ class Family:
     num_kv_heads: int = 0
     """H, heads of the cache."""
     head_dim: int = 0
-    """K, width of a cached key or value."""
+    """K, width of a cached key, and of a value where nothing else is said."""
+    value_dim: int = 0
+    """Width of a cached value where it is another; else 0."""
     max_positions: int | None = None
     """Most positions where fewer than the configuration says; None leaves its number."""
 
@@ -176,14 +178,15 @@ def _judged(model: Any, trial: _Trial, cache: DynamicCache) -> Family:
         reasons.append("its code attends by itself, in a way that a cache written in place cannot follow")
     elif any(window != options.window for _, options, window in trial.calls):
         reasons.append("its masks are more than what its attention is told, which a cache in place needs")
-    if key_width != value_width:
-        return Family(refusal=f"it caches keys of {key_width} and values of {value_width} numbers (latent attention)")
-    if key_width % 8:
+    if is_latent := key_width != value_width:
+        reasons.append(f"it caches latents of {key_width} and {value_width} numbers, of which each step makes all keys")
+    elif key_width % 8:
         reasons.append(f"its heads are {key_width} wide, and attention over a cache in place takes multiples of 8")
     restrictions = [f"{reason}: portable graphs only" for reason in reasons]
     if limit is not None:
         restrictions.append(f"rotary factors are those of up to {limit} positions (longrope): a row may have no more")
-    return Family("", tuple(restrictions), not reasons, heads, key_width, limit)
+    value_dim = value_width if is_latent else 0
+    return Family("", tuple(restrictions), not reasons, heads, key_width, value_dim, limit)
 
 
 def _original_length(config: Any) -> int | None:

@@ -61,6 +61,7 @@ def sizes_of(backbone: Any) -> Sizes:
         num_layers=config.num_hidden_layers,
         num_kv_heads=family.num_kv_heads,
         head_dim=family.head_dim,
+        value_dim=family.value_dim,
         vocab_size=config.vocab_size,
         linears=_common_linears(decoder_layers(backbone)),
         layers_path=layers_path(backbone),

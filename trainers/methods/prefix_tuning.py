@@ -5,7 +5,9 @@
     keys_l = concat(prefix[l, 0], RoPE(K_l)),   values_l = concat(prefix[l, 1], V_l)
 
 Layout and network are those of PEFT's ``PrefixEncoder``: E is ``[P, H K]`` whatever the number of query heads, and
-no rotary position is applied to the prefix. Initial values are ours: PEFT draws its table, which is the weight of
+no rotary position is applied to the prefix. Where keys and values differ in width (latent attention, whose cache holds
+latents in place of keys, and their rotary part in place of values), K is the wider one, and the end of the other is
+not used; PEFT has no such prefix. Initial values are ours: PEFT draws its table, which is the weight of
 an ``nn.Embedding``, from N(0, 1).
 """
 
@@ -37,8 +39,8 @@ class PrefixTuning(Method):
         """See `trainers.decoder.method.Method.shapes`."""
         length, layers = config.prompt_length, sizes.num_layers
         if not config.projection:
-            return {"prefix": (layers, 2, sizes.num_kv_heads, length, sizes.head_dim)}
-        width, hidden = sizes.num_kv_heads * sizes.head_dim, config.projection_width
+            return {"prefix": (layers, 2, sizes.num_kv_heads, length, max(sizes.cache_widths))}
+        width, hidden = prefix_width(sizes), config.projection_width
         return {
             "embedding": (length, width),
             "hidden_weight": (hidden, width),
@@ -98,12 +100,18 @@ class PrefixTuning(Method):
     def key_value(self, weights: Weights, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's prefix; what the slots' own hidden states gave is dropped."""
         prefix = weights["prefix"][:, layer]  # [1 or B, 2, H, P, K]
-        return prefix[:, 0].expand_as(key), prefix[:, 1].expand_as(value)
+        keys, values = prefix[:, 0, ..., : key.shape[-1]], prefix[:, 1, ..., : value.shape[-1]]
+        return keys.expand_as(key), values.expand_as(value)
 
     @property
     def changes_cache(self) -> bool:
         """The prefix enters there."""
         return True
+
+
+def prefix_width(sizes: Sizes) -> int:
+    """H K, the numbers of a prefix's key or value in all heads."""
+    return sizes.num_kv_heads * max(sizes.cache_widths)
 
 
 def _hidden(weights: Weights) -> Tensor:
@@ -113,7 +121,7 @@ def _hidden(weights: Weights) -> Tensor:
 
 def from_table(table: Tensor, sizes: Sizes) -> Tensor:
     """PEFT's table ``[..., P, 2 L H K]`` as a prefix ``[..., L, 2, H, P, K]``."""
-    heads, width = sizes.num_kv_heads, sizes.head_dim
+    heads, width = sizes.num_kv_heads, max(sizes.cache_widths)
     return table.unflatten(-1, (sizes.num_layers, 2, heads, width)).movedim(-5, -2)
 
 
@@ -139,4 +147,7 @@ def initial_prefix(length: int, backbone: Any, tokenizer: Any, instruction: list
     text = tokenizer(INITIAL_TEXT, add_special_tokens=False)["input_ids"] or instruction
     ids = (instruction[:1] + text * (length // len(text) + 1))[:length]
     cache = backbone(input_ids=torch.tensor([ids], device=backbone.device), use_cache=True).past_key_values
-    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float().cpu()
+    sides = [[layer.keys[0], layer.values[0]] for layer in cache.layers]
+    widest = max(side.shape[-1] for side in sides[0])
+    sides = [[nn.functional.pad(side, (0, widest - side.shape[-1])) for side in pair] for pair in sides]
+    return torch.stack([torch.stack(pair) for pair in sides]).float().cpu()

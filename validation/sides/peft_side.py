@@ -39,19 +39,25 @@ def peft_version() -> str:
     return str(peft.__version__)
 
 
+def _is_for_peft(form: str, value_dim: int) -> bool:
+    """Whether PEFT has a method; its prefixes have keys and values of one width."""
+    return form in PEFT_TYPES and not (form == "PREFIX_TUNING" and value_dim)
+
+
 def folders_of(adapters: Mapping[str, Adapter]) -> dict[str, PeftFolder]:
     """The directories that PEFT can read, of the adapters that a bundle is built from."""
     return {
         name: PeftFolder(adapter.path, adapter.peft_task)
         for name, adapter in adapters.items()
-        if adapter.config.peft_type in PEFT_TYPES and adapter.path is not None
+        if adapter.path is not None and _is_for_peft(adapter.config.peft_type, adapter.config.value_dim)
     }
 
 
 def write_folders(reference: Reference, folder: Path) -> dict[str, PeftFolder]:
     """Write the tenants of methods that PEFT has as directories for it, from what the bundle holds of them."""
     manifest = reference.manifest
-    names = [tenant.name for tenant in manifest.tenants if tenant.trained_form in PEFT_TYPES]
+    width = manifest.backbone.value_dim
+    names = [tenant.name for tenant in manifest.tenants if _is_for_peft(tenant.trained_form, width)]
     for name in names:
         method = reference.methods[name]
         linears = {linear: method.sizes.linears[linear] for linear in method.linear_names}

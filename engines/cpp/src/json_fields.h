@@ -104,8 +104,8 @@ class Fields {
     }
   }
 
-  void read(const std::string& name, int64_t& value) {
-    const Json* field = find(name);
+  void read(const std::string& name, int64_t& value, bool required = true) {
+    const Json* field = find(name, required);
     if (field == nullptr) return;
     if (is_int64(*field)) {
       value = field->get<int64_t>();

@@ -66,19 +66,22 @@ BackboneSpec read_backbone(const Json& json, const std::string& where, Problems&
   fields.read("num_layers", spec.num_layers);
   fields.read("num_kv_heads", spec.num_kv_heads);
   fields.read("head_dim", spec.head_dim);
+  fields.read("value_dim", spec.value_dim, false);
   fields.read("vocab_size", spec.vocab_size);
   fields.read("max_positions", spec.max_positions);
   fields.read("pad_token_id", spec.pad_token_id);
   spec.eos_token_ids = fields.integers("eos_token_ids");
   fields.refuse_unknown();
-  const auto limit = [&](const char* name, int64_t size, int64_t most) {
-    if (size >= 1 && size <= most) return;
-    fields.problem(std::string(".") + name + " is " + std::to_string(size) + ", expected 1 to " + std::to_string(most));
+  const auto limit = [&](const char* name, int64_t size, int64_t most, int64_t least = 1) {
+    if (size >= least && size <= most) return;
+    fields.problem(std::string(".") + name + " is " + std::to_string(size) + ", expected " + std::to_string(least) +
+                   " to " + std::to_string(most));
   };
   limit("hidden_size", spec.hidden_size, kMost);
   limit("num_layers", spec.num_layers, kMostLayers);
   limit("num_kv_heads", spec.num_kv_heads, kMost);
   limit("head_dim", spec.head_dim, kMost);
+  limit("value_dim", spec.value_dim, kMost, 0);
   limit("vocab_size", spec.vocab_size, kMost);
   limit("max_positions", spec.max_positions, kLongest);
   auto tokens = spec.eos_token_ids;

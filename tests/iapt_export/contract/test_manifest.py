@@ -229,6 +229,7 @@ def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
         (lambda f: f["ranges"]["past"].update(max=10**12), "range ends at 1000000000000, expected at most 2147483648"),
         (lambda f: f["ranges"]["past"].update(max=10**19), "ranges.past.max is 10000000000000000000, expected int"),
         (lambda f: f["backbone"].update(num_layers=10**7), "num_layers is 10000000, expected 1 to 10000"),
+        (lambda f: f["backbone"].update(value_dim=-1), "value_dim is -1, expected 0 to 16777216"),
         (lambda f: f["backbone"].update(pad_token_id=320), "token id 320 is not in the vocabulary of 320"),
         (lambda f: f["backbone"].update(eos_token_ids=[1, -1]), "token id -1 is not in the vocabulary of 320"),
         (lambda f: f["methods"][0].update(prompt_length=-1), "prompt_length is -1, expected 0 to 16777216"),

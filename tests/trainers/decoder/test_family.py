@@ -26,8 +26,6 @@ REASONS = {
     "llama-dynamic": "dynamic NTK",
     "opt-350m-like": "32 wide and its layers 64",
     "gpt_neo": "attends by itself",
-    "deepseek_v2": "keys of 16 and values of 8",
-    "deepseek_v3": "keys of 16 and values of 8",
     "lfm2": "other state than keys and values (conv)",
     "mamba": "other state than keys and values",
     "falcon_h1": "other state than keys and values",

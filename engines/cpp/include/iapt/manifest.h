@@ -44,7 +44,8 @@ struct Ranges {
 };
 
 struct BackboneSpec {
-  int64_t hidden_size = 0, num_layers = 0, num_kv_heads = 0, head_dim = 0, vocab_size = 0, max_positions = 0;
+  int64_t hidden_size = 0, num_layers = 0, num_kv_heads = 0, head_dim = 0, value_dim = 0, vocab_size = 0,
+          max_positions = 0;
   std::string name_or_path;  // a hub id, or where it stood when the bundle was built
   std::string fingerprint;   // as tenants' cards name it
   std::vector<int64_t> eos_token_ids;
