@@ -96,6 +96,11 @@ class AdapterConfig(Sizes):
         return Sizes(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Sizes)})
 
 
+def is_in_peft(form: str, value_dim: int) -> bool:
+    """Whether PEFT has a method for a backbone; its prefixes have keys and values of one width, see `Sizes`."""
+    return form in PEFT_TYPES and not (form == "PREFIX_TUNING" and value_dim)
+
+
 def backbone_problems(adapter: AdapterConfig, theirs: tuple[int, int, str], where: str) -> list[str]:
     """What tells a backbone from the one that an adapter was trained for, a line each.
 

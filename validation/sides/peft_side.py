@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from iapt_export.contract.errors import IaptError
-from trainers.adapters.adapter import PEFT_TYPES, Adapter, AdapterConfig
+from trainers.adapters.adapter import Adapter, AdapterConfig, is_in_peft
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.attention import stock_attention
 from validation.sides.reference import Reference
@@ -39,17 +39,12 @@ def peft_version() -> str:
     return str(peft.__version__)
 
 
-def _is_for_peft(form: str, value_dim: int) -> bool:
-    """Whether PEFT has a method; its prefixes have keys and values of one width."""
-    return form in PEFT_TYPES and not (form == "PREFIX_TUNING" and value_dim)
-
-
 def folders_of(adapters: Mapping[str, Adapter]) -> dict[str, PeftFolder]:
     """The directories that PEFT can read, of the adapters that a bundle is built from."""
     return {
         name: PeftFolder(adapter.path, adapter.peft_task)
         for name, adapter in adapters.items()
-        if adapter.path is not None and _is_for_peft(adapter.config.peft_type, adapter.config.value_dim)
+        if adapter.path is not None and is_in_peft(adapter.config.peft_type, adapter.config.value_dim)
     }
 
 
@@ -57,7 +52,7 @@ def write_folders(reference: Reference, folder: Path) -> dict[str, PeftFolder]:
     """Write the tenants of methods that PEFT has as directories for it, from what the bundle holds of them."""
     manifest = reference.manifest
     width = manifest.backbone.value_dim
-    names = [tenant.name for tenant in manifest.tenants if _is_for_peft(tenant.trained_form, width)]
+    names = [tenant.name for tenant in manifest.tenants if is_in_peft(tenant.trained_form, width)]
     for name in names:
         method = reference.methods[name]
         linears = {linear: method.sizes.linears[linear] for linear in method.linear_names}
