@@ -22,7 +22,8 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, tuple[str, np.ndarray
     return fields, tensors
 
 
-@pytest.mark.parametrize(("name", "error"), [("Q8_0", 0.5 / 127), ("Q4_0", 1 / 8)])
+# half a step of 1/127 and a step of 1/8 of the largest (eight steps down, seven up), and scales are fp16
+@pytest.mark.parametrize(("name", "error"), [("Q8_0", 0.0045), ("Q4_0", 0.13)])
 def test_only_matrices_change(name: str, error: float, tmp_path: Path) -> None:
     source = write(tmp_path / "source.gguf", TinyFile("llama", quantised=gguf.GGMLQuantizationType.Q4_1))
     convert(source, name, tmp_path / "made.gguf")
@@ -37,4 +38,4 @@ def test_only_matrices_change(name: str, error: float, tmp_path: Path) -> None:
             assert found_kind == kind and np.array_equal(found, values)
         else:
             assert found_kind == ("Q8_0" if key == EMBEDDING else name)
-            assert np.abs(found - values).max() <= 1.01 * error * np.abs(values).max()  # scales are fp16
+            assert np.abs(found - values).max() <= error * np.abs(values).max()
