@@ -170,9 +170,9 @@ def test_what_a_cache_keeps_is_told_by_its_last_use(tmp_path: Path) -> None:
 
 def test_pruning_keeps_what_was_used_last(tmp_path: Path) -> None:
     folders = three_stages(tmp_path)
-    size = stages(tmp_path)[0].size_bytes
-    assert prune(tmp_path, 3 * size) == []
-    assert [stage.name for stage in prune(tmp_path, 2 * size)] == [folders[0].name]
+    size = sum(stage.size_bytes for stage in stages(tmp_path))
+    assert prune(tmp_path, size) == []
+    assert [stage.name for stage in prune(tmp_path, size - 1)] == [folders[0].name]
     assert [folder.is_dir() for folder in folders] == [False, True, True]
     assert len(prune(tmp_path, 0)) == 2
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.quantise import QUANTISED
 from trainers.methods.configs import ADePTConfig, LoRAConfig
-from validation.judging.compare import Settings
+from validation.judging.compare import BRIEF_STEPS, Settings
 from validation.judging.metrics import relative
 from validation.judging.result import Report
 from validation.locating.sources import stored_weight
@@ -179,5 +179,5 @@ def test_what_did_not_fail_is_looked_into_once(build: Any) -> None:
     made = build("int4", *((name, METHOD) for name in ("alpha", "beta", "gamma")))
     rounded, exact = validate(made, made.bundle, dataclasses.replace(QUICK, bisect=True)).targets
     assert rounded.bisection is None and exact.bisection is not None
-    assert exact.bisection.finding is None and exact.bisection.num_steps == NEW_TOKENS
+    assert exact.bisection.finding is None and exact.bisection.num_steps == BRIEF_STEPS
     assert max(error for *_, error in exact.bisection.errors) < 1e-4
