@@ -251,7 +251,7 @@ def draw_accuracy(records: Records, quantised: Mapping[str, Any], path: Path) ->
 
 def draw(records: Records, folder: Path) -> None:
     """Tokens a second of decode steps, a panel for each number of rows; and a soak's memory over minutes."""
-    names = list(TITLES)[::-1]
+    names = [name for name in list(TITLES)[::-1] if any(typical(records, name, rows) for rows in (1, 8))]
     colours = [OWN if TITLES[name].startswith("ours") else OTHER for name in names]
     with figure(folder / "serving.png", (10, 0.32 * len(names) + 1.2), 1, 2, sharey=True) as (panels,):
         for axes, rows in zip(panels, (1, 8), strict=True):
