@@ -42,6 +42,8 @@ from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import METHOD, NEW_TOKENS, RANGES, save_tiny_inputs
 from tests.engines.serving.soak import soak
 from tests.native import differential
+from tests.tiny import tiny_llama
+from tests.trainers.decoder.fp8_files import save_fp8
 from trainers.decoder.backbone import load_backbone
 from trainers.training.config import TrainRequest
 from trainers.training.train import train
@@ -133,6 +135,7 @@ def prepare_base(base: Path) -> None:
         if path.name != "cache":  # its stages are known by all that they depend on
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     model, adapters = save_tiny_inputs(base)
+    save_fp8(base, tiny_llama())
 
     def made(name: str, *tenants: str, prove: bool = False) -> None:
         places = {"model": str(model), "output": base / name, "cache": base / "cache"}
@@ -187,7 +190,8 @@ def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say)
         readers = [dataclasses.asdict(row) for row in rows.values()]
         return {"inputs": sum(row.inputs for row in rows.values()), "readers": readers, "faults": faults}
 
-    known = torture_inputs.readers(base / "proven", base / "alpha", base / "model", dataclasses.asdict(ENGINE))
+    places = (base / name for name in ("proven", "alpha", "model", "fp8"))
+    known = torture_inputs.readers(*places, dataclasses.asdict(ENGINE))
     whole = sum(reader.share for reader in known)
     for reader in known:
         found = rows.setdefault(reader.name, torture_inputs.Findings(reader.name))

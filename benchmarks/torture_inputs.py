@@ -88,16 +88,17 @@ class Findings:
     """By which memory grew at most while a batch was read."""
 
 
-def readers(bundle: Path, adapter: Path, model: Path, engine: dict[str, Any]) -> list[Reader]:
+def readers(bundle: Path, adapter: Path, model: Path, fp8: Path, engine: dict[str, Any]) -> list[Reader]:
     """All of them, with good files to begin from.
 
     Args:
         bundle: with the tenant ``alpha``.
         adapter: a folder.
         model: its backbone's folder.
+        fp8: folder of a model whose weights are stored in FP8.
         engine: fields of an engine's record.
     """
-    return [*_of_bundles(bundle), *_of_training(adapter, model), *_of_requests(engine)]
+    return [*_of_bundles(bundle), *_of_training(adapter, model, fp8), *_of_requests(engine)]
 
 
 def _of_bundles(bundle: Path) -> list[Reader]:
@@ -116,7 +117,7 @@ def _of_bundles(bundle: Path) -> list[Reader]:
     ]
 
 
-def _of_training(adapter: Path, model: Path) -> list[Reader]:
+def _of_training(adapter: Path, model: Path, fp8: Path) -> list[Reader]:
     backbone = load_backbone(str(model))
     sizes, method = sizes_of(backbone.model), PromptTuningConfig(prompt_length=4)
     stock = {**peft_fields(method, sizes), "peft_type": "PROMPT_TUNING", "base_model_name_or_path": "tiny"}
@@ -140,8 +141,13 @@ def _of_training(adapter: Path, model: Path) -> list[Reader]:
         Reader("examples", b'{"prompt": "a film"}\n' * 3, validation_examples, "examples.jsonl"),
         Reader("config.json", (model / "config.json").read_bytes(), _outline, "config.json", share=0.1),
         *(
-            Reader(f"a model's {name}", (model / name).read_bytes(), _model, name, model, 0.015)
-            for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors")
+            Reader(f"{of} {name}", (folder / name).read_bytes(), _model, name, folder, 0.015)
+            for of, folder, name in (
+                ("a model's", model, "tokenizer.json"),
+                ("a model's", model, "tokenizer_config.json"),
+                ("a model's", model, "model.safetensors"),
+                ("an FP8 model's", fp8, "model.safetensors"),
+            )
         ),
         Reader("GGUF", gguf, lambda path: load_outline(str(path)), "tiny.gguf", share=0.1),
     ]

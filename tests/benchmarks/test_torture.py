@@ -12,13 +12,17 @@ from benchmarks import torture, torture_inputs, torture_kills
 from engines.serving.session import Session
 from tests.bundles import TinyBuild
 from tests.engines.serving.soak import Soak
+from tests.tiny import tiny_llama
+from tests.trainers.decoder.fp8_files import save_fp8
 
 
 def test_no_reader_lets_a_raw_exception_through(tiny_build: TinyBuild, tmp_path: Path) -> None:
     adapter, engine = tiny_build.adapters["alpha"], dataclasses.asdict(torture.ENGINE)
-    readers = torture_inputs.readers(tiny_build.bundle, adapter, tiny_build.model, engine)
-    found = [torture_inputs.torment(reader, tmp_path, max(6, int(30 * reader.share)), seed=5) for reader in readers]
-    assert len({item.name for item in found}) == 24
+    fp8, _ = save_fp8(tmp_path / "models", tiny_llama())
+    readers = torture_inputs.readers(tiny_build.bundle, adapter, tiny_build.model, fp8, engine)
+    work = tmp_path / "work"
+    found = [torture_inputs.torment(reader, work, max(6, int(30 * reader.share)), seed=5) for reader in readers]
+    assert len({item.name for item in found}) == 25
     assert [fault for item in found for fault in (*item.raw, *item.slow)] == []
     assert all(item.growth_mib <= torture_inputs.GROWTH_MIB and item.wrong == 0 for item in found)
     assert all(item.accepted < item.inputs for item in found), "every reader refuses some"
