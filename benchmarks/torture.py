@@ -190,8 +190,8 @@ def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say)
         readers = [dataclasses.asdict(row) for row in rows.values()]
         return {"inputs": sum(row.inputs for row in rows.values()), "readers": readers, "faults": faults}
 
-    places = (base / name for name in ("proven", "alpha", "model", "fp8"))
-    known = torture_inputs.readers(*places, dataclasses.asdict(ENGINE))
+    engine = dataclasses.asdict(ENGINE)
+    known = torture_inputs.readers(base / "proven", base / "alpha", base / "model", base / "fp8", engine)
     whole = sum(reader.share for reader in known)
     for reader in known:
         found = rows.setdefault(reader.name, torture_inputs.Findings(reader.name))
