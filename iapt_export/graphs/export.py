@@ -23,6 +23,7 @@ from iapt_export.graphs.table import TABLE, graph_specs
 from iapt_export.graphs.table import Serving as Serving
 from iapt_export.graphs.trace import trace_graph
 from trainers.decoder.insertion import sizes_of
+from trainers.decoder.rounded import rounded_weights
 
 LOGGER = logging.getLogger("iapt_export")
 PASSES_FILE = "passes.json"
@@ -62,6 +63,7 @@ def export_graphs(
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
     specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity, serving.drafts)
+    rounded = rounded_weights(backbone, serving.weight_bits) if serving.weight_bits else {}
     models: dict[str, ir.Model] = {}
     notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)
@@ -70,7 +72,7 @@ def export_graphs(
         model = trace_graph(name, backbone, installed, as_traced(specs[name]), opset)
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
-        graph_passes += [QuantiseWeightsPass(serving.weight_bits)] if serving.weight_bits else []
+        graph_passes += [QuantiseWeightsPass(rounded)] if serving.weight_bits else []
         passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes, portable=name in PORTABLE)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")

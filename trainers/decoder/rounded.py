@@ -43,6 +43,26 @@ def _matrices(model: nn.Module, bits: int) -> list[tuple[Any, int]]:
     return found
 
 
+def rounded_weights(model: nn.Module, bits: int) -> dict[str, int]:
+    """The weights that are rounded by every name that they have in the model, and to how many bits each.
+
+    The exporter stores these and no others in as few bits, so that both sides always mean the same weights.
+
+    Args:
+        model: its parameters need no values.
+        bits: 8 or 4, of most matrices.
+    """
+    return {name: chosen for _, chosen, names in _named(model, bits) for name in names}
+
+
+def _named(model: nn.Module, bits: int) -> list[tuple[Any, int, list[str]]]:
+    """What `_matrices` gives, and all names of each weight."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [(module, chosen, names[id(module.weight)]) for module, chosen in _matrices(model, bits)]
+
+
 class RoundedWeights:
     """Gives a backbone's weights as `round_weights` leaves them, one at a time.
 
@@ -53,14 +73,10 @@ class RoundedWeights:
     def __init__(self, model: nn.Module, bits: int, read: Callable[[str], Tensor]) -> None:
         """Take a model whose parameters need no values, and what gives its weights by their names."""
         self._read = read
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
         self._bits: dict[str, int] = {}
         self._first: dict[str, str] = {}
         self._inputs_first: set[str] = set()
-        for module, chosen in _matrices(model, bits):
-            same = names[id(module.weight)]
+        for module, chosen, same in _named(model, bits):
             self._bits |= dict.fromkeys(same, chosen)
             self._first |= dict.fromkeys(same, same[0])
             self._inputs_first |= set(same) if isinstance(module, Conv1D) else set()

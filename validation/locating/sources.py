@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.pack_projections import JOIN
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
 from trainers.decoder.insertion import layers_path
@@ -24,8 +25,6 @@ from validation.sides.reference import BACKBONE, numpy
 from validation.sides.stepping import graph_of
 from validation.sides.taps import ATTENTION_OPERATORS, TappedGraph, layer_of
 
-TRANSPOSED = ".transposed"
-"""Ends the names of weights that are stored as MatMul reads them (`iapt_export.graphs.passes.fold_transposes`)."""
 LOW_TYPES = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 
 

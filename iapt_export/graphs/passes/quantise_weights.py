@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.ops.serving_ops import LOOKUP, MICROSOFT, PRODUCT
-from trainers.decoder.quantise import (
-    ACCURACY_LEVEL,
-    BLOCK_SIZE,
-    FRAGILE_BITS,
-    Blocks,
-    bits_for,
-    quantise,
-    require_quantiser,
-)
+from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
+from iapt_export.graphs.passes.pack_projections import JOIN
+from iapt_export.graphs.weights import WEIGHTS
+from trainers.decoder.quantise import ACCURACY_LEVEL, BLOCK_SIZE, Blocks, quantise, require_quantiser
 
 BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
 """Suffixes of a quantised weight's tensors: its values as products take them, as a lookup takes them, its scales."""
@@ -28,84 +25,94 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 class QuantiseWeightsPass(ir.passes.InPlacePass):
     """Replace products with constant matrices by ``MatMulNBits``, and the embedding by ``GatherBlockQuantized``.
 
-    Requires: `FoldTransposesPass`; fp32 weights. Ensures: no 2-D weight of a ``MatMul`` or a plain ``Gemm`` is left in
-    fp32, a matrix that is both embedding and head is stored once, and what is multiplied with an input (a tenant's
-    weights) is as it was. ``kept`` names matrices that no operator takes.
+    Which weights, and to how many bits, is `trainers.decoder.rounded.rounded_weights`'s to say, as it is for PyTorch's
+    side of the proof: the router of a mixture of experts is a product too, and stays as it is.
+
+    Requires: `FoldTransposesPass`; fp32 weights. Ensures: no weight that has bits is left in fp32, all others are as
+    they were, and a matrix that is both embedding and head is stored once.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: Mapping[str, int]) -> None:
+        """Take the names of a backbone's weights with the bits of each; a graph may have some of them."""
         super().__init__()
         self.bits = bits
-        self.kept: list[str] = []
         self.note = ""
 
     def requires(self, model: ir.Model) -> None:
-        """Weights of products are fp32."""
-        weights = [node.inputs[1] for node in _products(model.graph)]
-        halves = [w.name for w in weights if w and w.is_initializer() and w.dtype in HALVES and len(w.shape or ()) == 2]
+        """Weights that have bits are fp32."""
+        halves = [str(value.name) for value in self._weights(model.graph) if value.dtype in HALVES]
         if halves:
             raise ir.passes.PreconditionError(f"{halves[0]} and {len(halves) - 1} more weights are not fp32")
 
     def ensures(self, model: ir.Model) -> None:
-        """No matrix of a product is left in fp32 but those that are named as kept."""
-        left = [node.inputs[1] for node in _products(model.graph) if _is_matrix(node.inputs[1])]
-        if names := [str(value.name) for value in left if value and value.name not in self.kept]:
+        """No weight that has bits is left in fp32."""
+        if names := [str(value.name) for value in self._weights(model.graph)]:
             raise ir.passes.PostconditionError(f"{', '.join(names)} are still fp32")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         require_quantiser()  # before the long work, which is done when the weights are written
         graph = model.graph
-        tables = [value for value in graph.initializers.values() if _is_embedding(value)]
-        count = sum(self._embedding(graph, table) for table in tables)
-        for node in _products(graph):
-            if _is_matrix(node.inputs[1]):
-                count += self._product(graph, node)
+        counts: Counter[int] = Counter()
+        for weight, parts in self._weights(graph).items():
+            bits = max(parts.values())
+            if min(parts.values()) < bits:
+                raise IaptError(
+                    f"{' and '.join(parts)} stand in one matrix and would be stored in "
+                    f"{' and '.join(map(str, parts.values()))} bits, where 0 means as they are; build for "
+                    "onnxruntime:fp32"
+                )
+            counts[bits] += _quantise(graph, weight, bits)
         for name in [name for name, value in graph.initializers.items() if not value.uses()]:
             del graph.initializers[name]
-        if count:
+        if counts:
             model.opset_imports[MICROSOFT] = 1
-        kept = f", kept {', '.join(self.kept)}" if self.kept else ""
-        self.note = f"{count} products and lookups in {self.bits} bits{kept}"
-        return ir.passes.PassResult(model, count > 0)
+        done = [f"{count} products and lookups in {bits} bits" for bits, count in sorted(counts.items())]
+        self.note = ", ".join(done) or "no weight of the backbone is rounded"
+        return ir.passes.PassResult(model, bool(counts))
 
-    def _embedding(self, graph: ir.Graph, table: ir.Value) -> int:
-        """Quantise a table ``[V, D]`` where it is looked up, and where it is transposed and multiplied: a tied head."""
-        if _shape(table)[1] % BLOCK_SIZE:
-            self.kept.append(str(table.name))
-            return 0
-        blocks = _Later(table, FRAGILE_BITS, turned=True)
-        flat, values, scales = (blocks.constant(graph, part) for part in (ROWS, BLOCKS, SCALES))
-        count = 0
-        for node, _ in list(table.uses()):
-            if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
-                fields = {"bits": FRAGILE_BITS, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-                _replace(graph, node, ir.node(LOOKUP, [flat, node.inputs[1], scales], fields, domain=MICROSOFT))
-                count += 1
-            elif node.op_type == "Transpose":
-                for product, place in list(node.outputs[0].uses()):
-                    if product.op_type == "MatMul" and place == 1:
-                        _replace(graph, product, _nbits(product, blocks, values, scales))
-                        count += 1
-                if not node.outputs[0].uses():
-                    graph.remove(node, safe=True)
-        return count
-
-    def _product(self, graph: ir.Graph, node: ir.Node) -> int:
-        """Quantise the constant matrix of a linear layer."""
-        weight = node.inputs[1]
-        assert weight is not None
-        if node.op_type == "Gemm" and not _is_plain(node):
-            self.kept.append(str(weight.name))
-            return 0
-        bits = bits_for(_shape(weight), self.bits, is_end=node.outputs[0] in graph.outputs)
-        blocks = _Later(weight, bits)
-        values, scales = (blocks.constant(graph, part) for part in (BLOCKS, SCALES))
-        _replace(graph, node, _nbits(node, blocks, values, scales))
-        return 1
+    def _weights(self, graph: ir.Graph) -> dict[ir.Value, dict[str, int]]:
+        """The constants that have bits: the weights that stand in each side by side, and their bits."""
+        found = {}
+        for name, value in graph.initializers.items():
+            if name.endswith((BLOCKS, ROWS, SCALES)):
+                continue
+            parts = [part.removeprefix(WEIGHTS).removesuffix(TRANSPOSED) for part in name.split(JOIN)]
+            found[value] = {part: self.bits.get(part, 0) for part in parts}
+        return {value: bits for value, bits in found.items() if any(bits.values())}
 
 
-def _products(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.op_type in ("MatMul", "Gemm") and not node.domain]
+def _quantise(graph: ir.Graph, weight: ir.Value, bits: int) -> int:
+    """Put operators that take blocks in the place of all that use a weight.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        IaptError: another operator uses it, of which there is none that takes blocks.
+    """
+    rows = any(node.op_type in ("Gather", "Transpose") for node, _ in weight.uses())  # [N, K]: a table, a tied head
+    blocks = _Later(weight, bits, turned=rows)
+    count = 0
+    for node, place in list(weight.uses()):
+        if rows and node.op_type == "Transpose":
+            for product, at in list(node.outputs[0].uses()):
+                if _is_product(product, at):
+                    _replace(graph, product, _nbits(graph, product, blocks))
+                    count += 1
+            if not node.outputs[0].uses():
+                graph.remove(node, safe=True)
+        elif rows and _is_lookup(node, place):
+            _replace(graph, node, _lookup(graph, node, blocks))
+            count += 1
+        elif not rows and _is_product(node, place):
+            _replace(graph, node, _nbits(graph, node, blocks))
+            count += 1
+    for node, _ in weight.uses():
+        raise IaptError(
+            f"{str(weight.name).removeprefix(WEIGHTS)} cannot be stored in {bits} bits: {node.op_type} reads it, and "
+            "only products and lookups read blocks; build for onnxruntime:fp32"
+        )
+    return count
 
 
 class _Later:
@@ -121,7 +128,10 @@ class _Later:
         self.waiting: dict[str, np.ndarray] = {}
 
     def constant(self, graph: ir.Graph, part: str) -> ir.Value:
-        """A constant of the graph that holds one of the tensors."""
+        """The constant of the graph that holds one of the tensors, made at first."""
+        name = f"{self.name}{part}"
+        if name in graph.initializers:
+            return graph.initializers[name]
         blocks, size = -(-self.num_inputs // BLOCK_SIZE), BLOCK_SIZE * self.bits // 8
         shape = {
             BLOCKS: [self.num_outputs, blocks, size],
@@ -130,7 +140,6 @@ class _Later:
         }[part]
         dtype = ir.DataType.FLOAT if part == SCALES else ir.DataType.UINT8
         self.parts.append(part)
-        name = f"{self.name}{part}"
 
         def compute() -> ir.Tensor:
             return ir.Tensor(self._take(part).reshape(shape), name=name)
@@ -160,7 +169,7 @@ class _Later:
         return Blocks(self.bits, values, scales, self.num_inputs)
 
 
-def _nbits(node: ir.Node, blocks: _Later, values: ir.Value, scales: ir.Value) -> ir.Node:
+def _nbits(graph: ir.Graph, node: ir.Node, blocks: _Later) -> ir.Node:
     """The product of ``node``'s first input with a quantised matrix, and its bias where it has one."""
     fields = {
         "K": blocks.num_inputs,
@@ -169,8 +178,16 @@ def _nbits(node: ir.Node, blocks: _Later, values: ir.Value, scales: ir.Value) ->
         "block_size": BLOCK_SIZE,
         "accuracy_level": ACCURACY_LEVEL,
     }
+    values, scales = blocks.constant(graph, BLOCKS), blocks.constant(graph, SCALES)
     bias = [None, None, node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] is not None else []
     return ir.node(PRODUCT, [node.inputs[0], values, scales, *bias], fields, domain=MICROSOFT)
+
+
+def _lookup(graph: ir.Graph, node: ir.Node, blocks: _Later) -> ir.Node:
+    """The rows of a quantised table that ``node`` gathers."""
+    fields = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    flat, scales = blocks.constant(graph, ROWS), blocks.constant(graph, SCALES)
+    return ir.node(LOOKUP, [flat, node.inputs[1], scales], fields, domain=MICROSOFT)
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -189,24 +206,15 @@ def _shape(value: ir.Value) -> Sequence[int]:
     return value.const_value.shape.numpy()
 
 
-def _is_matrix(value: ir.Value | None) -> bool:
-    """Whether a value is a constant fp32 matrix with at least a block of inputs."""
-    if value is None or not value.is_initializer() or value.const_value is None:
+def _is_lookup(node: ir.Node, place: int) -> bool:
+    """Whether a node takes rows of the matrix that is its input of that place."""
+    return node.op_type == "Gather" and not node.domain and place == 0 and node.attributes.get_int("axis", 0) == 0
+
+
+def _is_product(node: ir.Node, place: int) -> bool:
+    """Whether a node multiplies with the matrix that is its input of that place, without factors or transposing."""
+    if node.domain or place != 1:
         return False
-    tensor = value.const_value
-    return tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and tensor.shape.numpy()[0] >= BLOCK_SIZE
-
-
-def _is_embedding(value: ir.Value) -> bool:
-    """Whether a constant matrix is looked up by rows of an input."""
-    return _is_matrix(value) and any(
-        node.op_type == "Gather" and place == 0 and node.attributes.get_int("axis", 0) == 0
-        for node, place in value.uses()
-    )
-
-
-def _is_plain(gemm: ir.Node) -> bool:
-    """Whether a ``Gemm`` is a product and a bias, without factors or transposed matrices."""
-    factors = (gemm.attributes.get_float("alpha", 1.0), gemm.attributes.get_float("beta", 1.0))
-    transposed = (gemm.attributes.get_int("transA", 0), gemm.attributes.get_int("transB", 0))
-    return factors == (1.0, 1.0) and transposed == (0, 0)
+    factors = (node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0))
+    transposed = (node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0))
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and factors == (1.0, 1.0) and transposed == (0, 0))

@@ -17,11 +17,13 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.save import save_graphs
+from tests.families import tiny_family
 from tests.graphs import run_onnx, specs_for, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import tiny_gpt2, tiny_llama
 from trainers.decoder.quantise import BLOCK_SIZE, quantise
+from trainers.decoder.rounded import rounded_weights
 
 WIDTH = 64
 LIMITS = {8: 0.02, 4: 0.25}
@@ -56,13 +58,13 @@ BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("text", [PRODUCT, BIASED], ids=["product", "with bias"])
-def test_constant_matrices_are_quantised_and_inputs_are_not(text: str, bits: int) -> None:
+def test_named_matrices_are_quantised_and_inputs_are_not(text: str, bits: int) -> None:
     weights = {"w": random(WIDTH, OUTPUTS), "c": random(OUTPUTS, seed=1)}
     feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, OUTPUTS, seed=3)}
     wanted = run_onnx(ir.to_proto(parse(text, **weights)).SerializeToString(), feeds)["y"]
     model = parse(text, **weights)
-    done = QuantiseWeightsPass(bits)
-    assert done(model).modified and done.kept == []
+    done = QuantiseWeightsPass({"w": bits})
+    assert done(model).modified and done.note == f"1 products and lookups in {bits} bits"
     assert operators(model) == ["MatMulNBits", "MatMul", "Add"]
     assert "w" not in model.graph.initializers
     error = worst(run_onnx(ir.to_proto(model).SerializeToString(), feeds)["y"], wanted)
@@ -70,22 +72,46 @@ def test_constant_matrices_are_quantised_and_inputs_are_not(text: str, bits: int
 
 
 @pytest.mark.parametrize(
-    ("text", "weights", "kept"),
+    ("text", "weights"),
     [
-        (LINEAR + "{ a = Gemm <alpha = 2.0> (x, w)\n y = Add (a, a) }", {"w": random(WIDTH, OUTPUTS)}, ["w"]),
-        (LINEAR + "{ a = MatMul (x, w)\n y = Add (a, a) }", {"w": random(1, WIDTH, OUTPUTS)}, []),
-        (LINEAR + "{ y = MatMul (x, t) }", {}, []),
-        ("g (int64[n] i) => (float[n, 40] y)\n{ y = Gather (e, i) }", {"e": random(64, 40)}, ["e"]),
-        ("g (int64[n] i) => (float[n, 5] y)\n{ y = Gather (e, i) }", {"e": random(8, 5)}, []),
+        (LINEAR + "{ a = Gemm (x, w)\n y = Add (a, a) }", {"w": random(WIDTH, OUTPUTS)}),
+        (LINEAR + "{ a = MatMul (x, w)\n y = Add (a, a) }", {"w": random(1, WIDTH, OUTPUTS)}),
+        (LINEAR + "{ y = MatMul (x, t) }", {}),
+        ("g (int64[n] i) => (float[n, 64] y)\n{ y = Gather (w, i) }", {"w": random(64, 64)}),
     ],
-    ids=["a factor", "three dimensions", "an input", "a broken block", "a small table"],
+    ids=["a router", "experts", "an input", "a table"],
 )
-def test_other_nodes_stay(text: str, weights: dict[str, np.ndarray], kept: list[str]) -> None:
+def test_what_has_no_bits_stays(text: str, weights: dict[str, np.ndarray]) -> None:
     model = parse(text, **weights)
     before = operators(model)
-    done = QuantiseWeightsPass(8)
+    done = QuantiseWeightsPass({"another": 8})
     assert not done(model).modified
-    assert operators(model) == before and done.kept == kept
+    assert operators(model) == before and done.note == "no weight of the backbone is rounded"
+    assert all(np.array_equal(model.graph.initializers[name].const_value.numpy(), weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "operator"),
+    [
+        ("a = Gemm <alpha = 2.0> (x, w)\n y = Add (a, a)", "Gemm"),
+        ("a = MatMul (x, w)\n b = ReduceSum (w)\n y = Add (a, b)", "ReduceSum"),
+        ("e = Gather (w, i)\n y = MatMul (x, w)", "MatMul"),
+    ],
+    ids=["a factor", "another use", "rows and columns"],
+)
+def test_a_weight_that_something_else_reads_is_refused(nodes: str, operator: str) -> None:
+    model = parse(LINEAR.replace("float[n", "int64[n] i, float[n", 1) + f"{{ {nodes} }}", w=random(WIDTH, OUTPUTS))
+    said = f"^w cannot be stored in 4 bits: {operator} reads it, and only .* read blocks; build for onnxruntime:fp32"
+    with pytest.raises(IaptError, match=said):
+        QuantiseWeightsPass({"w": 4})(model)
+
+
+def test_one_matrix_of_weights_with_other_bits_is_refused() -> None:
+    model = parse(LINEAR + "{ y = MatMul (x, w) }", w=random(WIDTH, OUTPUTS))
+    model.graph.initializers["w"].name = "q.transposed + k.transposed"
+    with pytest.raises(IaptError, match=r"^q and k stand in one matrix and would be stored in 8 and 0 bits, where 0"):
+        QuantiseWeightsPass({"q": 8})(model)
+    assert QuantiseWeightsPass({"q": 8, "k": 8})(model).modified
 
 
 def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
@@ -95,7 +121,7 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     )
     table = random(96, WIDTH)
     model = parse(text, e=table)
-    QuantiseWeightsPass(8)(model)
+    QuantiseWeightsPass({"e": 8})(model)
     assert operators(model) == ["GatherBlockQuantized", "MatMulNBits"]
     ids = np.array([3, 95, 0])
     made = run_onnx(ir.to_proto(model).SerializeToString(), {"i": ids})["logits"]
@@ -105,14 +131,16 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     assert stored < 1.5 * table.size, "two shapes of the same bytes have one place"
 
 
-def test_four_bits_leave_eight_to_products_that_narrow_and_to_the_head() -> None:
-    text = (
-        "g (float[n, 64] x) => (float[n, 32] logits)\n"
-        "{ a = MatMul (x, up)\n b = MatMul (a, down)\n logits = MatMul (b, head) }"
-    )
-    model = parse(text, up=random(64, 96), down=random(96, 32), head=random(32, 32))
-    QuantiseWeightsPass(4)(model)
-    assert [node.attributes.get_int("bits", 0) for node in model.graph] == [4, 8, 8]
+def test_four_bits_leave_eight_to_products_that_narrow_and_to_both_ends() -> None:
+    bits = rounded_weights(tiny_family("granite"), 4)
+    layer = {name.removeprefix("model.layers.1."): count for name, count in bits.items() if ".layers.1." in name}
+    assert layer == {
+        **dict.fromkeys(("self_attn.q_proj.weight", "self_attn.o_proj.weight"), 4),
+        **dict.fromkeys(("self_attn.k_proj.weight", "self_attn.v_proj.weight"), 8),
+        **dict.fromkeys(("mlp.gate_proj.weight", "mlp.up_proj.weight"), 4),
+        "mlp.down_proj.weight": 8,
+    }
+    assert (bits["model.embed_tokens.weight"], bits["lm_head.weight"]) == (8, 8)
 
 
 @pytest.mark.parametrize(("make", "bits"), [(tiny_llama, 8), (tiny_gpt2, 4)], ids=["llama int8", "gpt2 int4"])

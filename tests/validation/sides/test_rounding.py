@@ -13,18 +13,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 import iapt_export
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.export import Serving, export_graphs
-from iapt_export.graphs.passes.quantise_weights import BLOCKS, SCALES
+from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
+from iapt_export.graphs.passes.pack_projections import JOIN
+from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
 from tests.bundles import METHOD, MIXED, NEW_TOKENS, NUM_LAYERS, TinyBuild, save_tiny_adapter
+from tests.families import tiny_family
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.quantise import QUANTISED
+from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import ADePTConfig, LoRAConfig
 from validation.judging.compare import BRIEF_STEPS, Settings
 from validation.judging.metrics import relative
@@ -109,6 +114,27 @@ def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, t
     ]
     assert all(2e-3 < change < {8: 0.01, 4: 0.15}[bits] for change in changes) and max(changes) > 1 / 2**bits / 2
     graph = TappedGraph(tmp_path / "serve.onnx")
+    (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
+    two_steps(model, tmp_path / "unrounded.onnx")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["qwen2_moe", "granite"])
+def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dtype: str, tmp_path: Path) -> None:
+    """One reads its router and its shared expert in the same way; the other's head is not the last node."""
+    model, bits = tiny_family(family), QUANTISED[dtype]
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=bits))
+    graph = TappedGraph(tmp_path / "serve.onnx")
+    rounded = rounded_weights(model, bits)
+    shared = "model.layers.1.mlp.shared_expert.up_proj.weight"
+    assert family != "qwen2_moe" or (shared in rounded and "model.layers.1.mlp.gate.weight" not in rounded)
+    stored = {name for name in graph.weights if name.endswith((BLOCKS, ROWS))}
+    parts = {part for name in stored for part in name.removesuffix(BLOCKS).removesuffix(ROWS).split(JOIN)}
+    assert {part.removesuffix(TRANSPOSED) for part in parts} == set(rounded)
+    before = copy.deepcopy(model)
+    round_weights(model, bits)
+    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(new, old) == (name not in rounded), name
     (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
     two_steps(model, tmp_path / "unrounded.onnx")
 
