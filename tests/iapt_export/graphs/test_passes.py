@@ -61,6 +61,16 @@ def test_transposed_weights_are_stored_transposed() -> None:
     assert not FoldTransposesPass()(model).modified
 
 
+def test_the_second_matrix_of_a_gemm_is_stored_as_it_is_read() -> None:
+    model = parse("g (float[n, 4] x) => (float[n, 3] y)\n{ y = Gemm <transB = 1> (x, w, c) }", w=WEIGHT, c=X[0, :3])
+    result = FoldTransposesPass()(model)
+    assert result.modified and operators(model) == ["Gemm"]
+    assert "transB" not in model.graph[0].attributes
+    assert np.array_equal(model.graph.initializers["w.transposed"].const_value.numpy(), WEIGHT.T)
+    assert np.allclose(run(model, x=X), X @ WEIGHT.T + X[0, :3], rtol=0, atol=1e-6)
+    assert not FoldTransposesPass()(model).modified
+
+
 @pytest.mark.parametrize(
     ("text", "weights"),
     [
@@ -137,6 +147,28 @@ def test_fusions_need_opset_23() -> None:
     newer_pass = FuseOpset23Pass(23)
     assert not newer_pass(parse(text)).modified
     assert newer_pass.fused and not any(newer_pass.fused.values()), "a zero tells that nothing matched"
+
+
+def test_a_normalisation_with_an_fp32_scale_stays_what_onnx_accepts() -> None:
+    """As Gemma has it in fp16: everything up to the scale in fp32, and back."""
+    model = parse(
+        "g (float16[n, 4] x) => (float16[n, 4] y)\n{ a = Cast <to = 1> (x)\n b = Pow (a, two)\n"
+        "c = ReduceMean <keepdims = 1, noop_with_empty_axes = 0> (b, last)\n d = Add (c, tiny)\n e = Sqrt (d)\n"
+        "f = Reciprocal (e)\n h = Mul (a, f)\n i = Mul (h, scale)\n y = Cast <to = 10> (i) }",
+        two=np.array(2, np.float32),
+        last=np.array([-1]),
+        tiny=np.array(1e-6, np.float32),
+        scale=np.array([1, 2, 3, 4], np.float32),
+    )
+    FoldConstantsPass()(model)  # says the types of what is between
+    half = X.astype(np.float16)
+    wanted = run(model, x=half)
+    step = FuseOpset23Pass(23)
+    assert step(model).modified and step.fused["RMSNormalization"] == 1
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    assert operators(model) == ["Cast", "RMSNormalization", "Cast"]
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert np.array_equal(run(model, x=half), wanted)
 
 
 FORMS = {(6, 4, "B")}
