@@ -153,9 +153,28 @@ def test_python_example_of_training_and_building_asks_for_what_it_shows(monkeypa
     assert training.config.num_epochs == 1 and training.data == "reviews.jsonl"
 
 
+def test_the_choice_of_weights_follows_from_the_benchmark():
+    """Its figures are rounded, so a new measurement need not be copied; one that changes the choice must be."""
+    choose, speed = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("choose", "benchmarks"))
+    cases = r"^\| ours, no tenant(?:, (int[48]))? \| ([18]) \| \d+ \| [\d.]+ \| (\d+) \| (\d+) \|$"
+    measured = {
+        (dtype or "fp32", rows): (int(tokens), int(memory))
+        for dtype, rows, tokens, memory in re.findall(cases, speed, flags=re.MULTILINE)
+    }
+    stated = re.findall(
+        r"^\| `onnxruntime:(\w+)` \| [^|]+\| ([\d.]+) \| ([\d.]+) \| (\d+) MiB", choose, flags=re.MULTILINE
+    )
+    assert [dtype for dtype, *_ in stated] == ["fp32", "int8", "int4"]
+    for dtype, *speeds, memory in stated:
+        for rows, speed_up in zip("18", speeds, strict=True):
+            found = measured[dtype, rows][0] / measured["fp32", rows][0]
+            assert float(speed_up) == pytest.approx(found, rel=0.15), (dtype, rows)
+        assert int(memory) == pytest.approx(measured[dtype, "1"][1], rel=0.15), dtype
+
+
 def test_the_methods_table_counts_the_parameters_of_smollm2():
     table = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| ([\d,]+) \| [^|]+\|$", table, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*\| ([\d,]+) \|$", table, flags=re.MULTILINE)
     width, inner, keys = 576, 1536, 192
     linears = {"self_attn.q_proj": (width, width), "self_attn.v_proj": (width, keys), "mlp.up_proj": (width, inner)}
     sizes = Sizes(width, 30, 3, 64, 49152, linears)
