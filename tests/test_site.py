@@ -39,8 +39,11 @@ all()
 QUESTIONS = {
     "gemma 2": "models.html",
     "exit codes": "reference/files.html#exit-codes",
-    "memory of tenants": "choose.html#sizes-and-memory",
+    "memory of tenants": "choose.html#memory-of-a-session-and-its-tenants",
     "int8": "choose.html#a-type-of-weights",
+    "memory 50 tenants": "choose.html#memory-of-a-session-and-its-tenants",
+    "exit code 3": "reference/files.html#exit-codes",
+    "dora": "methods.html#which-of-pefts-adapters-work",
     "peft lora http": "serving.html#a-peft-lora-beside-an-iapt-tenant",
 }
 """What a reader types, and where the answer stands."""
