@@ -162,7 +162,7 @@ def test_the_choice_of_weights_follows_from_the_benchmark():
         for dtype, rows, tokens, memory in re.findall(cases, speed, flags=re.MULTILINE)
     }
     stated = re.findall(
-        r"^\| `onnxruntime:(\w+)` \| [^|]+\| ([\d.]+) \| ([\d.]+) \| (\d+) MiB", choose, flags=re.MULTILINE
+        r"^\| `onnxruntime:(\w+)` \| [^|]+\| ([\d.]+), ([\d.]+) \| (\d+) MiB", choose, flags=re.MULTILINE
     )
     assert [dtype for dtype, *_ in stated] == ["fp32", "int8", "int4"]
     for dtype, *speeds, memory in stated:

@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 
 from iapt_export import __version__
+from iapt_export.contract.manifest import DOCUMENTATION
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = ".github/workflows/release.yml"
 VALIDATE = "examples/ci/validate-bundle.yml"
+HINTING = (".py", ".md", ".ipynb", ".yml", ".yaml", ".sh", ".cc", ".h", ".html", ".txt", ".cmake")
 
 
 def read(path: str) -> Any:
@@ -59,3 +61,26 @@ def test_a_users_ci_installs_from_a_place_that_can_have_the_project() -> None:
     assert all('"iapt-export[train,export,cpu] @ $IAPT_EXPORT"' in line for line in installs)
     assert re.fullmatch(r"git\+https://[^@]+@v[0-9.]+", workflow["env"]["IAPT_EXPORT"])
     assert "Replace" in (ROOT / VALIDATE).read_text(encoding="utf-8").partition("\nname:")[0]
+
+
+def test_no_hint_installs_from_an_index_that_lacks_the_project() -> None:
+    """Until a release is out, hints name the clone: ``pip install -e ".[cpu]"``."""
+    folders = ("iapt_export", "trainers", "engines", "validation", "docs", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in HINTING]
+    files += [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile"]
+    assert len(files) > 200
+    wrong = re.compile(r"(?:pip|pipx|uv|poetry)\b.* (?:install|add)\b.*\biapt[-_]export\b(?!\[[a-z,]+\] @ )")
+    assert wrong.search("pip install iapt-export[cpu]") and wrong.search("uv pip install 'iapt_export'")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if wrong.search(line)
+    ]
+    assert found == []
+
+
+def test_what_a_bundle_says_of_itself_is_explained_where_it_says() -> None:
+    page, _, place = DOCUMENTATION.partition("#")
+    headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert place in [heading.lower().replace(" ", "-") for heading in headings]
