@@ -22,7 +22,10 @@ const look = (page, width) => new Promise((resolve) => {
   const frame = document.createElement("iframe")
   frame.style = `width:${width}px;height:900px;border:0`
   frame.onload = () => {
-    found[`${page} ${width}`] = frame.contentDocument.documentElement.scrollWidth
+    const seen = frame.contentDocument
+    const isCut = (code) => code.scrollWidth > code.clientWidth
+    const cut = [...seen.querySelectorAll(".language-sh code, .highlight-ipynb pre")].filter(isCut).length
+    found[`${page} ${width}`] = [seen.documentElement.scrollWidth, cut]
     frame.remove()
     resolve()
   }
@@ -35,7 +38,7 @@ const all = async () => {
 }
 all()
 </script></body>"""
-"""A page that opens the others in frames of some widths, and notes how wide what they hold is."""
+"""A page that opens the others in frames of some widths, and notes how wide they are and how much code is cut off."""
 QUESTIONS = {
     "gemma 2": "models.html",
     "exit codes": "reference/files.html#exit-codes",
@@ -87,13 +90,13 @@ def test_the_search_finds_answers(site: Path, tmp_path: Path, asked: str) -> Non
     assert any(link.endswith(QUESTIONS[asked]) for link in found[:12]), found
 
 
-def test_no_page_is_wider_than_its_window(site: Path, tmp_path: Path) -> None:
+def test_no_page_and_no_command_is_wider_than_its_window(site: Path, tmp_path: Path) -> None:
     pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if path.name != "404.html")
     folder = Path(shutil.copytree(site, tmp_path / "site"))
     (folder / "probe.html").write_text(PROBE % (json.dumps(pages), json.dumps(WIDTHS)), encoding="utf-8")
     dom = dom_of((folder / "probe.html").as_uri(), tmp_path / "profile", "--allow-file-access-from-files")
     found = re.search(r'<pre id="found">(.+?)</pre>', dom)
     assert found
-    widths = json.loads(found[1])
-    assert len(widths) == len(pages) * len(WIDTHS)
-    assert [page for page, width in widths.items() if width > int(page.rsplit(" ", 1)[1])] == []
+    looks = json.loads(found[1])
+    assert len(looks) == len(pages) * len(WIDTHS)
+    assert {page: look for page, look in looks.items() if look[0] > int(page.rsplit(" ", 1)[1]) or look[1]} == {}
