@@ -172,6 +172,17 @@ def test_the_choice_of_weights_follows_from_the_benchmark():
         assert int(memory) == pytest.approx(measured[dtype, "1"][1], rel=0.15), dtype
 
 
+def test_the_methods_table_ranks_as_the_comparison_does():
+    choose, results = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("choose", "results"))
+    table = results.split("<!-- table comparison -->")[1].split("<!-- end -->")[0]
+    ranks = dict(re.findall(r"^\| ([A-Z][^|]+) \|.*\| ([\d.]+) \|$", table, flags=re.MULTILINE))
+    names = {"P-tuning v2": "prefix-tuning", "LAMP (our reading)": "lamp"}
+    wanted = {names.get(name, name.lower()): rank for name, rank in ranks.items() if "tokens" not in name}
+    wanted["prompt-tuning"] = " to ".join(sorted(rank for name, rank in ranks.items() if "tokens" in name))
+    stated = re.findall(r"^\| `([a-z-]+)` \| [^|]+ \| ([\d. to]+) \|", choose, flags=re.MULTILINE)
+    assert dict(stated) == wanted
+
+
 def test_the_methods_table_counts_the_parameters_of_smollm2():
     table = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z-]+)` \|.*\| ([\d,]+) \|$", table, flags=re.MULTILINE)
