@@ -154,7 +154,8 @@ def convert(
     check_folders(asked.output)
     done = run(source, asked)
     if not common.quiet:
-        print("\n".join((f"{asked.output} holds {done.records:,} records", *done.notes)), file=sys.stderr)
+        records = "1 record" if done.records == 1 else f"{done.records:,} records"
+        print("\n".join((f"{asked.output} holds {records}", *done.notes)), file=sys.stderr)
     if common.json:
         print_json(dataclasses.asdict(done))
 

@@ -146,13 +146,17 @@ def _tenants_of(manifest: BundleManifest, inputs: dict[str, Any], tenants: int) 
 def _cache(entry: int, sizes: dict[str, int], slots: int, copies: int = 1) -> Share:
     twice = "2 · " if copies == 2 else ""
     why = "; twice, since a step of these graphs returns a longer copy" if copies == 2 else ""
-    formula = f"{twice}{sizes['batch']} rows · {sizes['past']:,} entries · {entry:,}"
+    formula = f"{twice}{_rows(sizes['batch'])} · {sizes['past']:,} entries · {entry:,}"
     prompts = f"; {slots} entries of each row are prompts" if slots else ""
     return Share("KV cache", copies * sizes["batch"] * sizes["past"] * entry, formula, f"rows and past{why}{prompts}")
 
 
 def _logits(vocabulary: int, sizes: dict[str, int]) -> Share:
-    return Share("logits", 4 * sizes["batch"] * vocabulary, f"{sizes['batch']} rows · {vocabulary:,} · 4", "rows")
+    return Share("logits", 4 * sizes["batch"] * vocabulary, f"{_rows(sizes['batch'])} · {vocabulary:,} · 4", "rows")
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
 
 
 def _of_model(path: str, load: Load) -> list[Share]:

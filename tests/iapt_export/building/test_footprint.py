@@ -135,7 +135,7 @@ def test_tenants_of_a_model_take_what_is_shipped_for_them(tmp_path: Path, name: 
 def test_the_command(smollm2: str, tiny_build: TinyBuild) -> None:
     shown = run("plan", smollm2, "--batch=1", "--tenants=50")
     assert shown.code == 0, shown.err
-    for text in ("650.8 MB", "134,515,008 parameters · 4", "1 rows · 1,024 entries", "46,080", "50 · 1,307,056"):
+    for text in ("650.8 MB", "134,515,008 parameters · 4", "1 row · 1,024 entries", "46,080", "50 · 1,307,056"):
         assert text in " ".join(shown.out.split()), shown.out
     found = json.loads(run("plan", tiny_build.bundle, "--json").out)
     assert [share["name"] for share in found] == ["weights", "KV cache", "tenants of iapt", "logits"]

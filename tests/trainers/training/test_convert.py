@@ -124,7 +124,7 @@ def test_the_command(tmp_path: Path) -> None:
     source.write_text("prompt,completion,id\na,b,1\n", encoding="utf-8")
     done = run(*argv, "--json")
     assert done.code == 0 and json.loads(done.out) == {"records": 1, "notes": ["left out: the columns id"]}
-    assert done.err == f"{output} holds 1 records\nleft out: the columns id\n"
+    assert done.err == f"{output} holds 1 record\nleft out: the columns id\n"
     again = run(*argv)
     assert again.code == 1 and f"{output} exists and is not replaced" in again.err
     missing = run("data", "convert", source, "--format=csv")
