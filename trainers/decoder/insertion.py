@@ -232,13 +232,28 @@ def _cache_filled(cache: DynamicCache, rows: Rows) -> Iterator[None]:
 
 @contextmanager
 def projected(backbone: Any, rows: Rows) -> Iterator[None]:
-    """Pass the outputs of linear layers through the rows while the context is open."""
+    """Pass the outputs of linear layers through the rows while the context is open.
+
+    A shared expert gets the tokens of all rows in one list ``[B T, M]``, latents are expanded as ``[B, 1, S, M]``; rows
+    see them as ``[B, T, M]``.
+    """
+    batch = [0]  # of the layer that runs
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch[0] = (args[0] if args else kwargs["hidden_states"]).shape[0]
 
     def hook_for(layer: int, name: str) -> Callable[..., Tensor]:
-        return lambda _module, args, output: rows.project(layer, name, args[0], output)
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if output.dim() == 3:
+                return rows.project(layer, name, args[0], output)
+            by_row = (part.reshape(batch[0], -1, part.shape[-1]) for part in (args[0], output))
+            return rows.project(layer, name, *by_row).reshape(output.shape)
+
+        return hook
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(backbone) if rows.linear_names else ()):
+            stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
             linears = linear_layers(layer)
             for name in rows.linear_names:
                 stack.callback(linears[name].register_forward_hook(hook_for(index, name)).remove)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
+from tests.families import tiny_family
 from tests.tiny import ARCHITECTURES, padded, tiny_llama
+from trainers.decoder.attention import use_own_attention
 from trainers.decoder.generate import decode, greedy, prefill
 from trainers.decoder.insertion import read_instruction, sizes_of
 from trainers.decoder.method import Method, Part, Rows, rows_of
@@ -156,3 +160,42 @@ def test_slots_that_a_row_does_not_use_are_masked() -> None:
     assert rows.slot_mask(mask).tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6, [0] * 6, [0] * 6]
     assert rows_of(methods[0]).slot_mask(mask).tolist() == [[1] * 4] * 4
     assert read_instruction(tiny_llama(), rows, *padded([3, 3, 3, 3])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "linears"),
+    [
+        ("qwen2_moe", ("up_proj", "down_proj", "shared_expert_gate")),
+        ("deepseek_v3", ("q_a_proj", "kv_b_proj")),
+        ("deepseek_v2", ("kv_a_proj_with_mqa", "kv_b_proj")),
+    ],
+)
+def test_linears_that_see_no_rows_are_changed_by_row(family: str, linears: tuple[str, ...]) -> None:
+    """A shared expert gets all rows' tokens in one list, latents are one head of many entries; PEFT is right."""
+    length, generator = 6, torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 300, (3, length), generator=generator)
+    model = tiny_family(family)
+    stock = peft.get_peft_model(tiny_family(family), peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(linears)))
+    methods = []
+    for name in ("default", "second"):
+        if name not in stock.peft_config:
+            stock.add_adapter(name, stock.peft_config["default"])
+        method = new_method(LoRAConfig(rank=2, alpha=4, target_modules=linears), sizes_of(model)).eval()
+        for path, parameter in method.named_parameters():
+            parameter.data.normal_(0, 0.3, generator=generator)
+            linear, _, side = path.replace("__", ".").rpartition(".")
+            for layer in range(2):
+                place = f"base_model.model.model.layers.{layer}.{linear}.lora_{side}.{name}.weight"
+                stock.get_parameter(place).data.copy_(parameter.data[layer])
+        methods.append(method.requires_grad_(False))
+    use_own_attention(model)
+    first, second = (method.weights() for method in methods)
+    by_row = {name: torch.cat([first[name], second[name], first[name]]) for name in first}
+    rows = Rows(Part(methods[0], by_row, torch.tensor([True, True, False])))
+    logits, _ = prefill(model, rows, ids, torch.ones_like(ids))
+    for row, name in enumerate(("default", "second", None)):
+        with torch.no_grad(), nullcontext() if name else stock.disable_adapter():
+            stock.set_adapter(name or "default")
+            wanted = stock.eval()(input_ids=ids[row : row + 1]).logits[0, -1]
+        assert (logits[row] - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+    assert (logits[0] - logits[2]).abs().max() > 0.01 * logits.abs().max(), "adapters matter"
