@@ -5,6 +5,7 @@ What is expected of each stands beside it: ``in place``, ``portable`` (no graph 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ GPT |= {"bos_token_id": 0, "eos_token_id": 1} | WIDE
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 NARROW = {"head_dim": 16}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+HEADS = {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8}
 LATENT = {
     "num_key_value_heads": 4,
     "qk_nope_head_dim": 16,
@@ -127,6 +129,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "biogpt": (IN_PLACE, "BioGpt", LLAMA),
     "persimmon": (IN_PLACE, "Persimmon", LLAMA),
     "bitnet": (IN_PLACE, "BitNet", LLAMA),
+    "gemma3-multimodal": (
+        IN_PLACE,
+        "Gemma3",
+        {
+            "text_config": LLAMA | NARROW | ALTERNATING,
+            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
+            | {"num_attention_heads": 2, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+        },
+    ),
     "gptj": (PORTABLE, "GPTJ", GPT | {"rotary_dim": 8}),
     "codegen": (PORTABLE, "CodeGen", GPT | {"rotary_dim": 8}),
     "bloom": (PORTABLE, "Bloom", TOKENS | WIDE | {"vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
@@ -135,6 +147,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-rw-alibi": (PORTABLE, "Falcon", FALCON | {"multi_query": False, "alibi": True}),
     "diffllama": (PORTABLE, "DiffLlama", LLAMA | NARROW),
     "heads-of-12": (PORTABLE, "Llama", LLAMA | {"head_dim": 12}),
+    "llama4_text": (
+        REFUSED,
+        "Llama4Text",
+        LLAMA
+        | NARROW
+        | {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 8, "no_rope_layers": [1, 0]}
+        | {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
+    ),
     "llama-dynamic": (REFUSED, "Llama", LLAMA | rope("dynamic")),
     "opt-350m-like": (REFUSED, "OPT", LLAMA | {"ffn_dim": 96, "word_embed_proj_dim": 32}),
     "gpt_neo": (
@@ -152,6 +172,36 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon_h1": (REFUSED, "FalconH1", LLAMA | MAMBA | {"mamba_d_ssm": 128}),
     "bamba": (REFUSED, "Bamba", LLAMA | MAMBA | {"attn_layer_indices": [1]}),
     "rwkv": (REFUSED, "Rwkv", {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 256}),
+    "mamba2": (REFUSED, "Mamba2", {**TOKENS, "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, **HEADS}),
+    "granitemoehybrid": (
+        REFUSED,
+        "GraniteMoeHybrid",
+        LLAMA | MAMBA | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 96},
+    ),
+    "jamba": (REFUSED, "Jamba", LLAMA | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "qwen3_next": (
+        REFUSED,
+        "Qwen3Next",
+        LLAMA | NARROW | EXPERTS | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "recurrent_gemma": (REFUSED, "RecurrentGemma", LLAMA | {"num_hidden_layers": 3, "lru_width": 64}),
+    "zamba2": (
+        REFUSED,
+        "Zamba2",
+        LLAMA | {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1},
+    ),
+    "gemma3n_text": (
+        REFUSED,
+        "Gemma3nText",
+        LLAMA
+        | NARROW
+        | {"num_hidden_layers": 4, "intermediate_size": [96] * 4, "layer_types": ALTERNATING["layer_types"] * 2}
+        | {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}
+        | {"laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4, "sliding_window": 8},
+    ),
+    "jetmoe": (REFUSED, "JetMoe", LLAMA | {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mpt": (REFUSED, "Mpt", {"vocab_size": 320, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
+    "xglm": (REFUSED, "XGLM", TOKENS | {"vocab_size": 320, "d_model": 64, "ffn_dim": 96, "num_layers": 2}),
 }
 
 
@@ -162,12 +212,13 @@ def tiny_family(name: str, seed: int = 0, layers: int = 2) -> Any:
     """
     _, config, fields = FAMILIES[name]
     torch.manual_seed(seed)
-    fields = {key: list(value) if isinstance(value, list) else value for key, value in fields.items()}
+    fields = copy.deepcopy(fields)
     if layers != 2:
+        sizes = fields.get("text_config", fields)
         for key in ("layer_types", "no_rope_layers"):
-            if key in fields:
-                fields[key] = [fields[key][index % 2] for index in range(layers)]
-        fields["n_layer" if "n_layer" in fields else "num_hidden_layers"] = layers
+            if key in sizes:
+                sizes[key] = [sizes[key][index % 2] for index in range(layers)]
+        sizes["n_layer" if "n_layer" in sizes else "num_hidden_layers"] = layers
     kind = getattr(transformers, f"{config}Config")
     if not hasattr(kind(), "num_key_value_heads"):
         fields.pop("num_key_value_heads", None)  # a configuration keeps what it does not know, and PEFT would read it

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.attention import Options, read_options, traceable_experts, use_own_attention
+from trainers.decoder.attention import Options, read_options, real_rotations, traceable_experts, use_own_attention
 
 TRIAL = "iapt_trial"
 NUM_TOKENS, NUM_PLACES = 6, 2**20
@@ -81,6 +82,17 @@ class _Trial:
         return tagged
 
 
+class _Complex(TorchDispatchMode):
+    """Notes whether a complex number is made while the context is open."""
+
+    seen = False
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        self.seen |= isinstance(made, Tensor) and made.is_complex()
+        return made
+
+
 _known: dict[str, Family] = {}
 
 
@@ -126,7 +138,7 @@ def _examined(model: Any) -> Family:
     AttentionMaskInterface.register(TRIAL, trial.mask)
     try:
         model.set_attn_implementation(TRIAL)
-        with torch.no_grad(), traceable_experts(model):
+        with torch.no_grad(), traceable_experts(model), real_rotations(model), _Complex() as numbers:
             model(
                 inputs_embeds=torch.empty(1, NUM_TOKENS, width, device="meta"),
                 attention_mask=torch.ones(1, NUM_TOKENS, dtype=torch.int64, device="meta"),
@@ -137,6 +149,8 @@ def _examined(model: Any) -> Family:
         return Family(refusal=f"its code cannot be followed without data, which export needs: {_first_line(error)}")
     if trial.strange:
         return Family(refusal=trial.strange)
+    if numbers.seen:
+        return Family(refusal="it computes with complex numbers (of rotary positions), which ONNX's operators lack")
     return _judged(model, trial, cache)
 
 

@@ -31,6 +31,17 @@ REASONS = {
     "falcon_h1": "other state than keys and values",
     "bamba": "other state than keys and values",
     "rwkv": "other state than keys and values",
+    "mamba2": "other state than keys and values",
+    "granitemoehybrid": "other state than keys and values",
+    "jamba": "other state than keys and values",
+    "qwen3_next": "other state than keys and values (linear_attention)",
+    "recurrent_gemma": "other state than keys and values",
+    "zamba2": "other state than keys and values",
+    "gemma3n_text": "4 layers share 2 caches",
+    "llama4_text": "it computes with complex numbers",
+    "jetmoe": "its code cannot be followed without data",
+    "mpt": "attends by itself",
+    "xglm": "attends by itself",
 }
 
 
