@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,23 @@ def quiet(_line: str) -> None:
 
 def run(backbone: str, data: Path, output: Path, method: Any = METHOD, **fields: Any) -> TrainResult:
     return train(TrainRequest(backbone, data, output, method, dataclasses.replace(RUN, **fields)), say=quiet)
+
+
+@functools.cache
+def _undisturbed(backbone: str, data: Path, method: Any, fields: tuple[tuple[str, Any], ...]) -> tuple[bytes, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(backbone, data, Path(folder) / "whole", method, **dict(fields))
+        return weights(Path(folder) / "whole"), tuple(result.history)
+
+
+def undisturbed(backbone: str, data: Path, method: Any = METHOD, **fields: Any) -> bytes:
+    """The weights of a run that nothing happens to; equal ones run once in a process, since equal seeds repeat them."""
+    return _undisturbed(backbone, data, method, tuple(sorted(fields.items())))[0]
+
+
+def undisturbed_losses(backbone: str, data: Path, method: Any = METHOD, **fields: Any) -> list[float]:
+    """The same run's losses, step by step."""
+    return [loss for _, loss in _undisturbed(backbone, data, method, tuple(sorted(fields.items())))[1]]
 
 
 def weights(folder: Path) -> bytes:

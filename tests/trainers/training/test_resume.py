@@ -12,7 +12,7 @@ import pytest
 
 from iapt_export.contract.errors import IaptError
 from tests.bundles import run as run_command
-from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
+from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, undisturbed, weights
 from tests.trainers.training.kills import read_disk
 from trainers.training.config import TrainRequest
 from trainers.training.evaluate import GenerationReport, report_from_dict
@@ -69,8 +69,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         line.startswith(f"{newest} is damaged and passed over: ") and name.partition(".")[0] in line for line in lines
     ), lines
     assert f"resuming from {newest.with_name('checkpoint-2')}" in lines
-    run(backbone, data, tmp_path / "whole", **FIELDS)
-    assert weights(cut) == weights(tmp_path / "whole")
+    assert weights(cut) == undisturbed(backbone, data, **FIELDS)
 
 
 def test_no_whole_checkpoint_starts_anew(backbone: str, data: Path, tmp_path: Path, cut: Path) -> None:
@@ -78,15 +77,13 @@ def test_no_whole_checkpoint_starts_anew(backbone: str, data: Path, tmp_path: Pa
         (checkpoint / "trainer_state.json").unlink()
     lines = told(backbone, data, cut, resume=True, **FIELDS)
     assert "no checkpoint to resume from: starting at the first step" in lines
-    run(backbone, data, tmp_path / "whole", **FIELDS)
-    assert weights(cut) == weights(tmp_path / "whole")
+    assert weights(cut) == undisturbed(backbone, data, **FIELDS)
 
 
 def test_nothing_is_trained_after_the_last_step(
     backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that ended in its evaluation goes on with the evaluation."""
-    run(backbone, data, tmp_path / "whole", **FIELDS)
 
     def stop(*_: Any) -> None:
         raise InterruptedRunError
@@ -98,7 +95,7 @@ def test_nothing_is_trained_after_the_last_step(
     interrupt_at(monkeypatch, 5)  # a sixth step would raise
     lines = told(backbone, data, tmp_path / "cut", resume=True, **FIELDS)
     assert "step 5 was the last one: nothing is left to train" in lines
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == undisturbed(backbone, data, **FIELDS)
 
 
 def test_a_finished_run_is_not_repeated(backbone: str, data: Path, tmp_path: Path) -> None:
@@ -250,9 +247,9 @@ def test_a_resumed_card_tells_the_minutes_of_all_runs(
 
 def test_a_checkpoint_for_which_the_disk_is_too_small(backbone: str, data: Path, tmp_path: Path) -> None:
     """torch.save says nothing of the disk; the limit of a file's size is met as a full disk is."""
-    run(backbone, data, tmp_path / "whole", **FIELDS)
+    whole = undisturbed(backbone, data, **FIELDS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * len(weights(tmp_path / "whole"))), hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.5 * len(whole)), hard))
     try:
         with pytest.raises(IaptError) as caught:
             run(backbone, data, tmp_path / "a", **FIELDS)
@@ -260,5 +257,5 @@ def test_a_checkpoint_for_which_the_disk_is_too_small(backbone: str, data: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "could not be written whole below" in str(caught.value) and "MB are free; free space" in str(caught.value)
     run(backbone, data, tmp_path / "a", resume=True, **FIELDS)
-    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "a") == whole
     assert not work_folder(tmp_path / "a").exists()
