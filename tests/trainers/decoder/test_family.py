@@ -14,12 +14,13 @@ from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
 from trainers.decoder.attention import read_options, use_own_attention
 from trainers.decoder.family import check_family, family_of
 from trainers.decoder.generate import greedy, prefill
-from trainers.decoder.insertion import sizes_of
+from trainers.decoder.insertion import read_instruction, sizes_of
 from trainers.decoder.method import rows_of
-from trainers.methods.configs import PromptTuningConfig
+from trainers.methods.configs import IAPTConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.forms import new_method
 
 SUPPORTED = [name for name, (expected, *_) in FAMILIES.items() if expected != REFUSED]
+TRAINED = (IAPTConfig(), PromptTuningConfig(), PrefixTuningConfig(), LoRAConfig())
 LONG = torch.arange(5, 25)[None]
 SHORT = LONG[:, :3]
 REASONS = {
@@ -109,6 +110,26 @@ def test_answers_are_those_of_transformers_and_peft(name):
     assert tokens_agree(name)
     assert error_to_peft(name) < 1e-5
     assert error_beside_a_long_row(name) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINED, ids=lambda kind: type(kind).__name__)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_every_family_can_be_trained_for(name, kind):
+    """A loss on two rows, one padded, reaches every tensor that is trained; a LoRA's A comes after its B."""
+    model = tiny_family(name).requires_grad_(False).train()
+    use_own_attention(model)
+    sizes = sizes_of(model)
+    if isinstance(kind, LoRAConfig):
+        kind = LoRAConfig(rank=2, target_modules=tuple({linear.rpartition(".")[2] for linear in sizes.linears}))
+    method = new_method(kind, sizes).train()
+    ids, mask = LONG.repeat(2, 1), torch.ones(2, LONG.shape[1], dtype=torch.int64)
+    mask[0, :7] = 0
+    logits = read_instruction(model, rows_of(method), ids, mask).logits[:, -1]
+    torch.nn.functional.cross_entropy(logits, torch.tensor([3, 4])).backward()
+    gradients = {path: parameter.grad for path, parameter in method.named_parameters() if not path.endswith("__A")}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 def test_the_refusal_names_model_and_reason():
