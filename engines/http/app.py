@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ PAGE_MAY = (
 )
 VERSION = version_of("iapt-export")
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Door:
@@ -45,6 +48,8 @@ class Door:
     max_body_bytes: int
     is_draining: bool = False
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    told: set[str] = dataclasses.field(default_factory=set)
+    """Tenants of which `tell_form` has spoken."""
 
     @property
     def models(self) -> list[str]:
@@ -81,6 +86,19 @@ class Door:
         self.access.check(request.headers.get("authorization"), model)
         if model not in self.models and not await self.folder.find(model):
             raise RefusalError(404, f"there is no model {model!r}", param="model", code="model_not_found")
+
+    def tell_form(self, model: str) -> None:
+        """Say once for a tenant that its training had the chat template around what is sent as it is."""
+        bank = self.session.stepper.bank
+        tenant = bank.get(model)
+        if tenant is bank.base or tenant.prompt_format == "plain" or model in self.told:
+            return
+        self.told.add(model)
+        _log.warning(
+            "tenant %s was trained with the chat template, and /v1/completions sends text as it is; its answers may be "
+            "worse than those of /v1/chat/completions",
+            model,
+        )
 
     async def submit(self, asked: Sequence[Asked]) -> list[Generation]:
         """Let all enter the queue, or none.
@@ -163,6 +181,8 @@ def _add_openai(app: FastAPI, door: Door) -> None:
         sent = CompletionRequest.model_validate(await door.body(request))
         await door.admit(request, sent.model)
         codec = door.session.codec
+        if any(isinstance(each, str) for each in sent.prompts()):
+            door.tell_form(sent.model)
 
         def encoded() -> list[list[int]]:
             return [codec.encode(each, "plain") if isinstance(each, str) else each for each in sent.prompts()]

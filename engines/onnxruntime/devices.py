@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from engines.cuda.libraries import cuda_major, load_libraries
@@ -34,6 +35,8 @@ def load_onnxruntime() -> Any:
             "expected 1.23.1 or newer: pip install --upgrade onnxruntime"
         )
     onnxruntime.set_default_logger_severity(ERRORS)
+    if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":  # too late where an application has loaded it before us
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

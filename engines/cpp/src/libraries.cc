@@ -21,4 +21,6 @@ std::optional<std::filesystem::path> find_library(const char* variable, const st
   return std::nullopt;
 }
 
+void keep_telemetry_off() { setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite=*/0); }
+
 }  // namespace iapt

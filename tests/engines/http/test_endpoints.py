@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from tests.bundles import TENANTS, TinyBuild
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from tests.engines.http.served import Served, events, in_process
+from tests.engines.http.served import Served, events, in_process, in_thread
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -80,6 +81,23 @@ def test_a_conversation_is_that_of_the_session(server: Served, session: Session)
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
     assert "".join(delta.get("content", "") for delta in deltas) == wanted.text
     assert streamed[-2]["usage"] == found["usage"] and streamed[-1] == "[DONE]"
+
+
+def test_text_without_the_template_that_training_had_is_said_once(
+    tiny_build: TinyBuild, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``beta`` was trained with a chat template; who sends token ids has made them, and the backbone takes any text."""
+    with in_thread(tiny_build.bundle) as served, caplog.at_level(logging.WARNING):
+        for model, prompt in (("alpha", "a film"), ("model", "a film"), ("beta", [5, 6])):
+            assert served.ask(TEXT, {"model": model, "prompt": prompt, "max_tokens": 1})[0] == 200
+        assert served.ask(CHAT, {"model": "beta", "messages": said("a film"), "max_tokens": 1})[0] == 200
+        assert caplog.messages == []
+        for _ in range(2):
+            assert served.ask(TEXT, {"model": "beta", "prompt": ["a film"], "max_tokens": 1})[0] == 200
+    assert caplog.messages == [
+        "tenant beta was trained with the chat template, and /v1/completions sends text as it is; its answers may be "
+        "worse than those of /v1/chat/completions"
+    ]
 
 
 def test_several_answers_to_several_prompts(server: Served) -> None:
