@@ -42,7 +42,6 @@ struct GenaiTokenizer::Library {
   OgaTokenizer* tokenizer = nullptr;
 
   explicit Library(const std::filesystem::path& path) {
-    keep_telemetry_off();
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) throw Error(std::string(kName) + " does not load: " + dlerror());
     const auto bind = [&](const char* name, auto& function) {

@@ -5,6 +5,13 @@
 #include <cstdlib>
 
 namespace iapt {
+namespace {
+
+// ONNX Runtime and onnxruntime-genai keep an identifier of the machine and send events to Microsoft, on Linux from 1.29
+// and 0.18 on, unless this is set before their first call. Whoever wants that sets it to 0.
+[[maybe_unused]] const int kTelemetryIsOff = setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite=*/0);
+
+}  // namespace
 
 std::optional<std::filesystem::path> find_library(const char* variable, const std::string& name) {
   const char* named = std::getenv(variable);
@@ -20,7 +27,5 @@ std::optional<std::filesystem::path> find_library(const char* variable, const st
   }
   return std::nullopt;
 }
-
-void keep_telemetry_off() { setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite=*/0); }
 
 }  // namespace iapt

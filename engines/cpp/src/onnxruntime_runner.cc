@@ -36,10 +36,7 @@ std::string dtype_of(ONNXTensorElementDataType type) {
 }
 
 Ort::Env& environment() {
-  static Ort::Env made = [] {
-    keep_telemetry_off();
-    return Ort::Env(ORT_LOGGING_LEVEL_ERROR, "iapt");
-  }();
+  static Ort::Env made(ORT_LOGGING_LEVEL_ERROR, "iapt");
   return made;
 }
 
