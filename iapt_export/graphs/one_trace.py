@@ -51,24 +51,94 @@ def rewrite_for_one_trace(program: ExportedProgram) -> bool:
 
 @contextlib.contextmanager
 def nothing_computed_twice() -> Iterator[None]:
-    """Let ``torch.onnx.export`` use what is known, while the context is open.
+    """Let ``torch.export`` and ``torch.onnx.export`` use what is known, while the context is open.
 
-    It reads the signatures of all translations from their sources in each call, and computes each node once more to
-    see whether its arguments have to be promoted to one type, although the trace has every node's value. These are
-    PyTorch's insides: where a version has others, it goes on as it is.
+    They read the signatures of all translations from their sources in each call, and of an operator for each node;
+    compute each node once more to see whether its arguments have to be promoted to one type, although the trace has
+    every node's value; ask for PyTorch's composite operators once for each of their namespaces; cut a program into
+    parts at every ``no_grad``, and put it together again; and note where in the sources each node comes from, which
+    nothing of ours keeps. These are PyTorch's insides: where a version has others, it goes on as it is.
     """
     try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter as Promotion
-
-        registry = mock.patch.object(ONNXRegistry, "from_torchlib", _copies_of(ONNXRegistry.from_torchlib))
-        promotion = mock.patch.object(Promotion, "run_node", _promotion_alone(Promotion.run_node))
+        patches = _patches()
     except (ImportError, AttributeError) as error:
         LOGGER.info("the exporter computes twice what it knows: %s", error)
+        patches = []
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         yield
-        return
-    with registry, promotion:
-        yield
+
+
+def _patches() -> list[Any]:
+    """What the context replaces."""
+    from onnx_ir.schemas import OpSignature
+    from torch._export import utils
+    from torch._export.passes import replace_set_grad_with_hop_pass as grad
+    from torch.fx import proxy
+    from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter as Promotion
+
+    def patch(owner: Any, name: str, made: Callable[[Any], Any]) -> Any:
+        return mock.patch.object(owner, name, made(getattr(owner, name)))
+
+    return [
+        patch(ONNXRegistry, "from_torchlib", _copies_of),
+        patch(onnxscript_apis, "get_torchlib_ops", _cached),
+        patch(OpSignature, "from_op_schema", _cached_by_operator),
+        patch(Promotion, "run_node", _promotion_alone),
+        patch(utils, "_materialize_cpp_cia_ops", functools.cache),  # once a context: later ones see other operators
+        patch(grad, "replace_set_grad_with_hop_pass", _unless_cut_in_vain),
+        mock.patch.object(proxy, "CapturedTraceback", _NoTraceback),
+    ]
+
+
+_cached = functools.cache(functools.cache)
+"""A function's cached form, the same in every call."""
+
+
+@functools.cache
+def _cached_by_operator(from_op_schema: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Signatures are told apart by the operator's name and version."""
+    known: dict[tuple[str, str, int], Any] = {}
+
+    def signature(schema: Any) -> Any:
+        key = (schema.domain, schema.name, schema.since_version)
+        if key not in known:
+            known[key] = from_op_schema(schema)
+        return known[key]
+
+    return signature
+
+
+def _unless_cut_in_vain(cut: Callable[..., Any]) -> Callable[..., Any]:
+    """Where all switches of ``no_grad`` set what is set already, they are removed, and that is all that is to do."""
+
+    def removed(module: Any, signature: Any) -> Any:
+        graph = module.graph
+        switches = [node for node in graph.nodes if node.target is torch._C._set_grad_enabled]
+        if any(node.op == "get_attr" for node in graph.nodes) or any(
+            node.args[0] != torch.is_grad_enabled() for node in switches
+        ):
+            return cut(module, signature)
+        for node in switches:
+            graph.erase_node(node)
+        module.recompile()
+        return module, signature
+
+    return removed
+
+
+class _NoTraceback:
+    """Stands for the traceback of a node."""
+
+    @classmethod
+    def extract(cls) -> _NoTraceback:
+        return cls()
+
+    def summary(self) -> list[Any]:
+        return []
 
 
 @functools.cache

@@ -18,6 +18,21 @@ from tests.bundles import RANGES, TinyBuild, run
 ROOT = Path(__file__).resolve().parents[2]
 
 
+EACH = """
+import json, sys
+from iapt_export.cli import main
+
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command)
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    print("code", code, command[0], flush=True)
+"""
+"""Runs commands one after the other, and says how each ended."""
+
+
 def noisy() -> None:
     """What libraries do: matplotlib logs warnings, others raise Python's."""
     logging.getLogger("matplotlib.font_manager").warning("building the font cache")
@@ -66,7 +81,7 @@ def test_the_log_file_of_a_command(tiny_build: TinyBuild, tmp_path: Path) -> Non
 
 
 def test_whole_runs_write_nothing_to_stderr(tiny_build: TinyBuild, tmp_path: Path) -> None:
-    """In processes of their own, because C++ libraries write past Python."""
+    """In a process of their own, because C++ libraries write past Python."""
     lines = [{"instruction": f"is this positive? {n}", "output": ("yes", "no")[n % 2]} for n in range(16)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     model, bundle = f"--model={tiny_build.model}", str(tiny_build.bundle)
@@ -80,7 +95,10 @@ def test_whole_runs_write_nothing_to_stderr(tiny_build: TinyBuild, tmp_path: Pat
         ["tenant", f"guest={tiny_build.adapters['beta']}", f"--bundle={bundle}", "--output=guest.safetensors"],
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path / "fonts")}
-    for command in commands:
-        argv = [sys.executable, "-m", "iapt_export", *command, "--quiet"]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, ""), command[0]
+    quiet = json.dumps([[*command, "--quiet"] for command in commands])
+    argv = [sys.executable, "-c", EACH, quiet]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("code ")] == [
+        f"code 0 {command[0]}" for command in commands
+    ]

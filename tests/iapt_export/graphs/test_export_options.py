@@ -110,7 +110,7 @@ def check_exported(config: IAPTConfig, folder: Path, layers: int) -> None:
 @pytest.mark.parametrize("option", TOGETHER)
 def test_options_of_the_graph(option: str, tmp_path: Path) -> None:
     config = dataclasses.replace(METHOD, **TOGETHER[option])
-    check_exported(config, tmp_path, 3 if config.sharing == "groups" else 2)
+    check_exported(config, tmp_path, {"groups": 3, "none": 2}.get(config.sharing, 1))
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ def traced(module: nn.Module, x: Tensor) -> ExportedProgram:
 def in_onnx(program: ExportedProgram) -> bytes:
     made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     assert made is not None
+    for node in made.model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # which the context leaves out
     return made.model_proto.SerializeToString()
 
 
@@ -63,7 +65,8 @@ def test_what_is_rewritten_computes_the_same(dtype: torch.dtype) -> None:
     assert rewrite_for_one_trace(program)
     assert program.run_decompositions({}) is program
     assert not {node.target for node in program.graph.nodes} & set(REWRITES)
-    graph = in_onnx(program)
+    with nothing_computed_twice():
+        graph = in_onnx(program)
     for rows in (3, 5):
         x = torch.randn(rows, 4, 6).to(dtype)
         (made,) = run_onnx(graph, {"x": x.numpy()}).values()
@@ -79,7 +82,9 @@ def test_side_effects_and_inner_graphs_go_the_long_way(module: nn.Module, caplog
     assert not rewrite_for_one_trace(program)
     assert str(program.graph) == text, "nothing was touched"
     assert "traced a second time: " in caplog.text
-    (made,) = run_onnx(in_onnx(program), {"x": x.numpy()}).values()
+    with nothing_computed_twice():
+        graph = in_onnx(program)
+    (made,) = run_onnx(graph, {"x": x.numpy()}).values()
     np.testing.assert_array_equal(made, module(x.clone()).numpy())
 
 
@@ -100,6 +105,33 @@ def test_types_are_promoted_as_the_exporter_does(dtype: torch.dtype) -> None:
             assert in_onnx(traced(Mixed().eval(), x)) == plain
     (made,) = run_onnx(plain, {"x": x.numpy()}).values()
     np.testing.assert_allclose(made, Mixed()(x).numpy(), rtol=2e-3 if dtype is torch.float16 else 1e-6)
+
+
+class WithoutGradients(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x * 2
+        return y + x.sin()
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_program_is_cut_only_where_gradients_are_switched(has_gradients: bool) -> None:
+    x = torch.randn(3, 4)
+    with torch.set_grad_enabled(has_gradients):
+        plain = traced(WithoutGradients(), x)
+        with nothing_computed_twice():
+            made = traced(WithoutGradients(), x)
+    assert [node.target for node in made.graph.nodes] == [node.target for node in plain.graph.nodes]
+    assert (torch.ops.higher_order.wrap_with_set_grad_enabled in {n.target for n in made.graph.nodes}) == has_gradients
+    assert torch.equal(made.module()(x), WithoutGradients()(x))
+
+
+def test_the_same_operators_are_composite_however_often_they_are_looked_for() -> None:
+    from torch._export.utils import _collect_all_valid_cia_ops
+
+    wanted = set(_collect_all_valid_cia_ops())
+    with nothing_computed_twice():
+        assert set(_collect_all_valid_cia_ops()) == wanted and len(wanted) > 100
 
 
 def test_a_custom_translation_is_forgotten_after_its_export() -> None:

@@ -79,11 +79,11 @@ def check(several: Arrays, steps: list[Arrays]) -> None:
     ("model", "bits"),
     [
         (lambda: tiny_llama(num_hidden_layers=4), None),  # of which three are traced
-        (lambda: tiny_llama(head_dim=16), None),  # attention rotates
-        (lambda: tiny_llama(head_dim=16), 4),
-        (lambda: tiny_mistral(sliding_window=5), None),
-        (tiny_qwen2, 8),
-        (tiny_qwen3, None),
+        (lambda: tiny_llama(head_dim=16, num_hidden_layers=1), None),  # attention rotates
+        (lambda: tiny_llama(head_dim=16, num_hidden_layers=1), 4),
+        (lambda: tiny_mistral(sliding_window=5, num_hidden_layers=1), None),
+        (lambda: tiny_qwen2(num_hidden_layers=1), 8),
+        (lambda: tiny_qwen3(num_hidden_layers=1), None),
     ],
     ids=["llama", "rotating", "in 4 bits", "window", "biases in 8 bits", "normalised"],
 )
@@ -99,7 +99,7 @@ def test_a_step_of_several_tokens_equals_single_steps(model: Any, bits: int | No
     "config", [IAPTConfig(bottleneck=8), LoRAConfig(rank=2), ADePTConfig(prompt_length=3, bottleneck=2)]
 )
 def test_methods_that_act_on_generated_tokens_do_so_in_every_place(config: Any, tmp_path: Path) -> None:
-    model = tiny_llama(num_hidden_layers=2)
+    model = tiny_llama(num_hidden_layers=1)
     tenants = [random_method(seed, config, sizes_of(model)) for seed in range(2)]
     item = Installed("method", tenants[0])
     exported(model, [item], tmp_path)
