@@ -49,7 +49,7 @@ class SharedTraces:
         if not is_plain(backbone):
             return trace_graph(name, backbone, installed, spec, opset)
         fields = {
-            "backbone": [type(backbone).__qualname__, repr(backbone.config), tensors_sha256(backbone)],
+            "backbone": [type(backbone).__qualname__, configuration(backbone), tensors_sha256(backbone)],
             "methods": [[item.name, *map(described, (item.method, item.encoder))] for item in installed],
             "spec": dataclasses.asdict(spec),
             "opset": opset,
@@ -78,6 +78,13 @@ def is_plain(backbone: Any) -> bool:
         return False
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules())
     return not hooks and sum(parameter.numel() for parameter in backbone.parameters()) <= LARGEST
+
+
+def configuration(backbone: Any) -> str:
+    """A backbone's configuration, without what only loading or saving it adds."""
+    fields = backbone.config.to_diff_dict()
+    kept = {name: value for name, value in fields.items() if name not in ("architectures", "dtype", "_name_or_path")}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def tensors_sha256(backbone: Any) -> str:
