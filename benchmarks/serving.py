@@ -9,6 +9,7 @@ does it all; its parts are
     run       every case, round after round
     trace     continuous against static batches, on requests of mixed lengths and arrivals
     drafts    steps that verify drafted tokens against steps of one token, answers compared
+    cost      what whole answers cost with IAPT's and with LoRA's tenants, for many lengths
     soak      half an hour in which tenants come and go: right answers, no request lost, flat memory
     report    the tables and plots of docs/benchmarks.md from the records
 
@@ -35,12 +36,13 @@ from typing import Any
 
 import onnxruntime
 
+from benchmarks.cost import PREFIX, compare_costs, draw_costs
 from benchmarks.drafts import compare_drafts
 from benchmarks.pages import MODEL, RESULTS, ROOT, append_record, brief, read_records, write_tables
 from benchmarks.serving_bundles import BUNDLES, SEVEN, make_bundle
 from benchmarks.serving_load import compare_batching
 from benchmarks.serving_peers import Job
-from benchmarks.serving_tables import draw, draw_accuracy, tables
+from benchmarks.serving_tables import draw, draw_accuracy, of, tables
 from engines.native import add_kernels
 from tests.engines.serving.soak import soak
 from trainers.decoder.backbone import load_backbone
@@ -56,7 +58,7 @@ def cases(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[str, Job, 
     sizes = {**SIZES, "rows": rows}
     yield "base", Job("base", "", **sizes), sys.executable
     for name, plan in BUNDLES.items():
-        if not plan.drafts and (arguments.prepared / name / "manifest.json").is_file():
+        if not plan.drafts and not name.startswith(PREFIX) and (arguments.prepared / name / "manifest.json").is_file():
             tenants = 0 if plan.merged else plan.tenants
             yield name, Job("session", str(arguments.prepared / name), tenants=tenants, **sizes), sys.executable
     for dtype, folder in arguments.genai:
@@ -125,6 +127,17 @@ def run_drafts(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_cost(arguments: argparse.Namespace) -> int:
+    """Measure whole answers, round after round."""
+    bundles = {name.removeprefix(PREFIX): arguments.prepared / name for name in BUNDLES if name.startswith(PREFIX)}
+    if missing := [path for path in bundles.values() if not path.is_dir()]:
+        sys.exit(f"{', '.join(map(str, missing))} not there; run prepare first")
+    for record in compare_costs(bundles, arguments.rounds, SIZES["threads"]):
+        print(f"cost: {json.dumps(record)}", flush=True)
+        _save(arguments, "cost", record)
+    return 0
+
+
 def run_soak(arguments: argparse.Namespace) -> int:
     """Serve while tenants come and go; fails where an answer is wrong or lost."""
     for state in soak(arguments.prepared / "iapt-8", 60 * arguments.minutes):
@@ -141,6 +154,8 @@ def report(arguments: argparse.Namespace) -> int:
     write_tables(arguments.page, tables(records))
     images = arguments.page.parent / "images"
     draw(records, images)
+    if costs := of(records, "cost"):
+        draw_costs(costs, images / "cost.png")
     if QUANTISED.is_file():
         draw_accuracy(records, json.loads(QUANTISED.read_text(encoding="utf-8")), images / "accuracy.png")
     return 0
@@ -148,7 +163,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 def measure_all(arguments: argparse.Namespace) -> int:
     """Everything, one after another."""
-    return max(action(arguments) for action in (prepare, run, trace, run_drafts, run_soak, report))
+    return max(action(arguments) for action in (prepare, run, trace, run_drafts, run_cost, run_soak, report))
 
 
 def _save(arguments: argparse.Namespace, kind: str, record: dict[str, Any]) -> None:
@@ -180,6 +195,7 @@ def main(words: list[str] | None = None) -> int:
         "run": run,
         "trace": trace,
         "drafts": run_drafts,
+        "cost": run_cost,
         "soak": run_soak,
         "report": report,
     }
@@ -194,7 +210,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--gguf-python", default=sys.executable, metavar="PYTHON", help="where xllamacpp is installed")
     parser.add_argument("--optimum", metavar="DIR", help="a model that optimum-onnx exported")
     parser.add_argument("--optimum-python", default=sys.executable, metavar="PYTHON", help="where optimum is installed")
-    parser.add_argument("--rounds", type=int, default=9, help="of run, trace and drafts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of run, trace, drafts and cost (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=64, help="of trace (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="of soak (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl", help="file of the records")

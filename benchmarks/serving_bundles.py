@@ -22,7 +22,6 @@ from trainers.methods.forms import new_method
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PAST = 512
-"""Cache entries of a row."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,10 @@ class BundlePlan:
     """Add the one adapter to the weights: the plain backbone's graph."""
     drafts: int = 0
     """Tokens of a draft that a step may verify."""
+    longest: int = 256
+    """Tokens of an instruction."""
+    past: int = PAST
+    """Cache entries of a row."""
 
 
 PLAIN = LoRAConfig(rank=1, target_modules=("q_proj",))
@@ -49,10 +52,15 @@ BUNDLES = {
     "iapt-narrow": BundlePlan(IAPTConfig(bottleneck=64)),
     "lora-qv": BundlePlan(LoRAConfig(rank=8, target_modules=("q_proj", "v_proj"))),
     "lora-all": BundlePlan(LoRAConfig(rank=16, target_modules=SEVEN)),
+    "cost-plain": BundlePlan(PLAIN, 1, merged=True, longest=512, past=640),
+    "cost-iapt": BundlePlan(longest=512, past=640),
+    "cost-lora-equal": BundlePlan(LoRAConfig(rank=6, target_modules=("q_proj", "v_proj")), longest=512, past=640),
+    "cost-lora-all": BundlePlan(LoRAConfig(rank=16, target_modules=SEVEN), longest=512, past=640),
     "drafts-fp32": BundlePlan(tenants=0, drafts=3),
     "drafts-int4": BundlePlan(tenants=0, dtype="int4", drafts=3),
 }
-"""Those for drafts have no tenant: what they answer matters, and the backbone's own answers are real ones."""
+"""Those for drafts have no tenant: what they answer matters, and the backbone's own answers are real ones. Those for
+`benchmarks.cost` take long instructions, whose cache the others' figures of memory would hold, too."""
 
 
 def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
@@ -67,8 +75,8 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
         adapters=adapters,
         output=output,
         targets=[f"onnxruntime:{plan.dtype}"],
-        sequence="1:128:256",
-        past=f"1:256:{PAST}",
+        sequence=f"1:128:{plan.longest}",
+        past=f"1:256:{plan.past}",
         tenants=f"1:8:{max(64, plan.tenants)}",
         merge_lora=plan.merged,
         drafts=plan.drafts,

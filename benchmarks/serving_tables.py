@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.cost import cost_head, cost_rows
 from benchmarks.pages import OTHER, OWN, figure, table
 
 Records = Sequence[Mapping[str, Any]]
@@ -210,6 +211,7 @@ def tables(records: Records) -> dict[str, str]:
             ["Weights and tasks", "Rows", "Without, tokens/s", "With, tokens/s", "Ratio", "Drafted tokens right"],
             list(draft_rows(records)),
         ),
+        "costs": table(cost_head(), list(cost_rows(of(records, "cost")))),
         "batches": table(["Batches", "Tokens/s", "Seconds to the first token", "Seconds to the whole answer"], lines),
     }
 
