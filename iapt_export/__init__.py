@@ -8,8 +8,8 @@ import os
 from importlib import import_module
 from typing import Any
 
-# ONNX Runtime 1.29 and newer keep an identifier of the machine and send events to Microsoft, on Linux too, unless this is
-# set before they are loaded (their Privacy.md). Whoever wants that sets it to 0.
+# ONNX Runtime 1.29 and newer keep an identifier of the machine and send events to Microsoft, on Linux too, unless this
+# is set before they are loaded (their Privacy.md). Whoever wants that sets it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
