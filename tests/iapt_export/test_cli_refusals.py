@@ -341,3 +341,13 @@ def test_a_backbone_that_the_manifest_names_relative_to_another_folder(
     Path("models/tiny").symlink_to(tiny_build.model)
     if command == "tenant":
         assert "has no method PROMPT_TUNING" in run(command, *words).err, "the backbone was found"
+
+
+@pytest.mark.parametrize("place", ["report", "tenants", "new/report"])
+def test_a_report_is_not_written_into_a_bundle(tiny_bundle: Path, place: str) -> None:
+    before = sorted(tiny_bundle.rglob("*"))
+    outcome = run("validate", tiny_bundle, f"--report={tiny_bundle / place}")
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    damaged = f"--report {tiny_bundle / place} is inside the bundle {tiny_bundle}, which it would damage"
+    assert f"{damaged}; write it elsewhere" in outcome.err
+    assert sorted(tiny_bundle.rglob("*")) == before
