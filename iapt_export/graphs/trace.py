@@ -24,7 +24,7 @@ from iapt_export.graphs.installed import Installed, rational_forms
 from iapt_export.graphs.lay_out import LayOutError, lay_out, remove_marks
 from iapt_export.graphs.layer_kinds import first_layers, layer_kinds, layers_to_trace, shortened
 from iapt_export.graphs.one_trace import nothing_computed_twice, rewrite_for_one_trace
-from iapt_export.graphs.ops import layer_end
+from iapt_export.graphs.ops import layer_end, rms_norm
 from iapt_export.graphs.ops import rational_op as rational
 from iapt_export.graphs.ops import serving_ops as serving
 from iapt_export.graphs.ops.layer_end import layers_marked
@@ -145,7 +145,8 @@ def _translated(traced: Callable[[], torch.export.ExportedProgram], opset: int) 
             verbose=False,
             custom_translation_table=rational.translation_table()
             | serving.translation_table()
-            | layer_end.translation_table(),
+            | layer_end.translation_table()
+            | rms_norm.translation_table(opset),
         )
         assert onnx_program is not None
         return onnx_program.model
