@@ -13,10 +13,19 @@ import torch
 
 from tests.bundles import tiny_build, tiny_bundle
 from tests.graphs import engine_bundle
+from tests.pictures import shared_plots
 from tests.traces import fresh_traces, shared_traces
 from tests.truths import shared_truths
 
-__all__ = ["engine_bundle", "fresh_traces", "shared_traces", "shared_truths", "tiny_build", "tiny_bundle"]
+__all__ = [
+    "engine_bundle",
+    "fresh_traces",
+    "shared_plots",
+    "shared_traces",
+    "shared_truths",
+    "tiny_build",
+    "tiny_bundle",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / ".cache" / "smollm2-135m-instruct"
