@@ -1,16 +1,23 @@
 """A reading in a thread of its own, so that rows that decode do not wait for a long instruction.
 
 Attention over soft prompts that a method makes of the whole instruction at each layer leaves no place to cut an
-instruction in two, so it is read whole, and shares the processors with the steps.
+instruction in two, so it is read whole, and gets what the steps leave of the processors.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 
 import numpy as np
 
 from engines.serving.stepper import Reading
+
+NICENESS = 10
+"""What is added to that of the thread that reads: beside a row that decodes on two cores, with 512 tokens and 10 the
+row's median gap grew by 7 %, with 5 by 24 %. Linux alone has it for threads; elsewhere a reading shares evenly."""
 
 
 class BesideReading:
@@ -46,6 +53,10 @@ class BesideReading:
         return self._logits
 
     def _run(self) -> None:
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
         try:
             self._logits = self.reading.run()
         except BaseException as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from engines.onnxruntime.runner import OnnxRuntimeRunner
+from engines.serving.beside import NICENESS
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.scheduler import BESIDE_TOKENS
 from engines.serving.session import Generation, Request, Session
@@ -51,6 +55,24 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made = Gate(monkeypatch)
     yield made
     made.go.set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_the_steps_come_first_where_cores_are_few(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, seen = OnnxRuntimeRunner._run_bound, {}
+
+    def noted(runner: OnnxRuntimeRunner, *arrays: Any) -> Any:
+        thread = threading.current_thread()
+        seen[thread.name] = os.getpriority(os.PRIO_PROCESS, thread.native_id or 0)
+        return honest(runner, *arrays)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_run_bound", noted)
+    hook = lambda answer, logits: time.sleep(0.005) or logits  # noqa: E731 (decodes while the other is read)
+    talker = begun(session, dataclasses.replace(short("alpha", 100), logits_hook=hook))
+    session.submit(long()).result()
+    talker.result()
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    assert seen == {"iapt-session": usual, "iapt-reading": min(usual + NICENESS, 19)}
 
 
 def short(tenant: str, tokens: int) -> Request:
