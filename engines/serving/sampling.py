@@ -10,8 +10,12 @@ import numpy as np
 
 from iapt_export.contract.errors import IaptError, shown
 
-LEAST = (1e-2, 1e-4, 1e-7)
+LEAST = (1e-2, 1e-4, 1e-7, 0.0)
 """Least weight of the tokens that are sorted, the likeliest token's being 1; where they cover too little, the next."""
+BLOCK = 512
+"""Weights that are added up at a time."""
+TEMPERATURES = (1e-30, 1e30)
+"""What fp32 can divide by. Below it only the likeliest tokens are left, above it all are equally likely."""
 MAX_PENALTY = 2.0
 """Largest presence and frequency penalty, either sign, as in OpenAI's protocol."""
 MAX_BIAS = 100.0
@@ -111,22 +115,20 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
         )
     if sampling.temperature == 0:
         return best
+    # in fp32, whose exponential is many times as fast; sums in fp64
+    temperature = np.float32(min(max(sampling.temperature, TEMPERATURES[0]), TEMPERATURES[1]))
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest tokens alone
-        scaled = (logits.astype(np.float64) - np.float64(logits[best])) / sampling.temperature
-    if sampling.top_k or sampling.min_p:
-        _rule_out(scaled, sampling)
-    weights = np.exp(scaled)
-    total, drawn = weights.sum(), random.random()
-    whole = sampling.top_p == 1
-    # of the whole distribution only what covers the draw is looked at, of a nucleus what covers top_p
-    order = _likeliest(scaled, weights, total * (drawn if whole else sampling.top_p))
-    covered = weights[order].cumsum()
-    if not whole:
-        # keep the tokens before which less than top_p is covered, so that at least one stays
-        covered = covered[covered - weights[order] < sampling.top_p * total]
-        total = covered[-1]
-    place = np.searchsorted(covered, drawn * total, side="right")
-    return int(order[min(int(place), len(covered) - 1)])
+        scaled = (logits.astype(np.float32) - np.float32(logits[best])) / temperature
+    tokens = None
+    if 0 < sampling.top_k < len(scaled):
+        tokens = _largest(scaled, sampling.top_k)
+        scaled = scaled[tokens]
+    if sampling.min_p:
+        tokens, scaled = _only(np.flatnonzero(scaled >= np.float32(np.log(sampling.min_p))), tokens, scaled)
+    if sampling.top_p < 1:
+        tokens, scaled = _only(_nucleus(scaled, sampling.top_p), tokens, scaled)
+    place = _draw(np.exp(scaled), random.random())
+    return place if tokens is None else int(tokens[place])
 
 
 def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
@@ -137,38 +139,59 @@ def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, 
         token: the one that was chosen.
         top: how many of the likeliest, the first of equals first.
     """
-    exact = logits.astype(np.float64)
-    largest = exact.max()
-    exact -= largest + np.log(np.exp(exact - largest).sum())
-    best = _first(exact, top) if top else ()
-    return float(exact[token]), tuple((int(place), float(exact[place])) for place in best)
+    values = logits.astype(np.float32)
+    largest = values.max()
+    total = np.exp(values - largest).sum(dtype=np.float64)
+    exact = values.astype(np.float64) - (np.float64(largest) + np.log(total))
+    if not top:
+        return float(exact[token]), ()
+    best = _largest(values, min(top, len(values)))
+    best = best[np.argsort(-values[best], kind="stable")]
+    return float(exact[token]), tuple(zip(best.tolist(), exact[best].tolist(), strict=True))
 
 
-def _rule_out(scaled: np.ndarray, sampling: Sampling) -> None:
-    """Leave out what top_k and min_p leave out; the likeliest token, whose entry is 0, stays."""
-    if 0 < sampling.top_k < len(scaled):
-        kept = _first(scaled, sampling.top_k)
-        values = scaled[kept]
-        scaled[:] = -np.inf
-        scaled[kept] = values
-    if sampling.min_p:
-        scaled[scaled < np.log(sampling.min_p)] = -np.inf
+def _only(places: np.ndarray, tokens: np.ndarray | None, scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens at some places among those that were left, and their logits."""
+    return (places if tokens is None else tokens[places]), scaled[places]
 
 
-def _first(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the largest ``count`` values, the largest first, the first of equals first."""
-    count = min(count, len(values))
-    least = np.partition(values, len(values) - count)[len(values) - count]
-    places = np.flatnonzero(values >= least)
-    return places[np.argsort(-values[places], kind="stable")][:count]
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the largest ``count`` values, in ascending order; to sort all would take milliseconds."""
+    return _down_to(values, np.partition(values, len(values) - count)[len(values) - count], count)
 
 
-def _likeliest(scaled: np.ndarray, weights: np.ndarray, needed: float) -> np.ndarray:
-    """Tokens from the likeliest on that cover more than ``needed``, or all; to sort all would take milliseconds."""
+def _nucleus(scaled: np.ndarray, top_p: float) -> np.ndarray:
+    """Places of the likeliest tokens before which less than ``top_p`` of the whole is covered, in ascending order."""
+    weights = np.exp(scaled)
+    needed = top_p * weights.sum(dtype=np.float64)
     for least in LEAST:
-        tokens = np.flatnonzero(weights > least)
-        if weights[tokens].sum() > needed:
+        likely = weights > least
+        if weights[likely].sum(dtype=np.float64) > needed:
             break
-    else:
-        tokens = np.arange(len(weights))
-    return tokens[np.argsort(-scaled[tokens], kind="stable")]
+    ordered = np.sort(scaled[likely])[::-1]
+    covered = np.exp(ordered).astype(np.float64).cumsum()
+    count = min(int(np.searchsorted(covered, needed)) + 1, len(covered))
+    return _down_to(scaled, ordered[count - 1], count)
+
+
+def _draw(weights: np.ndarray, drawn: float) -> int:
+    """The place where ``drawn``, from 0 to 1, of the sum of weights is covered; by blocks, because adding up one by one
+    takes longer than all else.
+    """
+    ends = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    needed = min(drawn * ends[-1], np.nextafter(ends[-1], 0))
+    block = int(np.searchsorted(ends, needed, side="right"))
+    inside = weights[block * BLOCK : (block + 1) * BLOCK].astype(np.float64)
+    covered = inside.cumsum() + (ends[block - 1] if block else 0.0)
+    place = int(np.searchsorted(covered, needed, side="right"))
+    if place == len(covered):  # both sums are rounded; the last that has a weight
+        place = int(np.flatnonzero(inside)[-1])
+    return block * BLOCK + place
+
+
+def _down_to(values: np.ndarray, least: np.floating, count: int) -> np.ndarray:
+    """Places of ``count`` values from the largest to ``least``, the first of those that equal it."""
+    taken = values > least
+    equal = np.flatnonzero(values == least)
+    taken[equal[: count - np.count_nonzero(taken)]] = True
+    return np.flatnonzero(taken)

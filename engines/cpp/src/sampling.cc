@@ -55,15 +55,19 @@ std::array<uint64_t, 4> seed_words(uint64_t seed) {
 }
 
 // Weights, the likeliest token's being 1, above which tokens are looked at first, and then with less and less.
-constexpr double kLeast[] = {1e-2, 1e-4, 1e-7};
+constexpr float kLeast[] = {1e-2F, 1e-4F, 1e-7F, 0.0F};
 
-// Tokens from the likeliest on that cover more than `needed`, or all; to sort all would take milliseconds.
-std::vector<int64_t> likeliest(const std::vector<double>& scaled, const std::vector<double>& weights, double needed) {
+// What fp32 can divide by. Below it only the likeliest tokens are left, above it all are equally likely.
+constexpr double kTemperatures[] = {1e-30, 1e30};
+
+// The likeliest tokens before which less than `top_p` of the whole is covered, ascending. To sort all would take
+// milliseconds, so those that weigh little are left out while the others cover enough.
+std::vector<int64_t> nucleus(const std::vector<float>& scaled, const std::vector<float>& weights, double top_p) {
+  const double needed = top_p * std::accumulate(weights.begin(), weights.end(), 0.0);
   std::vector<int64_t> found;
-  double covered = 0.0;
-  for (const double least : kLeast) {
+  for (const float least : kLeast) {
     found.clear();
-    covered = 0.0;
+    double covered = 0.0;
     for (size_t i = 0; i < weights.size(); ++i) {
       if (!(weights[i] > least)) continue;
       found.push_back(static_cast<int64_t>(i));
@@ -71,11 +75,11 @@ std::vector<int64_t> likeliest(const std::vector<double>& scaled, const std::vec
     }
     if (covered > needed) break;
   }
-  if (!(covered > needed)) {
-    found.resize(weights.size());
-    std::iota(found.begin(), found.end(), 0);
-  }
   std::stable_sort(found.begin(), found.end(), [&](int64_t a, int64_t b) { return scaled[a] > scaled[b]; });
+  size_t count = 0;
+  for (double covered = 0.0; count < found.size() && covered < needed; ++count) covered += weights[found[count]];
+  found.resize(count);
+  std::sort(found.begin(), found.end());
   return found;
 }
 
@@ -118,25 +122,18 @@ int64_t choose(const std::vector<float>& logits, const Sampling& sampling, Rando
     throw Error("its logits hold NaN or infinity; its weights may be too large for the target's type");
   }
   if (sampling.temperature == 0) return best - logits.begin();
-  std::vector<double> scaled(logits.begin(), logits.end());
-  for (double& value : scaled) value = (value - *best) / sampling.temperature;  // a tiny one leaves the likeliest alone
-  std::vector<double> weights(scaled.size());
-  double total = 0.0;
-  for (size_t i = 0; i < scaled.size(); ++i) total += weights[i] = std::exp(scaled[i]);
-  const double drawn = random.uniform();
-  const bool whole = sampling.top_p == 1;
-  // of the whole distribution only what covers the draw is looked at, of a nucleus what covers top_p
-  const auto order = likeliest(scaled, weights, total * (whole ? drawn : sampling.top_p));
-  std::vector<double> cumulated;
+  // as in Python: logits and weights in fp32, sums in fp64, and one is drawn in the order of ids
+  const auto temperature = static_cast<float>(std::clamp(sampling.temperature, kTemperatures[0], kTemperatures[1]));
+  std::vector<float> scaled(logits.size()), weights(logits.size());
+  for (size_t i = 0; i < logits.size(); ++i) weights[i] = std::exp(scaled[i] = (logits[i] - *best) / temperature);
+  std::vector<int64_t> tokens(logits.size());
+  std::iota(tokens.begin(), tokens.end(), 0);
+  if (sampling.top_p < 1) tokens = nucleus(scaled, weights, sampling.top_p);
   double covered = 0.0;
-  // keep the tokens before which less than top_p is covered, so that at least one stays
-  for (const int64_t token : order) {
-    if (!whole && !(covered < sampling.top_p * total)) break;
-    cumulated.push_back(covered += weights[token]);
-  }
-  const double place = drawn * (whole ? total : cumulated.back());
-  const auto found = std::upper_bound(cumulated.begin(), cumulated.end(), place);
-  return order[std::min<size_t>(found - cumulated.begin(), cumulated.size() - 1)];
+  std::vector<double> ends;
+  for (const int64_t token : tokens) ends.push_back(covered += weights[token]);
+  const double needed = std::min(random.uniform() * covered, std::nextafter(covered, 0.0));
+  return tokens[std::upper_bound(ends.begin(), ends.end(), needed) - ends.begin()];
 }
 
 }  // namespace iapt

@@ -116,7 +116,7 @@ def test_answers_are_the_same_to_the_last_bit(bundle: Path, plain: Session) -> N
     wanted = given(plain, requests)
     assert found == wanted  # tokens, texts, reasons, log-probabilities; 48 requests come and go over eight rows
     assert {tokens[-1].finish_reason for tokens in wanted.values()} >= {"length", "stop"}
-    assert drafted > accepted > 40
+    assert drafted > accepted > 20
     assert plain.state().drafted_tokens == plain.state().accepted_tokens == 0
 
 

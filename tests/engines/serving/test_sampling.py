@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from engines.serving.sampling import Sampling, choose
+from engines.serving.sampling import Sampling, _draw, choose
 from iapt_export.contract.errors import IaptError
 
 LOGITS = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
@@ -79,8 +79,10 @@ def by_definition(logits: np.ndarray, sampling: Sampling, drawn: float) -> int:
     order = np.argsort(-scaled, kind="stable")
     probabilities = np.exp(scaled[order] - scaled[order[0]])
     probabilities /= probabilities.sum()
-    nucleus = probabilities[probabilities.cumsum() - probabilities < sampling.top_p]
-    return int(order[np.searchsorted(nucleus.cumsum() / nucleus.sum(), drawn, side="right")])
+    inside = probabilities.cumsum() - probabilities < sampling.top_p
+    tokens, places = order[inside], np.argsort(order[inside])  # one is drawn in the order of their ids
+    nucleus = probabilities[inside][places].cumsum()
+    return int(tokens[places][np.searchsorted(nucleus / nucleus[-1], drawn, side="right")])
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
@@ -92,6 +94,33 @@ def test_sorting_some_gives_what_sorting_all_gives(spread: float, top_p: float) 
     draws = np.random.default_rng(1).random(200)
     random = np.random.default_rng(1)
     assert [choose(logits, sampling, random) for _ in draws] == [by_definition(logits, sampling, u) for u in draws]
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 600, 1999, 2000, 5000])
+@pytest.mark.parametrize("top_p", [0.3, 1.0])
+def test_top_k_leaves_the_likeliest_and_the_first_of_equals(top_k: int, top_p: float) -> None:
+    logits = np.random.default_rng(0).integers(0, 40, 2000).astype(np.float32)  # many equals
+    left = np.full(2000, -np.inf, np.float32)
+    first = np.argsort(-logits, kind="stable")[:top_k]
+    left[first] = logits[first]
+    draws = np.random.default_rng(1).random(200)
+    random = np.random.default_rng(1)
+    sampling = Sampling(2.0, top_p, top_k=top_k)
+    assert [choose(logits, sampling, random) for _ in draws] == [by_definition(left, sampling, u) for u in draws]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e40, 1e300])
+def test_temperatures_that_fp32_cannot_hold(temperature: float) -> None:
+    logits = np.array([1.0, -np.inf, 3.0, 3.0, 2.0], np.float32)
+    drawn = set(draws(Sampling(temperature), logits, 200))
+    assert drawn == ({2, 3} if temperature < 1 else {0, 2, 3, 4})
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.25, 0.5, np.nextafter(1, 0)])
+def test_a_draw_never_ends_at_a_token_without_weight(drawn: float) -> None:
+    weights = np.zeros(3 * 512 + 5, np.float32)
+    weights[[700, 701, 1100]] = 0.1, 0.3, 0.7
+    assert _draw(weights, drawn) == (700 if drawn == 0 else 701 if drawn == 0.25 else 1100)
 
 
 @pytest.mark.parametrize("logit", [-np.inf, -1e30])
