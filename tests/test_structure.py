@@ -39,7 +39,7 @@ ROOMS = {
 """The folders of each package; docs/architecture.md says what is in which."""
 DOORS = {
     "trainers.decoder": "attention backbone backbone_sizes family generate insertion instruction method quantise "
-    "rounded stored streamed",
+    "rounded scaled stored streamed",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",
@@ -54,7 +54,7 @@ DOORS = {
     "engines.serving": "conversation generation grammar loading request sampling session stepper tenants text",
     "engines.http": "server",
     "engines.triton": "repository",
-    "validation.sides": "cases peft_side portable recording reference rounding stepping taps truth",
+    "validation.sides": "cases engine_graphs peft_side portable recording reference rounding stepping taps truth",
     "validation.judging": "compare engine_interface metrics peft result tolerances",
     "validation.locating": "locate",
     "validation.reporting": "junit report summary",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engines.serving.session import Session
 from iapt_export.contract.errors import NotRunnableError
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from trainers.decoder.backbone import Backbone, load_backbone
-from trainers.decoder.quantise import QUANTISED
+from trainers.decoder.quantise import rounding_of
 from trainers.decoder.streamed import is_streamed, load_or_stream
 from validation.judging.compare import Answers, OnStep, Settings, Truths, answers_of, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
@@ -23,10 +23,14 @@ from validation.judging.peft import compare_peft
 from validation.judging.result import Report, TargetResult
 from validation.judging.tolerances import rows_for
 from validation.locating.locate import look_inside
+from validation.sides.engine_graphs import graph_runners, graphs_folder
 from validation.sides.peft_side import PeftFolder, peft_version
 from validation.sides.portable import portable_runners, portable_target
 from validation.sides.reference import Reference
 from validation.sides.rounding import unrounded_session, with_rounded_weights
+
+OpenSession = Callable[[TargetSpec, bool], Session]
+"""Takes a target, and whether its cache is written in place; the session is not active yet."""
 
 
 def validate_bundle(
@@ -37,6 +41,7 @@ def validate_bundle(
     on_step: OnStep = lambda _: None,
     name: str = "",
     peft_folders: Mapping[str, PeftFolder] | None = None,
+    graph_folders: Sequence[Path] = (),
 ) -> Report:
     """Compare a bundle with PyTorch.
 
@@ -49,6 +54,7 @@ def validate_bundle(
         name: what the report calls the bundle; its folder's name unless it stands under a temporary one.
         peft_folders: tenant to the adapter directory that it was built from, where PEFT reads it; None writes such
             directories from the bundle.
+        graph_folders: where graphs may lie that TensorRT's engines were built from, beside the bundle.
 
     Returns:
         The report; its verdict is ``fail`` when any check fails, or when no target at all could be run.
@@ -72,15 +78,15 @@ def validate_bundle(
     for target in targets:
         try:
             for in_place in cache_kinds(target):
-                with open_session(target, in_place) as session:
-                    result = compare_target(session, reference, truths, settings, on_step)
-                if target.dtype in QUANTISED:
-                    results += _without_rounding(session, reference, truths, result, settings, on_step)
-                else:
-                    results.append(look_inside(session, reference, truths, result, settings, on_step))
+                results += _compared(open_session, target, in_place, reference, truths, settings, on_step)
         except NotRunnableError as error:
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))
+            folder = graphs_folder(target, [bundle, *graph_folders])
+            if folder and rounding_of(target.name, target.dtype):
+                open_graphs_of = functools.partial(_graph_session, bundle, manifest, folder)
+                same = dataclasses.replace(target, name=f"graphs of {target.name} in onnxruntime")
+                results += _scaled(open_graphs_of, same, target, reference, truths, settings, on_step)
     ran = [result for result in results if result.status in ("pass", "fail")]
     if settings.peft_check and truths.prompts:
         peft = compare_peft(reference, truths.prompts, peft_folders, on_step)
@@ -113,7 +119,7 @@ def loader_for(manifest: BundleManifest) -> Callable[..., Backbone]:
     """
     if any(tenant.method is None for tenant in manifest.tenants):
         return load_backbone
-    rounds = any(target.dtype in QUANTISED for target in manifest.targets)
+    rounds = any(rounding_of(target.name, target.dtype) for target in manifest.targets)
     return functools.partial(load_or_stream, copies=1 + rounds)
 
 
@@ -128,7 +134,7 @@ def compared_targets(manifest: BundleManifest, runner: str = "", device: str = "
 
 
 def _first_answers(
-    open_session: Callable[[TargetSpec, bool], Session], targets: list[TargetSpec], settings: Settings, on_step: OnStep
+    open_session: OpenSession, targets: list[TargetSpec], settings: Settings, on_step: OnStep
 ) -> Answers | None:
     """The prompts' tokens as the first target that runs here chooses them; None where none does."""
     for target in targets:
@@ -138,6 +144,26 @@ def _first_answers(
         except NotRunnableError:
             continue
     return None
+
+
+def _compared(
+    open_session: OpenSession,
+    target: TargetSpec,
+    in_place: bool,
+    reference: Reference,
+    truths: Truths,
+    settings: Settings,
+    on_step: OnStep,
+) -> list[TargetResult]:
+    """What comes of a target over one kind of cache."""
+    rounding = rounding_of(target.name, target.dtype)
+    if rounding and rounding.is_scaled:
+        return _scaled(open_session, target, target, reference, truths, settings, on_step)
+    with open_session(target, in_place) as session:
+        result = compare_target(session, reference, truths, settings, on_step)
+    if rounding:
+        return _without_rounding(session, reference, truths, result, settings, on_step)
+    return [look_inside(session, reference, truths, result, settings, on_step)]
 
 
 def _without_rounding(
@@ -150,7 +176,9 @@ def _without_rounding(
     """
     target = session.target
     on_step(f"{target.name}: rounding PyTorch's weights to {target.dtype}")
-    reference = with_rounded_weights(reference, QUANTISED[target.dtype])
+    rounding = rounding_of(target.name, target.dtype)
+    assert rounding is not None
+    reference = with_rounded_weights(reference, rounding)
     less = settings.without_rounding
     exact = unrounded_session(session)
     with exact:
@@ -162,6 +190,47 @@ def _without_rounding(
         result = look_inside(exact, reference, truths, result, dataclasses.replace(settings, bisect=False), on_step)
     exact_result = dataclasses.replace(exact_result, name=name)
     return [result, look_inside(exact, reference, exact_truths, exact_result, less, on_step)]
+
+
+def _scaled(
+    open_session: OpenSession,
+    shown: TargetSpec,
+    target: TargetSpec,
+    reference: Reference,
+    truths: Truths,
+    settings: Settings,
+    on_step: OnStep,
+) -> list[TargetResult]:
+    """Two results of TensorRT's rounded weights: against PyTorch as it was, and against the same weights there.
+
+    Nothing rounds activations to fewer bits than fp16 has, so fp16's limits hold for the second.
+
+    Args:
+        open_session: opens engines, or their graphs in ONNX Runtime.
+        shown: the target under the name that it has in the report.
+        target: as the bundle has it.
+        reference: with the weights as they were.
+        truths: its answers.
+        settings: how much is compared.
+        on_step: called with a word on each step, for progress.
+    """
+    with open_session(shown, True) as session:
+        served = compare_target(session, reference, truths, settings, on_step)
+    rounding = rounding_of(target.name, target.dtype)
+    assert rounding is not None
+    on_step(f"{shown.name}: rounding PyTorch's weights to {target.dtype}")
+    rounded, less = with_rounded_weights(reference, rounding), settings.without_rounding
+    with open_session(dataclasses.replace(shown, dtype="fp16"), True) as session:
+        answers = answers_of(session, less, on_step)
+        same = measure_truth(session.bundle, session.manifest, rounded, less, on_step, answers)
+        result = compare_target(session, rounded, same, less, on_step, answers)
+    return [served, dataclasses.replace(result, name=f"{shown.name} with {target.dtype} weights, otherwise")]
+
+
+def _graph_session(bundle: Path, manifest: BundleManifest, folder: Path, target: TargetSpec, in_place: bool) -> Session:
+    """A session over the graphs of engines, in ONNX Runtime; not active yet."""
+    stepper = stepper_over(bundle, manifest, target, graph_runners(folder, target), in_place=in_place)
+    return Session(bundle, manifest, target, stepper)
 
 
 def parity_from_report(report: Report) -> Parity:

@@ -238,9 +238,8 @@ def _configure(build: Build, options: BuildOptions, shapes: dict[str, ProfileSha
         config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    if options.compute_capability not in (None, PORTABLE):
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(_capability(trt, options.compute_capability), 0)
+    if flavour(options.target).builds_without_gpu:
+        _choose_gpus(trt, config, options)
     if options.hardware_compatibility is not None:
         level = HARDWARE_LEVELS[options.hardware_compatibility]
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
@@ -254,8 +253,18 @@ def _configure(build: Build, options: BuildOptions, shapes: dict[str, ProfileSha
     return config
 
 
-def _capability(trt: Any, name: str | None) -> Any:
-    member = f"SM{(name or '').replace('.', '')}"
+def _choose_gpus(trt: Any, config: Any, options: BuildOptions) -> None:
+    """Name each GPU: where none is named, TensorRT does not ask whether they have the network's types."""
+    chosen = options.compute_capability
+    names = flavour(options.target).portable if chosen in (None, PORTABLE) else (str(chosen),)
+    capabilities = [_capability(trt, name) for name in names]
+    config.num_compute_capabilities = len(capabilities)
+    for place, capability in enumerate(capabilities):
+        config.set_compute_capability(capability, place)
+
+
+def _capability(trt: Any, name: str) -> Any:
+    member = f"SM{name.replace('.', '')}"
     if not hasattr(trt.ComputeCapability, member):
         raise IaptError(
             f"compute capability {name} is not known to the installed version {trt.__version__}; "

@@ -8,12 +8,14 @@ have nearly the same API, so one builder and one runner serve both.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from iapt_export.contract.errors import IaptError, NotRunnableError
 from iapt_export.contract.types import FLOATS, OPSETS
 
+BLOCKED_OPSET = 21
+"""The first whose ``DequantizeLinear`` takes a scale for each block."""
 PORTABLE = "portable"
 """Compute capability of an engine that runs on every GPU of `Flavour.portable`."""
 
@@ -39,6 +41,8 @@ class Flavour:
     hardware_compatibility: bool
     driver: str
     """Oldest NVIDIA driver branch for its CUDA 13 packages."""
+    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Type of stored weights, beside those that a backbone computes in, to the GPUs that have it."""
 
 
 RTX = Flavour(
@@ -55,6 +59,11 @@ RTX = Flavour(
     version_compatible=False,
     hardware_compatibility=False,
     driver="580",
+    # as its builder says for each GPU alone: "model contains HW-specific datatypes"
+    weights={
+        "int8": ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+        "int4": ("8.0", "8.6", "8.9", "12.0", "12.1"),
+    },
 )
 DATACENTRE = Flavour(
     target="tensorrt",
@@ -120,7 +129,7 @@ def check_target(target: str, dtype: str, opset: int = 23, compute_capability: s
 
     Args:
         target: ``tensorrt-rtx`` or ``tensorrt``.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        dtype: ``fp32``, ``fp16``, ``bf16``, or one of `Flavour.weights`.
         opset: of the ONNX graph.
         compute_capability: ``8.9``, ``portable``, or None for the target's default.
 
@@ -129,15 +138,34 @@ def check_target(target: str, dtype: str, opset: int = 23, compute_capability: s
     """
     chosen = flavour(target)
     problems = []
-    if dtype not in FLOATS:
-        problems.append(f"dtype {dtype!r} is not supported; use {', '.join(FLOATS)}")
+    if dtype not in (*FLOATS, *chosen.weights):
+        problems.append(f"dtype {dtype!r} is not supported; use {', '.join((*FLOATS, *chosen.weights))}")
     if opset not in OPSETS:
         problems.append(f"opset {opset} is not supported; use {' or '.join(map(str, OPSETS))}")
     problems += _capability_problems(chosen, compute_capability)
     if compute_capability == "7.5" and dtype in ("fp32", "bf16"):
         problems.append(f"GPUs of compute capability 7.5 have no {dtype} matrix kernels here; use fp16")
+    problems += [] if problems else _weight_problems(chosen, dtype, opset, compute_capability)
     if problems:
         raise IaptError(f"target {target}: " + "; ".join(problems))
+
+
+def _weight_problems(chosen: Flavour, dtype: str, opset: int, compute_capability: str | None) -> list[str]:
+    """Why weights cannot be stored in a type for these GPUs."""
+    able = chosen.weights.get(dtype)
+    if able is None:
+        return []
+    problems = []
+    if opset < BLOCKED_OPSET:
+        problems.append(f"{dtype} weights need DequantizeLinear with blocks, which opset {opset} lacks; use opset 23")
+    wanted = chosen.portable if compute_capability in (None, PORTABLE) else (str(compute_capability),)
+    lacking = [capability for capability in wanted if capability not in able]
+    if lacking:
+        problems.append(
+            f"GPUs of compute capability {', '.join(lacking)} have no {dtype} weights; "
+            f"choose one of {', '.join(able)} with --compute-capability, or use fp16"
+        )
+    return problems
 
 
 def check_compute_capability(target: str, compute_capability: str | None) -> None:

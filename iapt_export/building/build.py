@@ -82,7 +82,8 @@ def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
         targets = [_target(target, plan, graphs[target.variant], bundle, on_step) for target in plan.targets]
         manifest = _lay_out(plan, targets, graphs, backbones.outline("fp32"), bundle)
         if request.prove:
-            manifest = _prove(plan, bundle, manifest, backbones.to_compare(plan.targets), on_step)
+            compared = backbones.to_compare(plan.targets)
+            manifest = _prove(plan, bundle, manifest, compared, list(graphs.values()), on_step)
         _sign(bundle, request)
         publish(bundle, plan.output)
     return manifest
@@ -163,7 +164,7 @@ class _Backbones:
     def to_compare(self, targets: list[TargetPlan]) -> Backbone:
         """The backbone in fp32 for the proof: in memory, or `streamed` where that is too small."""
         outline = self.outline("fp32")
-        rounds = any(target.weight_bits for target in targets)
+        rounds = any(target.rounding for target in targets)
         if self._is_outlined and not has_room_for(outline.model, copies=1 + rounds):
             return dataclasses.replace(outline, model=streamed(outline.model))
         return self.load("fp32")
@@ -186,7 +187,7 @@ def _graph_key(job: GraphJob, plan: BuildPlan) -> dict[str, Any]:
         "variant": job.variant,
         "graphs": job.names,
         "serving": dataclasses.asdict(job.serving),
-        "versions": layout.export_versions(quantises=job.target.weight_bits is not None),
+        "versions": layout.export_versions(quantises=bool(job.target.rounding and not job.target.rounding.is_scaled)),
     }
 
 
@@ -275,14 +276,17 @@ def _lay_out(
 
 
 def _prove(
-    plan: BuildPlan, bundle: Path, manifest: BundleManifest, backbone: Backbone, on_step: OnStep
+    plan: BuildPlan, bundle: Path, manifest: BundleManifest, backbone: Backbone, graphs: list[Path], on_step: OnStep
 ) -> BundleManifest:
-    """Validate a bundle that is not published yet; its manifest with parity and report files, saved."""
+    """Validate a bundle that is not published yet; its manifest with parity and report files, saved.
+
+    ``graphs`` are the folders of all exported graphs, of which the bundle has only some.
+    """
     request, output = plan.request, plan.output
     depth = _depth(plan, backbone)
     settings = Settings(request.seed, request.new_tokens, request.device, depth, peft_check=not request.no_peft_check)
     folders = folders_of(plan.tenants.adapters)
-    report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name, folders)
+    report = validate_bundle(bundle, manifest, backbone, settings, on_step, output.name, folders, graphs)
     # how long it took is not part of what was built: equal inputs give equal bytes
     report = dataclasses.replace(report, targets=[dataclasses.replace(t, seconds=0.0) for t in report.targets])
     if report.verdict != "pass":

@@ -42,7 +42,8 @@ class BuildRequest:
     """Adapter directory, once a tenant, called NAME or as the folder is; PEFT's also DIR,format=chat or DIR,task=0;
     without any, the backbone alone is served."""
     targets: Annotated[Sequence[str], _TARGETS, Parameter(("--target", "-t"), metavar="T[:DTYPE]")] = ()
-    """onnxruntime (also with :int8 or :int4 weights), tensorrt-rtx, tensorrt; once for each; without, onnxruntime."""
+    """onnxruntime or tensorrt-rtx (also with :int8 or :int4 weights), tensorrt; once for each; without,
+    onnxruntime."""
     dtype: Annotated[str | None, _TARGETS, Parameter(metavar="DTYPE")] = None
     """fp32, fp16 or bf16, for targets that name none."""
     opset: Annotated[int | None, _TARGETS, Parameter(metavar="N")] = None

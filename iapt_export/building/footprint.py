@@ -18,6 +18,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import PAST, step_graphs
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TargetSpec
 from iapt_export.contract.types import FLOAT_BYTES
+from trainers.decoder.quantise import Rounding
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
 
 
@@ -185,8 +186,8 @@ def _of_model(path: str, load: Load) -> list[Share]:
         module = method(config_of(load.method)(), shape)
         shipped = module if module.is_encoder else module.deployed()
     each = width * sum(parameter.numel() for parameter in shipped.parameters())
-    count, size = model_weights(model, target.weight_bits, width)
-    stored = f"in {target.dtype}" if target.weight_bits else f"· {width}"
+    count, size = model_weights(model, target.rounding, width)
+    stored = f"in {target.dtype}" if target.rounding else f"· {width}"
     return [
         Share("weights", size, f"{count:,} parameters {stored}", "nothing else"),
         _cache(entry, sizes, shipped.num_slots),
@@ -200,27 +201,31 @@ def _of_model(path: str, load: Load) -> list[Share]:
     ]
 
 
-def model_weights(model: Any, bits: int | None, width: int) -> tuple[int, int]:
+def model_weights(model: Any, rounding: Rounding | None, width: int) -> tuple[int, int]:
     """How many parameters a model has, and how many bytes they take as they are stored.
 
     Args:
         model: its tensors' shapes count alone.
-        bits: 8 or 4 for blocks with a scale each, as `trainers.decoder.quantise` makes them; None for ``width``.
+        rounding: to blocks with a scale each, as `trainers.decoder` makes them; None for ``width``.
         width: bytes of a number that is not in blocks.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     from trainers.decoder.quantise import BLOCK_SIZE, bits_for
+    from trainers.decoder.scaled import fits
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     blocks: dict[int, int] = {}
     for module in model.modules():
-        if bits is None or not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        if rounding is None or not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue
         inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-        num_bits = bits_for((inputs, outputs), bits, is_end=module in ends)
-        blocks[id(module.weight)] = -(-inputs // BLOCK_SIZE) * outputs * (BLOCK_SIZE * num_bits // 8 + 4)
+        if rounding.is_scaled and not fits(inputs):
+            continue
+        num_bits = bits_for((inputs, outputs), rounding.bits, is_end=module in ends)
+        scale = 2 if rounding.is_scaled else 4
+        blocks[id(module.weight)] = -(-inputs // BLOCK_SIZE) * outputs * (BLOCK_SIZE * num_bits // 8 + scale)
     parameters = list(model.parameters())
     return (
         sum(item.numel() for item in parameters),

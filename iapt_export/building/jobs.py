@@ -46,6 +46,8 @@ from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import Adapter, read_fields
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.family import Family, check_family
+from trainers.decoder.quantise import BLOCK_SIZE
+from trainers.decoder.rounded import rounded_weights
 
 LOGGER = logging.getLogger("iapt_export")
 NOT_IN_KEY = (
@@ -153,7 +155,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     """
     targets, ranges = check_request(request)
     family = check_family(backbone.model, request.model)
-    _check_targets(request, targets, family)
+    _check_targets(request, targets, family, backbone)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
     _check_text(backbone, adapters)
     _tell_of_other_weights(targets, adapters)
@@ -173,7 +175,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity, drafts)
         if not family.in_place:
             del wanted["serve"]
-        specs[target.name] = wanted if target.weight_bits is None else layout.served_graphs(wanted)
+        specs[target.name] = _specs_of(target, wanted)
     settings = {name: value for name, value in vars(request).items() if name not in NOT_IN_KEY}
     settings |= {
         "targets": [dataclasses.asdict(target) for target in targets],
@@ -197,6 +199,15 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     )
 
 
+def _specs_of(target: TargetPlan, specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
+    """Of all graphs, those of a target: rounded weights are for serving alone."""
+    if target.rounding is None:
+        return specs
+    if not target.rounding.is_scaled:
+        return layout.served_graphs(specs)
+    return {name: specs[name] for name in layout.engine_graphs(specs)}
+
+
 def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
     """Refuse, before the export, a tokenizer or a template with which the bundle could not be served."""
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +224,7 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
 def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapter]) -> None:
     """An adapter answers best on the weights that it was trained on."""
     for target in targets:
-        served = target.dtype if target.weight_bits else "fp32"
+        served = target.dtype if target.rounding else "fp32"
         for name, adapter in adapters.items():
             if adapter.config.weights != served:
                 LOGGER.warning(
@@ -222,8 +233,8 @@ def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapte
                 )
 
 
-def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Family) -> None:
-    """Refuse targets that need graphs which a family cannot have."""
+def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Family, backbone: Backbone) -> None:
+    """Refuse targets that need graphs which a family cannot have, or weights that a backbone does not have."""
     if request.rational == "plugin" and not family.in_place:
         raise _no_node_for_plugin(f"this backbone ({'; '.join(family.restrictions)})", "use --rational function")
     if request.drafts and all(target.name in TENSORRT for target in targets):
@@ -233,12 +244,18 @@ def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Fam
             "--drafts needs a graph over a cache that is written in place, which this backbone cannot have: "
             f"{'; '.join(family.restrictions)}. Leave it out"
         )
-    quantised = [target.dtype for target in targets if target.weight_bits is not None]
+    quantised = [target for target in targets if target.rounding]
     if quantised and not family.in_place:
         raise IaptError(
-            f"{quantised[0]} is for graphs over a cache that is written in place, which this backbone cannot have: "
-            f"{'; '.join(family.restrictions)}. Build for onnxruntime:fp32"
+            f"{quantised[0].dtype} is for graphs over a cache that is written in place, which this backbone cannot "
+            f"have: {'; '.join(family.restrictions)}. Build for {quantised[0].name}:{quantised[0].graph_dtype}"
         )
+    for target in quantised:
+        if target.rounding and not rounded_weights(backbone.model, target.rounding):
+            raise IaptError(
+                f"{target.name}:{target.dtype} stores matrices with inputs in whole blocks of {BLOCK_SIZE}, and this "
+                f"backbone has none; build for {target.name}:{target.graph_dtype}"
+            )
 
 
 def _no_node_for_plugin(where: str, try_this: str) -> IaptError:
@@ -253,7 +270,7 @@ def _capacity(target: TargetPlan, ranges: Ranges, device: str) -> int | None:
 
     ONNX Runtime needs them on a GPU, see `iapt_export.contract.graphs.runs_on`.
     """
-    wanted = target.name in TENSORRT or (device == "cuda" and target.weight_bits is None)
+    wanted = target.name in TENSORRT or (device == "cuda" and not target.rounding)
     return ranges.past.max if wanted and target.opset >= SCATTER_OPSET - 1 else None
 
 
@@ -271,7 +288,7 @@ def _graph_jobs(
         # one position more than a step finds, for the entry that it adds
         positions = ranges.past.max + 1 if any(KINDS[name].needs_onnxruntime for name in names) else None
         drafts = request.drafts if VERIFY in names else 0
-        jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].weight_bits, drafts)))
+        jobs.append(GraphJob(variant, own[0], names, Serving(positions, capacity, own[0].rounding, drafts)))
     return jobs
 
 

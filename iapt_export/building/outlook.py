@@ -115,12 +115,14 @@ def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: st
         rate = bytes_per_second(plan.cache, name)
         stages.append(Stage(name, found is not None, size, size / rate if rate else None))
     # an engine is found by its graph's bytes, which are not there before the graph is
-    stages += [Stage(f"engine-{job.target}-{job.name}", False, None) for job in plan.engines]
+    sizes = [engine_bytes(job, plan, model) for job in plan.engines]
+    stages += [
+        Stage(f"engine-{job.target}-{job.name}", False, size) for job, size in zip(plan.engines, sizes, strict=True)
+    ]
     shipped = next(job for job in plan.graphs if job.variant == onnx_variant(plan.targets))
-    engines = sum(graph_bytes(job, plan, model) for job in plan.graphs if _is_for_engines(job, plan))
     tenants = sum(tensor.nbytes for adapter in plan.tenants.adapters.values() for tensor in adapter.tensors.values())
-    cached = sum(stage.bytes or 0 for stage in stages if not stage.is_made) + engines
-    bundle = graph_bytes(shipped, plan, model) + engines + tenants
+    cached = sum(stage.bytes or 0 for stage in stages if not stage.is_made)
+    bundle = graph_bytes(shipped, plan, model) + sum(sizes) + tenants
     disk = [(plan.cache, cached, "--cache"), (plan.output, bundle, "--output")]
     streams = plan.request.prove and not has_room_for(model, copies=1 + _rounds(plan.targets))
     if streams and _rounds(plan.targets):
@@ -133,7 +135,7 @@ def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: st
 def graph_bytes(job: Any, plan: Any, model: Any) -> int:
     """What the graphs of a job take, nearly all of it weights."""
     width = FLOAT_BYTES[job.target.graph_dtype]
-    _, size = model_weights(model, job.target.weight_bits, width)
+    _, size = model_weights(model, job.target.rounding, width)
     kinds = {KINDS[name].in_place for name in job.names if KINDS[name].reads}
     if len(kinds) == 2:
         linears = sizes_of(model).linears.items()
@@ -142,13 +144,14 @@ def graph_bytes(job: Any, plan: Any, model: Any) -> int:
     return size
 
 
-def _is_for_engines(job: Any, plan: Any) -> bool:
-    targets = {engine.target for engine in plan.engines}
-    return any(target.name in targets and target.variant == job.variant for target in plan.targets)
+def engine_bytes(job: Any, plan: Any, model: Any) -> int:
+    """What an engine takes: each holds the weights of its own graph."""
+    target = next(target for target in plan.targets if target.name == job.target)
+    return model_weights(model, target.rounding, FLOAT_BYTES[target.graph_dtype])[1]
 
 
 def _rounds(targets: list[TargetPlan]) -> bool:
-    return any(target.weight_bits for target in targets)
+    return any(target.rounding for target in targets)
 
 
 def _disk_needs(places: list[tuple[Path, int, str]]) -> list[Need]:

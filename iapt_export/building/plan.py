@@ -18,7 +18,7 @@ from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
-from trainers.decoder.quantise import QUANTISED
+from trainers.decoder.quantise import DEQUANTISED, QUANTISED, Rounding, rounding_of
 from trainers.methods.forms import METHODS
 
 DEFAULT_OPSET = 23
@@ -33,23 +33,26 @@ class TargetPlan:
 
     name: str
     dtype: str
-    """``fp32``, ``fp16``, ``bf16``; ``int8`` or ``int4`` for weights in it and all else in fp32."""
+    """``fp32``, ``fp16``, ``bf16``; ``int8`` or ``int4`` for weights in it, all else in `graph_dtype`."""
     opset: int
 
     @property
     def variant(self) -> str:
         """Targets with the same variant share ONNX graphs."""
-        return f"{self.dtype}-opset{self.opset}"
+        kind = "dequantised-" if self.rounding and self.rounding.is_scaled else ""
+        return f"{kind}{self.dtype}-opset{self.opset}"
 
     @property
     def graph_dtype(self) -> str:
         """The type that the graphs compute in, and that their inputs and outputs have."""
-        return "fp32" if self.dtype in QUANTISED else self.dtype
+        if self.rounding is None:
+            return self.dtype
+        return "fp16" if self.rounding.is_scaled else "fp32"
 
     @property
-    def weight_bits(self) -> int | None:
-        """Bits of a stored weight where it is quantised."""
-        return QUANTISED.get(self.dtype)
+    def rounding(self) -> Rounding | None:
+        """How the backbone's weights are stored where they are rounded."""
+        return rounding_of(self.name, self.dtype)
 
 
 def plan_targets(requested: Sequence[str], dtype: str | None, opset: int | None) -> list[TargetPlan]:
@@ -71,19 +74,24 @@ def plan_targets(requested: Sequence[str], dtype: str | None, opset: int | None)
         if name not in TARGETS:
             raise IaptError(f"target {name!r} is not known; use one of {', '.join(TARGETS)}, as NAME or NAME:DTYPE")
         chosen = suffix or dtype or DEFAULT_DTYPE[name]
-        if chosen in QUANTISED and name != "onnxruntime":
-            raise IaptError(
-                f"{chosen} weights are for onnxruntime, which has kernels for them; for {name} use one of "
-                f"{', '.join(FLOATS)}"
-            )
-        if chosen not in (*FLOATS, *QUANTISED):
-            raise IaptError(
-                f"dtype {chosen!r} of target {text!r} is not known; use one of {', '.join((*FLOATS, *QUANTISED))}"
-            )
+        _check_dtype(text, name, chosen)
         if any(plan.name == name for plan in plans):
             raise IaptError(f"target {name!r} is given twice; build a second bundle for another dtype")
         plans.append(TargetPlan(name, chosen, opset or DEFAULT_OPSET))
     return plans
+
+
+def _check_dtype(text: str, name: str, dtype: str) -> None:
+    """Refuse a type that is not known, or that a target does not have."""
+    known = tuple(dict.fromkeys((*FLOATS, *QUANTISED, *DEQUANTISED)))
+    if dtype not in known:
+        raise IaptError(f"dtype {dtype!r} of target {text!r} is not known; use one of {', '.join(known)}")
+    if dtype not in FLOATS and rounding_of(name, dtype) is None:
+        able = [target for target in TARGETS if rounding_of(target, dtype)]
+        raise IaptError(
+            f"{dtype} weights are for {' and '.join(able)}; for {name} use one of "
+            f"{', '.join(kind for kind in known if kind in FLOATS or rounding_of(name, kind))}"
+        )
 
 
 def check_device(targets: list[TargetPlan], device: str) -> None:

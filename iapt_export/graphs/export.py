@@ -17,6 +17,7 @@ from iapt_export.contract.types import OPSETS
 from iapt_export.graphs.installed import Installed, rational_forms
 from iapt_export.graphs.interface import as_traced
 from iapt_export.graphs.passes import ship_pipeline
+from iapt_export.graphs.passes.dequantise_weights import DequantiseWeightsPass
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.save import save_graphs
 from iapt_export.graphs.table import TABLE, graph_specs
@@ -63,7 +64,7 @@ def export_graphs(
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
     specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity, serving.drafts)
-    rounded = rounded_weights(backbone, serving.weight_bits) if serving.weight_bits else {}
+    rounded = rounded_weights(backbone, serving.rounding) if serving.rounding else {}
     models: dict[str, ir.Model] = {}
     notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)
@@ -72,7 +73,8 @@ def export_graphs(
         model = trace_graph(name, backbone, installed, as_traced(specs[name]), opset)
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
-        graph_passes += [QuantiseWeightsPass(rounded)] if serving.weight_bits else []
+        if serving.rounding:
+            graph_passes.append((DequantiseWeightsPass if serving.rounding.is_scaled else QuantiseWeightsPass)(rounded))
         passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes, portable=name in PORTABLE)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")

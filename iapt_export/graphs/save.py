@@ -40,7 +40,7 @@ def save_graphs(models: dict[str, ir.Model], folder: Path, on_tensor: Callable[[
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes <= INLINE_BYTES:
                     continue
-                data = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data  # without a copy
+                data = _bytes_of(tensor)
                 shape = tuple(tensor.shape.numpy())
                 key = hashlib.sha256(data).digest()
                 if key not in places:
@@ -54,6 +54,13 @@ def save_graphs(models: dict[str, ir.Model], folder: Path, on_tensor: Callable[[
                 )
     for name, model in models.items():
         _save_graph(model, folder / f"{name}.onnx")
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
+    """As they are stored: without a copy, but for several values a byte."""
+    if tensor.dtype.bitwidth < 8:
+        return memoryview(tensor.tobytes())
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
 
 
 def _save_graph(model: ir.Model, path: Path) -> None:

@@ -18,6 +18,7 @@ from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.passes import serve_passes
 from iapt_export.graphs.passes.one_by_one import OneByOnePass
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
+from trainers.decoder.quantise import Rounding
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Serving:
     embedding as it was traced, for any number."""
     capacity: int | None = None
     """Cache entries of a row in ``serve_prefill`` and ``serve_decode``; None leaves these graphs out."""
-    weight_bits: int | None = None
-    """4 or 8 to store the backbone's weights in as many; for graphs of fp32. None leaves them in the graphs' type."""
+    rounding: Rounding | None = None
+    """How the backbone's weights are stored; None leaves them in the graphs' type."""
     drafts: int = 0
     """Drafted tokens of a row that ``verify`` takes; 0 leaves this graph out."""
 
@@ -50,7 +51,7 @@ class Graph:
 
 def _serve_passes(serving: Serving) -> list[ir.passes.PassBase]:
     # int4 keeps the matrices of keys and values in more bits than those of queries
-    return serve_passes(serving.num_positions, packed=serving.weight_bits != 4)
+    return serve_passes(serving.num_positions, packed=serving.rounding is None or serving.rounding.bits != 4)
 
 
 def _verify_passes(serving: Serving) -> list[ir.passes.PassBase]:

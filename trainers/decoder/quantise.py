@@ -1,4 +1,6 @@
-"""Weight-only quantisation, by ONNX Runtime's own quantiser: values of 4 or 8 bits in blocks with a scale each.
+"""Weight-only quantisation: values of 4 or 8 bits in blocks with a scale each.
+
+`Blocks` are made by ONNX Runtime's own quantiser for its own operators, `trainers.decoder.scaled` is for TensorRT.
 
 Shapes: N outputs of a linear layer, K inputs of it, both of the stored matrix; G = ceil(K / block) blocks.
 """
@@ -7,13 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from iapt_export.contract.errors import IaptError
 
-QUANTISED = {"int8": 8, "int4": 4}
-"""Types of stored weights, and their bits: activations, cache and tenants' weights are fp32. ONNX Runtime's only."""
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a target stores the backbone's matrices."""
+
+    bits: int
+    """8 or 4, of most; see `bits_for`."""
+    grid: Literal["blocks", "integers"] = "blocks"
+    """``blocks`` for ONNX Runtime's own operators, in fp32 graphs. ``integers`` for DequantizeLinear in fp16 graphs,
+    which the weights are rounded to first."""
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether DequantizeLinear restores the matrices; see `trainers.decoder.scaled`."""
+        return self.grid != "blocks"
+
+
+QUANTISED = {"int8": Rounding(8), "int4": Rounding(4)}
+"""ONNX Runtime's types of stored weights; activations, cache and tenants' weights are fp32."""
+DEQUANTISED = {"int8": Rounding(8, "integers"), "int4": Rounding(4, "integers")}
+"""Those of TensorRT for RTX; all else is fp16."""
 BLOCK_SIZE = 32
 """Values that share a scale. The smallest that every kernel of ONNX Runtime takes, and the nearest to fp32."""
 ACCURACY_LEVEL = 4
@@ -51,6 +73,11 @@ class Blocks:
         steps = steps.reshape(outputs, blocks, BLOCK_SIZE)
         rows = np.multiply(steps, self.scales.reshape(outputs, blocks, 1), dtype=np.float32).reshape(outputs, -1)
         return np.ascontiguousarray(rows[:, : self.num_inputs])
+
+
+def rounding_of(target: str, dtype: str) -> Rounding | None:
+    """How a target of that name and type rounds the backbone's weights; None where it does not."""
+    return {"onnxruntime": QUANTISED, "tensorrt-rtx": DEQUANTISED}.get(target, {}).get(dtype)
 
 
 def bits_for(shape: Sequence[int], bits: int, *, is_end: bool) -> int:

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainers.decoder.quantise import BLOCK_SIZE, Blocks, bits_for, quantise
+from trainers.decoder.quantise import BLOCK_SIZE, Blocks, Rounding, bits_for, quantise
+from trainers.decoder.scaled import Scaled, fits, scaled
 
 ROWS_AT_ONCE = 4096
 """Outputs of a matrix that are rounded at once."""
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, bits: int) -> None:
+def round_weights(model: nn.Module, rounding: Rounding) -> None:
     """Round a backbone's matrices in place: embeddings by rows, linear layers by inputs, what both share once."""
-    for module, chosen in _matrices(model, bits):
-        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T  # [K, N]
-        weight.copy_(torch.from_numpy(quantise(weight.contiguous().float().numpy(), chosen).restored()))
+    for module, chosen in _matrices(model, rounding):
+        rows = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data  # [N, K]
+        rows.copy_(torch.from_numpy(_rounded(rows, chosen, rounding).restored_rows()))
 
 
-def _matrices(model: nn.Module, bits: int) -> list[tuple[Any, int]]:
+def _matrices(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int]]:
     """The modules whose weights are rounded, one of those that share one, and to how many bits."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     done: set[int] = set()
@@ -38,29 +39,31 @@ def _matrices(model: nn.Module, bits: int) -> list[tuple[Any, int]]:
         is_table = isinstance(module, nn.Embedding)
         if shape[0] < BLOCK_SIZE or (is_table and (shape[0] % BLOCK_SIZE or shape[1] < BLOCK_SIZE)):
             continue
+        if rounding.is_scaled and not fits(shape[0]):
+            continue
         done.add(id(module.weight))
-        found.append((module, bits_for(shape, bits, is_end=is_table or module is head)))
+        found.append((module, bits_for(shape, rounding.bits, is_end=is_table or module is head)))
     return found
 
 
-def rounded_weights(model: nn.Module, bits: int) -> dict[str, int]:
+def rounded_weights(model: nn.Module, rounding: Rounding) -> dict[str, int]:
     """The weights that are rounded by every name that they have in the model, and to how many bits each.
 
     The exporter stores these and no others in as few bits, so that both sides always mean the same weights.
 
     Args:
         model: its parameters need no values.
-        bits: 8 or 4, of most matrices.
+        rounding: the target's.
     """
-    return {name: chosen for _, chosen, names in _named(model, bits) for name in names}
+    return {name: chosen for _, chosen, names in _named(model, rounding) for name in names}
 
 
-def _named(model: nn.Module, bits: int) -> list[tuple[Any, int, list[str]]]:
+def _named(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int, list[str]]]:
     """What `_matrices` gives, and all names of each weight."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return [(module, chosen, names[id(module.weight)]) for module, chosen in _matrices(model, bits)]
+    return [(module, chosen, names[id(module.weight)]) for module, chosen in _matrices(model, rounding)]
 
 
 class RoundedWeights:
@@ -70,17 +73,17 @@ class RoundedWeights:
     five to nine bits a number.
     """
 
-    def __init__(self, model: nn.Module, bits: int, read: Callable[[str], Tensor]) -> None:
+    def __init__(self, model: nn.Module, rounding: Rounding, read: Callable[[str], Tensor]) -> None:
         """Take a model whose parameters need no values, and what gives its weights by their names."""
-        self._read = read
+        self._read, self._rounding = read, rounding
         self._bits: dict[str, int] = {}
         self._first: dict[str, str] = {}
         self._inputs_first: set[str] = set()
-        for module, chosen, same in _named(model, bits):
+        for module, chosen, same in _named(model, rounding):
             self._bits |= dict.fromkeys(same, chosen)
             self._first |= dict.fromkeys(same, same[0])
             self._inputs_first |= set(same) if isinstance(module, Conv1D) else set()
-        self._kept: dict[str, Blocks] = {}
+        self._kept: dict[str, Blocks | Scaled] = {}
 
     def __call__(self, name: str) -> Tensor:
         """A weight by its name in the model's state."""
@@ -89,18 +92,22 @@ class RoundedWeights:
         blocks = self._kept.get(self._first[name])
         if blocks is None:
             weight = self._read(name)
-            blocks = _rounded(weight.T if name in self._inputs_first else weight, self._bits[name])
+            weight = weight.T if name in self._inputs_first else weight
+            blocks = _rounded(weight, self._bits[name], self._rounding)
             del weight
             self._kept[self._first[name]] = blocks
         rows = torch.from_numpy(blocks.restored_rows())  # [N, K]
         return rows.T.contiguous() if name in self._inputs_first else rows
 
 
-def _rounded(rows: Tensor, bits: int) -> Blocks:
+def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
     """``rows [N, K]`` rounded along K, a few at a time, because the quantiser takes several copies of what it is given.
 
     The values and scales are mapped from files.
     """
+    if rounding.is_scaled:
+        made = [scaled(part.float().numpy(), bits) for part in rows.split(ROWS_AT_ONCE)]
+        return Scaled(_on_disk([part.values for part in made]), _on_disk([part.scales for part in made]))
     parts = [quantise(part.float().T.contiguous().numpy(), bits) for part in rows.split(ROWS_AT_ONCE)]
     values, scales = _on_disk([part.values for part in parts]), _on_disk([part.scales for part in parts])
     return Blocks(bits, values, scales, rows.shape[1])

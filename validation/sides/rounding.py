@@ -1,5 +1,7 @@
 """Quantised weights, and nothing else that differs: both sides of an exact comparison of int8 and int4.
 
+For TensorRT see `validation.sides.engine_graphs`; what follows is about ONNX Runtime's operators.
+
 What a quantised target answers differs from PyTorch's fp32 by much, and by chance. But the same graphs with products
 that do not round their inputs (`validation.sides.taps.TappedGraph`), against PyTorch with weights that went through the
 same quantiser, differ by no more than fp32 graphs do; so fp32's limits hold there, and small faults are found.
@@ -16,6 +18,7 @@ import torch
 
 from engines.serving.session import Session
 from trainers.decoder.method import Method
+from trainers.decoder.quantise import Rounding
 from trainers.decoder.rounded import RoundedWeights, round_weights
 from trainers.decoder.streamed import is_streamed, read_weight, streamed
 from validation.sides.reference import Reference
@@ -36,8 +39,8 @@ def unrounded_session(session: Session) -> Session:
 
 
 @torch.no_grad()
-def with_rounded_weights(reference: Reference, bits: int) -> Reference:
-    """The reference with the backbone's matrices rounded to ``bits`` bits and back, as the exporter's pass stores them.
+def with_rounded_weights(reference: Reference, rounding: Rounding) -> Reference:
+    """The reference with the backbone's matrices rounded and restored, as the exporter's pass stores them.
 
     What `build` takes from fp32 weights stays as it is: a merged adapter, a folded embedding table. The copy takes as
     much memory as the backbone; that of a streamed one takes disk instead.
@@ -45,21 +48,26 @@ def with_rounded_weights(reference: Reference, bits: int) -> Reference:
     other = copy.copy(reference)
     other.methods = dict(reference.methods)
     forms = {spec.name: spec.form for spec in reference.manifest.methods}
+    model = reference.model
+    if rounding.is_scaled and any(tenant.method is None for tenant in reference.manifest.tenants):
+        model = copy.deepcopy(model)  # the build merged into weights of fp16
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
     with ExitStack() as stack:
         for tenant in reference.manifest.tenants:
             method = reference.methods[tenant.name]
             if tenant.method is None:
-                stack.enter_context(method.merged(reference.model))
+                stack.enter_context(method.merged(model))
                 other.methods[tenant.name] = _without_effect(method)
             elif method.folded_form == forms[tenant.method]:
                 table = reference.model.get_input_embeddings()
                 other.methods[tenant.name] = method.folded(table(torch.arange(table.num_embeddings))).eval()
         if is_streamed(reference.model):
-            rounded = RoundedWeights(reference.model, bits, functools.partial(read_weight, reference.model))
+            rounded = RoundedWeights(reference.model, rounding, functools.partial(read_weight, reference.model))
             other.model = streamed(reference.model, rounded)
             return other
-        other.model = copy.deepcopy(reference.model)
-    round_weights(other.model, bits)
+        other.model = copy.deepcopy(model)
+    round_weights(other.model, rounding)
     return other
 
 

@@ -193,6 +193,8 @@ class TappedRunner(OnnxRuntimeRunner):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        # else a product behind DequantizeLinear becomes MatMulNBits, which rounds its inputs
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
         )

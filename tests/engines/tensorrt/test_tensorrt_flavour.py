@@ -12,11 +12,14 @@ from iapt_export.contract.errors import IaptError, NotRunnableError
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("tensorrt-rtx", "int8"), "target tensorrt-rtx: dtype 'int8' is not supported; use fp32, fp16, bf16"),
+        (("tensorrt", "int8"), "target tensorrt: dtype 'int8' is not supported; use fp32, fp16, bf16$"),
+        (("tensorrt-rtx", "int2"), "dtype 'int2' is not supported; use fp32, fp16, bf16, int8, int4"),
+        (("tensorrt-rtx", "int4", 20), "int4 weights need DequantizeLinear with blocks, which opset 20 lacks; use"),
+        (("tensorrt-rtx", "int4", 23, "7.5"), "7.5 have no int4 weights; choose one of 8.0, 8.6, 8.9, 12.0, 12.1"),
         (("tensorrt-rtx", "fp16", 18), "opset 18 is not supported; use 20 or 23"),
         (("tensorrt-rtx", "bf16", 23, "7.5"), "compute capability 7.5 have no bf16 matrix kernels here; use fp16"),
         (("tensorrt-rtx", "fp32", 23, "7.5"), "compute capability 7.5 have no fp32 matrix kernels"),
-        (("tensorrt-rtx", "int4", 17, "9.0"), "'int4' is not supported.*; opset 17 is.*; compute capability '9.0'"),
+        (("tensorrt", "int4", 17, "9.0"), "'int4' is not supported.*; opset 17 is.*; compute capability '9.0'"),
     ],
 )
 def test_targets_that_cannot_be_built(arguments: tuple[object, ...], message: str) -> None:
@@ -29,6 +32,12 @@ def test_targets_that_cannot_be_built(arguments: tuple[object, ...], message: st
 def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
     check_target(target, dtype, 23)
     check_target(target, dtype, 20)
+
+
+def test_int8_weights_are_for_every_gpu_and_int4_not_for_the_oldest() -> None:
+    for capability in (None, "portable", "8.0", "12.1"):
+        check_target("tensorrt-rtx", "int4", 23, capability)
+    check_target("tensorrt-rtx", "int8", 23, "7.5")
 
 
 def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:

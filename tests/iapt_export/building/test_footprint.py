@@ -17,7 +17,7 @@ from iapt_export.contract.errors import IaptError
 from tests.bundles import TinyBuild, run
 from tests.tiny import tiny_llama
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.quantise import quantise
+from trainers.decoder.quantise import Rounding, quantise
 from trainers.methods.configs import METHOD_CONFIGS, flag_name
 from trainers.methods.forms import new_method
 
@@ -83,7 +83,7 @@ def test_blocks_are_those_that_the_quantiser_makes() -> None:
     module.get_input_embeddings = module.get_output_embeddings = lambda: None  # type: ignore[assignment]
     for bits in (8, 4):
         made = quantise(weight, bits)
-        assert model_weights(module, bits, 4) == (80 * 96, made.values.nbytes + made.scales.nbytes)
+        assert model_weights(module, Rounding(bits), 4) == (80 * 96, made.values.nbytes + made.scales.nbytes)
 
 
 def initializers(graph: Any) -> list[Any]:

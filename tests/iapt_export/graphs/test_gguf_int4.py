@@ -12,13 +12,15 @@ from onnx import numpy_helper
 from iapt_export.graphs.export import Serving, export_graphs
 from tests.trainers.decoder.gguf_files import TinyFile, write
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.quantise import Blocks
+from trainers.decoder.quantise import Blocks, Rounding
 
 
 def test_q4_0_survives_int4_exactly(tmp_path: Path) -> None:
     file = TinyFile("llama", layers=1, quantised=gguf.GGMLQuantizationType.Q4_0)
     model = load_backbone(str(write(tmp_path / "tiny.gguf", file))).model
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=4))
+    export_graphs(
+        model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=Rounding(4))
+    )
     graph = onnx.load(tmp_path / "serve.onnx").graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     num_rows = 0

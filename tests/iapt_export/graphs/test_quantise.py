@@ -22,7 +22,7 @@ from tests.graphs import run_onnx, specs_for, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import tiny_gpt2, tiny_llama
-from trainers.decoder.quantise import BLOCK_SIZE, quantise
+from trainers.decoder.quantise import BLOCK_SIZE, Rounding, quantise
 from trainers.decoder.rounded import rounded_weights
 
 WIDTH = 64
@@ -132,7 +132,7 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_four_bits_leave_eight_to_products_that_narrow_and_to_both_ends() -> None:
-    bits = rounded_weights(tiny_family("granite"), 4)
+    bits = rounded_weights(tiny_family("granite"), Rounding(4))
     layer = {name.removeprefix("model.layers.1."): count for name, count in bits.items() if ".layers.1." in name}
     assert layer == {
         **dict.fromkeys(("self_attn.q_proj.weight", "self_attn.o_proj.weight"), 4),
@@ -146,7 +146,9 @@ def test_four_bits_leave_eight_to_products_that_narrow_and_to_both_ends() -> Non
 @pytest.mark.parametrize(("make", "bits"), [(tiny_llama, 8), (tiny_gpt2, 4)], ids=["llama int8", "gpt2 int4"])
 def test_a_quantised_backbone_stays_near(make: Any, bits: int, tmp_path: Path) -> None:
     model = make(**({"n_layer": 1} if make is tiny_gpt2 else {"num_hidden_layers": 1}))
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=bits))
+    export_graphs(
+        model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=Rounding(bits))
+    )
     nodes = [node.op_type for node in onnx.load(tmp_path / "serve.onnx", load_external_data=False).graph.node]
     assert "MatMulNBits" in nodes and "GatherBlockQuantized" in nodes
     assert not {"MatMul", "Gemm"} & set(nodes)
@@ -156,15 +158,15 @@ def test_a_quantised_backbone_stays_near(make: Any, bits: int, tmp_path: Path) -
 def test_quantised_targets_compute_in_fp32_and_have_graphs_of_their_own() -> None:
     plans = plan_targets(["onnxruntime:int4", "tensorrt-rtx:fp16"], None, None)
     assert plans[0] == TargetPlan("onnxruntime", "int4", 23)
-    assert [(plan.graph_dtype, plan.weight_bits) for plan in plans] == [("fp32", 4), ("fp16", None)]
+    assert [(plan.graph_dtype, plan.rounding) for plan in plans] == [("fp32", Rounding(4)), ("fp16", None)]
     assert onnx_variant(plans) == "int4-opset23"
     assert list(served_graphs(specs_for(tiny_llama(), []))) == ["serve"]
 
 
-@pytest.mark.parametrize("target", ["tensorrt:int8", "tensorrt-rtx:int4"])
-def test_engines_of_quantised_weights_are_refused(target: str) -> None:
-    with pytest.raises(IaptError, match=r"weights are for onnxruntime, which has kernels for them; for tensorrt.*fp16"):
-        plan_targets([target], None, None)
+def test_a_target_without_a_type_of_weights_says_who_has_it() -> None:
+    said = r"int4 weights are for onnxruntime and tensorrt-rtx; for tensorrt use one of fp32, fp16, bf16$"
+    with pytest.raises(IaptError, match=said):
+        plan_targets(["tensorrt:int4"], None, None)
 
 
 def test_unknown_types_are_refused_with_the_known_ones() -> None:

@@ -16,6 +16,7 @@ from tests.bundles import random_method
 from tests.graphs import Arrays, run_onnx, stacked_feeds, worst
 from tests.tiny import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from trainers.decoder.insertion import sizes_of
+from trainers.decoder.quantise import Rounding
 from trainers.methods.configs import ADePTConfig, IAPTConfig, LoRAConfig
 
 DRAFTS = 3
@@ -25,7 +26,7 @@ LENGTHS = np.array([6, 9, 3])
 
 
 def exported(model: Any, methods: list[Installed], folder: Path, bits: int | None = None) -> Path:
-    serving = Serving(CAPACITY + 1, weight_bits=bits, drafts=DRAFTS)
+    serving = Serving(CAPACITY + 1, rounding=Rounding(bits) if bits else None, drafts=DRAFTS)
     names = ("serve", "verify")
     specs = export_graphs(model, methods, folder, dtype="fp32", opset=23, names=names, serving=serving)
     graph = onnx.load(folder / "verify.onnx").graph

@@ -15,6 +15,7 @@ from tests.graphs import installed
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.insertion import sizes_of
+from trainers.decoder.quantise import Rounding
 from trainers.decoder.stored import is_outline, load_mapped, outline_of
 
 
@@ -43,7 +44,7 @@ def test_an_outline_exports_to_the_same_bytes(two_backbones: dict[str, Any], tmp
         for name, model in two_backbones.items():
             into = tmp_path / f"{name} {bits}"
             into.mkdir()
-            serving = Serving(num_positions=64, weight_bits=bits)
+            serving = Serving(num_positions=64, rounding=Rounding(bits) if bits else None)
             methods = installed(sizes=sizes_of(model))
             export_graphs(model, methods, into, dtype="fp32", opset=23, names=("serve",), serving=serving)
             made[name] = {path.name: path.read_bytes() for path in into.iterdir()}

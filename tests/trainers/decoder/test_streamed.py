@@ -19,7 +19,7 @@ from trainers.decoder import rounded
 from trainers.decoder import streamed as module
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import decoder_layers, hooked
-from trainers.decoder.quantise import quantise
+from trainers.decoder.quantise import Rounding, quantise
 from trainers.decoder.rounded import RoundedWeights, round_weights
 from trainers.decoder.stored import load_mapped, outline_of, stored_weight
 from trainers.decoder.streamed import abreast, has_room_for, is_streamed, load_or_stream, read_weight, streamed
@@ -136,10 +136,10 @@ def test_rounded_weights_are_those_that_rounding_in_place_leaves(
         loaded = load_backbone(str(tmp_path / str(number)))
         for bits in (4, 8):
             right = copy.deepcopy(loaded.model)
-            round_weights(right, bits)
+            round_weights(right, Rounding(bits))
             plain = streamed(made.model)
             model = streamed(
-                plain, RoundedWeights(plain, bits, lambda name, made=made: stored_weight(made.model, name))
+                plain, RoundedWeights(plain, Rounding(bits), lambda name, made=made: stored_weight(made.model, name))
             )
             for name, wanted in right.named_parameters(remove_duplicate=False):
                 for _ in "first time", "from what was kept":
@@ -157,7 +157,7 @@ def test_a_matrix_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "trainers.decoder.rounded.quantise", lambda matrix, bits: rounded.append(bits) or quantise(matrix, bits)
     )
-    model = streamed(made.model, RoundedWeights(made.model, 4, lambda name: stored_weight(made.model, name)))
+    model = streamed(made.model, RoundedWeights(made.model, Rounding(4), lambda name: stored_weight(made.model, name)))
     logits_of(model, IDS[0])
     count = len(rounded)
     logits_of(model, IDS[1])

@@ -28,7 +28,7 @@ from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.quantise import QUANTISED
+from trainers.decoder.quantise import QUANTISED, Rounding
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import ADePTConfig, LoRAConfig
 from validation.judging.compare import BRIEF_STEPS, Settings
@@ -103,16 +103,19 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, tmp_path: Path) -> None:
     model = make(**({"n_layer": 1} if make is tiny_gpt2 else {"num_hidden_layers": 1}))
-    bits = QUANTISED[dtype]
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=bits))
+    rounding = QUANTISED[dtype]
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
     before = copy.deepcopy(model)
-    round_weights(model, bits)
+    round_weights(model, rounding)
     changes = [
         relative(new.detach().numpy(), old.detach().numpy())
         for new, old in zip(model.parameters(), before.parameters(), strict=True)
         if new.dim() == 2
     ]
-    assert all(2e-3 < change < {8: 0.01, 4: 0.15}[bits] for change in changes) and max(changes) > 1 / 2**bits / 2
+    assert (
+        all(2e-3 < change < {8: 0.01, 4: 0.15}[rounding.bits] for change in changes)
+        and max(changes) > 1 / 2**rounding.bits / 2
+    )
     graph = TappedGraph(tmp_path / "serve.onnx")
     (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
     two_steps(model, tmp_path / "unrounded.onnx")
@@ -122,17 +125,17 @@ def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, t
 @pytest.mark.parametrize("family", ["qwen2_moe", "granite"])
 def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dtype: str, tmp_path: Path) -> None:
     """One reads its router and its shared expert in the same way; the other's head is not the last node."""
-    model, bits = tiny_family(family), QUANTISED[dtype]
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=bits))
+    model, rounding = tiny_family(family), QUANTISED[dtype]
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
     graph = TappedGraph(tmp_path / "serve.onnx")
-    rounded = rounded_weights(model, bits)
+    rounded = rounded_weights(model, rounding)
     shared = "model.layers.1.mlp.shared_expert.up_proj.weight"
     assert family != "qwen2_moe" or (shared in rounded and "model.layers.1.mlp.gate.weight" not in rounded)
     stored = {name for name in graph.weights if name.endswith((BLOCKS, ROWS))}
     parts = {part for name in stored for part in name.removesuffix(BLOCKS).removesuffix(ROWS).split(JOIN)}
     assert {part.removesuffix(TRANSPOSED) for part in parts} == set(rounded)
     before = copy.deepcopy(model)
-    round_weights(model, bits)
+    round_weights(model, rounding)
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(new, old) == (name not in rounded), name
     (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
@@ -141,8 +144,10 @@ def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dt
 
 def test_a_stored_weight_is_read_as_the_kernels_do(tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=1)
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, weight_bits=4))
-    round_weights(model, 4)
+    export_graphs(
+        model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=Rounding(4))
+    )
+    round_weights(model, Rounding(4))
     graph = TappedGraph(tmp_path / "serve.onnx")
     names = [name for name in graph.weights if name.endswith(BLOCKS)]
     assert len(names) == 8, "seven products and the tied embedding"

@@ -1,0 +1,199 @@
+"""Weights behind DequantizeLinear: how they are rounded, what reads them, and that both sides have the same ones."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from transformers.pytorch_utils import Conv1D
+
+from iapt_export.building.plan import plan_targets
+from iapt_export.contract.errors import IaptError
+from iapt_export.graphs.export import Serving, export_graphs
+from iapt_export.graphs.passes.dequantise_weights import STEPS, DequantiseWeightsPass
+from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
+from iapt_export.graphs.save import save_graphs
+from iapt_export.graphs.weights import WEIGHTS
+from tests.graphs import run_onnx, worst
+from tests.iapt_export.graphs.test_passes import operators, parse
+from tests.tiny import tiny_gpt2, tiny_llama
+from trainers.decoder.quantise import BLOCK_SIZE, DEQUANTISED, Rounding
+from trainers.decoder.rounded import RoundedWeights, round_weights, rounded_weights
+from trainers.decoder.scaled import LEAST_SCALE, RANGES, scaled
+
+WIDTH, OUTPUTS = 64, 70
+HALF_STEPS = {8: 0.5, 4: 2.0}
+"""Of 4 bits a block's largest value may be cut off by a fifth of seven steps. fp16 adds to it."""
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float16)
+
+
+def run_restored(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """A graph's one output, of products with the matrices as they are restored: ONNX Runtime would put MatMulNBits in
+    their place, which rounds inputs too."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    content = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+def dequantised(path: Path) -> dict[str, np.ndarray]:
+    """What ONNX Runtime makes of each rounded weight of a graph, ``[N, K]``, by the name of its weight."""
+    graph, found = onnx.load(path).graph, {}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        held = [tensors[name] for name in node.input]
+        output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, None)
+        alone = helper.make_node("DequantizeLinear", node.input, ["y"])
+        alone.attribute.extend(node.attribute)
+        model = helper.make_model(
+            helper.make_graph([alone], "g", [], [output], held), opset_imports=[helper.make_opsetid("", 23)]
+        )
+        model.ir_version = 10
+        axis = next(field.i for field in node.attribute if field.name == "axis")
+        array = run_onnx(model.SerializeToString(), {})["y"]
+        found[node.input[0].removesuffix(STEPS)] = array if axis else array.T
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_hold_a_matrix_and_no_scale_is_nothing(bits: int) -> None:
+    rows = random(6, WIDTH)
+    rows[1] = 0
+    made = scaled(rows, bits)
+    assert (made.values.dtype, made.scales.dtype) == (np.int8, np.float16)
+    assert made.values.shape == (6, WIDTH) and made.scales.shape == (6, WIDTH // BLOCK_SIZE)
+    low, high = RANGES[bits]
+    assert made.values.min() >= low and made.values.max() <= high
+    assert (made.scales[1] == LEAST_SCALE).all() and (made.scales > 0).all() and not made.restored_rows()[1].any()
+    steps = np.repeat(made.scales.astype(np.float32), BLOCK_SIZE, axis=1)
+    assert (np.abs(made.restored_rows() - rows) <= HALF_STEPS[bits] * steps * 1.15).all()
+    assert np.array_equal(scaled(rows[2:4], bits).values, made.values[2:4]), "rows have nothing to do with each other"
+
+
+def test_of_four_bits_the_nearer_of_several_scales_is_taken() -> None:
+    rows = random(512, WIDTH)
+    blocks = rows.astype(np.float32).reshape(512, -1, BLOCK_SIZE)
+    reach = np.maximum(blocks.max(-1) / 7, blocks.min(-1) / -8).astype(np.float16).astype(np.float32)[..., None]
+    plain = np.square(np.clip(np.rint(blocks / reach), -8, 7) * reach - blocks).sum()
+    assert np.square(scaled(rows, 4).restored_rows() - rows).sum() < 0.95 * plain
+
+
+LINEAR = f"g (float16[n, {WIDTH}] x, float16[{WIDTH}, {OUTPUTS}] t) => (float16[n, {OUTPUTS}] y)\n"
+PRODUCT = LINEAR + "{ a = MatMul (x, w)\n b = MatMul (x, t)\n y = Add (a, b) }"
+BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("text", [PRODUCT, BIASED], ids=["product", "with bias"])
+def test_named_matrices_are_stored_in_few_bits_and_inputs_are_not(text: str, bits: int) -> None:
+    weights = {"w": random(WIDTH, OUTPUTS), "c": random(OUTPUTS, seed=1)}
+    feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, OUTPUTS, seed=3)}
+    rounded = {**weights, "w": scaled(weights["w"].T, bits).restored_rows().T.astype(np.float16)}
+    wanted = run_onnx(ir.to_proto(parse(text, **rounded)).SerializeToString(), feeds)["y"]
+    model = parse(text, **weights)
+    done = DequantiseWeightsPass({"w": bits})
+    assert done(model).modified and done.note == f"1 weights in {bits} bits"
+    assert operators(model)[0] == "DequantizeLinear" and "w" not in model.graph.initializers
+    assert model.graph.initializers[f"w{STEPS}"].dtype == {8: ir.DataType.INT8, 4: ir.DataType.INT4}[bits]
+    assert worst(run_restored(model, feeds), wanted) < 2e-3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["alone", "tied"])
+def test_a_table_is_stored_once_as_its_readers_want_it(is_tied: bool, bits: int, tmp_path: Path) -> None:
+    head = "t = Transpose <perm = [1, 0]> (e)\n logits = MatMul (z, t)" if is_tied else "logits = MatMul (z, h)"
+    text = f"g (int64[n, 2] i) => (float16[n, 2, 96] logits)\n{{ x = Gather (e, i)\n z = Tanh (x)\n {head} }}"
+    table, other = random(96, WIDTH), random(WIDTH, 96, seed=1)
+    model = parse(text, e=table, **({} if is_tied else {"h": other}))
+    for value in (node.outputs[0] for node in model.graph if node.op_type == "Gather"):
+        value.shape, value.type = ir.Shape(["n", 2, WIDTH]), ir.TensorType(ir.DataType.FLOAT16)
+    DequantiseWeightsPass({"e": bits})(model)
+    expected = (
+        ["DequantizeLinear", "Gather", "Transpose", "Tanh", "MatMul"] if is_tied else ["DequantizeLinear", "Gather"]
+    )
+    assert operators(model)[: len(expected)] == expected
+    assert list(model.graph.initializers[f"e{STEPS}"].shape) == ([WIDTH, 96] if is_tied else [96, WIDTH])
+    restored = scaled(table, bits).restored_rows()
+    ids = np.array([[3, 95], [0, 7]])
+    made = run_restored(model, {"i": ids})
+    assert worst(made, np.tanh(restored[ids]) @ (restored.T if is_tied else other.astype(np.float32))) < 2e-3
+    save_graphs({"tied": model}, tmp_path)
+    held = onnx.load(tmp_path / "tied.onnx")
+    assert next(t for t in held.graph.initializer if t.name == f"e{STEPS}").raw_data.__len__() == table.size * bits // 8
+
+
+@pytest.mark.parametrize(
+    ("nodes", "operator"),
+    [
+        ("a = MatMul (x, w)\n b = ReduceSum (w)\n y = Add (a, b)", "ReduceSum"),
+        ("e = Gather (w, i)\n y = MatMul (x, w)", "MatMul"),
+        ("a = Gemm <transB = 1> (x, w)\n y = MatMul (x, w)", "Gemm"),
+    ],
+    ids=["another use", "rows and columns", "turned in the product"],
+)
+def test_a_weight_whose_blocks_are_not_known_is_refused(nodes: str, operator: str) -> None:
+    model = parse(LINEAR.replace("float16[n", "int64[n] i, float16[n", 1) + f"{{ {nodes} }}", w=random(WIDTH, OUTPUTS))
+    said = f"^w cannot be stored in 4 bits: {operator} reads it, and blocks go along .*; build for tensorrt-rtx:fp16"
+    with pytest.raises(IaptError, match=said):
+        DequantiseWeightsPass({"w": 4})(model)
+
+
+def test_weights_of_another_type_are_a_defect() -> None:
+    model = parse(LINEAR.replace("float16", "float") + "{ y = MatMul (x, w) }", w=random(WIDTH, OUTPUTS).astype("f"))
+    with pytest.raises(ir.passes.PreconditionError, match="w and 0 more weights are not fp16"):
+        DequantiseWeightsPass({"w": 4})(model)
+
+
+@pytest.mark.parametrize("dtype", DEQUANTISED)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+def test_pytorch_gets_the_weights_that_onnx_runtime_restores(make: Any, dtype: str, tmp_path: Path) -> None:
+    """Bit for bit, from a model in fp32, whose graph is traced in fp16; and so read one at a time."""
+    model = make(**({"n_layer": 1} if make is tiny_gpt2 else {"num_hidden_layers": 1}))
+    rounding = DEQUANTISED[dtype]
+    half, names = copy.deepcopy(model).half(), ("serve_prefill", "serve_decode")
+    export_graphs(half, [], tmp_path, dtype="fp16", opset=23, names=names, serving=Serving(None, 24, rounding))
+    bits, before = rounded_weights(model, rounding), model.state_dict()
+    read = RoundedWeights(model, rounding, {name: tensor.clone() for name, tensor in before.items()}.__getitem__)
+    round_weights(model, rounding)
+    for graph in names:
+        held = dequantised(tmp_path / f"{graph}.onnx")
+        of = {name.removeprefix(WEIGHTS).removesuffix(TRANSPOSED): array for name, array in held.items()}
+        assert of and set(of) <= set(bits)
+        for name, array in of.items():
+            module = model.get_submodule(name.rpartition(".")[0])
+            rows = module.weight.T if isinstance(module, Conv1D) else module.weight  # [N, K]
+            assert np.array_equal(array.astype(np.float32), rows.detach().numpy()), name
+            assert torch.equal(read(name), model.get_parameter(name)), name
+    untouched = [name for name, tensor in model.named_parameters() if name not in bits]
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in untouched)
+
+
+def test_matrices_without_whole_blocks_stay() -> None:
+    model = tiny_llama(num_hidden_layers=1)  # 32 wide, 48 in the middle
+    assert rounded_weights(model, Rounding(8)).keys() - rounded_weights(model, Rounding(8, "integers")).keys() == {
+        "model.layers.0.mlp.down_proj.weight"
+    }
+
+
+def test_targets_with_few_bits_compute_in_fp16_and_have_graphs_of_their_own() -> None:
+    few, many = plan_targets(["tensorrt-rtx:int4", "onnxruntime:int4"], None, None)
+    assert (few.graph_dtype, few.rounding, few.variant) == (
+        "fp16",
+        Rounding(4, "integers"),
+        "dequantised-int4-opset23",
+    )
+    assert many.variant == "int4-opset23"
