@@ -86,7 +86,7 @@ def validate_bundle(
             if folder and rounding_of(target.name, target.dtype):
                 open_graphs_of = functools.partial(_graph_session, bundle, manifest, folder)
                 same = dataclasses.replace(target, name=f"graphs of {target.name} in onnxruntime")
-                results += _scaled(open_graphs_of, same, target, reference, truths, settings, on_step)
+                results.append(_with_rounded(open_graphs_of, same, target, reference, settings, on_step))
     ran = [result for result in results if result.status in ("pass", "fail")]
     if settings.peft_check and truths.prompts:
         peft = compare_peft(reference, truths.prompts, peft_folders, on_step)
@@ -158,7 +158,9 @@ def _compared(
     """What comes of a target over one kind of cache."""
     rounding = rounding_of(target.name, target.dtype)
     if rounding and rounding.is_scaled:
-        return _scaled(open_session, target, target, reference, truths, settings, on_step)
+        with open_session(target, in_place) as session:
+            served = compare_target(session, reference, truths, settings, on_step)
+        return [served, _with_rounded(open_session, target, target, reference, settings, on_step)]
     with open_session(target, in_place) as session:
         result = compare_target(session, reference, truths, settings, on_step)
     if rounding:
@@ -192,30 +194,26 @@ def _without_rounding(
     return [result, look_inside(exact, reference, exact_truths, exact_result, less, on_step)]
 
 
-def _scaled(
+def _with_rounded(
     open_session: OpenSession,
     shown: TargetSpec,
     target: TargetSpec,
     reference: Reference,
-    truths: Truths,
     settings: Settings,
     on_step: OnStep,
-) -> list[TargetResult]:
-    """Two results of TensorRT's rounded weights: against PyTorch as it was, and against the same weights there.
+) -> TargetResult:
+    """What TensorRT's rounded weights compute, against PyTorch with the same weights.
 
-    Nothing rounds activations to fewer bits than fp16 has, so fp16's limits hold for the second.
+    Nothing rounds activations to fewer bits than fp16 has, so fp16's limits hold.
 
     Args:
         open_session: opens engines, or their graphs in ONNX Runtime.
         shown: the target under the name that it has in the report.
         target: as the bundle has it.
         reference: with the weights as they were.
-        truths: its answers.
-        settings: how much is compared.
+        settings: how much is compared; as much as int8 and int4 without rounding of activations.
         on_step: called with a word on each step, for progress.
     """
-    with open_session(shown, True) as session:
-        served = compare_target(session, reference, truths, settings, on_step)
     rounding = rounding_of(target.name, target.dtype)
     assert rounding is not None
     on_step(f"{shown.name}: rounding PyTorch's weights to {target.dtype}")
@@ -224,7 +222,7 @@ def _scaled(
         answers = answers_of(session, less, on_step)
         same = measure_truth(session.bundle, session.manifest, rounded, less, on_step, answers)
         result = compare_target(session, rounded, same, less, on_step, answers)
-    return [served, dataclasses.replace(result, name=f"{shown.name} with {target.dtype} weights, otherwise")]
+    return dataclasses.replace(result, name=f"{shown.name} with {target.dtype} weights, otherwise")
 
 
 def _graph_session(bundle: Path, manifest: BundleManifest, folder: Path, target: TargetSpec, in_place: bool) -> Session:
