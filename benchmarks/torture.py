@@ -68,7 +68,7 @@ Say = Callable[[dict[str, Any]], None]
 ALLOWED_SHIFT = 0.10
 """By which one hostile request may move another tenant's median gap between tokens."""
 ALLOWED_MS = 0.5
-"""The same where steps take less than 5 ms, which no served model's do: what a row asks for costs some calls of NumPy."""
+"""The same where steps take less than 5 ms, as no served model's do: what a row asks for costs calls of NumPy."""
 
 
 def main() -> None:
