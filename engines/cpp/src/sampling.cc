@@ -131,6 +131,7 @@ int64_t choose(const std::vector<float>& logits, const Sampling& sampling, Rando
   if (sampling.top_p < 1) tokens = nucleus(scaled, weights, sampling.top_p);
   double covered = 0.0;
   std::vector<double> ends;
+  ends.reserve(tokens.size());
   for (const int64_t token : tokens) ends.push_back(covered += weights[token]);
   const double needed = std::min(random.uniform() * covered, std::nextafter(covered, 0.0));
   return tokens[std::upper_bound(ends.begin(), ends.end(), needed) - ends.begin()];
