@@ -22,6 +22,7 @@ from trainers.decoder.backbone import config_fingerprint, load_backbone
 from trainers.methods.configs import PromptTuningConfig
 from validation.judging.compare import Settings
 from validation.judging.result import Bisection
+from validation.reporting.summary import summary
 from validation.validate import validate_bundle
 
 
@@ -91,6 +92,7 @@ def test_an_honest_bundle_has_nothing_to_find(tiny_build: TinyBuild, backbone: A
         Settings(0, NEW_TOKENS, depth="quick", bisect=True),
     )
     assert report.verdict == "pass" and len(report.targets) == 2
+    assert summary(report).count("nothing differs in these steps") == 2, "what the command ends with"
     for target in report.targets:
         check_nothing_found(target.bisection)
 
