@@ -48,6 +48,9 @@ QUESTIONS = {
     "exit code 3": "reference/files.html#exit-codes",
     "dora": "methods.html#which-of-pefts-adapters-work",
     "peft lora http": "serving.html#a-peft-lora-beside-an-iapt-tenant",
+    "drafts": "python.html#drafts-several-tokens-in-one-step",
+    "hostile request": "security.html#what-a-hostile-request-can-do",
+    "tensorrt int4": "deploy.html#smaller-engines",
 }
 """What a reader types, and where the answer stands."""
 
