@@ -263,6 +263,7 @@ def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common:
 def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common = Common()) -> None:
     """Serve a bundle over HTTP, by OpenAI's protocol; the model picks the tenant."""
     from engines.http import server
+    from engines.serving.account import Share
     from engines.serving.session import Session
 
     places = (asked.host, asked.port, asked.keys, asked.tenants, asked.admin_token, asked.metrics_prefix)
@@ -270,7 +271,9 @@ def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common
     config = server.ServerConfig(*places, ready_delay_s=asked.ready_delay, drain_s=asked.drain, log_level=level)
     settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads, "drafts": asked.drafts}
     settings |= {**asked.checks, "verify": not asked.no_verify}
-    server.serve(Session.open(bundle, asked.target, device=asked.device, **settings), config)
+    session = Session.open(bundle, asked.target, device=asked.device, **settings)
+    session.set_share("*", Share(max_rows=asked.max_rows_per_tenant))
+    server.serve(session, config)
 
 
 def triton(bundle: BundleFolder, /, *, asked: Annotated[TritonRepository, FLAT], common: Common = Common()) -> None:

@@ -214,6 +214,8 @@ class Serving(_Running):
     """Lets whoever has it load and unload tenants of that folder over HTTP; better given as IAPT_ADMIN_TOKEN."""
     max_waiting: PositiveInt = 256
     """Requests that may wait for a row; beyond that, clients get status 429."""
+    max_rows_per_tenant: Annotated[PositiveInt | None, Parameter(metavar="N")] = None
+    """Rows that one tenant has at once at most, so that no flood of long answers takes them all; without it, any."""
     threads: Annotated[PositiveInt | None, Parameter(metavar="N")] = None
     """Of ONNX Runtime on the CPU; without it, as many as this process may use cores."""
     metrics_prefix: Annotated[str, Parameter(metavar="TEXT")] = "vllm:"

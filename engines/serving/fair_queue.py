@@ -1,5 +1,7 @@
 """Whose turn it is: each tenant's requests in a queue of its own, and the tenant that was served least goes first.
 
+A request's priority counts among those of its tenant alone: clients send it, and none may go before other tenants.
+
 The virtual token counter of Sheng et al. 2024 (arXiv 2401.00588): a tenant's counter grows by the tokens that it reads
 and generates, divided by its weight. One that comes back from idling starts where the others are, so nobody saves up.
 """
@@ -57,13 +59,13 @@ class FairQueue:
         self._size += 1
 
     def peek(self) -> Entry | None:
-        """The request whose turn it is: of the smallest priority, then of the tenant that was served least, then the
-        first that came; None where nothing waits, or all that wait have their rows.
+        """The request whose turn it is: of the tenant that was served least, its smallest priority, then the first that
+        came; None where nothing waits, or all that wait have their rows.
         """
         ready = [account for account in self._queued if account.may_start]
         if not ready:
             return None
-        chosen = min(ready, key=lambda account: (account.waiting[0][0], account.served, account.waiting[0][1]))
+        chosen = min(ready, key=lambda account: (account.served, account.waiting[0][1]))
         return chosen.waiting[0][2]
 
     def take(self, entry: Entry) -> None:

@@ -49,7 +49,7 @@ class Request:
     logits_hook: LogitsHook | None = None
     """Changes the logits of each step, see `engines.serving.shaping.LogitsHook`."""
     priority: int = 0
-    """Requests of a smaller number get a free row first, whoever else waits."""
+    """Of a tenant's waiting requests those of a smaller number get a row first; other tenants' do not wait for them."""
     deadline_s: float | None = None
     """Seconds after `submit` at which the answer ends with what it has, as ``deadline``."""
 

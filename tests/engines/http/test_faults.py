@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.bundles import TENANTS, TinyBuild
+from tests.bundles import TENANTS, TinyBuild, run
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 import engines.http.replies
 from engines.http.access import Access
 from engines.http.server import ServerConfig
+from engines.serving.session import Request, Session
 from iapt_export.contract.errors import IaptError
 from tests.engines.http.served import Served, events, in_process, in_thread
 
@@ -252,3 +253,21 @@ def test_sigterm_lets_streams_end(tiny_build: TinyBuild) -> None:
             each.close()
         assert all(answer.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in answer for answer in answers)
         assert server.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(("flags", "rows"), [((), None), (("--max-rows-per-tenant=2",), 2)])
+def test_rows_that_one_tenant_may_have(
+    tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], rows: int | None
+) -> None:
+    limits = []
+
+    def look(session: Session, _config: object) -> None:
+        with session:
+            for _ in range(6):
+                session.submit(Request("alpha", tokens=(5,), max_new_tokens=60, ignore_eos=True))
+            session.submit(Request("beta", tokens=(5,), max_new_tokens=1)).result()
+            limits.append(session._scheduler.waiting.accounts["alpha"].share.max_rows)
+
+    monkeypatch.setattr("engines.http.server.serve", look)
+    assert run("serve", tiny_build.bundle, *flags).code == 0
+    assert limits == [rows]

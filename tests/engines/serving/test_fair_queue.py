@@ -103,14 +103,20 @@ def test_rows_of_a_tenant_are_limited() -> None:
     assert {row.tenant.name for row in made.running} == {"alpha", "beta"}
 
 
-def test_a_smaller_priority_goes_first() -> None:
+def test_a_smaller_priority_goes_first_among_a_tenants_requests() -> None:
     made = scheduler(rows=1)
-    for priority in (2, 0, 1, 0):
+    for priority in (2, 0, 1, -5, 0):
         made.add(entry("alpha", 1, priority=priority))
-    urgent = entry("beta", 1, priority=-1)
-    made.add(urgent)
-    order = [entry for _ in range(5) for entry, _ in made.step()]
-    assert order[0] is urgent and [each.request.priority for each in order] == [-1, 0, 0, 1, 2]
+    order = [entry.request.priority for _ in range(5) for entry, _ in made.step()]
+    assert order == [-5, 0, 0, 1, 2]
+
+
+def test_a_priority_takes_no_row_from_other_tenants() -> None:
+    made = scheduler(rows=1)
+    for tenant, priority in (("beta", 0), ("beta", 0), *[("alpha", -(10**9))] * 4):
+        made.add(entry(tenant, 1, priority=priority))
+    order = [entry.tenant.name for _ in range(6) for entry, _ in made.step()]
+    assert order == ["beta", "alpha", "beta", "alpha", "alpha", "alpha"]
 
 
 def test_what_is_late_ends_with_what_it_has() -> None:
