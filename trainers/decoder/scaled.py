@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iapt_export.contract.errors import IaptError
 from trainers.decoder.quantise import BLOCK_SIZE
 
 LEAST_SCALE = np.float16(2**-24)
 """The smallest number of fp16 above 0, for blocks of zeros: TensorRT refuses a scale of 0."""
+LARGEST_SCALE = {8: np.float16(515.5), 4: np.float16(8188)}
+"""The largest of which no step becomes infinite in fp16."""
 RANGES = {8: (-127, 127), 4: (-8, 7)}
 """Bits to the smallest and the largest step."""
 SHRUNK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
@@ -43,15 +46,25 @@ def fits(num_inputs: int) -> bool:
 
 
 def scaled(rows: np.ndarray, bits: int) -> Scaled:
-    """Round a matrix ``[N, K]`` of any float type, by way of fp16, to steps of ``bits`` bits."""
+    """Round a matrix ``[N, K]`` of any float type, by way of fp16, to steps of ``bits`` bits.
+
+    Raises:
+        IaptError: a number is NaN, or larger than fp16's.
+    """
     low, high = RANGES[bits]
-    blocks = np.ascontiguousarray(rows).astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        blocks = np.ascontiguousarray(rows).astype(np.float16).astype(np.float32)
+    if not np.isfinite(blocks).all():
+        raise IaptError(
+            f"a matrix has NaN or numbers above {np.finfo(np.float16).max:.0f}, fp16's largest, and TensorRT's int8 "
+            "and int4 come from fp16; build for tensorrt-rtx:bf16"
+        )
     blocks = blocks.reshape(len(rows), -1, BLOCK_SIZE)  # [N, G, block]
     reach = np.maximum(blocks.max(-1) / high, blocks.min(-1) / low)
-    scales = np.maximum(reach.astype(np.float16), LEAST_SCALE)
+    scales = np.clip(reach.astype(np.float16), LEAST_SCALE, LARGEST_SCALE[bits])
     values, least = _steps(blocks, scales, bits)
     for part in SHRUNK[bits][1:]:
-        tried = np.maximum((reach * np.float32(part)).astype(np.float16), LEAST_SCALE)
+        tried = np.clip((reach * np.float32(part)).astype(np.float16), LEAST_SCALE, LARGEST_SCALE[bits])
         steps, error = _steps(blocks, tried, bits)
         better = error < least
         scales, least = np.where(better, tried, scales), np.where(better, error, least)

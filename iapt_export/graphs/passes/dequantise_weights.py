@@ -176,13 +176,18 @@ class _Later:
         return self.waiting.pop(key)
 
     def _rounded(self) -> Scaled:
-        """Outputs have nothing to do with each other, so some at a time are copied and rounded."""
+        """Outputs have nothing to do with each other, so some at a time are copied and rounded.
+
+        Raises:
+            IaptError: see `scaled`; with the weight's name.
+        """
         array = self.tensor.numpy()
         rows = array if self.is_turned else array.T  # [N, K]
-        parts = [
-            scaled(rows[begin : begin + OUTPUTS_AT_A_TIME], self.bits)
-            for begin in range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
-        ]
+        begins = range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
+        try:
+            parts = [scaled(rows[begin : begin + OUTPUTS_AT_A_TIME], self.bits) for begin in begins]
+        except IaptError as error:
+            raise IaptError(f"{str(self.tensor.name).removeprefix(WEIGHTS)}: {error}") from error
         return Scaled(np.concatenate([part.values for part in parts]), np.concatenate([part.scales for part in parts]))
 
 

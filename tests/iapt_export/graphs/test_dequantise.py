@@ -84,6 +84,28 @@ def test_blocks_hold_a_matrix_and_no_scale_is_nothing(bits: int) -> None:
     assert np.array_equal(scaled(rows[2:4], bits).values, made.values[2:4]), "rows have nothing to do with each other"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_numbers_of_fp16_stay_finite(bits: int) -> None:
+    rows = random(2, WIDTH)
+    rows[0, 3], rows[0, 4], rows[1, 40] = 65504, -65504, -65504
+    restored = scaled(rows, bits).restored_rows()
+    assert np.isfinite(restored).all()
+    for place in ((0, 3), (0, 4), (1, 40)):  # seven of the largest steps are an eighth less than eight
+        assert worst(restored[place], rows[place].astype(np.float32)) < {8: 1e-3, 4: 0.126}[bits]
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_numbers_that_fp16_lacks_are_refused_with_the_weights_name(value: float) -> None:
+    array = random(WIDTH, OUTPUTS)
+    array[0, 0] = value
+    model = parse(PRODUCT, w=array)
+    DequantiseWeightsPass({"w": 4})(model)
+    with pytest.raises(
+        IaptError, match=r"^w: a matrix has NaN or numbers above 65504, .*; build for tensorrt-rtx:bf16$"
+    ):
+        model.graph.initializers[f"w{STEPS}"].const_value.numpy()
+
+
 def test_of_four_bits_the_nearer_of_several_scales_is_taken() -> None:
     rows = random(512, WIDTH)
     blocks = rows.astype(np.float32).reshape(512, -1, BLOCK_SIZE)
