@@ -16,7 +16,7 @@ from iapt_export.contract.errors import NotRunnableError
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.quantise import rounding_of
-from trainers.decoder.streamed import is_streamed, load_or_stream
+from trainers.decoder.streamed import copies_compared, is_streamed, load_or_stream
 from validation.judging.compare import Answers, OnStep, Settings, Truths, answers_of, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
 from validation.judging.peft import compare_peft
@@ -119,8 +119,8 @@ def loader_for(manifest: BundleManifest) -> Callable[..., Backbone]:
     """
     if any(tenant.method is None for tenant in manifest.tenants):
         return load_backbone
-    rounds = any(rounding_of(target.name, target.dtype) for target in manifest.targets)
-    return functools.partial(load_or_stream, copies=1 + rounds)
+    copies = copies_compared(rounding_of(target.name, target.dtype) for target in manifest.targets)
+    return functools.partial(load_or_stream, copies=copies)
 
 
 def compared_targets(manifest: BundleManifest, runner: str = "", device: str = "cpu") -> list[TargetSpec]:

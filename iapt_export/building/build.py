@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from engines.cuda.driver import find_driver
 from engines.native import plugin_library
 from engines.tensorrt.builder import engine_from_onnx
 from engines.tensorrt.engine_info import EngineInfo
@@ -33,7 +34,7 @@ from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.save import WEIGHTS_FILE
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.stored import load_mapped, outline_of
-from trainers.decoder.streamed import has_room_for, streamed
+from trainers.decoder.streamed import copies_compared, has_room_for, streamed
 from trainers.methods.forms import form_name
 from validation.judging.compare import Settings, depth_for
 from validation.reporting.report import write_report
@@ -110,7 +111,7 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
 
 def _outlook(plan: BuildPlan, backbone: Backbone) -> Outlook:
     keys = {job.variant: _graph_key(job, plan) for job in plan.graphs}
-    return outlook_of(plan, backbone.model, keys, _depth(plan, backbone))
+    return outlook_of(plan, backbone.model, keys, _depth(plan, backbone), has_gpu=not find_driver().problem)
 
 
 def _depth(plan: BuildPlan, backbone: Backbone) -> str:
@@ -164,8 +165,8 @@ class _Backbones:
     def to_compare(self, targets: list[TargetPlan]) -> Backbone:
         """The backbone in fp32 for the proof: in memory, or `streamed` where that is too small."""
         outline = self.outline("fp32")
-        rounds = any(target.rounding for target in targets)
-        if self._is_outlined and not has_room_for(outline.model, copies=1 + rounds):
+        copies = copies_compared(target.rounding for target in targets)
+        if self._is_outlined and not has_room_for(outline.model, copies):
             return dataclasses.replace(outline, model=streamed(outline.model))
         return self.load("fp32")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.building.footprint import model_weights
-from iapt_export.building.plan import TargetPlan, onnx_variant
+from iapt_export.building.plan import onnx_variant
 from iapt_export.building.stage_cache import bytes_per_second, made_stage
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS
 from iapt_export.contract.resources import GIB, file_system, free_disk, free_memory
 from iapt_export.contract.types import FLOAT_BYTES
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.streamed import has_room_for
+from trainers.decoder.streamed import RESTORED_BYTES, copies_compared, has_room_for
 
 RUNTIME_BYTES = GIB // 2
 """What Python with PyTorch and ONNX Runtime takes before anything is loaded; 0.3 GiB measured, and something."""
@@ -99,7 +99,7 @@ class Outlook:
         return "\n".join([*lines, self.proof])
 
 
-def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: str) -> Outlook:
+def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: str, *, has_gpu: bool) -> Outlook:
     """Foresee a build.
 
     Args:
@@ -107,6 +107,7 @@ def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: st
         model: the backbone; its shapes count alone.
         keys: variant to what decides its stage; see `iapt_export.building.stage_cache.run_stage`.
         depth: of the comparison; see `validation.judging.compare.Settings`.
+        has_gpu: it runs TensorRT's engines; else ONNX Runtime runs the graphs of those with rounded weights.
     """
     stages = []
     for job in plan.graphs:
@@ -124,12 +125,13 @@ def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: st
     cached = sum(stage.bytes or 0 for stage in stages if not stage.is_made)
     bundle = graph_bytes(shipped, plan, model) + sum(sizes) + tenants
     disk = [(plan.cache, cached, "--cache"), (plan.output, bundle, "--output")]
-    streams = plan.request.prove and not has_room_for(model, copies=1 + _rounds(plan.targets))
-    if streams and _rounds(plan.targets):
+    copies = copies_compared(target.rounding for target in plan.targets)
+    streams = plan.request.prove and not has_room_for(model, copies)
+    if streams and any(target.rounding for target in plan.targets):
         disk.append((Path(tempfile.gettempdir()), max(graph_bytes(job, plan, model) for job in plan.graphs), "TMPDIR"))
     how = "PyTorch reads the weights layer by layer" if streams else "PyTorch has the backbone in memory"
     proof = f"comparison with PyTorch: {depth}; {how}" if plan.request.prove else "no comparison with PyTorch"
-    return Outlook(stages, [*_disk_needs(disk), _memory_need(plan, model)], proof)
+    return Outlook(stages, [*_disk_needs(disk), _memory_need(plan, model, has_gpu=has_gpu)], proof)
 
 
 def graph_bytes(job: Any, plan: Any, model: Any) -> int:
@@ -150,10 +152,6 @@ def engine_bytes(job: Any, plan: Any, model: Any) -> int:
     return model_weights(model, target.rounding, FLOAT_BYTES[target.graph_dtype])[1]
 
 
-def _rounds(targets: list[TargetPlan]) -> bool:
-    return any(target.rounding for target in targets)
-
-
 def _disk_needs(places: list[tuple[Path, int, str]]) -> list[Need]:
     """One for each file system, whatever is written there."""
     together: dict[int, list[tuple[Path, int, str]]] = {}
@@ -170,14 +168,20 @@ def _disk_needs(places: list[tuple[Path, int, str]]) -> list[Need]:
     ]
 
 
-def _memory_need(plan: Any, model: Any) -> Need:
-    """The larger of writing a matrix and holding a session, which has its weights in its own order."""
+def _memory_need(plan: Any, model: Any, *, has_gpu: bool) -> Need:
+    """The larger of writing a matrix and holding a session, which has its weights in its own order.
+
+    Weights that ``DequantizeLinear`` restores are restored when a session begins, and held so.
+    """
     largest = max(parameter.numel() for parameter in model.parameters())
     writing = int(IN_HAND * 4 * largest)
     if plan.request.merge_lora or plan.request.fold_embeddings:
         writing += 4 * sum(parameter.numel() for parameter in model.parameters())
     runs = [job for job in plan.graphs if job.target.name == "onnxruntime"]
-    session = max((graph_bytes(job, plan, model) for job in runs), default=0) if plan.request.prove else 0
+    sessions = [graph_bytes(job, plan, model) for job in runs]
+    if not has_gpu and any(target.rounding and target.rounding.is_scaled for target in plan.targets):
+        sessions.append(RESTORED_BYTES * sum(parameter.numel() for parameter in model.parameters()))
+    session = max(sessions, default=0) if plan.request.prove else 0
     remedy = "stop other programs, take a smaller type (--target onnxruntime:int4), or a machine with more"
     return Need("memory", RUNTIME_BYTES + max(writing, session), free_memory(), remedy)
 

@@ -86,6 +86,19 @@ def test_places_on_two_file_systems_are_counted_apart(
     assert rest.needed > 2 * cache.needed and told.proof.endswith("reads the weights layer by layer")
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_graphs_with_rounded_weights_take_what_is_restored_of_them(
+    tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    """Where no GPU runs the engines; a build that would not fit is refused before the work."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    monkeypatch.setattr(building, "find_driver", lambda: SimpleNamespace(problem="" if has_gpu else "none"))
+    (*_, memory) = building.foresee(tiny_build.request(tmp_path / "out", targets=["tensorrt-rtx:int4"])).needs
+    sizes = [item.numel() for item in AutoModelForCausalLM.from_pretrained(tiny_build.model).parameters()]
+    expected = int(outlook.IN_HAND * 4 * max(sizes)) if has_gpu else 13 * sum(sizes)
+    assert memory.needed == outlook.RUNTIME_BYTES + expected
+
+
 def test_what_graphs_take_is_what_was_written_for_that_shape() -> None:
     """Four layers of Llama-2-7B's width: 891,572,480 bytes of weights were written in int4."""
     config = LlamaConfig(

@@ -22,7 +22,15 @@ from trainers.decoder.insertion import decoder_layers, hooked
 from trainers.decoder.quantise import Rounding, quantise
 from trainers.decoder.rounded import RoundedWeights, round_weights
 from trainers.decoder.stored import load_mapped, outline_of, stored_weight
-from trainers.decoder.streamed import abreast, has_room_for, is_streamed, load_or_stream, read_weight, streamed
+from trainers.decoder.streamed import (
+    abreast,
+    copies_compared,
+    has_room_for,
+    is_streamed,
+    load_or_stream,
+    read_weight,
+    streamed,
+)
 
 IDS = [torch.tensor([[7, 3, 9]]), torch.tensor([[5, 4, 8, 2]]), torch.tensor([[11], [12]])]
 FAMILIES = ["llama", "gemma3_text", "gpt2", "mixtral", "bloom", "gpt_oss", "phi3", "opt", "granite"]
@@ -162,6 +170,11 @@ def test_a_matrix_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     count = len(rounded)
     logits_of(model, IDS[1])
     assert count == len(rounded) == 3 * 7 + 1, "three layers' products, and the table that is the head too"
+
+
+def test_a_comparison_holds_a_rounded_copy_and_what_a_runtime_restores() -> None:
+    """13 bytes of a weight are 3.25 in fp32, of which `has_room_for` counts one."""
+    assert [copies_compared(kinds) for kinds in ([None], [Rounding(8), None], [Rounding(4, "integers")])] == [1, 2, 5]
 
 
 def test_who_streams_is_decided_by_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
