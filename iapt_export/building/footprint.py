@@ -164,7 +164,7 @@ def _of_model(path: str, load: Load) -> list[Share]:
     import torch
 
     from iapt_export.building.build_request import BuildRequest
-    from iapt_export.building.plan import parse_range, plan_targets
+    from iapt_export.building.plan import TENSORRT, parse_range, plan_targets
     from trainers.decoder.backbone import load_outline
     from trainers.decoder.family import check_family
     from trainers.decoder.insertion import sizes_of
@@ -172,8 +172,7 @@ def _of_model(path: str, load: Load) -> list[Share]:
 
     (target,) = plan_targets([load.target] if load.target else [], None, None)
     model = load_outline(path)
-    check_family(model, path)
-    shape = sizes_of(model)
+    family, shape = check_family(model, path), sizes_of(model)
     sizes = {
         "batch": load.batch or parse_range(BuildRequest.batch, "batch").max,
         "past": load.past or parse_range(BuildRequest.past, "past").max,
@@ -188,9 +187,10 @@ def _of_model(path: str, load: Load) -> list[Share]:
     each = width * sum(parameter.numel() for parameter in shipped.parameters())
     count, size = model_weights(model, target.rounding, width)
     stored = f"in {target.dtype}" if target.rounding else f"· {width}"
+    engines, held = (2, "2 engines · ") if target.name in TENSORRT else (1, "")  # each holds its own
     return [
-        Share("weights", size, f"{count:,} parameters {stored}", "nothing else"),
-        _cache(entry, sizes, shipped.num_slots),
+        Share("weights", engines * size, f"{held}{count:,} parameters {stored}", "nothing else"),
+        _cache(entry, sizes, shipped.num_slots, copies=1 if family.in_place else 2),
         Share(
             f"tenants of {load.method}",
             sizes["tenants"] * each,
@@ -209,22 +209,16 @@ def model_weights(model: Any, rounding: Rounding | None, width: int) -> tuple[in
         rounding: to blocks with a scale each, as `trainers.decoder` makes them; None for ``width``.
         width: bytes of a number that is not in blocks.
     """
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from trainers.decoder.quantise import BLOCK_SIZE, bits_for
-    from trainers.decoder.scaled import fits
+    from trainers.decoder.quantise import BLOCK_SIZE
+    from trainers.decoder.rounded import rounded_weights
 
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     blocks: dict[int, int] = {}
-    for module in model.modules():
-        if rounding is None or not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-            continue
+    for name, num_bits in (rounded_weights(model, rounding) if rounding else {}).items():
+        module = model.get_submodule(name.rpartition(".")[0])
         inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-        if rounding.is_scaled and not fits(inputs):
-            continue
-        num_bits = bits_for((inputs, outputs), rounding.bits, is_end=module in ends)
-        scale = 2 if rounding.is_scaled else 4
+        scale = 2 if rounding and rounding.is_scaled else 4
         blocks[id(module.weight)] = -(-inputs // BLOCK_SIZE) * outputs * (BLOCK_SIZE * num_bits // 8 + scale)
     parameters = list(model.parameters())
     return (

@@ -15,9 +15,11 @@ from engines.serving.session import Session
 from iapt_export.building.footprint import Load, Share, model_weights, plan_memory
 from iapt_export.contract.errors import IaptError
 from tests.bundles import TinyBuild, run
-from tests.tiny import tiny_llama
+from tests.families import tiny_family
+from tests.tiny import tiny_gpt2, tiny_llama
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.quantise import Rounding, quantise
+from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import METHOD_CONFIGS, flag_name
 from trainers.methods.forms import new_method
 
@@ -59,8 +61,9 @@ def test_smollm2_by_hand(smollm2: str) -> None:
     }
     assert by_name(plan_memory(smollm2, Load(batch=2, past=1024, tenants=50))) == expected
     half = by_name(plan_memory(smollm2, Load(batch=2, past=1024, tenants=50, target="tensorrt-rtx")))
-    assert {name: 2 * size for name, size in half.items() if name != "logits"} == {
-        name: size for name, size in expected.items() if name != "logits"
+    # two engines, each with weights of its own
+    assert half == {"weights": 2 * 2 * parameters, "logits": expected["logits"]} | {
+        name: expected[name] // 2 for name in ("KV cache", "tenants of iapt")
     }
 
 
@@ -84,6 +87,29 @@ def test_blocks_are_those_that_the_quantiser_makes() -> None:
     for bits in (8, 4):
         made = quantise(weight, bits)
         assert model_weights(module, Rounding(bits), 4) == (80 * 96, made.values.nbytes + made.scales.nbytes)
+
+
+def test_a_table_of_positions_takes_8_bits_too() -> None:
+    model = tiny_gpt2(n_layer=1)
+    bits = rounded_weights(model, Rounding(4, "integers"))
+    assert bits["transformer.wpe.weight"] == 8
+    expected = sum(
+        item.numel() // 32 * (4 * bits[name] + 2) if name in bits else 2 * item.numel()
+        for name, item in model.named_parameters()
+    )
+    assert model_weights(model, Rounding(4, "integers"), 2)[1] == expected
+
+
+def test_a_cache_that_grows_is_there_twice(tmp_path: Path) -> None:
+    """As a step of portable graphs returns a longer one."""
+    sizes = {}
+    for name in ("falcon-7b-like", "llama"):
+        model = tiny_family(name)
+        model.config.save_pretrained(tmp_path / name)
+        shape = sizes_of(model)
+        entry = 2 * shape.num_layers * shape.num_kv_heads * shape.cache_widths[0] * 4
+        sizes[name] = by_name(plan_memory(str(tmp_path / name), Load(batch=1, past=100)))["KV cache"] / (100 * entry)
+    assert sizes == {"falcon-7b-like": 2, "llama": 1}
 
 
 def initializers(graph: Any) -> list[Any]:
