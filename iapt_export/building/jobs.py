@@ -225,11 +225,13 @@ def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapte
     """An adapter answers best on the weights that it was trained on."""
     for target in targets:
         served = target.dtype if target.rounding else "fp32"
+        # training rounds as ONNX Runtime's quantiser does
+        those = "nearly those" if target.rounding and target.rounding.is_scaled else "those"
         for name, adapter in adapters.items():
             if adapter.config.weights != served:
                 LOGGER.warning(
-                    "tenant %s was trained on %s weights, and %s serves %s; train --weights %s trains on those",
-                    *(name, adapter.config.weights, target.name, served, served),
+                    "tenant %s was trained on %s weights, and %s serves %s; train --weights %s trains on %s",
+                    *(name, adapter.config.weights, target.name, served, served, those),
                 )
 
 
