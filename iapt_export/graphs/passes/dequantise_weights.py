@@ -187,7 +187,8 @@ class _Later:
         try:
             parts = [scaled(rows[begin : begin + OUTPUTS_AT_A_TIME], self.bits) for begin in begins]
         except IaptError as error:
-            raise IaptError(f"{str(self.tensor.name).removeprefix(WEIGHTS)}: {error}") from error
+            name = str(self.tensor.name).removeprefix(WEIGHTS).removesuffix(TRANSPOSED)
+            raise IaptError(f"{name}: {error}") from error
         return Scaled(np.concatenate([part.values for part in parts]), np.concatenate([part.scales for part in parts]))
 
 
