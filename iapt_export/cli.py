@@ -21,7 +21,7 @@ from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
 from iapt_export.progress import Steps, listening
-from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report
+from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report, show_stream
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest
 from trainers.training.convert import Conversion
@@ -253,18 +253,15 @@ def generate(bundle: BundleFolder, /, *, asked: Answering = Answering(), common:
     requests = list(lines.values())
     with session:
         if len(requests) == 1 and not common.json:
-            for token in session.stream(requests):
-                print(token.text, end="", flush=True)
-            print()
-            return
-        show_answers(requests, session.generate(requests), asked, common.json)
+            show_stream(session.stream(requests))
+        else:
+            show_answers(requests, session.generate(requests), asked, common.json)
 
 
 def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common = Common()) -> None:
     """Serve a bundle over HTTP, by OpenAI's protocol; the model picks the tenant."""
     from engines.http import server
-    from engines.serving.account import Share
-    from engines.serving.session import Session
+    from engines.serving.session import Session, Share
 
     places = (asked.host, asked.port, asked.keys, asked.tenants, asked.admin_token, asked.metrics_prefix)
     level = "error" if common.quiet else "info"

@@ -53,6 +53,13 @@ def show_report(as_json: bool, report: Any, summary: Callable[[Any], str]) -> No
         print(summary(report))
 
 
+def show_stream(tokens: Iterable[Any]) -> None:
+    """The text of an answer's tokens as they come."""
+    for token in tokens:
+        print(token.text, end="", flush=True)
+    print()
+
+
 def show_answers(requests: Sequence[Any], answers: Iterable[Any], asked: Any, as_json: bool) -> None:
     """Answers in the order of their requests: of a file each as soon as it is there, of flags together."""
     rows = []
