@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
+from iapt_export.graphs.passes.quantise_weights import OUTPUTS_AT_A_TIME, is_lookup
 from iapt_export.graphs.weights import WEIGHTS
 from trainers.decoder.quantise import BLOCK_SIZE
 from trainers.decoder.scaled import Scaled, scaled
@@ -17,7 +18,6 @@ from trainers.decoder.scaled import Scaled, scaled
 STEPS, FACTORS, RESTORED = ".steps", ".factors", ".restored"
 """Suffixes of a rounded weight's constants and of what ``DequantizeLinear`` makes of them."""
 TYPES = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
-OUTPUTS_AT_A_TIME = 4096
 
 
 class DequantiseWeightsPass(ir.passes.InPlacePass):
@@ -72,7 +72,7 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int) -> None:
         IaptError: something else than a product or a lookup reads it, so that it is not known which axis has blocks.
     """
     readers = [(node, place) for node, place in weight.uses()]
-    lookups = [node for node, place in readers if _is_lookup(node, place)]
+    lookups = [node for node, place in readers if is_lookup(node, place)]
     turns = [node for node, _ in readers if node.op_type == "Transpose" and not node.domain]
     products = [node for node, place in readers if _is_product(node, place)]
     others = [node for node, _ in readers if node not in (*lookups, *turns, *products)]
@@ -190,11 +190,6 @@ class _Later:
             name = str(self.tensor.name).removeprefix(WEIGHTS).removesuffix(TRANSPOSED)
             raise IaptError(f"{name}: {error}") from error
         return Scaled(np.concatenate([part.values for part in parts]), np.concatenate([part.scales for part in parts]))
-
-
-def _is_lookup(node: ir.Node, place: int) -> bool:
-    """Whether a node takes rows of the matrix that is its input of that place."""
-    return node.op_type == "Gather" and not node.domain and place == 0 and node.attributes.get_int("axis", 0) == 0
 
 
 def _is_product(node: ir.Node, place: int) -> bool:

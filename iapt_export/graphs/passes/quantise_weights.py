@@ -101,7 +101,7 @@ def _quantise(graph: ir.Graph, weight: ir.Value, bits: int) -> int:
                     count += 1
             if not node.outputs[0].uses():
                 graph.remove(node, safe=True)
-        elif rows and _is_lookup(node, place):
+        elif rows and is_lookup(node, place):
             _replace(graph, node, _lookup(graph, node, blocks))
             count += 1
         elif not rows and _is_product(node, place):
@@ -206,7 +206,7 @@ def _shape(value: ir.Value) -> Sequence[int]:
     return value.const_value.shape.numpy()
 
 
-def _is_lookup(node: ir.Node, place: int) -> bool:
+def is_lookup(node: ir.Node, place: int) -> bool:
     """Whether a node takes rows of the matrix that is its input of that place."""
     return node.op_type == "Gather" and not node.domain and place == 0 and node.attributes.get_int("axis", 0) == 0
 
