@@ -4,6 +4,7 @@
     python -m benchmarks.http BUNDLE --doors                               # behind Triton and Ray, too
     python -m benchmarks.http BUNDLE --gguf FILE --gguf-python PYTHON      # llama.cpp's server beside it
     python -m benchmarks.http BUNDLE --vllm PYTHON --model FOLDER          # vLLM's beside it
+    python -m benchmarks.http BUNDLE --genai DIR --genai-python PYTHON     # genai's engine beside it
 
 Each round measures, one after another: a session on the bundle, iterated in an event loop; a server of this project on
 the same bundle, in a process of its own, that streams to as many clients; and the peers' servers, with the same number
@@ -11,7 +12,8 @@ of streams of one model. Streams of the bundle take turns with its tenants. Proc
 holds the session, or of a server's processes; the clients of a server are in another one. Streams have from half to
 one and a half times the tokens that are asked for: equal ones would end together, so that how many happened to begin
 together decides how many read together all through a round. Figures are medians over rounds.
-PYTHON is an interpreter that has the package ``xllamacpp``, or ``vllm`` for CPUs.
+PYTHON is an interpreter that has the package ``xllamacpp``, ``vllm`` for CPUs, or ``onnxruntime-genai``, whose builder
+makes DIR (see `benchmarks.serving`); its engine runs in a process of its own that nobody asks over HTTP.
 """
 
 from __future__ import annotations
@@ -97,6 +99,15 @@ def over_session(bundle: Path, streams: int, tokens: int, threads: int | None) -
         return {"tokens_per_s": made / (time.perf_counter() - start), "us": 1e6 * (processor_seconds() - used) / made}
 
 
+def over_genai(asked: argparse.Namespace) -> dict[str, float]:
+    """The same requests to onnxruntime-genai's engine, all at once."""
+    about = {"folder": str(asked.genai), "prompt": PROMPT, "threads": asked.threads or len(os.sched_getaffinity(0))}
+    about["lengths"] = [length(number, asked.tokens) for number in range(asked.streams)]
+    words = [asked.genai_python, PEERS, "genai", json.dumps(about)]
+    found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return {"tokens_per_s": found["tokens"] / found["s"], "us": 1e6 * found["processor_s"] / found["tokens"]}
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that a round starts, and how its clients ask."""
@@ -169,7 +180,7 @@ def servers(asked: argparse.Namespace, scratch: Path) -> dict[str, Start]:
     def llama(port: int) -> Server:
         context = -(-(len(PROMPT) + 2 * asked.tokens + 1) // 256) * 256
         about = {"gguf": str(asked.gguf), "port": port, "streams": asked.streams, "context": context}
-        return Server([asked.gguf_python, PEERS, json.dumps({**about, "threads": threads})], port)
+        return Server([asked.gguf_python, PEERS, "llama", json.dumps({**about, "threads": threads})], port)
 
     def vllm(port: int) -> Server:
         command = [asked.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", asked.model, "--port", str(port)]
@@ -259,6 +270,8 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="PYTHON", help="where vllm is installed")
     parser.add_argument("--vllm-dtype", default="float32", help="of its computing (default: %(default)s)")
     parser.add_argument("--model", help="folder of vLLM's model")
+    parser.add_argument("--genai", type=Path, help="folder of onnxruntime-genai's model")
+    parser.add_argument("--genai-python", default=sys.executable, metavar="PYTHON", help="where genai is installed")
     asked = parser.parse_args()
     if asked.vllm and not asked.model:
         parser.error("--vllm needs --model, the folder of the model that it serves")
@@ -270,6 +283,8 @@ def main() -> None:
             for name, start in starts.items():
                 found[name] = over_http(start(free_ports(name)[name]), asked.streams, asked.tokens)
                 print(number, name, json.dumps(found[name]), file=sys.stderr, flush=True)
+            if asked.genai:
+                found["genai"] = over_genai(asked)
             rounds.append(found)
             print(number, json.dumps(found), file=sys.stderr, flush=True)
 
@@ -277,7 +292,7 @@ def main() -> None:
     for name in rounds[0]:
         middle = {key: statistics.median(found[name][key] for found in rounds) for key in ("tokens_per_s", "us")}
         print(f"{name}: {middle['tokens_per_s']:.0f} tokens/s, {middle['us']:.0f} us of processor time a token")
-    for other in ("session", *[name for name in starts if name != "http"]):
+    for other in (name for name in rounds[0] if name != "http"):
         for key in ("us", "tokens_per_s"):
             values = [found["http"][key] / found[other][key] for found in rounds]
             print(f"{key}, http over {other}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
