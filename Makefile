@@ -30,8 +30,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # where it is set, every process compiles our modules anew, and pytest all tests: seconds each
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv backbone demo serve cpp torture fuzz test test-docs test-slow test-gpu test-runtimes test-serving test-lowest \
-    lint check tidy format docs clean
+.PHONY: help venv backbone demo serve cpp torture fuzz test test-thorough test-docs test-slow test-gpu test-runtimes \
+    test-serving test-lowest lint check tidy format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -156,6 +156,9 @@ fuzz:  ## damage the kept corpus and feed it to the C++ readers, under the sanit
 test: venv  ## run the tests that need neither a GPU nor much time
 	@$(MAKE) --no-print-directory backbone || echo "No backbone: the tests that need it will be skipped"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-thorough: venv  ## run the cases that check again, for other methods, families and places, what `test` checks
+	$(BIN)/python -m pytest -m "thorough and not slow and not gpu" $(PYTEST_ARGS)
 
 test-docs: venv  ## run every command of the README and the site, the notebooks, on tiny models, and look at the site (minutes)
 	$(BIN)/python -m pytest -m slow tests/test_documents.py tests/test_notebooks.py tests/test_site.py

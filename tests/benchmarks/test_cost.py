@@ -51,6 +51,7 @@ def test_the_table_and_the_plot_show_every_kind(tmp_path: Path) -> None:
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
+@pytest.mark.thorough
 def test_measuring_leaves_no_row_behind(tiny_build: TinyBuild) -> None:
     bundles = dict.fromkeys(("plain", IAPT), tiny_build.bundle)
     found = list(compare_costs(bundles, rounds=2, threads=1, rows=(1, 2), lengths=(4, 8)))

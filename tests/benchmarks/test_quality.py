@@ -249,6 +249,7 @@ def page_with(path, names):
     return path
 
 
+@pytest.mark.thorough
 def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
     records = fake_records()
     for record in records.values():
@@ -270,6 +271,7 @@ def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
         quality.main(words)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("phases", [[], ["baseline", "rates"]])
 def test_tables_of_an_unfinished_plan(phases, tmp_path):
     records = fake_records(phases=phases)

@@ -16,6 +16,7 @@ from tests.tiny import tiny_llama
 from tests.trainers.decoder.fp8_files import save_fp8
 
 
+@pytest.mark.thorough
 def test_no_reader_lets_a_raw_exception_through(tiny_build: TinyBuild, tmp_path: Path) -> None:
     adapter, engine = tiny_build.adapters["alpha"], dataclasses.asdict(torture.ENGINE)
     fp8, _ = save_fp8(tmp_path / "models", tiny_llama())
@@ -45,12 +46,14 @@ def cache() -> torture_kills.Scenario:
     )
 
 
+@pytest.mark.thorough
 def test_a_cache_survives_kills(cache: torture_kills.Scenario, tmp_path: Path) -> None:
     tally = torture_kills.torment(cache, tmp_path, seconds=60, most=25)
     assert tally.faults == [] and tally.kills == 25 and tally.operations > 40
     assert 0 < tally.at_operations < 25
 
 
+@pytest.mark.thorough
 def test_a_command_that_loses_something_is_seen(cache: torture_kills.Scenario, tmp_path: Path) -> None:
     def careless(folder: Path, again: bool) -> None:
         (folder / "answer").mkdir(exist_ok=True)
@@ -77,6 +80,7 @@ def test_a_thread_of_the_load_that_ends_early_is_seen() -> None:
     assert state.lost == ["change ended: KeyError: 'full'"]
 
 
+@pytest.mark.thorough
 def test_a_cut_run_goes_on(cache: torture_kills.Scenario, tmp_path: Path) -> None:
     """What was counted is not counted again, and the second part takes the kills that the first one left."""
     kept: list[int] = []

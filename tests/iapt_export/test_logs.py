@@ -80,6 +80,7 @@ def test_the_log_file_of_a_command(tiny_build: TinyBuild, tmp_path: Path) -> Non
     assert outcome.code == 1 and "there is no folder" in outcome.err
 
 
+@pytest.mark.thorough
 def test_whole_runs_write_nothing_to_stderr(tiny_build: TinyBuild, tmp_path: Path) -> None:
     """In a process of their own, because C++ libraries write past Python."""
     lines = [{"instruction": f"is this positive? {n}", "output": ("yes", "no")[n % 2]} for n in range(16)]

@@ -33,6 +33,7 @@ from tests.bundles import (
     session_over,
     tokens_of,
 )
+from tests.thorough import default_for
 from tests.validation.sabotage import between
 from trainers.adapters.adapter import PEFT_TYPES
 from trainers.adapters.directory import load_adapter
@@ -314,7 +315,7 @@ SABOTAGES = {
 }
 
 
-@pytest.mark.parametrize("sabotage", SABOTAGES)
+@pytest.mark.parametrize("sabotage", default_for("weights swapped".__eq__, SABOTAGES))
 def test_sabotage_is_found(bundle: Path, sabotage: str) -> None:
     SABOTAGES[sabotage](bundle)
     # rows that need the encoder are read together, so padding takes two of one tenant, which a quick run has not

@@ -35,6 +35,7 @@ from tests.graphs import (
     trained_prompt,
     worst,
 )
+from tests.thorough import default_for
 from tests.tiny import padded
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import load_backbone
@@ -61,7 +62,7 @@ def opset20(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[23, 20])
+@pytest.fixture(scope="module", params=default_for(lambda opset: opset == 23, (23, 20)))
 def graphs(request: pytest.FixtureRequest, tiny_build: TinyBuild) -> Path:
     return tiny_build.bundle if request.param == 23 else request.getfixturevalue("opset20")
 
@@ -256,6 +257,7 @@ def test_onnx_own_checks(graphs: Path, file: str) -> None:
     assert all(value.type.tensor_type.elem_type for value in inferred.graph.output)
 
 
+@pytest.mark.thorough
 def test_operators_of_each_opset(tiny_build: TinyBuild, opset20: Path) -> None:
     for file in ("prefill.onnx", "decode.onnx"):
         newer = Counter(operators(tiny_build.bundle / file))
@@ -337,6 +339,7 @@ main(words)
 """
 
 
+@pytest.mark.thorough
 def test_equal_inputs_give_equal_bytes_in_another_process(model: Any, tiny_build: TinyBuild, tmp_path: Path) -> None:
     """A graph is traced again, and a bundle is made of finished graphs; the next test makes all of it."""
     graphs, output = tmp_path / "graphs", tmp_path / tiny_build.bundle.name
@@ -366,6 +369,7 @@ def assert_equal_bundles(output: Path, bundle: Path) -> None:
     assert differing == []
 
 
+@pytest.mark.thorough
 def test_equal_inputs_give_equal_bytes_in_one_process(
     model: Any, opset20: Path, fresh_traces: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_laid_out_graph_is_that_of_the_whole_trace(monkeypatch: pytest.MonkeyP
     assert "model.layers.3.mlp.down_proj/MatMul" in made  # three layers were traced
 
 
+@pytest.mark.thorough
 def test_layers_that_turn_out_to_differ_are_all_traced(fresh_traces: None, caplog: pytest.LogCaptureFixture) -> None:
     """A difference that no attribute shows: the third traced layer computes something else."""
     model = tiny_llama(num_hidden_layers=4)

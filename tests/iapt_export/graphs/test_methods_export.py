@@ -21,6 +21,7 @@ from iapt_export.building.plan import TenantPlan, plan_tenants
 from iapt_export.graphs.export import export_graphs
 from tests.bundles import METHOD, tiny_adapter
 from tests.graphs import Arrays, flat, run_onnx, specs_for, worst
+from tests.thorough import default_for
 from tests.tiny import padded, tiny_llama
 from trainers.decoder.generate import decode, prefill
 from trainers.decoder.method import rows_of
@@ -56,7 +57,10 @@ CONFIGS: dict[str, Any] = {
 IN_DECODE = {"ADePT with decode offset", "folded ADePT with decode offset", "LoRA"}
 SLOW = {"ADePT", "folded ADePT with decode offset", "merged LoRA"}
 """Their parts are exported by other cases too; test_rounding.py builds and compares a merged adapter."""
-CASES = [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CONFIGS]
+DEFAULT = ("IAPT", "ADePT with decode offset", "LoRA")
+CASES = default_for(
+    DEFAULT.__contains__, (pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CONFIGS)
+)
 LENGTHS = [7, 3, 5]
 INDEX = [1, 0, 1]
 STEPS = 3
@@ -198,7 +202,7 @@ def test_mixed_rows_of_a_method_are_each_tenants_own(exports: Exports, case: str
             assert worst(made, wanted) < LIMIT, (row, name)
 
 
-@pytest.mark.parametrize("case", [case for case in CONFIGS if case not in SLOW])
+@pytest.mark.parametrize("case", default_for(DEFAULT.__contains__, (case for case in CONFIGS if case not in SLOW)))
 def test_the_tenants_tell(exports: Exports, case: str) -> None:
     """Rows that use a neighbour's weights differ by far more than any rounding, so the test above sees it."""
     exported = exports[case]

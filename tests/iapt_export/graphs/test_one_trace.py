@@ -163,6 +163,7 @@ def operators(model: ir.Model) -> list[tuple[str, int]]:
     return [(node.op_type, len(node.inputs)) for node in model.graph]
 
 
+@pytest.mark.thorough
 def test_a_decoders_graph_is_that_of_two_traces(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -182,6 +183,7 @@ def test_a_decoders_graph_is_that_of_two_traces(
     assert once == shipped()
 
 
+@pytest.mark.thorough
 def test_what_has_no_translation_is_traced_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,6 +100,7 @@ def test_one_key_head_that_pytorch_broadcasts() -> None:
     assert [value.shape[1] for value in attentions[0].inputs[:3]] == [4, 1, 1]
 
 
+@pytest.mark.thorough
 def test_a_model_that_keeps_tensors_of_its_forward_pass_is_traced_twice() -> None:
     """Longrope's factors, which PyTorch's exporter leaves in the model without values."""
     model = tiny_family("llama-longrope", layers=1)

@@ -38,6 +38,7 @@ def two_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     return {"outline": outline.model, "loaded": load_backbone(folder).model}
 
 
+@pytest.mark.thorough
 def test_an_outline_exports_to_the_same_bytes(two_backbones: dict[str, Any], tmp_path: Path) -> None:
     for bits in (None, 4):
         made = {}

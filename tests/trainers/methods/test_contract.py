@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.thorough import default_for
 from tests.tiny import padded, tiny_llama
 from tests.trainers.methods_tiny import LENGTHS, gradients, last_logits, stacked, trained
 from trainers.decoder.generate import decode, prefill
@@ -175,7 +176,7 @@ def check_traceable(method: Method, model: Any, weights: Weights, shared: tuple[
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize(("case", "ships"), FORMS_UNDER_TEST)
+@pytest.mark.parametrize(("case", "ships"), default_for(lambda form: form[0] in ("IAPT", "LoRA"), FORMS_UNDER_TEST))
 def test_traceable(shallow: Any, case: str, ships: bool) -> None:
     methods = tenants(case, shallow, ships)
     weights = {name: tensor.detach() for name, tensor in stacked(methods).parts[0].weights.items()}

@@ -25,6 +25,7 @@ from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
 from tests.bundles import METHOD, MIXED, NEW_TOKENS, NUM_LAYERS, TinyBuild, save_tiny_adapter
 from tests.families import tiny_family
 from tests.iapt_export.graphs.test_serve_passes import two_steps
+from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
@@ -187,7 +188,11 @@ QUANTISED_FAULTS = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fault", QUANTISED_FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault",
+    default_for(lambda fault: fault.source == "weight", QUANTISED_FAULTS),
+    ids=lambda fault: fault.name,
+)
 def test_small_faults_are_caught_and_located(
     build: Any, fault: Fault, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
