@@ -12,6 +12,10 @@ import numpy as np
 from iapt_export.contract.errors import IaptError, NotRunnableError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
+LEXER_FUEL = 50_000
+"""What a grammar may cost at first, and again for each token, because the other rows wait while it says which tokens
+fit: about 50 ms once, where llguidance's own limits let ``(a{1000}){1000}`` take two seconds. A schema of 250 keys with
+patterns stays below."""
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How JSON is written: in one line, as Python does. Where white space is free, small models write it without end."""
 
@@ -78,6 +82,7 @@ class GrammarCompiler:
                 "answers of a form need llguidance, which is not installed; try: pip install -e '.[grammar]'",
                 field="grammar",
             ) from error
+        self._vocabulary = vocabulary
         if not ends:
             raise _wrong("this bundle has no end token, so an answer of a form could not end")
         try:
@@ -91,7 +96,7 @@ class GrammarCompiler:
         Raises:
             IaptError: the grammar is not valid, or says what llguidance does not support.
         """
-        from llguidance import LLMatcher, grammar_from
+        from llguidance import LLMatcher, LLParserLimits, grammar_from
 
         try:
             if grammar.regex is not None:
@@ -103,18 +108,27 @@ class GrammarCompiler:
                 text = grammar_from("json_schema", json.dumps({**schema, "x-guidance": WRITTEN}))
         except ValueError as error:
             raise _wrong(_in_a_line(str(error))) from error
-        found = LLMatcher(self._tokenizer, text, log_level=0)
+        limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
+        found = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if found.is_error():
             raise _wrong(_in_a_line(found.get_error()))
-        return Matcher(found)
+        return Matcher(found, self._vocabulary)
 
 
 class Matcher:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        """Ask for the first tokens at once, which takes longest: no row waits for it here.
+
+        Raises:
+            IaptError: the grammar is too large.
+        """
+        from llguidance import numpy as masks
+
         self._matcher = matcher
-        self._mask: np.ndarray | None = None
+        self._mask: np.ndarray = masks.allocate_token_bitmask(1, vocabulary)
+        self._fill()
 
     @property
     def is_complete(self) -> bool:
@@ -129,20 +143,31 @@ class Matcher:
         """
         from llguidance import numpy as masks
 
-        if self._mask is None:
-            self._mask = masks.allocate_token_bitmask(1, len(logits))
-        masks.fill_next_token_bitmask(self._matcher, self._mask)
-        if self._matcher.is_error():
-            raise _wrong(_in_a_line(self._matcher.get_error()))
+        if not self._is_filled:
+            self._fill()
         masks.apply_token_bitmask_inplace(logits[None], self._mask)
 
+    def _fill(self) -> None:
+        from llguidance import numpy as masks
+
+        masks.fill_next_token_bitmask(self._matcher, self._mask)
+        self._is_filled = True
+        if self._matcher.is_error():
+            raise _wrong(_in_a_line(self._matcher.get_error()))
+
     def took(self, token: int) -> None:
-        """A token was chosen."""
-        self._matcher.consume_token(token)
+        """A token was chosen.
+
+        Raises:
+            IaptError: the grammar became too large on the way; the answer has not come to its end.
+        """
+        self._is_filled = False
+        if not self._matcher.consume_token(token):
+            raise _wrong(_in_a_line(self._matcher.get_error()))
 
 
 def _in_a_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return " ".join(text.partition("<state>")[0].split())[:300]  # behind it stands what llguidance's authors want
 
 
 def _wrong(text: str) -> IaptError:

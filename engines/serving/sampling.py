@@ -14,8 +14,9 @@ LEAST = (1e-2, 1e-4, 1e-7, 0.0)
 """Least weight of the tokens that are sorted, the likeliest token's being 1; where they cover too little, the next."""
 BLOCK = 512
 """Weights that are added up at a time."""
-TEMPERATURES = (1e-30, 1e30)
-"""What fp32 can divide by. Below it only the likeliest tokens are left, above it all are equally likely."""
+DIVISORS = (1e-30, 1e30)
+"""What fp32 can divide logits by: temperatures, below which only the likeliest tokens are left and above which all are
+equally likely, and repetition penalties."""
 MAX_PENALTY = 2.0
 """Largest presence and frequency penalty, either sign, as in OpenAI's protocol."""
 MAX_BIAS = 100.0
@@ -116,7 +117,7 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     if sampling.temperature == 0:
         return best
     # in fp32, whose exponential is many times as fast; sums in fp64
-    temperature = np.float32(min(max(sampling.temperature, TEMPERATURES[0]), TEMPERATURES[1]))
+    temperature = np.float32(min(max(sampling.temperature, DIVISORS[0]), DIVISORS[1]))
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest tokens alone
         scaled = (logits.astype(np.float32) - np.float32(logits[best])) / temperature
     tokens = None

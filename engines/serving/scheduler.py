@@ -197,8 +197,11 @@ def _token_or_failure(entry: Entry, logits: np.ndarray) -> Item:
     try:
         token = entry.take(logits)
     except Exception as error:
+        field = error.field if isinstance(error, IaptError) else None  # of the request, which is at fault then
         failure = IaptError(
-            f"request {entry.number} of tenant {entry.tenant.name} failed: {error}", code="generation_failed"
+            f"request {entry.number} of tenant {entry.tenant.name} failed: {error}",
+            code="generation_failed" if field is None else "invalid",
+            field=field,
         )
         failure.__cause__ = error
         return failure

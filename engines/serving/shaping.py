@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from engines.serving.grammar import Matcher
-from engines.serving.sampling import Sampling
+from engines.serving.sampling import DIVISORS, Sampling
 from iapt_export.contract.errors import IaptError
 
 LogitsHook = Callable[[Sequence[int], np.ndarray], np.ndarray]
@@ -99,7 +99,7 @@ class Shaping:
     def _penalise(self, logits: np.ndarray) -> None:
         used = len(self._places)
         tokens, counts = self._tokens[:used], self._counts[:used]
-        penalty = self._sampling.repetition_penalty
+        penalty = min(max(self._sampling.repetition_penalty, DIVISORS[0]), DIVISORS[1])
         if penalty != 1:
             seen = np.union1d(self._prompt, tokens)
             values = logits[seen]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -250,6 +251,26 @@ def test_a_grammar_that_is_not_supported_is_refused_at_once(session: Session, gr
     with pytest.raises(IaptError, match="the answer's grammar: ") as caught:
         ask(session, grammar=grammar, ignore_eos=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_grammar_that_grows_too_large_fails_its_request_alone_and_soon(session: Session) -> None:
+    """An answer that was cut there had looked like one that came to its end, and all rows had waited for seconds."""
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a{1000}){1000}$"}}}
+    grammar = Grammar(json_schema={**schema, "required": ["a"], "additionalProperties": False})
+    start = time.process_time()
+    with pytest.raises(IaptError, match="the answer's grammar: lexer error: too many expressions") as caught:
+        ask(session, grammar=grammar, ignore_eos=False).result()
+    assert time.process_time() - start < 0.5
+    assert caught.value.field == "grammar" and caught.value.code == "invalid" and "<" not in str(caught.value)
+    assert ask(session).result().finish_reason == "length"
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-38, 1e39, 1e300])
+def test_the_strongest_repetition_penalties_are_finite(session: Session, penalty: float) -> None:
+    for temperature in (0.0, 1e-300, 1.0):
+        sampling = Sampling(repetition_penalty=penalty, temperature=temperature)
+        assert len(ask(session, sampling=sampling).result().tokens) == 12
 
 
 def test_partial_text_survives_a_deadline_and_a_close(tiny_build: TinyBuild) -> None:
