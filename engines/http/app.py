@@ -77,15 +77,18 @@ class Door:
             pieces.append(piece)
         return read_body(b"".join(pieces))
 
-    async def admit(self, request: Request, model: str) -> None:
-        """Refuse who may not ask, and an unknown model that the folder does not have either.
+    @contextlib.asynccontextmanager
+    async def admitted(self, request: Request, model: str) -> AsyncIterator[None]:
+        """Refuse who may not ask, and an unknown model that the folder does not have either; keep the others within.
 
         Raises:
             RefusalError: with the reason.
         """
         self.access.check(request.headers.get("authorization"), model)
-        if model not in self.models and not await self.folder.find(model):
-            raise RefusalError(404, f"there is no model {model!r}", param="model", code="model_not_found")
+        with self.folder.holding(model):
+            if model not in self.models and not await self.folder.find(model):
+                raise RefusalError(404, f"there is no model {model!r}", param="model", code="model_not_found")
+            yield
 
     def tell_form(self, model: str) -> None:
         """Say once for a tenant that its training had the chat template around what is sent as it is."""
@@ -148,7 +151,8 @@ def _refuse(_: Request, error: Exception) -> Response:
 def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path}: {error.detail}"
-    return RefusalError(error.status_code, text, code="not_found").response()
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return RefusalError(error.status_code, text, code=code).response()
 
 
 def _takes(model: Any) -> dict[str, Any]:
@@ -166,32 +170,32 @@ def _add_openai(app: FastAPI, door: Door) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
-        await door.admit(request, name)
-        return JSONResponse(door.card(name))
+        async with door.admitted(request, name):
+            return JSONResponse(door.card(name))
 
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
     async def chat(request: Request) -> Response:
         sent = ChatRequest.model_validate(await door.body(request))
-        await door.admit(request, sent.model)
-        form = ChatForm(door.session.codec, sent.model, "chatcmpl", logprobs=sent.logprobs)
-        return await door.reply(sent.requests(), form, sent)
+        async with door.admitted(request, sent.model):
+            form = ChatForm(door.session.codec, sent.model, "chatcmpl", logprobs=sent.logprobs)
+            return await door.reply(sent.requests(), form, sent)
 
     @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         sent = CompletionRequest.model_validate(await door.body(request))
-        await door.admit(request, sent.model)
         codec = door.session.codec
-        if any(isinstance(each, str) for each in sent.prompts()):
-            door.tell_form(sent.model)
 
         def encoded() -> list[list[int]]:
             return [codec.encode(each, "plain") if isinstance(each, str) else each for each in sent.prompts()]
 
-        prompts = await asyncio.to_thread(encoded)
-        if not all(prompts):
-            raise RefusalError(400, "a prompt is empty; expected at least one token", param="prompt")
-        form = CompletionForm(codec, sent.model, "cmpl", logprobs=sent.logprobs is not None)
-        return await door.reply(sent.requests(prompts), form, sent)
+        async with door.admitted(request, sent.model):
+            if any(isinstance(each, str) for each in sent.prompts()):
+                door.tell_form(sent.model)
+            prompts = await asyncio.to_thread(encoded)
+            if not all(prompts):
+                raise RefusalError(400, "a prompt is empty; expected at least one token", param="prompt")
+            form = CompletionForm(codec, sent.model, "cmpl", logprobs=sent.logprobs is not None)
+            return await door.reply(sent.requests(prompts), form, sent)
 
 
 def _add_adapters(app: FastAPI, door: Door) -> None:

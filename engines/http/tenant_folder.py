@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import re
 import stat
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from engines.http.refusals import RefusalError
 from engines.serving.session import Session
+from iapt_export.contract.errors import IaptError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_BYTES = 1 << 30
 SUFFIX = ".safetensors"
+
+_log = logging.getLogger(__name__)
 
 
 class TenantFolder:
@@ -23,12 +30,29 @@ class TenantFolder:
         self._session = session
         self._folder = None if folder is None else folder.resolve()
         self._loading = asyncio.Lock()
+        self._found: dict[str, None] = {}
+        """Tenants that `find` installed; those asked last stand last."""
+        self._held: Counter[str] = Counter()
+        """Tenants whose requests are on their way into the session."""
+
+    @contextlib.contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """A request asks a tenant, which keeps its place until the request is in the session."""
+        self._held[name] += 1
+        if name in self._found:
+            self._found[name] = self._found.pop(name)
+        try:
+            yield
+        finally:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
 
     async def find(self, name: str) -> bool:
-        """Install the tenant of that name if the folder has it.
+        """Install the tenant of that name if the folder has it, in the place of an idle one where there is no other.
 
         Raises:
-            RefusalError: its file is none that may be read.
+            RefusalError: its file is none that may be read, or no place is free.
             IaptError: its file does not fit the bundle.
         """
         if self._folder is None or not NAME.fullmatch(name):
@@ -36,9 +60,32 @@ class TenantFolder:
         if not await asyncio.to_thread((self._folder / f"{name}{SUFFIX}").is_file):
             return False
         async with self._loading:
-            if name not in self._session.tenants:
-                await self.load(name, f"{name}{SUFFIX}", replace=False)
+            while name not in self._session.tenants:
+                try:
+                    await self.load(name, f"{name}{SUFFIX}", replace=False)
+                    self._found[name] = None
+                except IaptError as error:
+                    if error.code != "tenants_full":
+                        raise
+                    await self._make_room()
         return True
+
+    async def _make_room(self) -> None:
+        """Take out the tenant that `find` installed and that was not asked for the longest time.
+
+        Raises:
+            RefusalError: all of them have requests, or there is none.
+        """
+        asked = {name for name, tenant in self._session.state().tenants.items() if tenant.running or tenant.waiting}
+        self._found = {name: None for name in self._found if name in self._session.tenants}
+        idle = next((name for name in self._found if name not in asked and not self._held[name]), None)
+        if idle is None:
+            text = "all places for tenants are taken" + ("; try again later" if self._found else "")
+            raise RefusalError(503, text, param="model", code="tenants_full", retry=bool(self._found))
+        del self._found[idle]
+        with contextlib.suppress(IaptError):  # somebody took it out at this moment
+            self._session.remove_tenant(idle)
+        _log.info("tenant %s was taken out for another", idle)
 
     async def load(self, name: str, path: str, *, replace: bool) -> None:
         """Install a tenant.

@@ -251,8 +251,9 @@ class TenantBank:
             leaving = sum(tenant is not None and tenant.removed for tenant in entries)
             remedy = f"wait for the requests of {leaving} removed ones" if leaving else "remove one"
             raise IaptError(
-                f"method {method} is full: this bundle takes {limit} tenants of it; {remedy}, or build with a "
-                "larger --tenants"
+                f"method {method} is full: this bundle takes {limit} tenants of it",
+                code="tenants_full",
+                remedy=f"{remedy}, or build with a larger --tenants",
             )
         grown = min(2 * len(entries), limit)
         larger = {}
