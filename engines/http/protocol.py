@@ -6,6 +6,7 @@ field out means.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -37,6 +38,11 @@ TokenId = Annotated[int, Field(ge=0)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _wrong(param: str, text: str) -> RefusalError:
+    """What fields say together, which pydantic would tell without a name."""
+    return RefusalError(400, text, param=param, code="invalid_value")
 
 
 class StreamOptions(_Strict):
@@ -103,14 +109,14 @@ class _Generating(_Strict):
     @field_validator("logit_bias")
     @classmethod
     def _biased_ids(cls, value: dict[str, float]) -> dict[str, float]:
-        if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
+        if not all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in value):
             raise ValueError("expected token ids as keys")
         return value
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> _Generating:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for stream=true")
+            raise _wrong("stream_options", "stream_options is only for stream=true")
         return self
 
     @property
@@ -176,9 +182,9 @@ class ChatRequest(_Generating):
     @model_validator(mode="after")
     def _agrees(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise _wrong("top_logprobs", "top_logprobs needs logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            raise _wrong("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
         return self
 
     def requests(self) -> list[Request]:
@@ -216,7 +222,7 @@ class CompletionRequest(_Generating):
     @model_validator(mode="after")
     def _is_no_crowd(self) -> CompletionRequest:
         if not self.prompts() or len(self.prompts()) * self.n > MAX_CHOICES:
-            raise ValueError(f"expected 1 to {MAX_CHOICES} answers, found {len(self.prompts()) * self.n}")
+            raise _wrong("prompt", f"expected 1 to {MAX_CHOICES} answers, found {len(self.prompts()) * self.n}")
         return self
 
     def prompts(self) -> Sequence[str | list[int]]:

@@ -86,6 +86,7 @@ def refusal_of(error: Exception) -> RefusalError:
     if error.code == "queue_full":
         return RefusalError(429, "too many requests are waiting; try again later", code=code, retry=True)
     text = str(error) if isinstance(error, NotRunnableError) else error.what
+    text = re.sub(r"^request \d+ of ", "the request of ", text.replace("max_new_tokens", PARAMS["max_new_tokens"]))
     text = re.sub(r"^request \d+:? ", "", text)
     return RefusalError(status, text, param=PARAMS.get(error.field or "", error.field), code=code, retry=status == 503)
 

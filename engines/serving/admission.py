@@ -104,17 +104,18 @@ class Admission:
 
     def _check_room(self, where: str, request: Request, tenant: Tenant, prompt: list[int]) -> None:
         limits = self._manifest.ranges.sequence
+        read = "messages" if request.messages else "tokens" if request.tokens else "prompt"
         if len(prompt) > limits.max:
             raise IaptError(
                 f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at most {limits.max}",
                 code="context_length_exceeded",
-                field="prompt",
+                field=read,
                 remedy="shorten it, or build with a larger --sequence",
             )
         if len(prompt) < limits.min:
             raise IaptError(
                 f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at least {limits.min}",
-                field="prompt",
+                field=read,
                 remedy="build with a smaller --sequence",
             )
         assert request.max_new_tokens is not None

@@ -28,7 +28,8 @@ def encode_request(where: str, request: Request, tenant: Tenant, codec: TextCode
         if len(messages) > 1:
             raise IaptError(
                 f"{where}: tenant {tenant.name} was trained on plain text, without system prompt or earlier turns; "
-                "give it one prompt"
+                "give it one prompt",
+                field="messages" if request.messages else "system",
             )
         return codec.encode(messages[0]["content"], "plain")
     given = messages[0]["content"] if messages[0]["role"] == "system" else ""
@@ -60,15 +61,17 @@ def conversation(where: str, request: Request, trained_system: str | None) -> li
     else:
         problems = [problem for index, message in enumerate(request.messages) for problem in _problems(index, message)]
         if problems:
-            raise IaptError(f"{where}: " + "; ".join(problems))
+            raise IaptError(f"{where}: " + "; ".join(problems), field="messages")
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
         for message in messages:
-            _check_characters(where, message["content"])
+            _check_characters(where, "messages", message["content"])
         if messages[-1]["role"] != "user":
-            raise IaptError(f"{where}: the last message is the {messages[-1]['role']}'s; expected the user's")
+            text = f"{where}: the last message is the {messages[-1]['role']}'s; expected the user's"
+            raise IaptError(text, field="messages")
     if messages[0]["role"] == "system":
         if request.system is not None:
-            raise IaptError(f"{where}: a system prompt is given twice, as system and as first message; give one")
+            text = f"{where}: a system prompt is given twice, as system and as first message; give one"
+            raise IaptError(text, field="system")
         return messages
     system = trained_system if request.system is None else request.system
     return [{"role": "system", "content": system}, *messages] if system else messages
@@ -101,21 +104,25 @@ def check_text_fields(where: str, request: Request) -> None:
         IaptError: what was expected, and what came.
     """
     if isinstance(request.tokens, str | bytes | Mapping) or not hasattr(request.tokens, "__len__"):
-        raise IaptError(f"{where}: tokens is {type(request.tokens).__name__}, expected a list of token ids")
+        text = f"{where}: tokens is {type(request.tokens).__name__}, expected a list of token ids"
+        raise IaptError(text, field="tokens")
     if isinstance(request.messages, str | Mapping) or not isinstance(request.messages, Sequence):
-        raise IaptError(f"{where}: messages is {type(request.messages).__name__}, expected a list of messages")
+        text = f"{where}: messages is {type(request.messages).__name__}, expected a list of messages"
+        raise IaptError(text, field="messages")
     given = [name for name in ("prompt", "messages", "tokens") if len(getattr(request, name))]
     if len(given) > 1:
-        raise IaptError(f"{where}: {' and '.join(given)} are given; expected one of them")
+        raise IaptError(f"{where}: {' and '.join(given)} are given; expected one of them", field=given[1])
     if request.system is not None and (given == ["tokens"] or not isinstance(request.system, str)):
-        raise IaptError(f"{where}: system is {shown(request.system)}, expected text, beside a prompt or messages")
-    for text in (request.prompt, request.system or ""):
-        _check_characters(where, text)
+        text = f"{where}: system is {shown(request.system)}, expected text, beside a prompt or messages"
+        raise IaptError(text, field="system")
+    _check_characters(where, "prompt", request.prompt)
+    _check_characters(where, "system", request.system or "")
 
 
-def _check_characters(where: str, text: str) -> None:
+def _check_characters(where: str, field: str, text: str) -> None:
     """Refuse halves of surrogate pairs, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise IaptError(f"{where}: the text has a broken character at place {error.start}; expected Unicode") from None
+        what = f"{where}: the text has a broken character at place {error.start}; expected Unicode"
+        raise IaptError(what, field=field) from None

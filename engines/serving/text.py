@@ -68,13 +68,13 @@ class TextCodec:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         text = messages[-1]["content"]
         if not text.strip():
-            raise IaptError("the prompt is empty; expected an instruction of at least one word")
+            raise IaptError("the prompt is empty; expected an instruction of at least one word", field="prompt")
         if prompt_format == "chat":
             ids = self._ids_of(self.render(messages), add_special_tokens=False)
         else:
             ids = self._ids_of(text)
         if not ids:
-            raise IaptError(f"the prompt {text!r} has no tokens in the bundle's vocabulary")
+            raise IaptError(f"the prompt {text!r} has no tokens in the bundle's vocabulary", field="prompt")
         return ids
 
     def _ids_of(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
