@@ -247,6 +247,6 @@ def tensor_problems(expected: dict[str, tuple[int, ...]], tensors: dict[str, Ten
             problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():
             problems.append(f"tensor {name} has type {tensor.dtype}, expected a floating type")
-        elif not tensor.isfinite().all():
+        elif not tensor.float().isfinite().all():  # 8 bits have no isfinite of their own
             problems.append(f"tensor {name} holds NaN or infinity; train the adapter again with a lower learning rate")
     return problems

@@ -298,10 +298,8 @@ def check_tensors(shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
 def _configs(fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str) -> dict[str, LoRAConfig]:
     """Each changed module's own rank and alpha, in the backbone's order.
 
-    The tensors tell which linears are changed; fields may still ask for more layers of those.
-
     Raises:
-        IaptError: there are none, or they stand outside the decoder layers' linears.
+        IaptError: there are no tensors, they stand outside the decoder layers' linears, or the fields leave them out.
     """
     there = {match["module"] for name in tensors if (match := LORA_TENSOR.fullmatch(name))}
     modules = [f"{sizes.layers_path}.{n}.{name}" for n in range(sizes.num_layers) for name in sizes.linears]
@@ -311,7 +309,15 @@ def _configs(fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, s
             f"{source}: expected LoRA tensors of linear layers in the decoder's {sizes.num_layers} layers, which are "
             f"{', '.join(sizes.linears)}; got {', '.join(got)}. Give the backbone that it was trained for"
         )
-    linears = {_linear(module) for module in there}
+    asked = {module for module in modules if _is_target(fields, module)}
+    if fields.get("target_modules") in (None, "all-linear"):  # PEFT's own choice, of which the tensors tell
+        asked = {module for module in asked if _linear(module) in map(_linear, there)}
+    if left_out := sorted(there - asked):
+        raise IaptError(
+            f"{source}: its configuration leaves out {left_out[0]}, of which it has tensors ({len(left_out)} modules "
+            "so): PEFT would not use them; expected the configuration that was saved with them"
+        )
+    linears = {_linear(module) for module in asked}
     full = tuple(name for name in sizes.linears if name in linears)
     last = tuple(dict.fromkeys(name.rpartition(".")[2] for name in full))
     chosen = last if targets(last, sizes) == full else full
@@ -323,7 +329,7 @@ def _configs(fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, s
             target_modules=chosen,
         )
         for module in modules
-        if _linear(module) in linears and (_is_target(fields, module) or module in there)
+        if module in asked
     }
 
 
@@ -366,7 +372,7 @@ def _is_target(fields: dict[str, Any], module: str) -> bool:
         return True
     patterns = fields.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+        if match := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module):
             return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
 

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from iapt_export.contract.errors import IaptError
 from tests.tiny import padded, tiny_gpt2, tiny_llama
-from tests.trainers.adapters.test_peft_format import PROMPT, backbone_of, logits, stock
+from tests.trainers.adapters.test_peft_format import PROMPT, backbone_of, logits, stock, stock_logits
 from trainers.adapters.directory import load_adapter
 from trainers.adapters.peft_format import adapter_from_peft, from_peft_tensors, to_peft_tensors
 from trainers.adapters.peft_forms import TABLE
@@ -105,8 +106,9 @@ def test_a_task_of_a_multitask_prompt(tmp_path: Path) -> None:
     [
         ({"target_modules": ["q_proj", "v_proj"]}, "0.self_attn.q_proj"),
         ({"target_modules": r".*\.(q|v)_proj"}, "2.self_attn.v_proj"),
-        ({"layers_to_transform": [1, 2]}, "1.self_attn.q_proj"),
-        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "1.self_attn.q_proj"),
+        ({"layers_to_transform": [0, 1, 2]}, "1.self_attn.q_proj"),
+        ({"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, "1.self_attn.q_proj"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "q_proj"),
     ],
 )
 def test_a_file_that_lacks_a_layer_is_refused(options: dict[str, Any], lost: str, tmp_path: Path) -> None:
@@ -116,6 +118,35 @@ def test_a_file_that_lacks_a_layer_is_refused(options: dict[str, Any], lost: str
     save_file({name: tensor for name, tensor in load_file(path).items() if lost not in name}, path)
     with pytest.raises(IaptError, match=f"{lost}.lora_A.weight is missing"):
         adapter_from_peft(folder, backbone_of(tiny_llama()))
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"target_modules": ["up_proj"]}, r"0\.self_attn\.q_proj"),
+        ({"exclude_modules": ["v_proj"]}, r"0\.self_attn\.v_proj"),
+        ({"layers_to_transform": [0, 1]}, r"2\.self_attn\.q_proj"),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, r"0\.self_attn\.q_proj"),
+        ({"layers_to_transform": ["0", "1", "2"]}, r"0\.self_attn\.q_proj"),
+    ],
+)
+def test_tensors_that_the_configuration_leaves_out_are_refused(
+    options: dict[str, Any], left_out: str, tmp_path: Path
+) -> None:
+    """PEFT passes over them, so that the same directory would answer otherwise there."""
+    with pytest.raises(IaptError, match=rf"its configuration leaves out model\.layers\.{left_out}, of which it has"):
+        adapter_from_peft(lora_directory(tmp_path, **options), backbone_of(tiny_llama()))
+
+
+def test_weights_in_8_bits_are_the_values_that_peft_reads(tmp_path: Path) -> None:
+    theirs = stock(tiny_llama, "LoraConfig", {"r": 4, "lora_alpha": 6})
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    model = tiny_llama()
+    method = adapter_from_peft(tmp_path, backbone_of(model)).module()
+    torch.testing.assert_close(logits(model, rows_of(method), [7]), stock_logits(again, [7]), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
