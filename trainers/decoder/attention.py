@@ -30,6 +30,7 @@ HARMLESS = frozenset(
     (
         "cache_position",
         "dropout",
+        "logits_to_keep",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
@@ -99,14 +100,20 @@ def mask_by_position(
 
 
 def _eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **arguments: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """PyTorch's attention: transformers' own function where scaled dot products are all there is."""
     scaling = arguments.pop("scaling", None)
     options = read_options(module, arguments)
     if options.softcap or options.sinks is not None:
-        return explicit_attention(query, key, value, mask, scaling, options), None
-    return sdpa_attention_forward(module, query, key, value, mask, *args, scaling=scaling, **arguments)
+        return explicit_attention(query, key, value, attention_mask, scaling, options), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, *args, scaling=scaling, **arguments)
 
 
 def grouped_attention(

@@ -23,6 +23,7 @@ from trainers.decoder.gguf_config import gguf_config
 from trainers.decoder.gguf_file import GgufFile
 from trainers.decoder.gguf_tokenizer import gguf_tokenizer
 from trainers.decoder.gguf_weights import gguf_state_dict
+from trainers.decoder.own_answer import check_own_answer
 
 CHECKPOINT = ["*.safetensors", "*.safetensors.index.json"]
 """Files of a model on the hub that hold its weights."""
@@ -92,8 +93,9 @@ def load_backbone(
 
     Raises:
         IaptError: nothing usable stands there; it is of a family that is refused, which is found before its weights
-            are read; its weights are missing, left over or of another shape; or a GGUF
-            field or tensor has no place in transformers' model.
+            are read; its weights are missing, left over or of another shape; a GGUF
+            field or tensor has no place in transformers' model; or what is computed here is not what transformers'
+            ``generate`` gives.
     """
     import torch
 
@@ -114,7 +116,9 @@ def load_backbone(
         else:
             model, tokenizer = _load_folder(source, kind, trust_remote_code, options)
     model.requires_grad_(False)
-    return Backbone(model.eval(), tokenizer, name_or_path, revision)
+    backbone = Backbone(model.eval(), tokenizer, name_or_path, revision)
+    check_own_answer(backbone.model, name_or_path)
+    return backbone
 
 
 def load_backbone_of(

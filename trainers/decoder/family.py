@@ -25,8 +25,8 @@ from trainers.decoder.attention import Options, read_options, real_rotations, tr
 TRIAL = "iapt_trial"
 NUM_TOKENS, NUM_PLACES = 6, 2**20
 """Tokens of the trial, and places at which a mask's rule is asked."""
-OTHER_RULE = 0
-"""Stands for a mask that is neither causal nor a window."""
+OTHER_RULE, BOTH_WAYS = 0, -2
+"""Stand for a mask that is neither causal nor a window, and for one that sees later tokens."""
 PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj"}
 """Families whose code attends by itself, and whose rows are tested not to depend on padding."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -64,14 +64,18 @@ class _Trial:
     """Layer, what its attention is asked for, and the window of the mask that it gets."""
     strange: str = ""
     """The first argument of an attention call that is not known."""
+    uses_positions: bool = False
+    """Whether anything is computed of the tokens' positions."""
 
-    def attend(self, module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
+    def attend(
+        self, module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
+    ) -> Any:
         arguments.pop("scaling", None)
         try:
             options = read_options(module, arguments)
         except IaptError as error:
             self.strange, options = str(error), Options()
-        self.calls.append((int(getattr(module, "layer_idx", -1)), options, getattr(mask, "iapt_window", -1)))
+        self.calls.append((int(getattr(module, "layer_idx", -1)), options, getattr(attention_mask, "iapt_window", -1)))
         batch, heads, length, _ = query.shape
         return query.new_empty(batch, length, heads, value.shape[-1]), None
 
@@ -82,14 +86,19 @@ class _Trial:
         return tagged
 
 
-class _Complex(TorchDispatchMode):
-    """Notes whether a complex number is made while the context is open."""
+class _Computation(TorchDispatchMode):
+    """Notes what is computed while the context is open."""
 
-    seen = False
+    def __init__(self, positions: Tensor) -> None:
+        super().__init__()
+        self._positions = positions
+        self.is_complex = self.uses_positions = False
+        """Whether a complex number is made, and whether anything reads the positions of the tokens."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = operator(*args, **(kwargs or {}))
-        self.seen |= isinstance(made, Tensor) and made.is_complex()
+        self.is_complex |= isinstance(made, Tensor) and made.is_complex()
+        self.uses_positions |= any(value is self._positions for value in (*args, *(kwargs or {}).values()))
         return made
 
 
@@ -126,7 +135,10 @@ def check_family(model: Any, name: str = "") -> Family:
 def _examined(model: Any) -> Family:
     if reason := _told_by_configuration(model):
         return Family(refusal=reason)
-    width, hidden = model.get_input_embeddings().weight.shape[1], model.config.get_text_config().hidden_size
+    try:
+        width, hidden = model.get_input_embeddings().weight.shape[1], model.config.get_text_config().hidden_size
+    except (AttributeError, NotImplementedError) as error:
+        return Family(refusal=f"it has no table of embeddings for its tokens: {_first_line(error)}")
     if width != hidden:
         return Family(
             refusal=f"its embeddings are {width} wide and its layers {hidden}; soft prompts need one width for both"
@@ -136,21 +148,25 @@ def _examined(model: Any) -> Family:
     cache = DynamicCache()
     AttentionInterface.register(TRIAL, trial.attend)
     AttentionMaskInterface.register(TRIAL, trial.mask)
+    positions = torch.arange(NUM_TOKENS, device="meta")[None]
+    computation = _Computation(positions)
     try:
         model.set_attn_implementation(TRIAL)
-        with torch.no_grad(), traceable_experts(model), real_rotations(model), _Complex() as numbers:
+        with torch.no_grad(), traceable_experts(model), real_rotations(model), computation:
             model(
                 inputs_embeds=torch.empty(1, NUM_TOKENS, width, device="meta"),
                 attention_mask=torch.ones(1, NUM_TOKENS, dtype=torch.int64, device="meta"),
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+    except Exception as error:  # whatever a model's own code raises
         return Family(refusal=f"its code cannot be followed without data, which export needs: {_first_line(error)}")
     if trial.strange:
         return Family(refusal=trial.strange)
-    if numbers.seen:
+    if computation.is_complex:
         return Family(refusal="it computes with complex numbers (of rotary positions), which ONNX's operators lack")
+    trial.uses_positions = computation.uses_positions
     return _judged(model, trial, cache)
 
 
@@ -181,6 +197,8 @@ def _judged(model: Any, trial: _Trial, cache: DynamicCache) -> Family:
     if len(shapes) > 1 or any(len(shape) != 6 or shape[0] != shape[3] or shape[1] != NUM_TOKENS for shape in shapes):
         return Family(refusal="its layers cache keys and values of several shapes; all layers must have one")
     ((heads, _, key_width, _, _, value_width),) = shapes
+    if any(window == BOTH_WAYS for *_, window in trial.calls):
+        return Family(refusal="it attends in both directions (is_decoder is off?); only causal decoders are supported")
     limit = _original_length(config)
     reasons = []
     if [layer for layer, *_ in trial.calls] != list(range(num_layers)):
@@ -190,6 +208,8 @@ def _judged(model: Any, trial: _Trial, cache: DynamicCache) -> Family:
                 "says what a row sees beside padding"
             )
         reasons.append("its code attends by itself, in a way that a cache written in place cannot follow")
+    elif not trial.uses_positions:
+        return Family(refusal="its code takes no positions, so it would count the padding beside a row as tokens")
     elif any(window != options.window for _, options, window in trial.calls):
         reasons.append("its masks are more than what its attention is told, which a cache in place needs")
     if is_latent := key_width != value_width:
@@ -216,9 +236,11 @@ def _window_of(mask_function: Any) -> int:
     place = torch.arange(2 * NUM_PLACES)
     query = torch.tensor(NUM_PLACES)
     try:
-        seen = mask_function(torch.tensor(0), torch.tensor(0), query, place)
+        seen = mask_function(torch.tensor(0), torch.tensor(0), query, place).expand(place.shape)
     except RuntimeError:  # a rule that reads tensors of the batch
         return OTHER_RULE
+    if seen[NUM_PLACES + 1 :].any():
+        return BOTH_WAYS
     count = int(seen.sum())
     if not torch.equal(seen, (place <= query) & (place > query - count)):
         return OTHER_RULE

@@ -16,6 +16,7 @@ from iapt_export.contract.errors import IaptError
 from trainers.adapters.adapter import Adapter, AdapterConfig, is_in_peft
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.attention import stock_attention
+from trainers.decoder.own_answer import plain_generation
 from validation.sides.reference import Reference
 
 ADVICE = "--no-peft-check leaves this comparison out"
@@ -87,7 +88,7 @@ def peft_answer(
 
     ids = torch.tensor([prompt])
     options = {} if folder.task is None else {"task_ids": torch.tensor([folder.task])}
-    with stock_attention(model), warnings.catch_warnings():
+    with stock_attention(model), plain_generation(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fields that are ours, and of its own deprecations
         wrapped = None
         try:

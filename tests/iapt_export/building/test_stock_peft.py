@@ -21,7 +21,7 @@ from tests.trainers.adapters.test_peft_format import stock
 from trainers.decoder.backbone import load_backbone
 from validation.judging.compare import Settings, measure_truth
 from validation.judging.peft import compare_peft
-from validation.sides.peft_side import PeftFolder
+from validation.sides.peft_side import PeftFolder, peft_answer
 from validation.sides.reference import Reference
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,6 +105,16 @@ def test_stock_adapters_in_one_bundle(made: TinyBuild) -> None:
         task = {"task_ids": torch.tensor([TASK])} if name == "task" else {}
         assert answers[name] == peft_tokens(adapter(kind, options), **task), name
     assert len({tuple(tokens) for tokens in answers.values()}) == len(answers)  # the adapters matter
+
+
+def test_a_penalty_in_the_checkpoint_is_no_part_of_an_answer(tmp_path: Path) -> None:
+    """Some instruct models have one in ``generation_config.json``; PEFT's tokens are compared with likeliest ones."""
+    adapter("LoraConfig", {"r": 2}).save_pretrained(tmp_path)
+    prompt, model = range(2, 300, 2), tiny_llama(num_hidden_layers=NUM_LAYERS)
+    wanted, _ = peft_answer(model, PeftFolder(tmp_path), prompt, NEW_TOKENS)
+    model.generation_config.repetition_penalty = 5.0
+    assert peft_answer(model, PeftFolder(tmp_path), prompt, NEW_TOKENS)[0] == wanted
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_stock_loras_join_a_bundle_of_their_kind(made: TinyBuild, tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BlenderbotConfig,
+    BltConfig,
+    DogeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from iapt_export.contract.errors import IaptError
 from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
@@ -140,6 +148,38 @@ def test_the_refusal_names_model_and_reason():
 def test_an_encoder_is_refused():
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8, vocab_size=64))
     assert "it is an encoder and a decoder" in family_of(model).refusal
+
+
+def small(kind: Any, **fields: Any) -> Any:
+    """A model of a family that is in no table."""
+    config = kind(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **fields)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: small(BertConfig, intermediate_size=96), "it attends in both directions (is_decoder is off?)"),
+        (
+            lambda: small(BlenderbotConfig, d_model=64, decoder_layers=2, decoder_attention_heads=4, encoder_layers=2),
+            "its code takes no positions, so it would count the padding beside a row as tokens",
+        ),
+        (
+            lambda: AutoModelForCausalLM.from_config(BltConfig()),
+            "it has no table of embeddings for its tokens: 'BltConfig' object has no attribute 'hidden_size'",
+        ),
+    ],
+)
+def test_families_that_are_in_no_table_are_refused_in_words(make, reason):
+    with torch.device("meta"):
+        model = make()
+    assert reason in family_of(model).refusal
+
+
+def test_a_mask_that_is_given_by_name_is_read():
+    """Doge and AFMoE call their attention with ``attention_mask=``."""
+    model = small(DogeConfig, intermediate_size=96, num_key_value_heads=2)
+    assert "missing 1 required positional argument" not in family_of(model).refusal
 
 
 def test_longrope_keeps_the_factors_of_the_original_length():
