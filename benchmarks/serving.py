@@ -1,7 +1,8 @@
 """Serve the same tokens with this project and with its peers, in alternating runs, and compare.
 
     python -m benchmarks.serving all --genai fp32=DIR --genai int4=DIR --genai-python PYTHON --optimum DIR \
-        --optimum-python PYTHON --gguf q4_0=FILE --gguf q4_1=FILE --gguf q8_0=FILE --gguf-python PYTHON
+        --optimum-python PYTHON --gguf q4_0=FILE --gguf q4_1=FILE --gguf q8_0=FILE --gguf-python PYTHON \
+        --openvino-python PYTHON
 
 does it all; its parts are
 
@@ -65,6 +66,8 @@ def cases(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[str, Job, 
         yield f"genai-{dtype}", Job("genai", folder, **sizes), arguments.genai_python
     for dtype, path in arguments.gguf:
         yield f"llama-{dtype}", Job("llama", path, **sizes), arguments.gguf_python
+        if arguments.openvino_python:
+            yield f"openvino-{dtype}", Job("openvino", path, **sizes), arguments.openvino_python
     yield "transformers", Job("transformers", arguments.model, **sizes), sys.executable
     for name, rank, modules in (("peft-qv", 8, ("q_proj", "v_proj")), ("peft-all", 16, SEVEN)):
         yield name, Job("peft", arguments.model, tenants=8, rank=rank, modules=modules, **sizes), sys.executable
@@ -208,6 +211,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--genai-python", default=sys.executable, metavar="PYTHON", help="where genai is installed")
     parser.add_argument("--gguf", action="append", type=_named, default=[], metavar="TYPE=FILE")
     parser.add_argument("--gguf-python", default=sys.executable, metavar="PYTHON", help="where xllamacpp is installed")
+    parser.add_argument("--openvino-python", metavar="PYTHON", help="where openvino-genai is; it takes the GGUF files")
     parser.add_argument("--optimum", metavar="DIR", help="a model that optimum-onnx exported")
     parser.add_argument("--optimum-python", default=sys.executable, metavar="PYTHON", help="where optimum is installed")
     parser.add_argument("--rounds", type=int, default=9, help="of run, trace, drafts and cost (default: %(default)s)")

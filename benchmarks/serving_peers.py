@@ -206,8 +206,38 @@ def llama(job: Job) -> Callable[[], dict[str, float]]:
     return once
 
 
+def openvino(job: Job) -> Callable[[], dict[str, float]]:
+    """OpenVINO GenAI with a GGUF file, in one batch; by answers of one token and of ``steps`` more."""
+    import numpy as np
+    import openvino_genai  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from openvino import Tensor
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False  # or the second time reads nothing
+    threads = {"INFERENCE_NUM_THREADS": job.threads}
+    pipeline = openvino_genai.LLMPipeline(job.model, "CPU", scheduler_config=scheduler, **threads)
+    ids = np.array(job.prompts(), np.int64)
+    inputs = openvino_genai.TokenizedInputs(Tensor(ids), Tensor(np.ones_like(ids)))
+
+    def answer(length: int) -> float:
+        config = openvino_genai.GenerationConfig(max_new_tokens=length, min_new_tokens=length, ignore_eos=True)
+        began = time.perf_counter()
+        found = pipeline.generate(inputs, config)
+        passed = (time.perf_counter() - began) * 1e3
+        if [len(row) for row in found.tokens] != [length] * job.rows:
+            raise RuntimeError(f"rows of {[len(row) for row in found.tokens]} tokens, expected {length}")
+        return passed
+
+    def once() -> dict[str, float]:
+        prefill_ms = answer(1)  # the first token comes of prefill's logits
+        decode_ms = (answer(1 + job.steps) - prefill_ms) / job.steps
+        return {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "peak_mib": peak_mib()}
+
+    return once
+
+
 PEERS: dict[str, Callable[[Job], Any]] = {
-    each.__name__: each for each in (session, base, genai, transformers, peft, optimum, llama)
+    each.__name__: each for each in (session, base, genai, transformers, peft, optimum, llama, openvino)
 }
 
 
