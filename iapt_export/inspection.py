@@ -197,23 +197,35 @@ def _describe_stock_adapter(path: Path, fields: dict[str, Any], model: str | Non
         "build": said,
         "base_model_name_or_path": fields.get("base_model_name_or_path"),
         **{name: fields[name] for name in shown if fields.get(name) is not None},
+        **_others_inside(path),
         "example_prompts": _prompts_line(path),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
 
 
+def _others_inside(path: Path) -> dict[str, str]:
+    """Adapters that PEFT saved beside the one called "default", in folders of their names: each is a tenant itself."""
+    inner = sorted(item.parent for item in path.glob("*/adapter_config.json"))
+    return {"also_inside": ", ".join(f"--adapter {item}" for item in inner)} if inner else {}
+
+
 def _said_by_build(path: Path, model: str) -> str:
     """What `build` says of an adapter and a backbone, whose weights are not read."""
-    from trainers.adapters.directory import check_adapter_fits, load_adapter
+    from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
+    from trainers.decoder.backbone import load_tokenizer
 
     try:
         backbone = _outline_of(model)
         adapter = load_adapter(path, backbone)
         check_adapter_fits(adapter.config, backbone, str(path))
+        asks = adapter.from_peft and getattr(load_tokenizer(model), "chat_template", None)
     except IaptError as error:
         return f"refused: {error}"
-    return f"supported as {adapter.config.peft_type}"
+    said = f"supported as {adapter.config.peft_type}"
+    if asks:
+        said += f"; say how prompts were fed: --adapter {path},format=chat or {path},format=plain"
+    return "; ".join(filter(None, (said, doubt_of_backbone(adapter, backbone))))
 
 
 def _outline_of(model: str) -> Backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from iapt_export.contract.manifest import Range, Ranges
 from iapt_export.contract.types import FLOATS, OPSETS
 from iapt_export.graphs.installed import Installed, deploy, install
 from trainers.adapters.adapter import Adapter
-from trainers.adapters.directory import check_adapter_fits, load_adapter
+from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
 from trainers.decoder.quantise import DEQUANTISED, QUANTISED, Rounding, rounding_of
 from trainers.methods.forms import METHODS
 
+LOGGER = logging.getLogger("iapt_export")
 DEFAULT_OPSET = 23
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 TARGETS = ("onnxruntime", *TENSORRT)
@@ -192,6 +194,8 @@ def load_tenants(
             said = "".join(f",{option}={value}" for option, value in options.items())
             raise IaptError(f"--adapter {path}{said}: {path} was not written by stock PEFT and says all of this itself")
         check_adapter_fits(adapter.config, backbone, str(path))
+        if doubt := doubt_of_backbone(adapter, backbone):
+            LOGGER.warning("%s", doubt)
         tenants[name] = adapter
     return tenants
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from iapt_export.building.plan import load_tenants
 from iapt_export.contract.errors import IaptError
 from iapt_export.inspection import describe
 from tests.bundles import NUM_LAYERS, TENANTS, TinyBuild, run, save_tiny_adapter
@@ -85,10 +86,28 @@ def test_an_adapter_of_stock_peft(model: Path, tmp_path: Path) -> None:
     assert (found["kind"], found["peft_type"], found["r"]) == ("adapter of stock PEFT", "LORA", 2)
     assert sorted(found["target_modules"]) == ["down_proj", "q_proj"]
     assert found["build"].startswith("not checked") and "--model" in found["build"]
-    assert inspected(lora, f"--model={model}")["build"] == "supported as LORA"
+    asked = f"; say how prompts were fed: --adapter {lora},format=chat or {lora},format=plain"
+    assert inspected(lora, f"--model={model}")["build"] == "supported as LORA" + asked
+    no_chat = save_tiny_backbone(tmp_path / "plain", tiny_llama(num_hidden_layers=NUM_LAYERS), chat=False)
+    assert inspected(lora, f"--model={no_chat}")["build"] == "supported as LORA"
     prompt = save_stock(tmp_path / "prompt", "PromptTuningConfig", {"num_virtual_tokens": 4})
     found = inspected(prompt, f"--model={model}")
-    assert (found["build"], found["num_virtual_tokens"]) == ("supported as PROMPT_TUNING", 4)
+    assert (found["build"].partition(";")[0], found["num_virtual_tokens"]) == ("supported as PROMPT_TUNING", 4)
+
+
+def test_an_adapter_of_stock_peft_that_names_another_backbone(tmp_path: Path, caplog: Any) -> None:
+    """PEFT records a name alone, and weights of one shape are many."""
+    model = save_tiny_backbone(tmp_path / "Tiny-Instruct", tiny_llama(num_hidden_layers=NUM_LAYERS), chat=False)
+    backbone = load_backbone(str(model))
+    for name, doubtful in (("someone/tiny-instruct", False), ("someone/Tiny", True), (None, False)):
+        folder = save_stock(tmp_path / f"of {name}".replace("/", " "))
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": name}), "utf-8")
+        words = f"{folder} was trained for {name}, and {model} is given: their shapes agree, and that is all"
+        assert (words in inspected(folder, f"--model={model}")["build"]) == doubtful
+        caplog.clear()
+        load_tenants([f"a={folder}"], backbone)
+        assert (words in caplog.text) == doubtful
 
 
 def test_an_adapter_of_stock_peft_that_build_refuses(model: Path, tmp_path: Path) -> None:
@@ -165,4 +184,7 @@ def test_adapters_of_several_names_in_one_folder(model: Path, tmp_path: Path) ->
     ):
         outcome = run(*argv)
         assert outcome.code == 1 and wanted in outcome.err and outcome.err.count("\n") <= 3, outcome.err
-    assert inspected(folder / "tone", f"--model={model}")["build"] == "supported as LORA"
+    assert inspected(folder / "tone", f"--model={model}")["build"].startswith("supported as LORA; say how prompts")
+    made.save_pretrained(folder)
+    inside = ", ".join(f"--adapter {folder / name}" for name in ("tone", "topic"))
+    assert inspected(folder)["also_inside"] == inside and "also_inside" not in inspected(folder / "tone")

@@ -113,3 +113,18 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
             f"the adapter {source} was trained for {adapter.base_model_name_or_path}, not for "
             f"{backbone.name_or_path}: {'; '.join(problems)}. Give its own backbone with --model"
         )
+
+
+def doubt_of_backbone(adapter: Adapter, backbone: Backbone) -> str:
+    """What should be known of an adapter of stock PEFT that names another backbone; empty where nothing is in doubt.
+
+    PEFT records a name and no fingerprint, so that weights of the same shapes are taken for those it was trained on.
+    The same weights have many names, so it is no refusal.
+    """
+    theirs, ours = adapter.config.base_model_name_or_path, backbone.name_or_path
+    if not adapter.from_peft or Path(theirs).name.lower() == Path(ours).name.lower():
+        return ""
+    return (
+        f"{adapter.path} was trained for {theirs}, and {ours} is given: their shapes agree, and that is all that can "
+        "be checked; if these are other weights, its answers are wrong"
+    )

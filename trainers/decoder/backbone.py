@@ -175,6 +175,20 @@ def load_outline(name_or_path: str, *, revision: str | None = None, trust_remote
         return _outline(source, gguf_file, name_or_path, trust_remote_code, options)[0]
 
 
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer of a backbone, whose weights need not be there.
+
+    Args:
+        name_or_path: as `load_backbone` takes it.
+
+    Raises:
+        IaptError: there is none, or it cannot be read.
+    """
+    source, gguf_file = _locate(name_or_path)
+    with _explained(name_or_path):
+        return gguf_tokenizer(GgufFile(Path(source) / gguf_file)) if gguf_file else _load_tokenizer(source)
+
+
 def load_unread(
     folder: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Backbone, dict[str, Weight]] | None:
