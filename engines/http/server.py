@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from iapt_export.contract.errors import IaptError
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections; a server that closes first races with a client's next request."""
 
+CUT_SECONDS = 5
+"""How long clients may take to read that their answers were ended."""
 MAX_PORT = 65535
 
 _log = logging.getLogger(__name__)
@@ -62,10 +65,11 @@ class ServerConfig:
 class Server(uvicorn.Server):
     """Uvicorn's, which says at the first signal that it is not ready, and ends when all answers are out."""
 
-    def __init__(self, config: uvicorn.Config, door: Door, ready_delay_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, door: Door, ready_delay_s: float, drain_s: float) -> None:
         super().__init__(config)
         self._door = door
         self._delay = ready_delay_s
+        self._drain = drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, the second hurries it; the exit code stays 0."""
@@ -79,6 +83,11 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+        asyncio.get_running_loop().call_later(self._drain, self._end_answers)
+
+    def _end_answers(self) -> None:
+        """What is not answered in time ends with an error that says so; uvicorn would cut it without a word."""
+        asyncio.get_running_loop().run_in_executor(None, self._door.session.close)
 
 
 def check_place(host: str, port: int) -> None:
@@ -120,9 +129,9 @@ def serve(session: Session, config: ServerConfig) -> None:
         access_log=False,
         log_level=config.log_level,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(config.drain_s),
+        timeout_graceful_shutdown=math.ceil(config.drain_s) + CUT_SECONDS,
         server_header=False,
         ws="none",
     )
     with session:
-        Server(settings, door, config.ready_delay_s).run()
+        Server(settings, door, config.ready_delay_s, config.drain_s).run()

@@ -71,9 +71,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def in_process(bundle: Path, *flags: str) -> Iterator[Served]:
-    """``iapt-export serve`` on a free port."""
-    command = [sys.executable, "-m", "iapt_export", "serve", str(bundle), "--port", "0", "--threads", "1", *flags]
+def in_process(bundle: Path, *flags: str, before: str = "") -> Iterator[Served]:
+    """``iapt-export serve`` on a free port; its process runs ``before`` first, which may break something."""
+    start = ["-c", f"{before}\nfrom iapt_export.cli import main; main()"] if before else ["-m", "iapt_export"]
+    command = [sys.executable, *start, "serve", str(bundle), "--port", "0", "--threads", "1", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = []

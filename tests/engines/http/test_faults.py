@@ -255,6 +255,28 @@ def test_sigterm_lets_streams_end(tiny_build: TinyBuild) -> None:
         assert server.process.wait(20) == 0
 
 
+def test_what_the_drain_does_not_finish_ends_with_an_error(tiny_build: TinyBuild) -> None:
+    """In OpenAI's shape, as an event where the stream had begun; uvicorn alone cuts the connection."""
+    with in_process(tiny_build.bundle, "--drain", "0.1", "--no-verify") as server, ThreadPoolExecutor(5) as pool:
+        assert server.process is not None
+        asked = [pool.submit(server.ask, TEXT, long(n=50, stream=n % 2 == 0)) for n in range(5)]
+        while server.state()["running"] < 8 or server.state()["tenants"]["alpha"]["generated_tokens"] < 50:
+            time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+        ended = 0
+        for status, content, headers in (each.result() for each in asked):
+            if status == 503:
+                assert content["error"]["code"] == "closed" and headers["retry-after"] == "1"
+            elif isinstance(content, str) and not content.endswith("data: [DONE]\n\n"):
+                assert status == 200 and events(content)[-1]["error"]["code"] == "closed"
+            else:
+                assert status == 200
+                continue
+            ended += 1
+        assert ended > 0
+        assert server.process.wait(20) == 0
+
+
 @pytest.mark.parametrize(("flags", "rows"), [((), None), (("--max-rows-per-tenant=2",), 2)])
 def test_rows_that_one_tenant_may_have(
     tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], rows: int | None
