@@ -89,6 +89,7 @@ class Reply(Response):
         self._usage = usage
         self._n = n
         self._sending_since: float | None = None
+        self._is_left = False
         self._gaps: list[list[float]] = [[] for _ in generations]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,6 +156,9 @@ class Reply(Response):
             else:
                 await write(f"event: error\ndata: {json.dumps(refusal_of(error).body())}\n\n", more=False)
                 _report(error)
+        except asyncio.CancelledError:
+            if not self._is_left:  # or uvicorn would log it as a defect
+                raise
         finally:
             guarding.cancel()
 
@@ -164,6 +168,7 @@ class Reply(Response):
             await asyncio.sleep(STALLED_SECONDS / 4)
         _log.warning("a client of %s took nothing for %.0f s and was left", self._model, STALLED_SECONDS)
         if task is not None:
+            self._is_left = True
             task.cancel()
 
     async def _batches(self) -> AsyncIterator[list[tuple[int, list[Token]]]]:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Served:
     port: int
     process: subprocess.Popen[str] | None = None
     session: Session | None = None
+    log: list[str] = field(default_factory=list)
+    """What the process has said so far."""
 
     @property
     def url(self) -> str:
@@ -52,11 +54,13 @@ class Served:
             content = json.loads(raw) if "json" in response.headers["content-type"] else raw.decode()
             return response.status, content, {name.lower(): value for name, value in response.getheaders()}
 
-    def open(self, path: str, body: Any) -> socket.socket:
-        """A connection that has sent a request and read nothing."""
+    def open(self, path: str, body: Any, made: socket.socket | None = None) -> socket.socket:
+        """A connection that has sent a request and read nothing; over ``made`` if it is given."""
         sent = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
-        made = socket.create_connection(("127.0.0.1", self.port), SECONDS)
+        made = made or socket.socket()
+        made.settimeout(SECONDS)
+        made.connect(("127.0.0.1", self.port))
         made.sendall(head.encode() + sent)
         return made
 
@@ -77,16 +81,16 @@ def in_process(bundle: Path, *flags: str, before: str = "") -> Iterator[Served]:
     command = [sys.executable, *start, "serve", str(bundle), "--port", "0", "--threads", "1", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    lines = []
+    lines: list[str] = []
     for line in process.stderr:
         lines.append(line)
         if found := re.search(r"running on http://[\d.]+:(\d+)", line):
             break
     else:
         raise AssertionError("the server did not start: " + "".join(lines))
-    threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
+    threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True).start()
     try:
-        yield Served(int(found[1]), process)
+        yield Served(int(found[1]), process, log=lines)
     finally:
         process.kill()
         process.wait()

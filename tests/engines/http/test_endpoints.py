@@ -43,10 +43,10 @@ def said(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def test_streams_equal_the_session_token_by_token(server: Served, session: Session) -> None:
+def test_200_streams_equal_the_session_token_by_token(server: Served, session: Session) -> None:
     bodies = [
         {"model": ("model", *TENANTS)[n % 4], "prompt": [5 + n % 50, 7 + n % 31], "max_tokens": 5 + n % 20, **GREEDY}
-        for n in range(60)
+        for n in range(200)
     ]
     asked = [
         Request(body["model"], tokens=tuple(body["prompt"]), max_new_tokens=body["max_tokens"], ignore_eos=True)
@@ -61,7 +61,7 @@ def test_streams_equal_the_session_token_by_token(server: Served, session: Sessi
         names = [name for choice in choices if choice["logprobs"] for name in choice["logprobs"]["tokens"]]
         return "".join(choice["text"] for choice in choices), names, choices[-1]["finish_reason"]
 
-    with ThreadPoolExecutor(20) as pool:
+    with ThreadPoolExecutor(200) as pool:
         answers = list(pool.map(one, bodies))
     for (text, names, reason), answer in zip(answers, wanted, strict=True):
         assert text == answer.text and reason == "length"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,6 @@ from tests.bundles import TENANTS, TinyBuild, run
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-import engines.http.replies
 from engines.http.access import Access
 from engines.http.server import ServerConfig
 from engines.serving.session import Request, Session
@@ -69,16 +66,6 @@ def test_clients_that_leave_free_their_rows_at_once(server: Served, monkeypatch:
     assert {tenant.users for tenant in server.session.stepper.bank.tenants.values()} == {0}
 
 
-def test_readers_that_never_read_hold_up_nobody(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.http.replies, "STALLED_SECONDS", 0.5)
-    sockets = [server.open(TEXT, long(stream=True, logprobs=20)) for _ in range(10)]
-    status, found, _ = server.ask(TEXT, long("beta", 5))
-    assert status == 200 and found["usage"]["completion_tokens"] == 5
-    server.wait_until_idle()
-    for each in sockets:
-        each.close()
-
-
 def test_a_flood_gets_429_and_another_tenant_an_answer(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     slowed(server, monkeypatch)
     with ThreadPoolExecutor(40) as pool:
@@ -95,25 +82,6 @@ def test_a_flood_gets_429_and_another_tenant_an_answer(server: Served, monkeypat
     assert refused and all(status in (200, 429) for status, _, _ in found)
     for content, headers in refused:
         assert content["error"]["code"] == "queue_full" and headers["retry-after"] == "1"
-
-
-def test_a_dead_session_is_seen_within_a_second(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server.session is not None
-
-    def fail(tokens: Any) -> Any:
-        raise RuntimeError("the device is gone")
-
-    sockets = server.open(TEXT, long(stream=True))
-    sockets.recv(50)
-    monkeypatch.setattr(server.session.stepper, "step", fail)
-    status, found, _ = server.ask(TEXT, long())
-    assert status in (500, 503) and "error" in found
-    deadline = time.monotonic() + 1
-    while server.ask("/health")[0] != 503:
-        assert time.monotonic() < deadline
-    assert "the device is gone" in server.ask("/health")[1]["failure"] and server.ask("/ready")[0] == 503
-    status, found, headers = server.ask(TEXT, long())
-    assert status == 503 and found["error"]["code"] == "session_failed" and headers["retry-after"]
 
 
 def test_what_fails_after_the_first_token_is_an_event(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,29 +101,6 @@ def test_what_fails_after_the_first_token_is_an_event(server: Served, monkeypatc
     assert "device" not in json.dumps(found[-1]), "what a defect says is for the log"
 
 
-def test_tenants_change_under_streams(server: Served) -> None:
-    wanted = server.ask(TEXT, long("beta", 60))[1]["choices"][0]["text"]
-    stop = threading.Event()
-
-    def change() -> int:
-        count = 0
-        while not stop.is_set():
-            loaded = server.ask(
-                "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "delta.safetensors"}, **ADMIN
-            )
-            gone = server.ask("/v1/unload_lora_adapter", {"lora_name": "new"}, **ADMIN)
-            assert loaded[0] == gone[0] == 200, (loaded, gone)
-            count += 1
-        return count
-
-    with ThreadPoolExecutor(9) as pool:
-        changes = pool.submit(change)
-        answers = list(pool.map(lambda _: server.ask(TEXT, long("beta", 60)), range(40)))
-        stop.set()
-        assert changes.result() > 3
-    assert {answer[1]["choices"][0]["text"] for answer in answers} == {wanted}
-
-
 def test_a_tenant_of_the_folder_is_there_when_it_is_asked(server: Served, folder: Path) -> None:
     wanted = server.ask(TEXT, long("beta", 9))[1]["choices"][0]["text"]
     with ThreadPoolExecutor(6) as pool:
@@ -164,35 +109,6 @@ def test_a_tenant_of_the_folder_is_there_when_it_is_asked(server: Served, folder
     (folder / "broken.safetensors").write_bytes(b"x" * 100)
     status, found, _ = server.ask(TEXT, long("broken"))
     assert status == 400 and "is not a whole safetensors file" in found["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("../secret.safetensors", 403),
-        ("/etc/passwd", 403),
-        ("link.safetensors", 403),
-        ("sub/../../secret.safetensors", 403),
-        ("/dev/zero", 403),
-        ("pipe.safetensors", 400),
-        ("sub", 400),
-        ("nothing.safetensors", 404),
-        ("a\0b", 404),
-        ("x" * 1000, 404),
-        ("text.txt", 400),
-        ("foreign.safetensors", 400),
-    ],
-)
-def test_attacks_on_the_path_of_a_tenant(server: Served, folder: Path, path: str, status: int) -> None:
-    (folder / "sub").mkdir()
-    (folder.parent / "secret.safetensors").write_bytes(b"x")
-    (folder / "link.safetensors").symlink_to(folder.parent / "secret.safetensors")
-    (folder / "foreign.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    (folder / "text.txt").write_text("x", encoding="utf-8")
-    os.mkfifo(folder / "pipe.safetensors")
-    found = server.ask("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": path}, **ADMIN)
-    assert found[0] == status and found[1]["error"]["message"]
-    assert server.ask("/v1/models")[1]["data"][-2]["id"] == "gamma", "nothing was installed"
 
 
 @pytest.mark.parametrize("name", ["../delta", "a/b", "", "-x", "a\nb", "x" * 200])
