@@ -16,7 +16,7 @@ from iapt_export.contract.kinds import found_at
 from iapt_export.contract.manifest import MANIFEST_FILE, BackboneSpec
 from iapt_export.contract.sizes import MOST_LAYERS
 from iapt_export.contract.types import FLOATS, TENSOR_TYPES
-from trainers.decoder.checkpoint import check_loading, read_checkpoint, read_warnings
+from trainers.decoder.checkpoint import check_generation, check_loading, read_checkpoint, read_warnings
 from trainers.decoder.family import ENCODER_AND_DECODER, check_family
 from trainers.decoder.fp8 import Blocks, Weight, blocks_of, check_scales, weights_of
 from trainers.decoder.gguf_config import gguf_config
@@ -82,6 +82,7 @@ def load_backbone(
     dtype: str = "fp32",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    asks_generate: bool = True,
 ) -> Backbone:
     """Load a causal LM and its tokenizer, frozen, in evaluation mode, on the CPU.
 
@@ -90,6 +91,7 @@ def load_backbone(
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         revision: hub commit or branch.
         trust_remote_code: run code from the model's repository; off unless the user asks.
+        asks_generate: see `check_own_answer`; it reads all weights several times.
 
     Raises:
         IaptError: nothing usable stands there; it is of a family that is refused, which is found before its weights
@@ -117,7 +119,8 @@ def load_backbone(
             model, tokenizer = _load_folder(source, kind, trust_remote_code, options)
     model.requires_grad_(False)
     backbone = Backbone(model.eval(), tokenizer, name_or_path, revision)
-    check_own_answer(backbone.model, name_or_path)
+    if asks_generate:
+        check_own_answer(backbone.model, name_or_path)
     return backbone
 
 
@@ -230,6 +233,8 @@ def _outline(
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
         _check_counts(config, name)
         blocks = blocks_of(config, name)
+        if Path(source).is_dir():
+            check_generation(Path(source))
         if blocks and Path(source).is_dir():
             check_scales(read_checkpoint(Path(source)), blocks, name)
         if config.is_encoder_decoder:

@@ -177,3 +177,20 @@ class _Caught(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
+
+
+def check_generation(folder: Path) -> None:
+    """Refuse a ``generation_config.json`` that says nothing of use: transformers passes over a broken one in silence.
+
+    Raises:
+        IaptError: it is no JSON object, or what ends an answer is no token's number.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    ends = read_object(path, "get it again, or remove it: config.json says what ends an answer then").get(
+        "eos_token_id"
+    )
+    tokens = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int for token in tokens):
+        raise IaptError(f"{path} has eos_token_id={ends!r}, expected the number of a token, or a list of them")

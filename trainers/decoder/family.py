@@ -190,6 +190,8 @@ def _judged(model: Any, trial: _Trial, cache: DynamicCache) -> Family:
     """The verdict on what a trial noted."""
     config = model.config.get_text_config()
     num_layers = config.num_hidden_layers
+    if num_layers < 1:
+        return Family(refusal="its configuration says that it has no layers")
     entries = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
     if len(entries) != num_layers:
         return Family(refusal=f"{num_layers} layers share {len(entries)} caches; each layer must have its own")

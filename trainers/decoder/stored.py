@@ -53,7 +53,7 @@ def load_mapped(name_or_path: str, **options: Any) -> Backbone | None:
     """
     dtype = stored_type(name_or_path)
     if dtype is not None:
-        return load_backbone(name_or_path, dtype=dtype, **options)
+        return load_backbone(name_or_path, dtype=dtype, asks_generate=False, **options)
     return _load_fp8(name_or_path, **options) if (Path(name_or_path) / "config.json").is_file() else None
 
 

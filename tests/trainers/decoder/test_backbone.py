@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from iapt_export.contract.errors import IaptError
 from tests.tiny import save_tiny_backbone, tiny_llama, tiny_qwen2
-from trainers.decoder.backbone import load_backbone, save_backbone
+from trainers.decoder.backbone import load_backbone, load_outline, save_backbone
 from trainers.decoder.checkpoint import read_warnings
 
 Weights = dict[str, torch.Tensor]
@@ -118,6 +118,29 @@ def test_a_broken_tokenizer_is_refused_in_a_sentence(tmp_path: Path, name: str, 
     text = refusal(str(folder))
     assert "could not be loaded" in text or f"the tokenizer of {folder} cannot be read" in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "generation_config.json is not JSON"),
+        ("[]", "generation_config.json holds a list; expected a JSON object"),
+        ('{"eos_token_id": "</s>"}', "generation_config.json has eos_token_id='</s>', expected the number of a token"),
+        ('{"eos_token_id": [[1]]}', r"generation_config.json has eos_token_id=\[\[1\]\], expected the number of"),
+        ('{"eos_token_id": true}', "generation_config.json has eos_token_id=True, expected the number of a token"),
+    ],
+)
+def test_settings_for_generation_that_say_nothing_of_use_are_refused(content: str, words: str, tmp_path: Path) -> None:
+    """transformers passes over a broken file, and what ends an answer would be another token."""
+    path = save_tiny_backbone(tmp_path) / "generation_config.json"
+    path.write_text(content, "utf-8")
+    for load in (load_backbone, load_outline):
+        with pytest.raises(IaptError, match=words):
+            load(str(tmp_path))
+    path.write_text('{"eos_token_id": [1, 2]}', "utf-8")
+    assert load_backbone(str(tmp_path)).model.generation_config.eos_token_id == [1, 2]
+    path.unlink()
+    assert load_backbone(str(tmp_path)).model.generation_config.eos_token_id == 1
 
 
 def test_two_loads_are_equal(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import (
     BlenderbotConfig,
     BltConfig,
     DogeConfig,
+    LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -174,6 +175,13 @@ def test_families_that_are_in_no_table_are_refused_in_words(make, reason):
     with torch.device("meta"):
         model = make()
     assert reason in family_of(model).refusal
+
+
+def test_a_decoder_without_layers_is_refused():
+    with torch.device("meta"):
+        model = small(LlamaConfig, intermediate_size=96)
+        model.config.num_hidden_layers = 0
+    assert family_of(model).refusal == "its configuration says that it has no layers"
 
 
 def test_a_mask_that_is_given_by_name_is_read():

@@ -16,6 +16,7 @@ from trainers.decoder import backbone as loading
 from trainers.decoder.attention import use_own_attention
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.own_answer import LIMIT_IN_16_BITS, check_own_answer, plain_generation
+from trainers.decoder.stored import load_mapped
 
 SUPPORTED = [name for name, (expected, *_) in FAMILIES.items() if expected != REFUSED]
 
@@ -83,6 +84,7 @@ def test_it_is_checked_when_it_is_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(loading, "check_own_answer", lambda model, name: asked.append((type(model), name)))
     load_backbone(str(save_tiny_backbone(tmp_path)))
     assert asked == [(LlamaForCausalLM, str(tmp_path))]
+    assert load_mapped(str(tmp_path)) is not None and len(asked) == 1  # may be more than memory holds
 
 
 def test_settings_of_a_checkpoint_do_not_choose_the_tokens() -> None:
