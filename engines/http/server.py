@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import signal
 import socket
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ KEEP_ALIVE_SECONDS = 75
 CUT_SECONDS = 5
 """How long clients may take to read that their answers were ended."""
 MAX_PORT = 65535
+MAX_SECONDS = 86400
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,12 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT:
             raise IaptError(f"port {self.port} is no port; expected 1 to {MAX_PORT}, or 0 for a free one")
+        for name, seconds in (("ready_delay", self.ready_delay_s), ("drain", self.drain_s)):
+            if not 0 <= seconds <= MAX_SECONDS:
+                raise IaptError(f"{name} is {seconds} seconds; expected 0 to {MAX_SECONDS}")
+        if not re.fullmatch("([a-zA-Z_:][a-zA-Z0-9_:]*)?", self.metrics_prefix):
+            text = "expected letters, digits, _ and :, and no digit first"
+            raise IaptError(f"no metric's name begins with {self.metrics_prefix!r}; {text}")
         if self.tenants is not None and not self.tenants.is_dir():
             raise IaptError(f"{self.tenants} is no folder; expected one with tenants' files")
         if self.admin_token is not None and (self.tenants is None or not self.admin_token):

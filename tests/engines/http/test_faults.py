@@ -125,6 +125,23 @@ def test_loading_needs_the_token(server: Served, tiny_build: TinyBuild) -> None:
         ServerConfig(admin_token="x")
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"drain_s": -1.0}, "drain is -1.0 seconds; expected 0 to 86400"),
+        ({"drain_s": float("nan")}, "drain is nan seconds"),
+        ({"ready_delay_s": float("inf")}, "ready_delay is inf seconds"),
+        ({"metrics_prefix": "my app:"}, "no metric's name begins with 'my app:'; expected letters"),
+        ({"metrics_prefix": "1"}, "no metric's name begins with '1'"),
+    ],
+)
+def test_settings_that_are_none(fields: dict[str, Any], text: str) -> None:
+    assert ServerConfig(metrics_prefix="").drain_s == 60
+    with pytest.raises(IaptError) as caught:
+        ServerConfig(**fields)
+    assert text in str(caught.value)
+
+
 def test_keys_let_in_to_their_tenants(tiny_build: TinyBuild) -> None:
     access = Access({"one": ["alpha"], "all": ["*"]})
     with in_thread(tiny_build.bundle, access=access) as server:
