@@ -126,12 +126,17 @@ class CompletionForm(_Written):
         return {
             "tokens": [self.text_of(token.token) for token in tokens],
             "token_logprobs": [max(token.logprob or 0.0, LEAST_LOGPROB) for token in tokens],
-            "top_logprobs": [
-                {self.text_of(each): max(value, LEAST_LOGPROB) for each, value in token.top_logprobs}
-                for token in tokens
-            ],
+            "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """By text; of tokens with the same text, such as halves of characters, the likelier one has it."""
+        found: dict[str, float] = {}
+        for each, value in token.top_logprobs:
+            text = self.text_of(each)
+            found[f"token_id:{each}" if text in found else text] = max(value, LEAST_LOGPROB)
+        return found
 
 
 def _json(value: Any) -> str:

@@ -121,6 +121,14 @@ def test_log_probabilities(server: Served) -> None:
         assert sum(math.exp(top["logprob"]) for top in each["top_logprobs"]) < 1
 
 
+def test_tokens_of_the_same_text_keep_their_log_probabilities(server: Served) -> None:
+    """Most of the tiny vocabulary is halves of characters, which all read the same."""
+    found = server.ask(TEXT, {"model": "alpha", "prompt": "yes", "max_tokens": 3, "logprobs": 20, **GREEDY})[1]
+    for likeliest in found["choices"][0]["logprobs"]["top_logprobs"]:
+        assert len(likeliest) == 20 and any(re.fullmatch(r"token_id:\d+", name) for name in likeliest)
+        assert list(likeliest.values()) == sorted(likeliest.values(), reverse=True)
+
+
 def test_answers_of_a_form(server: Served) -> None:
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
