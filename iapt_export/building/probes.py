@@ -101,8 +101,8 @@ def _with_added_tokens(tokenizer: Any) -> list[str]:
 
 
 def _chat(tokenizer: Any, messages: tuple[dict[str, str], ...]) -> ChatProbe:
-    template = FIXED_DATE + tokenizer.get_chat_template()
     try:
+        template = FIXED_DATE + tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
         )

@@ -39,13 +39,14 @@ def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_for
         Ids, without padding.
 
     Raises:
-        IaptError: empty text, several messages in the plain format, or no ids at all.
+        IaptError: empty text, several messages in the plain format, no ids at all, or a template that refuses the
+            messages or cannot be rendered.
     """
     messages = [user_message(text)] if isinstance(text, str) else list(text)
     if not messages or not messages[-1]["content"].strip():
         raise IaptError("the prompt is empty; give the model something to read")
     if prompt_format == "chat":
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = _rendered(tokenizer, messages)
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     elif len(messages) > 1:
         raise IaptError(f"{len(messages)} messages need a chat template; in the plain format give one user message")
@@ -54,6 +55,20 @@ def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_for
     if not ids:
         raise IaptError(f"the prompt {messages[-1]['content']!r} has no tokens; give the model something to read")
     return list(ids)
+
+
+def _rendered(tokenizer: Any, messages: list[Message]) -> str:
+    """What the tokenizer's chat template makes of messages; many refuse a system prompt, or two turns of one side."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise IaptError(
+            f"the tokenizer's chat template does not render messages of {roles}: {error}; give messages that it takes, "
+            "or prompt_format=plain for text as it is"
+        ) from error
 
 
 def user_message(content: str) -> Message:

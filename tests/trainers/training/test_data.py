@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from iapt_export.building.probes import make_probes
 from iapt_export.contract.errors import IaptError
 from tests.tiny import tiny_tokenizer
 from trainers.decoder.instruction import format_instruction, padding_id, resolve_prompt_format
@@ -179,6 +180,29 @@ def test_truncation_cuts_the_input_and_nothing_else() -> None:
     head, tail = "<|im_start|>user\nWhat?\n\n", "<|im_end|>\n<|im_start|>assistant\n"
     assert head in shown and shown.endswith(tail)
     assert text.startswith(shown.split(head)[1].removesuffix(tail))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{{ raise_exception('System role not supported') }}",
+            "of system, user: System role not supported; give",
+        ),
+        ("{% for x %}", "messages of system, user: expected token 'in'"),
+        ("{{ messages | mystery }}", "No filter named 'mystery'"),
+        ("{{ messages[7].content.strip() }}", "has no element 7"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ({"rag": "{{ 1 }}"}, "multiple chat templates with no default specified"),
+    ],
+)
+def test_a_template_that_does_not_render_is_refused_in_words(template: Any, words: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
+    with pytest.raises(IaptError, match=words):
+        format_instruction(tokenizer, messages, "chat")
+    assert all(probe.text is None for probe in make_probes(tokenizer).chats if probe.messages[0]["role"] == "system")
 
 
 def test_truncation_that_would_cut_the_instruction() -> None:
