@@ -125,13 +125,21 @@ def grouped_attention(
     scaling: float | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over ``query [B, N, T, K]`` and ``key, value [B, H, S, K]``, which export does not repeat."""
+    """Attention over ``query [B, N, T, K]``, ``key [B, H, S, K]`` and ``value [B, H, S, V]``, which export does not
+    repeat.
+
+    Values narrower than keys (latent attention) get zeros beside them: TensorRT takes one width only.
+    """
     options = read_options(module, arguments)
     if options.softcap or options.sinks is not None:
         return explicit_attention(query, key, value, attention_mask, scaling, options), None
+    missing = key.shape[-1] - value.shape[-1]
+    values = F.pad(value, (0, missing)) if missing > 0 else value
     mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, values, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
+    if missing > 0:
+        mixed = mixed[..., : value.shape[-1]]
     return mixed.transpose(1, 2), None
 
 

@@ -209,7 +209,7 @@ def test_a_family_is_served_as_stock_libraries_run_it(family: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_moe", "gemma2", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gemma2", "gpt_oss", "bloom", "deepseek_v2"])
 def test_a_family_on_other_targets(family: str, tmp_path: Path) -> None:
     """Weights in 4 bits, and engines for NVIDIA GPUs; ``python -m benchmarks.families`` tries all families."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which builds engines without a GPU")

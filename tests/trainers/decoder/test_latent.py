@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,7 +20,7 @@ from tests.tiny import tiny_tokenizer
 from trainers.adapters.adapter import AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.adapters.peft_format import adapter_from_peft
-from trainers.decoder.attention import real_rotations, use_own_attention
+from trainers.decoder.attention import grouped_attention, real_rotations, use_own_attention
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.generate import prefill
 from trainers.decoder.insertion import sizes_of
@@ -72,6 +73,22 @@ def test_real_rotations_are_the_complex_ones(family: str) -> None:
             assert not any(part.is_complex() for part in model.model.rotary_emb(theirs, IDS))
             assert (model(IDS).logits - theirs).abs().max() < 1e-6 * theirs.abs().max()
         assert torch.equal(model(IDS).logits, theirs), "and theirs are back"
+
+
+def test_exported_attention_is_of_one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT takes no other; the zeros beside a value change nothing."""
+    query, key, value = torch.randn(2, 4, 5, 24), torch.randn(2, 4, 5, 24), torch.randn(2, 4, 5, 16)
+    wanted = F.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
+    asked, attend = [], F.scaled_dot_product_attention
+
+    def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        asked.append({tensor.shape[-1] for tensor in (q, k, v)})
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    made, _ = grouped_attention(torch.nn.Module(), query, key, value, None, 0.3)
+    assert asked == [{24}]
+    torch.testing.assert_close(made, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_a_prefix_begins_as_what_a_real_text_leaves_in_the_cache() -> None:
