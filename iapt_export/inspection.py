@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import in_words
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
 from iapt_export.contract.schema import read_object
 from iapt_export.contract.tenant_card import TenantCard
@@ -144,7 +145,8 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
 def _target_line(target: Any) -> str:
     built_for = f", compute capability {target.compute_capability}" if target.compute_capability else ""
-    return f"{target.name} {target.dtype}, opset {target.opset}, runtime {target.runtime_version}{built_for}"
+    stored = in_words(target.dtype, target.quantise)
+    return f"{target.name} {stored}, opset {target.opset}, runtime {target.runtime_version}{built_for}"
 
 
 def _describe_adapter(path: Path, model: str | None) -> dict[str, Any]:
@@ -161,6 +163,7 @@ def _describe_adapter(path: Path, model: str | None) -> dict[str, Any]:
         **{name: config[name] for name in ("peft_type", "base_model_name_or_path", "prompt_format", "labels")},
         "backbone": f"{config['num_layers']} layers, width {config['hidden_size']}, "
         f"fingerprint {config['backbone_fingerprint']}",
+        "trained_on": f"{in_words(config['weights'], config['quantise'])} weights",
         **({"build": _said_by_build(path, model)} if model else {}),
         "method": config["method"],
         "example_prompts": _prompts_line(path),

@@ -13,9 +13,9 @@ from engines.native import add_kernels
 from engines.serving.loading import cache_kinds, on_device, open_runners, stepper_over
 from engines.serving.session import Session
 from iapt_export.contract.errors import NotRunnableError
+from iapt_export.contract.low_bits import in_words
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from trainers.decoder.backbone import Backbone, load_backbone
-from trainers.decoder.quantise import rounding_of
 from trainers.decoder.streamed import copies_compared, is_streamed, load_or_stream
 from validation.judging.compare import Answers, OnStep, Settings, Truths, answers_of, compare_target, measure_truth
 from validation.judging.engine_interface import check_built_engines
@@ -83,7 +83,7 @@ def validate_bundle(
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))
             folder = graphs_folder(target, [bundle, *graph_folders])
-            if folder and rounding_of(target.name, target.dtype):
+            if folder and target.rounding:
                 open_graphs_of = functools.partial(_graph_session, bundle, manifest, folder)
                 same = dataclasses.replace(target, name=f"graphs of {target.name} in onnxruntime")
                 results.append(_with_rounded(open_graphs_of, same, target, reference, settings, on_step))
@@ -119,7 +119,7 @@ def loader_for(manifest: BundleManifest) -> Callable[..., Backbone]:
     """
     if any(tenant.method is None for tenant in manifest.tenants):
         return load_backbone
-    copies = copies_compared(rounding_of(target.name, target.dtype) for target in manifest.targets)
+    copies = copies_compared(target.rounding for target in manifest.targets)
     return functools.partial(load_or_stream, copies=copies)
 
 
@@ -156,7 +156,7 @@ def _compared(
     on_step: OnStep,
 ) -> list[TargetResult]:
     """What comes of a target over one kind of cache."""
-    rounding = rounding_of(target.name, target.dtype)
+    rounding = target.rounding
     if rounding and rounding.is_scaled:
         with open_session(target, in_place) as session:
             served = compare_target(session, reference, truths, settings, on_step)
@@ -177,8 +177,9 @@ def _without_rounding(
     error begins; but not where the backbone is read layer by layer, once for each row and step that is looked into.
     """
     target = session.target
-    on_step(f"{target.name}: rounding PyTorch's weights to {target.dtype}")
-    rounding = rounding_of(target.name, target.dtype)
+    stored = in_words(target.dtype, target.quantise)
+    on_step(f"{target.name}: rounding PyTorch's weights to {stored}")
+    rounding = target.rounding
     assert rounding is not None
     reference = with_rounded_weights(reference, rounding)
     less = settings.without_rounding
@@ -187,7 +188,7 @@ def _without_rounding(
         answers = answers_of(exact, less, on_step)
         exact_truths = measure_truth(session.bundle, session.manifest, reference, less, on_step, answers)
         exact_result = compare_target(exact, reference, exact_truths, less, on_step, answers)
-    name = f"{target.name} with {target.dtype} weights, otherwise"  # its type, fp32, follows wherever it is shown
+    name = f"{target.name} with {stored} weights, otherwise"  # its type, fp32, follows wherever it is shown
     if not is_streamed(reference.model):
         result = look_inside(exact, reference, truths, result, dataclasses.replace(settings, bisect=False), on_step)
     exact_result = dataclasses.replace(exact_result, name=name)
@@ -214,15 +215,16 @@ def _with_rounded(
         settings: how much is compared; as much as int8 and int4 without rounding of activations.
         on_step: called with a word on each step, for progress.
     """
-    rounding = rounding_of(target.name, target.dtype)
+    rounding = target.rounding
     assert rounding is not None
-    on_step(f"{shown.name}: rounding PyTorch's weights to {target.dtype}")
+    stored = in_words(target.dtype, target.quantise)
+    on_step(f"{shown.name}: rounding PyTorch's weights to {stored}")
     rounded, less = with_rounded_weights(reference, rounding), settings.without_rounding
     with open_session(dataclasses.replace(shown, dtype="fp16"), True) as session:
         answers = answers_of(session, less, on_step)
         same = measure_truth(session.bundle, session.manifest, rounded, less, on_step, answers)
         result = compare_target(session, rounded, same, less, on_step, answers)
-    return dataclasses.replace(result, name=f"{shown.name} with {target.dtype} weights, otherwise")
+    return dataclasses.replace(result, name=f"{shown.name} with {stored} weights, otherwise")
 
 
 def _graph_session(bundle: Path, manifest: BundleManifest, folder: Path, target: TargetSpec, in_place: bool) -> Session:

@@ -222,14 +222,17 @@ def _target(target: TargetPlan, plan: BuildPlan, graphs: Path, bundle: Path, on_
     if target.name not in TENSORRT:
         version = layout.versions().get("onnxruntime", "not installed")
         notes = layout.pass_notes(graphs, specs)
-        return TargetSpec(target.name, target.dtype, target.opset, specs, version, passes=notes)
+        return TargetSpec(
+            target.name, target.dtype, target.opset, specs, version, passes=notes, quantise=target.quantise
+        )
     jobs = [job for job in plan.engines if job.target == target.name]
     sources = {job.name: _build_engine(job, plan, graphs, bundle, on_step) for job in jobs}
     engines = layout.engine_specs(specs, target.name)
     built_for = EngineInfo.load(bundle / next(iter(engines.values())).path).compute_capability
     version, rational = runtime_version(target.name), plan.request.rational
     notes = layout.pass_notes(graphs, engines)
-    return TargetSpec(target.name, target.dtype, target.opset, engines, version, built_for, sources, rational, notes)
+    fields = (engines, version, built_for, sources, rational, notes, target.quantise)
+    return TargetSpec(target.name, target.dtype, target.opset, *fields)
 
 
 def _build_engine(job: EngineJob, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> str:

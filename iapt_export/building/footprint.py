@@ -21,7 +21,7 @@ from iapt_export.contract.types import FLOAT_BYTES
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
 
 if TYPE_CHECKING:  # it needs NumPy, and help does not
-    from trainers.decoder.quantise import Rounding
+    from iapt_export.contract.low_bits import Rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Load:
     """Tenants side by side; without it, the bundle's own, or 1. In a bundle, further ones count as its largest."""
     target: Annotated[str | None, Parameter(metavar="T[:DTYPE]")] = None
     """As build takes it, such as onnxruntime:int8; without it, a bundle's first, or onnxruntime:fp32."""
+    quantise: Annotated[str, Parameter(metavar="KEY=N,...")] = ""
+    """As build takes it; a bundle says it itself."""
     method: Annotated[Literal[tuple(map(flag_name, METHOD_CONFIGS))], Parameter(metavar="NAME")] = DEFAULT_METHOD  # type: ignore[valid-type]
     """What the tenants of a model will be, with its default settings; a bundle says it itself."""
 
@@ -86,6 +88,8 @@ def _of_bundle(bundle: Path, load: Load) -> list[Share]:
     target = manifest.target(name)
     if dtype not in ("", target.dtype):
         raise IaptError(f"{bundle} was built for {name}:{target.dtype}, not for {name}:{dtype}")
+    if load.quantise:
+        raise IaptError(f"--quantise is for a model, and {bundle} is a bundle, which says it itself; leave it out")
     sizes = {
         "batch": load.batch or manifest.ranges.batch.max,
         "past": load.past or manifest.ranges.past.max,
@@ -172,7 +176,7 @@ def _of_model(path: str, load: Load) -> list[Share]:
     from trainers.decoder.insertion import sizes_of
     from trainers.methods.forms import METHODS
 
-    (target,) = plan_targets([load.target] if load.target else [], None, None)
+    (target,) = plan_targets([load.target] if load.target else [], None, None, load.quantise)
     model = load_outline(path)
     family, shape = check_family(model, path), sizes_of(model)
     sizes = {
@@ -213,15 +217,15 @@ def model_weights(model: Any, rounding: Rounding | None, width: int) -> tuple[in
     """
     from transformers.pytorch_utils import Conv1D
 
-    from trainers.decoder.quantise import BLOCK_SIZE
     from trainers.decoder.rounded import rounded_weights
 
     blocks: dict[int, int] = {}
-    for name, num_bits in (rounded_weights(model, rounding) if rounding else {}).items():
+    for name, num_bits in rounded_weights(model, rounding).items() if rounding else ():
+        assert rounding is not None
         module = model.get_submodule(name.rpartition(".")[0])
         inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-        scale = 2 if rounding and rounding.is_scaled else 4
-        blocks[id(module.weight)] = -(-inputs // BLOCK_SIZE) * outputs * (BLOCK_SIZE * num_bits // 8 + scale)
+        scale, size = 2 if rounding.is_scaled else 4, rounding.block
+        blocks[id(module.weight)] = -(-inputs // size) * outputs * (size * num_bits // 8 + scale)
     parameters = list(model.parameters())
     return (
         sum(item.numel() for item in parameters),

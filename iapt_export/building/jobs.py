@@ -39,6 +39,7 @@ from iapt_export.building.stage_cache import content_key, default_cache
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS, VERIFY
 from iapt_export.contract.integrity import load_private_key
+from iapt_export.contract.low_bits import in_words
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
@@ -46,7 +47,6 @@ from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import Adapter, read_fields
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.family import Family, check_family
-from trainers.decoder.quantise import BLOCK_SIZE
 from trainers.decoder.rounded import rounded_weights
 
 LOGGER = logging.getLogger("iapt_export")
@@ -61,9 +61,10 @@ NOT_IN_KEY = (
     "sign",
     "dtype",
     "opset",
+    "quantise",
 )
-"""Fields of a request that a build's key leaves out: it hashes what stands at a place, and each target's type and
-opset; a bundle without proof is never up to date."""
+"""Fields of a request that a build's key leaves out: it hashes what stands at a place, and each target's type,
+opset and rounding; a bundle without proof is never up to date."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
         read_fields(path)
     if request.sign:
         load_private_key(Path(request.sign))
-    targets = plan_targets(request.targets, request.dtype, request.opset)
+    targets = plan_targets(request.targets, request.dtype, request.opset, request.quantise)
     check_device(targets, request.device)
     if request.prove and request.device != "cpu" and any(target.name == "onnxruntime" for target in targets):
         require_device(request.device)
@@ -224,14 +225,16 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
 def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapter]) -> None:
     """An adapter answers best on the weights that it was trained on."""
     for target in targets:
-        served = target.dtype if target.rounding else "fp32"
+        served = (target.dtype if target.rounding else "fp32", target.quantise)
+        flags = f"--weights {served[0]}" + (f" --quantise {target.quantise}" if target.quantise else "")
         # training rounds as ONNX Runtime's quantiser does
         those = "nearly those" if target.rounding and target.rounding.is_scaled else "those"
         for name, adapter in adapters.items():
-            if adapter.config.weights != served:
+            trained = (adapter.config.weights, adapter.config.quantise)
+            if trained != served:
                 LOGGER.warning(
-                    "tenant %s was trained on %s weights, and %s serves %s; train --weights %s trains on %s",
-                    *(name, adapter.config.weights, target.name, served, served, those),
+                    "tenant %s was trained on %s weights, and %s serves %s; train %s trains on %s",
+                    *(name, in_words(*trained), target.name, in_words(*served), flags, those),
                 )
 
 
@@ -255,8 +258,8 @@ def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Fam
     for target in quantised:
         if target.rounding and not rounded_weights(backbone.model, target.rounding):
             raise IaptError(
-                f"{target.name}:{target.dtype} stores matrices with inputs in whole blocks of {BLOCK_SIZE}, and this "
-                f"backbone has none; build for {target.name}:{target.graph_dtype}"
+                f"{target.name}:{target.dtype} stores matrices with inputs in whole blocks of {target.rounding.block}, "
+                f"and this backbone has none; build for {target.name}:{target.graph_dtype}"
             )
 
 

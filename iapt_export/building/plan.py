@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iapt_export.building.adapter_argument import parse_adapters
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import DEQUANTISED, QUANTISED, Rounding, rounding_of
 from iapt_export.contract.manifest import Range, Ranges
 from iapt_export.contract.types import FLOATS, OPSETS
 from iapt_export.graphs.installed import Installed, deploy, install
@@ -19,7 +20,6 @@ from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
-from trainers.decoder.quantise import DEQUANTISED, QUANTISED, Rounding, rounding_of
 from trainers.methods.forms import METHODS
 
 LOGGER = logging.getLogger("iapt_export")
@@ -37,6 +37,8 @@ class TargetPlan:
     dtype: str
     """``fp32``, ``fp16``, ``bf16``; ``int8`` or ``int4`` for weights in it, all else in `graph_dtype`."""
     opset: int
+    quantise: str = ""
+    """What of its rounding is not as its type has it, see `Rounding.quantise`."""
 
     @property
     def variant(self) -> str:
@@ -54,19 +56,22 @@ class TargetPlan:
     @property
     def rounding(self) -> Rounding | None:
         """How the backbone's weights are stored where they are rounded."""
-        return rounding_of(self.name, self.dtype)
+        return rounding_of(self.name, self.dtype, self.quantise)
 
 
-def plan_targets(requested: Sequence[str], dtype: str | None, opset: int | None) -> list[TargetPlan]:
+def plan_targets(
+    requested: Sequence[str], dtype: str | None, opset: int | None, quantise: str = ""
+) -> list[TargetPlan]:
     """Turn ``NAME`` or ``NAME:DTYPE`` into targets.
 
     Args:
         requested: as on the command line; empty means ONNX Runtime.
         dtype: for the targets that name none; None takes each target's default.
         opset: for all targets; None takes 23.
+        quantise: how those that round store the weights; see `rounding_problems`.
 
     Raises:
-        IaptError: unknown or repeated target, unknown dtype or opset.
+        IaptError: unknown or repeated target, unknown dtype or opset, or rounding that no target does.
     """
     if opset not in (None, *OPSETS):
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
@@ -79,7 +84,14 @@ def plan_targets(requested: Sequence[str], dtype: str | None, opset: int | None)
         _check_dtype(text, name, chosen)
         if any(plan.name == name for plan in plans):
             raise IaptError(f"target {name!r} is given twice; build a second bundle for another dtype")
-        plans.append(TargetPlan(name, chosen, opset or DEFAULT_OPSET))
+        rounding = rounding_of(name, chosen, quantise)
+        plans.append(TargetPlan(name, chosen, opset or DEFAULT_OPSET, rounding.quantise if rounding else ""))
+    if quantise and not any(plan.rounding for plan in plans):
+        built = ", ".join(f"{plan.name}:{plan.dtype}" for plan in plans)
+        raise IaptError(
+            f"--quantise says how int8 and int4 store the weights, and what is built is {built}; leave it out, or take "
+            "--target onnxruntime:int4"
+        )
     return plans
 
 

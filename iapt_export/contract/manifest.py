@@ -22,8 +22,14 @@ from iapt_export.contract.disk import write_atomically as write_atomically
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.kinds import found_at
+from iapt_export.contract.low_bits import Rounding, rounding_of
 from iapt_export.contract.schema import parse_json, read_fields
 from iapt_export.contract.sizes import MOST, MOST_LAYERS, BackboneSizes
+from iapt_export.contract.tensors import LONGEST
+from iapt_export.contract.tensors import GraphSpec as GraphSpec
+from iapt_export.contract.tensors import Range as Range
+from iapt_export.contract.tensors import Ranges as Ranges
+from iapt_export.contract.tensors import TensorSpec as TensorSpec
 from iapt_export.contract.types import TENSOR_TYPES
 
 MANIFEST_FILE = "manifest.json"
@@ -33,8 +39,6 @@ SIGNATURE_FILE = "manifest.sig"
 OUTSIDE_MANIFEST = (MANIFEST_FILE, HASH_FILE, SIGNATURE_FILE)
 """The files of a bundle that its manifest does not list."""
 PROMPT_FORMATS = ("chat", "plain")
-LONGEST = 2**31
-"""Positions, and sizes of a dynamic dimension, at most."""
 SCHEMA_VERSION = 2
 DOCUMENTATION = "docs/reference/files.md#a-bundle"
 READS_INSTRUCTION = "reads_instruction"
@@ -43,61 +47,6 @@ TENANT_INDEX = "tenant_index"
 """``METHOD.tenant_index [B]`` is the input that says which entry of a method's stack a row uses, -1 for none."""
 SENT_PROMPTS = "prompts"
 """``METHOD.prompts [B, P, D]`` is the input of a method whose prompts are computed before prefill."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a graph."""
-
-    name: str
-    dtype: str
-    """``int64``, ``int32``, ``bool``, ``fp32``, ``fp16`` or ``bf16``."""
-    shape: list[int | str]
-    """Fixed sizes as numbers, dynamic ones by name (see the legend)."""
-
-    def __post_init__(self) -> None:
-        if any(isinstance(size, int) and size < 0 for size in self.shape):
-            raise BundleError(f"shape is {self.shape}, expected no negative size")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Sizes that a dynamic dimension may take."""
-
-    min: int
-    opt: int
-    """The size that engines are tuned for."""
-    max: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise BundleError(f"range {self.min}/{self.opt}/{self.max} is not ordered: expected 1 <= min <= opt <= max")
-        if self.max > LONGEST:
-            raise BundleError(f"range ends at {self.max}, expected at most {LONGEST}")
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """The sizes that a bundle's graphs and engines are built and validated for."""
-
-    batch: Range
-    """Rows of one batch (B)."""
-    sequence: Range
-    """Instruction tokens of a row, padding included (T)."""
-    past: Range
-    """Cache entries before a decode step: prompts, instruction and earlier answers (S)."""
-    tenants: Range
-    """Tenants installed side by side (N)."""
-
-
-@dataclass(frozen=True)
-class GraphSpec:
-    """An ONNX graph or the engine made of it."""
-
-    path: str
-    """Relative to the bundle."""
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +146,18 @@ class TargetSpec:
     """``plugin`` where engines need our TensorRT plugin; ONNX Runtime chooses its form when it loads a graph."""
     passes: dict[str, dict[str, str]] = field(default_factory=dict)
     """Graph to pass over it to what that did, or why it did nothing; for people."""
+    quantise: str = ""
+    """What of its weights' rounding is not as ``dtype`` has it, such as ``block=64,narrow=4``; in the file only where
+    there is something."""
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """How the backbone's weights are stored; None where they are not rounded.
+
+        Raises:
+            IaptError: ``quantise`` says what is not stored so.
+        """
+        return rounding_of(self.name, self.dtype, self.quantise)
 
 
 @dataclass(frozen=True)
@@ -293,7 +254,11 @@ class BundleManifest:
 
     def save(self, bundle: Path) -> None:
         """Write ``manifest.json`` and ``manifest.sha256``, each whole or not at all."""
-        data = (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n").encode()
+        fields = dataclasses.asdict(self)
+        for target in fields["targets"]:
+            if not target["quantise"]:  # so that versions without this field read it
+                del target["quantise"]
+        data = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
         write_atomically(bundle / MANIFEST_FILE, data)
         write_atomically(bundle / HASH_FILE, hash_line(data).encode())
 

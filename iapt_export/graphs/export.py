@@ -74,7 +74,8 @@ def export_graphs(
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
         if serving.rounding:
-            graph_passes.append((DequantiseWeightsPass if serving.rounding.is_scaled else QuantiseWeightsPass)(rounded))
+            rounds = DequantiseWeightsPass if serving.rounding.is_scaled else QuantiseWeightsPass
+            graph_passes.append(rounds(rounded, serving.rounding.block))
         passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes, portable=name in PORTABLE)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")

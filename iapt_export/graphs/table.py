@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from iapt_export.contract.graphs import ENCODER, GENERATOR, VERIFY
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.graphs import interface, twins
@@ -18,7 +19,6 @@ from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.passes import serve_passes
 from iapt_export.graphs.passes.one_by_one import OneByOnePass
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
-from trainers.decoder.quantise import Rounding
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Graph:
 
 
 def _serve_passes(serving: Serving) -> list[ir.passes.PassBase]:
-    # int4 keeps the matrices of keys and values in more bits than those of queries
-    return serve_passes(serving.num_positions, packed=serving.rounding is None or serving.rounding.bits != 4)
+    # matrices of keys and values often have fewer outputs than inputs, and then more bits than those of queries
+    rounding = serving.rounding
+    return serve_passes(serving.num_positions, packed=rounding is None or rounding.narrow == rounding.bits)
 
 
 def _verify_passes(serving: Serving) -> list[ir.passes.PassBase]:

@@ -27,11 +27,11 @@ from engines.serving.loading import cache_kinds
 from engines.serving.session import Session
 from engines.serving.text import TextCodec
 from iapt_export.contract.graphs import step_graphs
+from iapt_export.contract.low_bits import QUANTISED
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.interface import COEFFICIENTS
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.method import rows_of
-from trainers.decoder.quantise import QUANTISED
 from validation.judging.compare import Settings, compare_target, measure_truth
 from validation.judging.metrics import kl, relative, worst_vector
 from validation.locating.scene import own_entries

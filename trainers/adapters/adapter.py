@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.kinds import found_at
+from iapt_export.contract.low_bits import rounding_problems
 from iapt_export.contract.schema import read_object
 from iapt_export.contract.settings import choice_problems, config_from_dict, raise_problems, type_problems
 from iapt_export.contract.sizes import MOST, MOST_LAYERS
@@ -61,6 +62,8 @@ class AdapterConfig(Sizes):
     """What ended the answers in training; None where it is not known."""
     weights: Literal["fp32", "int8", "int4"] = "fp32"
     """What the backbone's weights were rounded to in training."""
+    quantise: str = ""
+    """What of that was not as the type has it, such as ``block=64``; in the file only where there is something."""
     labels: tuple[str, ...] = ()
     """The answers of a classification task; empty for free generation."""
     peft_type: str = ""
@@ -77,6 +80,7 @@ class AdapterConfig(Sizes):
         problems = choice_problems(self) + type_problems(type(self), vars(self))
         if self.peft_type != name:
             problems.append(f"peft_type={self.peft_type!r} is not the name of the method given, {name}")
+        problems += rounding_problems(self.quantise, self.weights)
         if self.prompt_format not in ("chat", "plain"):
             problems.append(f"prompt_format={self.prompt_format!r} is not one of chat, plain")
         limits = {"hidden_size": (1, MOST), "num_layers": (1, MOST_LAYERS)}

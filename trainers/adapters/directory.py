@@ -45,6 +45,8 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]
     """
     fields = dataclasses.asdict(config)
     method = fields.pop("method")
+    if not config.quantise:  # so that versions without this field read it
+        del fields["quantise"]
     if config.peft_type in PEFT_TYPES:
         fields = {**peft_fields(config.method, config.sizes), **fields, METHOD_FIELD: method}
         tensors = to_peft_tensors(config.method, tensors, config.sizes)

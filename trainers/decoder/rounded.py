@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainers.decoder.quantise import BLOCK_SIZE, Blocks, Rounding, bits_for, quantise
-from trainers.decoder.scaled import Scaled, fits, scaled
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import Rounding
+from trainers.decoder.quantise import Blocks, quantise
+from trainers.decoder.scaled import Scaled, scaled
 
 ROWS_AT_ONCE = 4096
 """Outputs of a matrix that are rounded at once."""
@@ -27,8 +29,20 @@ def round_weights(model: nn.Module, rounding: Rounding) -> None:
 
 
 def _matrices(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int]]:
-    """The modules whose weights are rounded, one of those that share one, and to how many bits."""
+    """The modules whose weights are rounded, one of those that share one, and to how many bits.
+
+    Raises:
+        IaptError: blocks of 32 would store a matrix that these do not, which would so be larger, not smaller; or
+            TensorRT would keep a table of 4 bits twice.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if rounding.is_scaled and rounding.head == 4 and head is not None and head.weight is table.weight:
+        # engines of TensorRT for RTX 1.7.1 grew by twice the table's bytes, with one that is not tied by once
+        raise IaptError(
+            "head=4: this backbone's head is its embedding, a table that an engine of TensorRT for RTX keeps twice in "
+            "4 bits, which is no smaller than once in 8; leave head out"
+        )
     done: set[int] = set()
     found = []
     for module in model.modules():
@@ -37,13 +51,24 @@ def _matrices(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int]]:
         outputs_first = not isinstance(module, Conv1D)
         shape = tuple(module.weight.shape)[::-1] if outputs_first else tuple(module.weight.shape)  # [K, N]
         is_table = isinstance(module, nn.Embedding)
-        if shape[0] < BLOCK_SIZE or (is_table and (shape[0] % BLOCK_SIZE or shape[1] < BLOCK_SIZE)):
+        if not _fits(shape, Rounding.block, rounding, is_table=is_table):
             continue
-        if rounding.is_scaled and not fits(shape[0]):
-            continue
+        if not _fits(shape, rounding.block, rounding, is_table=is_table):
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise IaptError(
+                f"block={rounding.block} does not divide the {shape[0]} inputs of {name}, which would stay as it is; "
+                f"give a smaller block, or leave it out for {Rounding.block}"
+            )
         done.add(id(module.weight))
-        found.append((module, bits_for(shape, rounding.bits, is_end=is_table or module is head)))
+        found.append((module, rounding.bits_for(shape, is_end=is_table or module is head)))
     return found
+
+
+def _fits(shape: tuple[int, ...], block: int, rounding: Rounding, *, is_table: bool) -> bool:
+    """Whether a matrix ``[K, N]`` is stored in blocks: products of ONNX Runtime alone take an unfilled one."""
+    if is_table or rounding.is_scaled:
+        return shape[0] % block == 0 and (shape[1] >= Rounding.block or not is_table)
+    return shape[0] >= block
 
 
 def rounded_weights(model: nn.Module, rounding: Rounding) -> dict[str, int]:
@@ -106,9 +131,9 @@ def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
     The values and scales are mapped from files.
     """
     if rounding.is_scaled:
-        made = [scaled(part.float().numpy(), bits) for part in rows.split(ROWS_AT_ONCE)]
+        made = [scaled(part.float().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
         return Scaled(_on_disk([part.values for part in made]), _on_disk([part.scales for part in made]))
-    parts = [quantise(part.float().T.contiguous().numpy(), bits) for part in rows.split(ROWS_AT_ONCE)]
+    parts = [quantise(part.float().T.contiguous().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
     values, scales = _on_disk([part.values for part in parts]), _on_disk([part.scales for part in parts])
     return Blocks(bits, values, scales, rows.shape[1])
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.quantise import BLOCK_SIZE
 
 LEAST_SCALE = np.float16(2**-24)
 """The smallest number of fp16 above 0, for blocks of zeros: TensorRT refuses a scale of 0."""
@@ -35,18 +34,13 @@ class Scaled:
 
     def restored_rows(self) -> np.ndarray:
         """The matrix ``[N, K]`` that is multiplied with: fp16's numbers, in fp32."""
-        blocks = self.values.reshape(*self.scales.shape, BLOCK_SIZE)
+        blocks = self.values.reshape(*self.scales.shape, -1)
         exact = np.multiply(blocks, self.scales[..., None], dtype=np.float32)
         return exact.astype(np.float16).astype(np.float32).reshape(self.values.shape)
 
 
-def fits(num_inputs: int) -> bool:
-    """Whether a matrix of so many inputs has whole blocks; others stay as they are."""
-    return num_inputs % BLOCK_SIZE == 0
-
-
-def scaled(rows: np.ndarray, bits: int) -> Scaled:
-    """Round a matrix ``[N, K]`` of any float type, by way of fp16, to steps of ``bits`` bits.
+def scaled(rows: np.ndarray, bits: int, block: int) -> Scaled:
+    """Round a matrix ``[N, K]`` of any float type, by way of fp16, to ``bits`` bits, a scale for ``block`` numbers.
 
     Raises:
         IaptError: a number is NaN, or larger than fp16's.
@@ -59,7 +53,7 @@ def scaled(rows: np.ndarray, bits: int) -> Scaled:
             f"a matrix has NaN or numbers above {np.finfo(np.float16).max:.0f}, fp16's largest, and TensorRT's int8 "
             "and int4 come from fp16; build for tensorrt-rtx:bf16"
         )
-    blocks = blocks.reshape(len(rows), -1, BLOCK_SIZE)  # [N, G, block]
+    blocks = blocks.reshape(len(rows), -1, block)  # [N, G, block]
     reach = np.maximum(blocks.max(-1) / high, blocks.min(-1) / low)
     scales = np.clip(reach.astype(np.float16), LEAST_SCALE, LARGEST_SCALE[bits])
     values, least = _steps(blocks, scales, bits)

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.contract.resources import free_memory
 from trainers.decoder.backbone import Backbone, load_backbone
-from trainers.decoder.quantise import Rounding
 from trainers.decoder.stored import STORED, load_mapped, outline_of, stored_weight
 
 Read = Callable[[str], Tensor]

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
+from iapt_export.contract.low_bits import in_words
 from iapt_export.contract.settings import summary_of
 from trainers.adapters.adapter import EXAMPLES_FILE, AdapterConfig
 from trainers.methods.configs import DEFAULT_METHOD, flag_name
@@ -128,7 +129,8 @@ def _text(run: Run, has_prompts: bool) -> str:
 
 
 def _weights(run: Run) -> str:
-    return "" if run.config.weights == "fp32" else f" over weights rounded to {run.config.weights}"
+    rounded = in_words(run.adapter.weights, run.adapter.quantise)
+    return "" if run.adapter.weights == "fp32" else f" over weights rounded to {rounded}"
 
 
 def _tags(run: Run) -> list[str]:

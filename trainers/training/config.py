@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import Rounding, rounding_of, rounding_problems
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
 from trainers.decoder.instruction import PromptFormat
 from trainers.methods.configs import IAPTConfig
@@ -83,6 +84,8 @@ class TrainConfig:
     """fp32, or bf16 for the backbone and the products (the adapter's weights stay fp32)."""
     weights: Weights = "fp32"
     """Train on the backbone's weights as they are, or rounded as build stores them for int8 and int4 targets."""
+    quantise: Annotated[str, Parameter(metavar="KEY=N,...")] = ""
+    """Of int8 and int4 weights, as build takes it: block=64,head=8,narrow=4; empty for what these types have."""
     start: Start = "backbone"
     """Initial weights: where the method says that they hurt the backbone least, or random."""
     group_by_length: bool = True
@@ -113,9 +116,17 @@ class TrainConfig:
             **dict.fromkeys(_AT_LEAST_ONE, (1, math.inf)),
             **dict.fromkeys(_AT_LEAST_ZERO, (0, math.inf)),
         )
+        problems += rounding_problems(self.quantise, self.weights)
+        if self.quantise and self.weights == "fp32":
+            problems.append("quantise is for int8 and int4, and weights is fp32; give --weights int4 with it")
         if not problems and self.max_steps == 0 and self.num_epochs == 0:
             problems.append("max_steps and num_epochs are both 0, so there is nothing to train; set one of them")
         raise_problems("training configuration", problems)
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """What the weights are rounded to; None where they are not."""
+        return rounding_of("onnxruntime", self.weights, self.quantise)
 
 
 @dataclass(frozen=True)

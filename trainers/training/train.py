@@ -26,7 +26,6 @@ from trainers.decoder.family import check_family
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
-from trainers.decoder.quantise import QUANTISED
 from trainers.decoder.rounded import round_weights
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
@@ -156,7 +155,7 @@ def evaluate_adapter(
         adapter: adapter directory, ours or stock PEFT's; None for the plain backbone.
         data: JSONL file.
         config: ``max_eval_examples``, ``eval_batch_size``, ``max_instruction_tokens``, ``prompt_format``,
-            ``precision``, ``weights`` and ``seed`` count.
+            ``precision``, ``weights``, ``quantise`` and ``seed`` count.
         labels: answers to choose from; empty takes the adapter's, or else the data's.
         say: takes progress lines; silent if None.
 
@@ -210,6 +209,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
         eos_token_id=backbone.tokenizer.eos_token_id,
         labels=labels,
         weights=config.weights,
+        quantise=config.rounding.quantise if config.rounding else "",
     )
     held_out = sample(held_out, config.max_eval_examples, config.seed)
     work = work_folder(Path(request.output))
@@ -385,6 +385,6 @@ def _load(name: str, config: TrainConfig) -> Backbone:
         trust_remote_code=config.trust_remote_code,
     )
     check_family(backbone.model, name)
-    if config.weights != "fp32":
-        round_weights(backbone.model, QUANTISED[config.weights])
+    if config.rounding:
+        round_weights(backbone.model, config.rounding)
     return backbone

@@ -81,6 +81,9 @@ def record_of(request: TrainRequest) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     files = {"data": request.data, "eval_file": config.eval_file}
     hashes = {name: file_sha256(Path(path)) for name, path in files.items() if path and Path(path).is_file()}
+    settings["quantise"] = config.rounding.quantise if config.rounding else ""
+    if not settings["quantise"]:
+        del settings["quantise"]  # as earlier versions wrote it
     model = config.base_model_name or request.model
     record = {"model": model, "method": method_name(request.method), **asdict(request.method), **settings, **hashes}
     return dict(json.loads(json.dumps(record)))

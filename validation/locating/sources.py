@@ -16,7 +16,7 @@ from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.pack_projections import JOIN
 from iapt_export.graphs.passes.quantise_weights import BLOCKS, ROWS, SCALES
 from trainers.decoder.insertion import layers_path
-from trainers.decoder.quantise import BLOCK_SIZE, Blocks
+from trainers.decoder.quantise import Blocks
 from trainers.decoder.streamed import read_weight
 from validation.judging.metrics import worst_vector
 from validation.locating.scene import Scene, Suspect, hypothetical
@@ -176,9 +176,9 @@ def stored_weight(graph: TappedGraph, name: str) -> np.ndarray:
         return array.astype(np.float32)
     scales = _initializer(graph, base + SCALES)  # [N, G]
     values = array.reshape(*scales.shape, -1)
-    reader = graph.nodes[graph.readers[name][0]]
-    num_inputs = next((field.i for field in reader.attribute if field.name == "K"), scales.shape[1] * BLOCK_SIZE)
-    matrix = Blocks(8 * values.shape[2] // BLOCK_SIZE, values, scales, num_inputs).restored()  # [K, N]
+    fields = {field.name: field.i for field in graph.nodes[graph.readers[name][0]].attribute}
+    num_inputs = fields.get("K", scales.shape[1] * fields["block_size"])
+    matrix = Blocks(fields["bits"], values, scales, num_inputs).restored()  # [K, N]
     return matrix.T if base + ROWS in graph.weights else matrix
 
 

@@ -17,8 +17,8 @@ from contextlib import ExitStack
 import torch
 
 from engines.serving.session import Session
+from iapt_export.contract.low_bits import Rounding
 from trainers.decoder.method import Method
-from trainers.decoder.quantise import Rounding
 from trainers.decoder.rounded import RoundedWeights, round_weights
 from trainers.decoder.streamed import is_streamed, read_weight, streamed
 from validation.sides.reference import Reference

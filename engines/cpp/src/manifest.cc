@@ -177,6 +177,7 @@ TargetSpec read_target(const Json& json, const std::string& where, Problems& pro
       false);
   spec.rational = "function";
   fields.read("rational", spec.rational, false);
+  fields.skip("quantise", kString, false);
   fields.refuse_unknown();
   if (!step_graphs(spec.graphs, true) && !step_graphs(spec.graphs, false)) {
     fields.problem(".graphs has none that read instructions and go on from them");

@@ -12,7 +12,6 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.quantise_weights import OUTPUTS_AT_A_TIME, is_lookup
 from iapt_export.graphs.weights import WEIGHTS
-from trainers.decoder.quantise import BLOCK_SIZE
 from trainers.decoder.scaled import Scaled, scaled
 
 STEPS, FACTORS, RESTORED = ".steps", ".factors", ".restored"
@@ -31,10 +30,13 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
     all others are as they were. The values are computed when they are written.
     """
 
-    def __init__(self, bits: Mapping[str, int]) -> None:
-        """Take the names of a backbone's weights with the bits of each; a graph may have some of them."""
+    def __init__(self, bits: Mapping[str, int], block: int) -> None:
+        """Take the names of a backbone's weights with the bits of each, and how many values share a scale.
+
+        A graph may have some of the weights.
+        """
         super().__init__()
-        self.bits = bits
+        self.bits, self.block = bits, block
         self.note = ""
 
     def requires(self, model: ir.Model) -> None:
@@ -52,7 +54,7 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         graph = model.graph
         counts: Counter[int] = Counter()
         for weight, bits in self._weights(graph).items():
-            _dequantise(graph, weight, bits)
+            _dequantise(graph, weight, bits, self.block)
             del graph.initializers[str(weight.name)]
             counts[bits] += 1
         done = [f"{count} weights in {bits} bits" for bits, count in sorted(counts.items())]
@@ -65,7 +67,7 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         return {graph.initializers[name]: self.bits[own] for name, own in names.items() if own in self.bits}
 
 
-def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int) -> None:
+def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> None:
     """Let all that reads a weight read what is restored of its rounded values.
 
     Raises:
@@ -83,7 +85,9 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int) -> None:
             "lookups; build for tensorrt-rtx:fp16"
         )
     is_turned = bool(lookups or turns)  # [N, K]
-    restored = _restored(graph, weight, bits, is_turned=is_turned, turn=bool(turns))
+    assert weight.const_value is not None
+    later = _Later(weight.const_value, bits, block, is_turned=is_turned)
+    restored = _restored(graph, weight, later, turn=bool(turns))
     for node in turns:
         node.outputs[0].replace_all_uses_with(restored)
         graph.remove(node, safe=True)
@@ -96,25 +100,22 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int) -> None:
             node.replace_input_with(place, restored)
 
 
-def _restored(graph: ir.Graph, weight: ir.Value, bits: int, *, is_turned: bool, turn: bool) -> ir.Value:
-    """What ``DequantizeLinear`` makes of a weight that is stored ``[N, K]`` if it ``is_turned``, else ``[K, N]``.
+def _restored(graph: ir.Graph, weight: ir.Value, later: _Later, *, turn: bool) -> ir.Value:
+    """What ``DequantizeLinear`` makes of a weight.
 
     Args:
         graph: gets the node, and the constants.
         weight: the constant as it is.
-        bits: 8 or 4.
-        is_turned: its outputs come first.
+        later: its values, when they are written.
         turn: store it the other way round.
     """
-    assert weight.const_value is not None
-    later = _Later(weight.const_value, bits, is_turned=is_turned)
-    outputs_first = is_turned and not turn
+    outputs_first = later.is_turned and not turn
     shape = [later.num_outputs, later.num_inputs] if outputs_first else [later.num_inputs, later.num_outputs]
     axis = 1 if outputs_first else 0
-    blocks = [size // BLOCK_SIZE if place == axis else size for place, size in enumerate(shape)]
-    steps = later.constant(graph, f"{weight.name}{STEPS}", TYPES[bits], shape, outputs_first)
+    blocks = [size // later.block if place == axis else size for place, size in enumerate(shape)]
+    steps = later.constant(graph, f"{weight.name}{STEPS}", TYPES[later.bits], shape, outputs_first)
     factors = later.constant(graph, f"{weight.name}{FACTORS}", ir.DataType.FLOAT16, blocks, outputs_first)
-    node = ir.node("DequantizeLinear", [steps, factors], {"axis": axis, "block_size": BLOCK_SIZE})
+    node = ir.node("DequantizeLinear", [steps, factors], {"axis": axis, "block_size": later.block})
     restored = node.outputs[0]
     restored.name, restored.shape = f"{weight.name}{RESTORED}", ir.Shape(shape)
     restored.type = ir.TensorType(ir.DataType.FLOAT16)
@@ -146,9 +147,9 @@ def _look_up_columns(graph: ir.Graph, node: ir.Node) -> None:
 class _Later:
     """A matrix that is rounded when the first of its two tensors is written; the other waits for its turn."""
 
-    def __init__(self, tensor: ir.TensorProtocol, bits: int, *, is_turned: bool) -> None:
+    def __init__(self, tensor: ir.TensorProtocol, bits: int, block: int, *, is_turned: bool) -> None:
         """Take a matrix ``[K, N]``, or ``[N, K]`` if it ``is_turned``."""
-        self.tensor, self.bits, self.is_turned = tensor, bits, is_turned
+        self.tensor, self.bits, self.block, self.is_turned = tensor, bits, block, is_turned
         shape = tensor.shape.numpy()
         self.num_inputs, self.num_outputs = reversed(shape) if is_turned else shape
         self.waiting: dict[str, np.ndarray] = {}
@@ -185,7 +186,7 @@ class _Later:
         rows = array if self.is_turned else array.T  # [N, K]
         begins = range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
         try:
-            parts = [scaled(rows[begin : begin + OUTPUTS_AT_A_TIME], self.bits) for begin in begins]
+            parts = [scaled(rows[begin : begin + OUTPUTS_AT_A_TIME], self.bits, self.block) for begin in begins]
         except IaptError as error:
             name = str(self.tensor.name).removeprefix(WEIGHTS).removesuffix(TRANSPOSED)
             raise IaptError(f"{name}: {error}") from error

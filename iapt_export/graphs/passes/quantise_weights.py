@@ -13,7 +13,7 @@ from iapt_export.graphs.ops.serving_ops import LOOKUP, MICROSOFT, PRODUCT
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.pack_projections import JOIN
 from iapt_export.graphs.weights import WEIGHTS
-from trainers.decoder.quantise import ACCURACY_LEVEL, BLOCK_SIZE, Blocks, quantise, require_quantiser
+from trainers.decoder.quantise import ACCURACY_LEVEL, Blocks, quantise, require_quantiser
 
 BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
 """Suffixes of a quantised weight's tensors: its values as products take them, as a lookup takes them, its scales."""
@@ -32,10 +32,13 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
     they were, and a matrix that is both embedding and head is stored once.
     """
 
-    def __init__(self, bits: Mapping[str, int]) -> None:
-        """Take the names of a backbone's weights with the bits of each; a graph may have some of them."""
+    def __init__(self, bits: Mapping[str, int], block: int) -> None:
+        """Take the names of a backbone's weights with the bits of each, and how many values share a scale.
+
+        A graph may have some of the weights.
+        """
         super().__init__()
-        self.bits = bits
+        self.bits, self.block = bits, block
         self.note = ""
 
     def requires(self, model: ir.Model) -> None:
@@ -61,7 +64,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
                     f"{' and '.join(map(str, parts.values()))} bits, where 0 means as they are; build for "
                     "onnxruntime:fp32"
                 )
-            counts[bits] += _quantise(graph, weight, bits)
+            counts[bits] += _quantise(graph, weight, bits, self.block)
         for name in [name for name, value in graph.initializers.items() if not value.uses()]:
             del graph.initializers[name]
         if counts:
@@ -81,7 +84,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         return {value: bits for value, bits in found.items() if any(bits.values())}
 
 
-def _quantise(graph: ir.Graph, weight: ir.Value, bits: int) -> int:
+def _quantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> int:
     """Put operators that take blocks in the place of all that use a weight.
 
     Returns:
@@ -91,7 +94,7 @@ def _quantise(graph: ir.Graph, weight: ir.Value, bits: int) -> int:
         IaptError: another operator uses it, of which there is none that takes blocks.
     """
     rows = any(node.op_type in ("Gather", "Transpose") for node, _ in weight.uses())  # [N, K]: a table, a tied head
-    blocks = _Later(weight, bits, turned=rows)
+    blocks = _Later(weight, bits, block, turned=rows)
     count = 0
     for node, place in list(weight.uses()):
         if rows and node.op_type == "Transpose":
@@ -118,10 +121,11 @@ def _quantise(graph: ir.Graph, weight: ir.Value, bits: int) -> int:
 class _Later:
     """A matrix that is quantised when the first of its tensors is written; the others wait for their turn."""
 
-    def __init__(self, weight: ir.Value, bits: int, *, turned: bool = False) -> None:
+    def __init__(self, weight: ir.Value, bits: int, block: int, *, turned: bool = False) -> None:
         """Take a matrix ``[K, N]``, or ``[N, K]`` if it is ``turned``."""
         assert weight.const_value is not None
-        self.tensor, self.name, self.bits, self.turned = weight.const_value, str(weight.name), bits, turned
+        self.tensor, self.name, self.turned = weight.const_value, str(weight.name), turned
+        self.bits, self.block = bits, block
         shape = _shape(weight)
         self.num_inputs, self.num_outputs = reversed(shape) if turned else shape
         self.parts: list[str] = []
@@ -132,7 +136,7 @@ class _Later:
         name = f"{self.name}{part}"
         if name in graph.initializers:
             return graph.initializers[name]
-        blocks, size = -(-self.num_inputs // BLOCK_SIZE), BLOCK_SIZE * self.bits // 8
+        blocks, size = -(-self.num_inputs // self.block), self.block * self.bits // 8
         shape = {
             BLOCKS: [self.num_outputs, blocks, size],
             ROWS: [self.num_outputs, blocks * size],
@@ -160,7 +164,7 @@ class _Later:
         array = self.tensor.numpy()
         matrix = array.T if self.turned else array  # [K, N]
         made = [
-            quantise(np.ascontiguousarray(matrix[:, begin : begin + OUTPUTS_AT_A_TIME]), self.bits)
+            quantise(np.ascontiguousarray(matrix[:, begin : begin + OUTPUTS_AT_A_TIME]), self.bits, self.block)
             for begin in range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
         ]
         values, scales = (
@@ -175,7 +179,7 @@ def _nbits(graph: ir.Graph, node: ir.Node, blocks: _Later) -> ir.Node:
         "K": blocks.num_inputs,
         "N": blocks.num_outputs,
         "bits": blocks.bits,
-        "block_size": BLOCK_SIZE,
+        "block_size": blocks.block,
         "accuracy_level": ACCURACY_LEVEL,
     }
     values, scales = blocks.constant(graph, BLOCKS), blocks.constant(graph, SCALES)
@@ -185,7 +189,7 @@ def _nbits(graph: ir.Graph, node: ir.Node, blocks: _Later) -> ir.Node:
 
 def _lookup(graph: ir.Graph, node: ir.Node, blocks: _Later) -> ir.Node:
     """The rows of a quantised table that ``node`` gathers."""
-    fields = {"bits": blocks.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    fields = {"bits": blocks.bits, "block_size": blocks.block, "gather_axis": 0, "quantize_axis": 1}
     flat, scales = blocks.constant(graph, ROWS), blocks.constant(graph, SCALES)
     return ir.node(LOOKUP, [flat, node.inputs[1], scales], fields, domain=MICROSOFT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from engines.tensorrt.builder import BuildOptions, engine_from_onnx
 from engines.tensorrt.engine_info import check_engine, read_header
 from iapt_export.building.footprint import model_weights
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import DEQUANTISED, Rounding
 from iapt_export.contract.manifest import Range, Ranges
 from iapt_export.graphs.export import Serving, export_graphs
 from tests.graphs import specs_for
 from tests.tiny import tiny_llama
-from trainers.decoder.quantise import DEQUANTISED, Rounding
 
 RANGES = Ranges(batch=Range(1, 2, 4), sequence=Range(1, 8, 16), past=Range(5, 16, 32), tenants=Range(1, 2, 8))
 
@@ -24,14 +25,15 @@ KERNELS = 1_200_000
 
 
 @functools.cache
-def half() -> object:
+def half(vocabulary: int = 4096, is_tied: bool = True) -> Any:
     """A tied table of 2 million numbers, and 3.5 million in a layer."""
-    return tiny_llama(num_hidden_layers=1, hidden_size=512, intermediate_size=1792, vocab_size=4096).half()
+    sizes = {"hidden_size": 512, "intermediate_size": 1792, "vocab_size": vocabulary}
+    return tiny_llama(num_hidden_layers=1, tie_word_embeddings=is_tied, **sizes).half()
 
 
-def engine_of(rounding: Rounding | None, folder: Path, options: BuildOptions | None = None) -> int:
+def engine_of(rounding: Rounding | None, folder: Path, options: BuildOptions | None = None, model: Any = None) -> int:
     """Bytes of the engine that decodes with these weights."""
-    model, capacity = half(), RANGES.past.max
+    model, capacity = model or half(), RANGES.past.max
     spec = specs_for(model, [], "fp16", capacity)["serve_decode"]
     serving = Serving(capacity=capacity, rounding=rounding)
     export_graphs(model, [], folder, dtype="fp16", opset=23, names=("serve_decode",), serving=serving)
@@ -47,13 +49,29 @@ def test_an_engine_holds_each_weight_once_in_its_bits(tmp_path: Path) -> None:
     """What the weights take less is what the engine takes less, but for kernels; a table held twice would show."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     sizes, foreseen = {}, {}
-    for dtype, rounding in {"fp16": None, **DEQUANTISED}.items():
+    coarse = {"int4,block=128,narrow=4": Rounding(4, "integers", block=128, narrow=4)}
+    for dtype, rounding in {"fp16": None, **DEQUANTISED, **coarse}.items():
         (folder := tmp_path / dtype).mkdir()
         sizes[dtype], foreseen[dtype] = engine_of(rounding, folder), model_weights(half(), rounding, 2)[1]
     assert foreseen["int8"] < 0.54 * foreseen["fp16"] and foreseen["int4"] < 0.45 * foreseen["fp16"]
-    for dtype in DEQUANTISED:
+    assert foreseen[next(iter(coarse))] < 0.36 * foreseen["fp16"]
+    for dtype in (*DEQUANTISED, *coarse):
         saved = sizes["fp16"] - sizes[dtype]
         assert 0 < foreseen["fp16"] - foreseen[dtype] - saved < KERNELS < 4096 * 512, (sizes, foreseen)
+
+
+def test_a_head_of_four_bits_is_held_once_where_it_is_not_the_embedding(tmp_path: Path) -> None:
+    """Both tables of a vocabulary that is 8192 tokens larger; one that is both was held twice, and is refused."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    rounding, sizes, foreseen = Rounding(4, "integers", block=128, head=4, narrow=4), [], []
+    for vocabulary in (4096, 12288):
+        (folder := tmp_path / str(vocabulary)).mkdir()
+        model = half(vocabulary, is_tied=False)
+        sizes.append(engine_of(rounding, folder, model=model))
+        foreseen.append(model_weights(model, rounding, 2)[1])
+    assert abs(sizes[1] - sizes[0] - (foreseen[1] - foreseen[0])) < 100_000, (sizes, foreseen)
+    with pytest.raises(IaptError, match=r"head=4: .* an engine of TensorRT for RTX keeps twice in 4 bits, .*; leave"):
+        model_weights(tiny_llama(), rounding, 2)
 
 
 def test_tensorrt_is_asked_whether_a_gpu_has_the_type(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import torch
 from engines.serving.session import Session
 from iapt_export.building.footprint import Load, Share, model_weights, plan_memory
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import Rounding
 from tests.bundles import TinyBuild, run
 from tests.families import tiny_family
 from tests.tiny import tiny_gpt2, tiny_llama
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.quantise import Rounding, quantise
+from trainers.decoder.quantise import quantise
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import METHOD_CONFIGS, flag_name
 from trainers.methods.forms import new_method
@@ -84,9 +85,9 @@ def test_blocks_are_those_that_the_quantiser_makes() -> None:
     module = torch.nn.Module()
     module.inner = torch.nn.Linear(80, 96, bias=False, device="meta")
     module.get_input_embeddings = module.get_output_embeddings = lambda: None  # type: ignore[assignment]
-    for bits in (8, 4):
-        made = quantise(weight, bits)
-        assert model_weights(module, Rounding(bits), 4) == (80 * 96, made.values.nbytes + made.scales.nbytes)
+    for bits, block in ((8, 32), (4, 32), (8, 64), (4, 64)):
+        made, rounding = quantise(weight, bits, block), Rounding(bits, block=block)
+        assert model_weights(module, rounding, 4) == (80 * 96, made.values.nbytes + made.scales.nbytes)
 
 
 def test_a_table_of_positions_takes_8_bits_too() -> None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from iapt_export.building.plan import plan_targets
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import DEQUANTISED, VALUES, Rounding
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.dequantise_weights import STEPS, DequantiseWeightsPass
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
@@ -25,7 +26,6 @@ from iapt_export.graphs.weights import WEIGHTS
 from tests.graphs import run_onnx, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.tiny import tiny_gpt2, tiny_llama
-from trainers.decoder.quantise import BLOCK_SIZE, DEQUANTISED, Rounding
 from trainers.decoder.rounded import RoundedWeights, round_weights, rounded_weights
 from trainers.decoder.scaled import LEAST_SCALE, RANGES, scaled
 
@@ -69,26 +69,29 @@ def dequantised(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.parametrize("block", VALUES["block"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_blocks_hold_a_matrix_and_no_scale_is_nothing(bits: int) -> None:
-    rows = random(6, WIDTH)
+def test_blocks_hold_a_matrix_and_no_scale_is_nothing(bits: int, block: int) -> None:
+    rows = random(6, 2 * block)
     rows[1] = 0
-    made = scaled(rows, bits)
+    made = scaled(rows, bits, block)
     assert (made.values.dtype, made.scales.dtype) == (np.int8, np.float16)
-    assert made.values.shape == (6, WIDTH) and made.scales.shape == (6, WIDTH // BLOCK_SIZE)
+    assert made.values.shape == rows.shape and made.scales.shape == (6, 2)
     low, high = RANGES[bits]
     assert made.values.min() >= low and made.values.max() <= high
     assert (made.scales[1] == LEAST_SCALE).all() and (made.scales > 0).all() and not made.restored_rows()[1].any()
-    steps = np.repeat(made.scales.astype(np.float32), BLOCK_SIZE, axis=1)
+    steps = np.repeat(made.scales.astype(np.float32), block, axis=1)
     assert (np.abs(made.restored_rows() - rows) <= HALF_STEPS[bits] * steps * 1.15).all()
-    assert np.array_equal(scaled(rows[2:4], bits).values, made.values[2:4]), "rows have nothing to do with each other"
+    assert np.array_equal(scaled(rows[2:4], bits, block).values, made.values[2:4]), (
+        "rows have nothing to do with each other"
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_largest_numbers_of_fp16_stay_finite(bits: int) -> None:
     rows = random(2, WIDTH)
     rows[0, 3], rows[0, 4], rows[1, 40] = 65504, -65504, -65504
-    restored = scaled(rows, bits).restored_rows()
+    restored = scaled(rows, bits, 32).restored_rows()
     assert np.isfinite(restored).all()
     for place in ((0, 3), (0, 4), (1, 40)):  # seven of the largest steps are an eighth less than eight
         assert worst(restored[place], rows[place].astype(np.float32)) < {8: 1e-3, 4: 0.126}[bits]
@@ -99,7 +102,7 @@ def test_numbers_that_fp16_lacks_are_refused_with_the_weights_name(value: float)
     array = random(WIDTH, OUTPUTS)
     array[0, 0] = value
     model = parse(PRODUCT, w=array)
-    DequantiseWeightsPass({"w": 4})(model)
+    DequantiseWeightsPass({"w": 4}, 32)(model)
     with pytest.raises(
         IaptError, match=r"^w: a matrix has NaN or numbers above 65504, .*; build for tensorrt-rtx:bf16$"
     ):
@@ -108,10 +111,10 @@ def test_numbers_that_fp16_lacks_are_refused_with_the_weights_name(value: float)
 
 def test_of_four_bits_the_nearer_of_several_scales_is_taken() -> None:
     rows = random(512, WIDTH)
-    blocks = rows.astype(np.float32).reshape(512, -1, BLOCK_SIZE)
+    blocks = rows.astype(np.float32).reshape(512, -1, 32)
     reach = np.maximum(blocks.max(-1) / 7, blocks.min(-1) / -8).astype(np.float16).astype(np.float32)[..., None]
     plain = np.square(np.clip(np.rint(blocks / reach), -8, 7) * reach - blocks).sum()
-    assert np.square(scaled(rows, 4).restored_rows() - rows).sum() < 0.95 * plain
+    assert np.square(scaled(rows, 4, 32).restored_rows() - rows).sum() < 0.95 * plain
 
 
 LINEAR = f"g (float16[n, {WIDTH}] x, float16[{WIDTH}, {OUTPUTS}] t) => (float16[n, {OUTPUTS}] y)\n"
@@ -124,10 +127,10 @@ BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
 def test_named_matrices_are_stored_in_few_bits_and_inputs_are_not(text: str, bits: int) -> None:
     weights = {"w": random(WIDTH, OUTPUTS), "c": random(OUTPUTS, seed=1)}
     feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, OUTPUTS, seed=3)}
-    rounded = {**weights, "w": scaled(weights["w"].T, bits).restored_rows().T.astype(np.float16)}
+    rounded = {**weights, "w": scaled(weights["w"].T, bits, 32).restored_rows().T.astype(np.float16)}
     wanted = run_onnx(ir.to_proto(parse(text, **rounded)).SerializeToString(), feeds)["y"]
     model = parse(text, **weights)
-    done = DequantiseWeightsPass({"w": bits})
+    done = DequantiseWeightsPass({"w": bits}, 32)
     assert done(model).modified and done.note == f"1 weights in {bits} bits"
     assert operators(model)[0] == "DequantizeLinear" and "w" not in model.graph.initializers
     assert model.graph.initializers[f"w{STEPS}"].dtype == {8: ir.DataType.INT8, 4: ir.DataType.INT4}[bits]
@@ -143,13 +146,13 @@ def test_a_table_is_stored_once_as_its_readers_want_it(is_tied: bool, bits: int,
     model = parse(text, e=table, **({} if is_tied else {"h": other}))
     for value in (node.outputs[0] for node in model.graph if node.op_type == "Gather"):
         value.shape, value.type = ir.Shape(["n", 2, WIDTH]), ir.TensorType(ir.DataType.FLOAT16)
-    DequantiseWeightsPass({"e": bits})(model)
+    DequantiseWeightsPass({"e": bits}, 32)(model)
     expected = (
         ["DequantizeLinear", "Gather", "Transpose", "Tanh", "MatMul"] if is_tied else ["DequantizeLinear", "Gather"]
     )
     assert operators(model)[: len(expected)] == expected
     assert list(model.graph.initializers[f"e{STEPS}"].shape) == ([WIDTH, 96] if is_tied else [96, WIDTH])
-    restored = scaled(table, bits).restored_rows()
+    restored = scaled(table, bits, 32).restored_rows()
     ids = np.array([[3, 95], [0, 7]])
     made = run_restored(model, {"i": ids})
     assert worst(made, np.tanh(restored[ids]) @ (restored.T if is_tied else other.astype(np.float32))) < 2e-3
@@ -171,21 +174,31 @@ def test_a_weight_whose_blocks_are_not_known_is_refused(nodes: str, operator: st
     model = parse(LINEAR.replace("float16[n", "int64[n] i, float16[n", 1) + f"{{ {nodes} }}", w=random(WIDTH, OUTPUTS))
     said = f"^w cannot be stored in 4 bits: {operator} reads it, and blocks go along .*; build for tensorrt-rtx:fp16"
     with pytest.raises(IaptError, match=said):
-        DequantiseWeightsPass({"w": 4})(model)
+        DequantiseWeightsPass({"w": 4}, 32)(model)
 
 
 def test_weights_of_another_type_are_a_defect() -> None:
     model = parse(LINEAR.replace("float16", "float") + "{ y = MatMul (x, w) }", w=random(WIDTH, OUTPUTS).astype("f"))
     with pytest.raises(ir.passes.PreconditionError, match="w and 0 more weights are not fp16"):
-        DequantiseWeightsPass({"w": 4})(model)
+        DequantiseWeightsPass({"w": 4}, 32)(model)
 
 
-@pytest.mark.parametrize("dtype", DEQUANTISED)
+ROUNDINGS = {
+    **DEQUANTISED,
+    "int4,block=64,narrow=4": Rounding(4, "integers", block=64, narrow=4),
+    "int4,block=128,head=4": Rounding(4, "integers", block=128, head=4),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
-def test_pytorch_gets_the_weights_that_onnx_runtime_restores(make: Any, dtype: str, tmp_path: Path) -> None:
+def test_pytorch_gets_the_weights_that_onnx_runtime_restores(make: Any, name: str, tmp_path: Path) -> None:
     """Bit for bit, from a model in fp32, whose graph is traced in fp16; and so read one at a time."""
-    model = make(**({"n_layer": 1} if make is tiny_gpt2 else {"num_hidden_layers": 1}))
-    rounding = DEQUANTISED[dtype]
+    rounding = ROUNDINGS[name]
+    width = rounding.block
+    tied = {"tie_word_embeddings": rounding.head == 8}
+    sizes = {"hidden_size": width, "intermediate_size": width + 16, "num_hidden_layers": 1}
+    model = make(**tied, **({"n_layer": 1, "n_embd": width} if make is tiny_gpt2 else sizes))
     half, names = copy.deepcopy(model).half(), ("serve_prefill", "serve_decode")
     export_graphs(half, [], tmp_path, dtype="fp16", opset=23, names=names, serving=Serving(None, 24, rounding))
     bits, before = rounded_weights(model, rounding), model.state_dict()
@@ -209,6 +222,30 @@ def test_matrices_without_whole_blocks_stay() -> None:
     assert rounded_weights(model, Rounding(8)).keys() - rounded_weights(model, Rounding(8, "integers")).keys() == {
         "model.layers.0.mlp.down_proj.weight"
     }
+
+
+@pytest.mark.parametrize(
+    ("rounding", "sizes", "told"),
+    [
+        (
+            Rounding(4, block=128),
+            {"hidden_size": 64},
+            "block=128 does not divide the 64 inputs of model.embed_tokens, wh",
+        ),
+        (Rounding(4, block=64), {"hidden_size": 96}, "block=64 does not divide the 96 inputs of model.embed_tokens,"),
+        (
+            Rounding(4, "integers", block=64),
+            {"hidden_size": 64, "intermediate_size": 96},
+            "block=64 does not divide the 96 inputs of model.layers.0.mlp.down_proj, which would stay as it is; give a",
+        ),
+        (Rounding(4, "integers", head=4), {}, "head=4: this backbone's head is its embedding, a table that an engine"),
+    ],
+)
+def test_what_would_store_more_and_not_less_is_refused(rounding: Rounding, sizes: dict[str, int], told: str) -> None:
+    model = tiny_llama(num_hidden_layers=1, **sizes)
+    for ask in (rounded_weights, round_weights):
+        with pytest.raises(IaptError, match=f"^{told}"):
+            ask(model, rounding)
 
 
 def test_targets_with_few_bits_compute_in_fp16_and_have_graphs_of_their_own() -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.graphs.export import Serving, export_graphs
 from tests.trainers.decoder.gguf_files import TinyFile, write
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.quantise import Blocks, Rounding
+from trainers.decoder.quantise import Blocks
 
 
 def test_q4_0_survives_int4_exactly(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ SPEC = GraphSpec(
         (InlineRationalPass(set(), 23), graph(RATIONAL), "0 forms of ai.iapt::Rational, expected one"),
         (NameNodesPass(), graph(("", "Abs", 1)), "no node has pkg.torch.onnx.name_scopes"),
         (
-            QuantiseWeightsPass({"w": 8}),
+            QuantiseWeightsPass({"w": 8}, 32),
             graph(("", "MatMul", 2), weight=MATRIX.astype(np.float16)),
             "w and 0 more weights are",
         ),
@@ -111,7 +111,7 @@ def test_what_a_pass_requires(step: ir.passes.PassBase, model: ir.Model, text: s
         (NameInterfacePass(SPEC), graph(("", "Abs", 1)), "prefill.onnx: names are not input_ids"),
         (NameNodesPass(), called_alike(), "several nodes are called node 0"),
         (PackProjectionsPass(), attention(1), "takes neither query, key and value nor one packed"),
-        (QuantiseWeightsPass({"w": 8}), graph(("", "MatMul", 2), weight=MATRIX), "w are still fp32"),
+        (QuantiseWeightsPass({"w": 8}, 32), graph(("", "MatMul", 2), weight=MATRIX), "w are still fp32"),
         (RotaryInAttentionPass(8), attention(0), "some attentions rotate queries and keys"),
         (SinkIntoIfPass(), graph((MARKER_DOMAIN, MARKER, 3)), "markers are left: node 0"),
         (WriteSizesPass(), graph(("", "ConstantOfShape", 1)), "sizes or values are left to inference in node 0"),

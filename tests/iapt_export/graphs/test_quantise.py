@@ -14,6 +14,7 @@ import pytest
 from iapt_export.building.layout import served_graphs
 from iapt_export.building.plan import TargetPlan, onnx_variant, plan_targets
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import VALUES, Rounding
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.quantise_weights import QuantiseWeightsPass
 from iapt_export.graphs.save import save_graphs
@@ -22,7 +23,7 @@ from tests.graphs import run_onnx, specs_for, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.iapt_export.graphs.test_serve_passes import two_steps
 from tests.tiny import tiny_gpt2, tiny_llama
-from trainers.decoder.quantise import BLOCK_SIZE, Rounding, quantise
+from trainers.decoder.quantise import quantise
 from trainers.decoder.rounded import rounded_weights
 
 WIDTH = 64
@@ -34,18 +35,20 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("block", VALUES["block"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_blocks_hold_the_matrix_to_half_a_step(bits: int) -> None:
-    weight = random(WIDTH, 6)
-    blocks = quantise(weight, bits)
-    assert blocks.values.shape == (6, WIDTH // BLOCK_SIZE, BLOCK_SIZE * bits // 8)
+def test_blocks_hold_the_matrix_to_half_a_step(bits: int, block: int) -> None:
+    weight = random(2 * block, 6)
+    blocks = quantise(weight, bits, block)
+    assert blocks.values.shape == (6, 2, block * bits // 8)
     assert (blocks.values.dtype, blocks.scales.dtype) == (np.uint8, np.float32)
     values = blocks.values
     if bits == 4:
-        values = np.stack([values & 15, values >> 4], axis=-1).reshape(6, WIDTH // BLOCK_SIZE, BLOCK_SIZE)
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(6, 2, block)
     restored = (values.astype(np.float32) - 2 ** (bits - 1)) * blocks.scales.reshape(6, -1)[..., None]
-    error = np.abs(restored.reshape(6, WIDTH).T - weight)
-    steps = np.repeat(np.abs(blocks.scales.reshape(6, -1)), BLOCK_SIZE, axis=1).T
+    assert np.array_equal(restored.reshape(6, -1).T, blocks.restored())
+    error = np.abs(restored.reshape(6, -1).T - weight)
+    steps = np.repeat(np.abs(blocks.scales.reshape(6, -1)), block, axis=1).T
     # the largest value of a block may lie one step outside of a range that is not symmetric
     assert (error <= steps * 1.001).all() and np.mean(error <= steps * 0.501) > 0.9
 
@@ -63,7 +66,7 @@ def test_named_matrices_are_quantised_and_inputs_are_not(text: str, bits: int) -
     feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, OUTPUTS, seed=3)}
     wanted = run_onnx(ir.to_proto(parse(text, **weights)).SerializeToString(), feeds)["y"]
     model = parse(text, **weights)
-    done = QuantiseWeightsPass({"w": bits})
+    done = QuantiseWeightsPass({"w": bits}, 32)
     assert done(model).modified and done.note == f"1 products and lookups in {bits} bits"
     assert operators(model) == ["MatMulNBits", "MatMul", "Add"]
     assert "w" not in model.graph.initializers
@@ -84,7 +87,7 @@ def test_named_matrices_are_quantised_and_inputs_are_not(text: str, bits: int) -
 def test_what_has_no_bits_stays(text: str, weights: dict[str, np.ndarray]) -> None:
     model = parse(text, **weights)
     before = operators(model)
-    done = QuantiseWeightsPass({"another": 8})
+    done = QuantiseWeightsPass({"another": 8}, 32)
     assert not done(model).modified
     assert operators(model) == before and done.note == "no weight of the backbone is rounded"
     assert all(np.array_equal(model.graph.initializers[name].const_value.numpy(), weights[name]) for name in weights)
@@ -103,15 +106,15 @@ def test_a_weight_that_something_else_reads_is_refused(nodes: str, operator: str
     model = parse(LINEAR.replace("float[n", "int64[n] i, float[n", 1) + f"{{ {nodes} }}", w=random(WIDTH, OUTPUTS))
     said = f"^w cannot be stored in 4 bits: {operator} reads it, and only .* read blocks; build for onnxruntime:fp32"
     with pytest.raises(IaptError, match=said):
-        QuantiseWeightsPass({"w": 4})(model)
+        QuantiseWeightsPass({"w": 4}, 32)(model)
 
 
 def test_one_matrix_of_weights_with_other_bits_is_refused() -> None:
     model = parse(LINEAR + "{ y = MatMul (x, w) }", w=random(WIDTH, OUTPUTS))
     model.graph.initializers["w"].name = "q.transposed + k.transposed"
     with pytest.raises(IaptError, match=r"^q and k stand in one matrix and would be stored in 8 and 0 bits, where 0"):
-        QuantiseWeightsPass({"q": 8})(model)
-    assert QuantiseWeightsPass({"q": 8, "k": 8})(model).modified
+        QuantiseWeightsPass({"q": 8}, 32)(model)
+    assert QuantiseWeightsPass({"q": 8, "k": 8}, 32)(model).modified
 
 
 def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     )
     table = random(96, WIDTH)
     model = parse(text, e=table)
-    QuantiseWeightsPass({"e": 8})(model)
+    QuantiseWeightsPass({"e": 8}, 32)(model)
     assert operators(model) == ["GatherBlockQuantized", "MatMulNBits"]
     ids = np.array([3, 95, 0])
     made = run_onnx(ir.to_proto(model).SerializeToString(), {"i": ids})["logits"]
@@ -184,4 +187,4 @@ def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch: pytest.
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(IaptError, match=r"int8 and int4 need ONNX Runtime's quantiser.*pip install -e '\.\[cpu\]"):
-        quantise(random(WIDTH, 4), 8)
+        quantise(random(WIDTH, 4), 8, 32)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.graphs.export import PASSES_FILE, Serving, export_graphs
 from iapt_export.graphs.installed import Installed
 from tests.bundles import random_method
@@ -17,7 +18,6 @@ from tests.graphs import Arrays, run_onnx, stacked_feeds, worst
 from tests.thorough import default_for
 from tests.tiny import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.quantise import Rounding
 from trainers.methods.configs import ADePTConfig, IAPTConfig, LoRAConfig
 
 DRAFTS = 3

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import iapt_export.graphs.export
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.graphs.export import Serving, export_graphs
 from tests.graphs import installed
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.quantise import Rounding
 from trainers.decoder.stored import is_outline, load_mapped, outline_of
 
 

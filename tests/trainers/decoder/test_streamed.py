@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from iapt_export.building.layout import weights_sha256
+from iapt_export.contract.low_bits import Rounding
 from tests.families import tiny_family
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.decoder import rounded
 from trainers.decoder import streamed as module
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import decoder_layers, hooked
-from trainers.decoder.quantise import Rounding, quantise
+from trainers.decoder.quantise import quantise
 from trainers.decoder.rounded import RoundedWeights, round_weights
 from trainers.decoder.stored import load_mapped, outline_of, stored_weight
 from trainers.decoder.streamed import (
@@ -163,7 +164,7 @@ def test_a_matrix_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made is not None
     rounded: list[int] = []
     monkeypatch.setattr(
-        "trainers.decoder.rounded.quantise", lambda matrix, bits: rounded.append(bits) or quantise(matrix, bits)
+        "trainers.decoder.rounded.quantise", lambda matrix, *how: rounded.append(how[0]) or quantise(matrix, *how)
     )
     model = streamed(made.model, RoundedWeights(made.model, Rounding(4), lambda name: stored_weight(made.model, name)))
     logits_of(model, IDS[0])

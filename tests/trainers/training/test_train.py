@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import Rounding
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.backbone_sizes import Sizes
-from trainers.decoder.quantise import Rounding
 from trainers.decoder.rounded import round_weights
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT

@@ -19,6 +19,7 @@ import validation.validate
 from engines.tensorrt.engine_info import read_header
 from engines.tensorrt.flavour import RTX
 from iapt_export.contract.errors import IaptError, ParityError
+from iapt_export.contract.low_bits import DEQUANTISED
 from iapt_export.contract.manifest import BundleManifest, file_sha256
 from iapt_export.graphs import export
 from iapt_export.graphs.passes.dequantise_weights import FACTORS, DequantiseWeightsPass
@@ -28,7 +29,6 @@ from tests.families import tiny_family
 from tests.iapt_export.graphs.test_dequantise import dequantised
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.quantise import DEQUANTISED
 from trainers.methods.configs import LoRAConfig
 from validation.judging.compare import Settings
 from validation.judging.result import Report
@@ -132,8 +132,8 @@ def test_a_build_whose_graphs_compute_something_else_fails(
 ) -> None:
     """The exporter leaves one weight unrounded that PyTorch's side rounds."""
 
-    def forgetful(bits: dict[str, int]) -> DequantiseWeightsPass:
-        return DequantiseWeightsPass({name: count for name, count in bits.items() if "up_proj" not in name})
+    def forgetful(bits: dict[str, int], block: int) -> DequantiseWeightsPass:
+        return DequantiseWeightsPass({name: count for name, count in bits.items() if "up_proj" not in name}, block)
 
     monkeypatch.setattr(export, "DequantiseWeightsPass", forgetful)
     asked = tiny_build.request(

@@ -17,6 +17,7 @@ import torch
 from onnx import numpy_helper
 
 import iapt_export
+from iapt_export.contract.low_bits import QUANTISED, Rounding
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
@@ -29,7 +30,6 @@ from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.quantise import QUANTISED, Rounding
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import ADePTConfig, LoRAConfig
 from validation.judging.compare import BRIEF_STEPS, Settings
@@ -100,11 +100,21 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
     assert tokens.measured["identical"] == 1.0 and tokens.limits == {"identical": 1.0}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+ROUNDINGS = {
+    **QUANTISED,
+    "int4,block=64,narrow=4": Rounding(4, block=64, narrow=4),
+    "int4,block=128,head=4": Rounding(4, block=128, head=4),
+    "int8,block=128": Rounding(8, block=128),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
-def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, tmp_path: Path) -> None:
-    model = make(**({"n_layer": 1} if make is tiny_gpt2 else {"num_hidden_layers": 1}))
-    rounding = QUANTISED[dtype]
+def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, name: str, tmp_path: Path) -> None:
+    rounding = ROUNDINGS[name]
+    width = rounding.block  # the llama's second product has a block that is not full
+    sizes = {"hidden_size": width, "intermediate_size": width * 3 // 2, "num_hidden_layers": 1}
+    model = make(**({"n_layer": 1, "n_embd": width} if make is tiny_gpt2 else sizes))
     export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
     before = copy.deepcopy(model)
     round_weights(model, rounding)
@@ -118,6 +128,13 @@ def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, dtype: str, t
         and max(changes) > 1 / 2**rounding.bits / 2
     )
     graph = TappedGraph(tmp_path / "serve.onnx")
+    stored = [
+        {field.name: field.i for field in node.attribute}
+        for node in graph.nodes
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
+    ]
+    assert {fields["block_size"] for fields in stored} == {rounding.block}
+    assert {fields["bits"] for fields in stored} == {rounding.bits, rounding.head, rounding.narrow}
     (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
     two_steps(model, tmp_path / "unrounded.onnx")
 
@@ -143,17 +160,22 @@ def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dt
     two_steps(model, tmp_path / "unrounded.onnx")
 
 
-def test_a_stored_weight_is_read_as_the_kernels_do(tmp_path: Path) -> None:
-    model = tiny_llama(num_hidden_layers=1)
-    export_graphs(
-        model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=Rounding(4))
-    )
-    round_weights(model, Rounding(4))
+@pytest.mark.parametrize(
+    ("rounding", "count"), [(Rounding(4), 8), (Rounding(4, block=64, narrow=4), 6)], ids=["int4", "block=64,narrow=4"]
+)
+def test_a_stored_weight_is_read_as_the_kernels_do(rounding: Rounding, count: int, tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1, hidden_size=64, intermediate_size=80)
+    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
+    round_weights(model, rounding)
     graph = TappedGraph(tmp_path / "serve.onnx")
     names = [name for name in graph.weights if name.endswith(BLOCKS)]
-    assert len(names) == 8, "seven products and the tied embedding"
+    assert len(names) == count, "seven products and the tied embedding; queries, keys and values in one if bits are"
     for name in names:
-        right = model.get_parameter(name.removesuffix(BLOCKS).removesuffix(".transposed")).detach().numpy()
+        parts = [
+            model.get_parameter(part.removesuffix(".transposed")).detach().numpy()
+            for part in name.removesuffix(BLOCKS).split(JOIN)
+        ]
+        right = np.concatenate(parts)
         np.testing.assert_array_equal(stored_weight(graph, name), right.T if "transposed" in name else right)
 
 

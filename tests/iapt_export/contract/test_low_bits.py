@@ -1,0 +1,90 @@
+"""``--quantise``: what it sets, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from iapt_export.building.build_request import BuildRequest
+from iapt_export.building.plan import TargetPlan, plan_targets
+from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import QUANTISED, Rounding, in_words, rounding_of, rounding_problems
+from trainers.training.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "text", "rounding", "canonical"),
+    [
+        ("onnxruntime", "int4", "", Rounding(4), ""),
+        ("onnxruntime", "int4", "block=32,head=8,narrow=8", Rounding(4), ""),
+        ("onnxruntime", "int4", "narrow=4,block=64", Rounding(4, block=64, narrow=4), "block=64,narrow=4"),
+        ("tensorrt-rtx", "int4", "head=4", Rounding(4, "integers", head=4), "head=4"),
+        ("onnxruntime", "int8", "block=128,head=8", Rounding(8, block=128), "block=128"),
+    ],
+)
+def test_a_text_sets_what_it_names(target: str, dtype: str, text: str, rounding: Rounding, canonical: str) -> None:
+    made = rounding_of(target, dtype, text)
+    assert made == rounding and rounding.quantise == canonical
+    assert rounding_of(target, dtype, canonical) == rounding
+    plans = [TargetPlan(target, dtype, 23, canonical)]
+    assert plan_targets([f"{target}:{dtype}"], None, None, text) == plans and plans[0].rounding == rounding
+
+
+def test_other_types_have_none() -> None:
+    assert rounding_of("onnxruntime", "fp16", "block=64") is None
+    assert rounding_of("tensorrt", "int4") is None
+    both = plan_targets(["onnxruntime:int4", "tensorrt-rtx:fp16"], None, None, "block=64")
+    assert [plan.quantise for plan in both] == ["block=64", ""]
+
+
+def test_bits_are_those_of_the_matrix() -> None:
+    wide, square, narrow = (32, 64), (32, 32), (64, 32)
+    for rounding, expected in {
+        QUANTISED["int4"]: [4, 4, 8, 8],
+        QUANTISED["int8"]: [8, 8, 8, 8],
+        Rounding(4, head=4): [4, 4, 8, 4],
+        Rounding(4, narrow=4): [4, 4, 4, 8],
+    }.items():
+        bits = [rounding.bits_for(shape, is_end=False) for shape in (wide, square, narrow)]
+        assert [*bits, rounding.bits_for(narrow, is_end=True)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "told"),
+    [
+        ("blok=64", "int4", ["quantise='blok=64' sets 'blok', expected settings of block, head, narrow"]),
+        ("64", "int4", ["quantise='64' sets '64', expected settings of block"]),
+        ("block=64,", "int4", ["sets '', expected settings"]),
+        ("block = 64", "int4", ["sets 'block ', expected settings"]),
+        ("block=48", "int4", ["quantise='block=48': block is '48', expected 32 or 64 or 128"]),
+        ("block", "int4", ["block is '', expected 32"]),
+        ("head=6,narrow=2", "int4", ["head is '6', expected 4 or 8", "narrow is '2', expected 4 or 8"]),
+        ("head=8,head=4", "int4", ["sets head twice"]),
+        ("narrow=4", "int8", ["int8 has no matrix in 4 bits; leave narrow out, or take int4"]),
+        ("auto", "int4", ["nothing searches for settings yet; build a bundle for each of a few, such as block=64"]),
+        (64, "int4", ["quantise=64 is no text such as 'block=64,head=8,narrow=4'"]),
+    ],
+)
+def test_what_no_kernel_has_is_refused(text: Any, dtype: str, told: list[str]) -> None:
+    problems = rounding_problems(text, dtype)
+    assert len(problems) == len(told) and all(map(str.__contains__, problems, told)), problems
+    with pytest.raises(IaptError, match="quantise="):
+        rounding_of("onnxruntime", dtype, text)
+    with pytest.raises(IaptError, match="quantise="):
+        TrainConfig(weights=dtype, quantise=text)  # type: ignore[arg-type]
+    if dtype == "int4":
+        with pytest.raises(IaptError, match="build request: quantise="):
+            BuildRequest(model="m", output="o", quantise=text)
+
+
+def test_a_setting_that_nothing_uses_is_refused() -> None:
+    said = r"--quantise says how int8 and int4 store .* what is built is onnxruntime:fp32, tensorrt-rtx:fp16; leave it"
+    with pytest.raises(IaptError, match=said):
+        plan_targets(["onnxruntime", "tensorrt-rtx"], None, None, "block=32")
+    with pytest.raises(IaptError, match="quantise is for int8 and int4, and weights is fp32; give --weights int4"):
+        TrainConfig(quantise="block=64")
+
+
+def test_in_words() -> None:
+    assert (in_words("int4", ""), in_words("int4", "block=64")) == ("int4", "int4 (block=64)")
