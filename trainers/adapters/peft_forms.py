@@ -13,6 +13,7 @@ and beside it our own tensors, which PEFT ignores and from which training resume
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -354,10 +355,17 @@ def _lora_names(method: LoRAConfig, sizes: Sizes) -> dict[str, tuple[str, int]]:
 
 def _by_pattern(fields: dict[str, Any], name: str, module: str, default: Any) -> Any:
     """A module's own rank or alpha: the first pattern that ends its name, as PEFT looks it up."""
-    for pattern, value in (fields.get(name) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    patterns = fields.get(name) or {}
+    found = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
+    if len({patterns[pattern] for pattern in found}) > 1:
+        logging.getLogger(__name__).warning(
+            "%s: %r and %r of its %s fit, and the first one counts; PEFT saves them in alphabetical order, so it may "
+            "have been trained with another one",
+            module,
+            *found[:2],
+            name,
+        )
+    return patterns[found[0]] if found else default
 
 
 def _is_target(fields: dict[str, Any], module: str) -> bool:

@@ -138,6 +138,21 @@ def test_tensors_that_the_configuration_leaves_out_are_refused(
         adapter_from_peft(lora_directory(tmp_path, **options), backbone_of(tiny_llama()))
 
 
+def test_patterns_that_both_fit_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT saves patterns in alphabetical order: the adapter that is loaded is not the one that was trained, there as
+    here (``findings/peft-sorts-overlapping-patterns.sh``).
+    """
+    patterns = {"self_attn.q_proj": 64, "q_proj": 8}
+    theirs = stock(tiny_llama, "LoraConfig", {"r": 4, "target_modules": ["q_proj"], "alpha_pattern": patterns})
+    theirs.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    model = tiny_llama()
+    method = adapter_from_peft(tmp_path, backbone_of(model)).module()
+    torch.testing.assert_close(logits(model, rows_of(method), [7]), stock_logits(again, [7]), atol=2e-4, rtol=1e-4)
+    said = "model.layers.0.self_attn.q_proj: 'q_proj' and 'self_attn.q_proj' of its alpha_pattern fit"
+    assert said in caplog.text and caplog.text.count("alphabetical order") == 3, "once a layer"
+
+
 def test_weights_in_8_bits_are_the_values_that_peft_reads(tmp_path: Path) -> None:
     theirs = stock(tiny_llama, "LoraConfig", {"r": 4, "lora_alpha": 6})
     theirs.save_pretrained(tmp_path)
