@@ -72,10 +72,12 @@ def test_a_bundle_serves_it_and_says_so(root: Path, caplog: pytest.LogCaptureFix
     backbone, settings = load_backbone(str(root / "model")), Settings(0, 8, depth="quick", peft_check=False)
     served, exact = validate_bundle(root / "bundle", manifest, backbone, settings).targets
     assert (exact.name, exact.status) == (f"onnxruntime with int4 ({CHOICE}) weights, otherwise", "pass")
+    # not beside fp32, where the limits are those of the type's own rounding
+    assert (served.name, served.status) == (f"onnxruntime beside PyTorch with int4 ({CHOICE}) weights", "pass")
     worst = {
         target.name: max(check.measured.get("relative", 0.0) for check in target.checks) for target in (served, exact)
     }
-    assert worst[exact.name] < 1e-4 < 1e-2 < worst[served.name]
+    assert worst[exact.name] < 1e-4 < 1e-3 < worst[served.name], "activations are rounded"
     planned = run("plan", root / "bundle", "--quantise", "block=64")
     assert "which says it itself; leave it out" in planned.err
 

@@ -200,6 +200,7 @@ def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
         (lambda f: f.update(colour="blue"), "manifest.colour is not a known field"),
         (lambda f: f["parity"].update(luck=1), "manifest.parity.luck is not a known field"),
         (lambda f: f.update(build_key=7), "manifest.build_key is 7, expected str"),
+        (lambda f: f["targets"][0].update(quantise=64), "manifest.targets[0].quantise is 64, expected str"),
         (lambda f: f.update(tenants={}), "manifest.tenants is {}, expected list"),
         (lambda f: f.update(files=[]), "manifest.files is [], expected dict"),
         (lambda f: f.update(backbone=None), "manifest.backbone is None, expected an object"),
