@@ -31,6 +31,8 @@ class BundlePlan:
     method: Any = IAPTConfig()  # noqa: RUF009 (frozen)
     tenants: int = 8
     dtype: str = "fp32"
+    quantise: str = ""
+    """As ``build --quantise`` takes it."""
     merged: bool = False
     """Add the one adapter to the weights: the plain backbone's graph."""
     drafts: int = 0
@@ -46,6 +48,7 @@ BUNDLES = {
     "plain": BundlePlan(PLAIN, 1, merged=True),
     "plain-int8": BundlePlan(PLAIN, 1, "int8", merged=True),
     "plain-int4": BundlePlan(PLAIN, 1, "int4", merged=True),
+    "plain-int4-small": BundlePlan(PLAIN, 1, "int4", "head=4,narrow=4", merged=True),
     "iapt-8": BundlePlan(),
     "iapt-8-int4": BundlePlan(dtype="int4"),
     "iapt-64": BundlePlan(tenants=64),
@@ -75,6 +78,7 @@ def make_bundle(plan: BundlePlan, backbone: Backbone, output: Path) -> None:
         adapters=adapters,
         output=output,
         targets=[f"onnxruntime:{plan.dtype}"],
+        quantise=plan.quantise,
         sequence=f"1:128:{plan.longest}",
         past=f"1:256:{plan.past}",
         tenants=f"1:8:{max(64, plan.tenants)}",
