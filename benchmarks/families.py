@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from iapt_export.contract.errors import IaptError
 from tests.families import FAMILIES, IN_PLACE, tiny_family
 from tests.iapt_export.building.test_families import (
     SUPPORTED,
@@ -36,6 +37,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 FAILS = "fails"
 ROUNDS_BADLY = "not shipped"
 """Of a target whose weights are right, and which is too far from fp32 as it is served; of random weights."""
+NOT_BUILT, NO_ENGINE = "not built", "cannot build"
+"""TensorRT's own compiler stopped, which the build says in words."""
 START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
@@ -87,6 +90,11 @@ def target_cells(name: str) -> Cells:
         try:
             targets = f"onnxruntime:{'int4' if in_place else 'fp32'}", "tensorrt-rtx:fp16"
             report = report_on(built(name, folder, *targets, prove=False))
+        except IaptError as error:
+            if NO_ENGINE not in str(error):
+                return dict.fromkeys(("int4", "RTX engines"), _failed(name, error))
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            return {"int4": "" if in_place else "refused", "RTX engines": NOT_BUILT}
         except Exception as error:
             return dict.fromkeys(("int4", "RTX engines"), _failed(name, error))
         return {

@@ -155,7 +155,10 @@ def _own_error(scene: Scene, tap: Tap, seen: Arrays, row: int) -> float | None:
     assert scene.step is not None
     fed = own_entries(seen[f"{path}.input"][row], scene.step, row)
     actual = own_entries(seen[tap.name][row], scene.step, row)
-    wanted = numpy(scene.reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
+    try:
+        wanted = numpy(scene.reference.model.get_submodule(path)(torch.from_numpy(fed)[None])[0])
+    except TypeError:  # experts take what their router chose, besides
+        return None
     return worst_vector(actual, wanted)[0] if actual.shape == wanted.shape else None
 
 
