@@ -103,7 +103,7 @@ def over_genai(asked: argparse.Namespace) -> dict[str, float]:
     """The same requests to onnxruntime-genai's engine, all at once."""
     about = {"folder": str(asked.genai), "prompt": PROMPT, "threads": asked.threads or len(os.sched_getaffinity(0))}
     about["lengths"] = [length(number, asked.tokens) for number in range(asked.streams)]
-    words = [asked.genai_python, PEERS, "genai", json.dumps(about)]
+    words = [asked.genai_python, "-P", PEERS, "genai", json.dumps(about)]
     found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return {"tokens_per_s": found["tokens"] / found["s"], "us": 1e6 * found["processor_s"] / found["tokens"]}
 
@@ -180,7 +180,7 @@ def servers(asked: argparse.Namespace, scratch: Path) -> dict[str, Start]:
     def llama(port: int) -> Server:
         context = -(-(len(PROMPT) + 2 * asked.tokens + 1) // 256) * 256
         about = {"gguf": str(asked.gguf), "port": port, "streams": asked.streams, "context": context}
-        return Server([asked.gguf_python, PEERS, "llama", json.dumps({**about, "threads": threads})], port)
+        return Server([asked.gguf_python, "-P", PEERS, "llama", json.dumps({**about, "threads": threads})], port)
 
     def vllm(port: int) -> Server:
         command = [asked.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", asked.model, "--port", str(port)]

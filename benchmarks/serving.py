@@ -78,7 +78,8 @@ def cases(arguments: argparse.Namespace, rows: int) -> Iterator[tuple[str, Job, 
 def measure(job: Job, python: str) -> dict[str, Any]:
     """A job in a process of its own: its figures, or what went wrong."""
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
-    command = [python, str(WORKER), json.dumps(dataclasses.asdict(job))]
+    # -P: beside the worker stands http.py, which is not the one that its packages import
+    command = [python, "-P", str(WORKER), json.dumps(dataclasses.asdict(job))]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=TIMEOUT_S

@@ -167,6 +167,14 @@ def test_cases_are_the_bundles_that_stand_there_and_the_peers_that_are_named(tmp
     assert set(found) - {"base"} <= set(TITLES)
 
 
+def test_a_peer_imports_no_file_that_stands_beside_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``benchmarks/http.py`` stood in for Python's own."""
+    (tmp_path / "http.py").write_text("raise SystemExit('not this one')", encoding="utf-8")
+    (tmp_path / "worker.py").write_text("import http.client, json\nprint(json.dumps({'decode_ms': 1.5}))")
+    monkeypatch.setattr(serving, "WORKER", tmp_path / "worker.py")
+    assert serving.measure(Job(**JOB), sys.executable) == {"decode_ms": 1.5}
+
+
 def test_a_failing_peer_leaves_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = (
         "peer 'nobody' is not known; use one of session, base, genai, transformers, peft, optimum, llama, openvino"
