@@ -77,14 +77,15 @@ class Cluster:
             return sum(tenant["generated_tokens"] for tenant in json.load(response)["tenants"].values())
 
     def replicas(self) -> list[int]:
-        """Processes of the replicas of this run."""
-        found = []
+        """Processes of the replicas of this run. What one of them forks looks like it until it runs its own program."""
+        parents: dict[int, int] = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 title = (folder / "cmdline").read_bytes()
                 if b"ServeReplica:iapt" in title and self.mark.encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-        return found
+                    fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+                    parents[int(folder.name)] = int(fields[1])
+        return [process for process, parent in parents.items() if parent not in parents]
 
     def wait_for_replicas(self, number: int, without: int = 0) -> None:
         deadline = time.monotonic() + SECONDS
