@@ -168,7 +168,7 @@ def test_an_answer_has_its_form(session: Session, grammar: Grammar, fits: Any) -
         ({"logits_hook": 3}, "logits_hook", "logits_hook is int, expected a function"),
         ({"sampling": Sampling(logit_bias={320: 1.0})}, "logit_bias", "token id 320 is out of range"),
         ({"max_new_tokens": 1000}, "max_new_tokens", "needs 1003 cache entries"),
-        ({"tokens": (5,) * 97}, "prompt", "the prompt has 97 tokens"),
+        ({"tokens": (5,) * 97}, "tokens", "the prompt has 97 tokens"),
     ],
 )
 def test_a_refusal_names_the_field(session: Session, fields: dict[str, Any], field: str, text: str) -> None:
