@@ -9,19 +9,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import PAST, step_graphs
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TargetSpec
 from iapt_export.contract.types import FLOAT_BYTES
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
-
-if TYPE_CHECKING:  # it needs NumPy, and help does not
-    from iapt_export.contract.low_bits import Rounding
 
 
 @dataclass(frozen=True, kw_only=True)

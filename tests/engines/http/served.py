@@ -27,6 +27,8 @@ from engines.serving.session import Session
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 60
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ADMIN = {"Authorization": "Bearer let me in"}
 
 
 @dataclass
@@ -121,3 +123,18 @@ def events(text: str) -> list[Any]:
     """The content of server-sent events, ``[DONE]`` as text."""
     found = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [each if each == "[DONE]" else json.loads(each) for each in found]
+
+
+def long(model: str = "alpha", tokens: int = 150, **fields: Any) -> dict[str, Any]:
+    """A request for an answer that does not end by itself."""
+    return {"model": model, "prompt": [5], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **fields}
+
+
+def tokens_of_clients_that_leave(server: Served, number: int) -> int:
+    """What so many clients, two of three of which stream, still cost after they asked and hung up."""
+    sockets = [server.open(TEXT, long(stream=n % 3 > 0)) for n in range(number)]
+    sockets[1].recv(100)
+    for each in sockets:
+        each.close()
+    server.wait_until_idle(5)
+    return int(server.state()["tenants"]["alpha"]["generated_tokens"])

@@ -21,10 +21,9 @@ from tests.bundles import TENANTS, TinyBuild
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from tests.engines.http.served import Served, events, in_process, in_thread
+from tests.engines.http.served import CHAT, TEXT, Served, events, in_process, in_thread
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")

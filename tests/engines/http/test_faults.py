@@ -21,14 +21,16 @@ from engines.http.access import Access
 from engines.http.server import ServerConfig
 from engines.serving.session import Request, Session
 from iapt_export.contract.errors import IaptError
-from tests.engines.http.served import Served, events, in_process, in_thread
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-ADMIN = {"Authorization": "Bearer let me in"}
-
-
-def long(model: str = "alpha", tokens: int = 150, **fields: Any) -> dict[str, Any]:
-    return {"model": model, "prompt": [5], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **fields}
+from tests.engines.http.served import (
+    ADMIN,
+    TEXT,
+    Served,
+    events,
+    in_process,
+    in_thread,
+    long,
+    tokens_of_clients_that_leave,
+)
 
 
 @pytest.fixture
@@ -55,12 +57,7 @@ def slowed(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0
 
 def test_clients_that_leave_free_their_rows_at_once(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     slowed(server, monkeypatch)
-    sockets = [server.open(TEXT, long(stream=n % 3 > 0)) for n in range(60)]
-    sockets[1].recv(100)
-    for each in sockets:
-        each.close()
-    server.wait_until_idle(5)
-    made = server.state()["tenants"]["alpha"]["generated_tokens"]
+    made = tokens_of_clients_that_leave(server, 60)
     assert 0 < made < 0.1 * 60 * 150, made
     assert server.session is not None and not server.session._generations
     assert {tenant.users for tenant in server.session.stepper.bank.tenants.values()} == {0}

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,10 +18,8 @@ from tests.bundles import TENANTS, TinyBuild
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from tests.engines.http.served import Served, events, in_process
+from tests.engines.http.served import ADMIN, TEXT, Served, events, in_process, long, tokens_of_clients_that_leave
 
-TEXT = "/v1/completions"
-ADMIN = {"Authorization": "Bearer let me in"}
 BEFORE = """
 import os, socket, time
 import engines.http.replies
@@ -67,17 +64,8 @@ def server(tiny_build: TinyBuild, folder: Path) -> Iterator[Served]:
         yield served
 
 
-def long(model: str = "alpha", tokens: int = 150, **fields: Any) -> dict[str, Any]:
-    return {"model": model, "prompt": [5], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **fields}
-
-
 def test_150_clients_that_leave_free_their_rows_at_once(server: Served) -> None:
-    sockets = [server.open(TEXT, long(stream=n % 3 > 0)) for n in range(150)]
-    sockets[1].recv(100)
-    for each in sockets:
-        each.close()
-    server.wait_until_idle(5)
-    made = server.state()["tenants"]["alpha"]["generated_tokens"]
+    made = tokens_of_clients_that_leave(server, 150)
     assert 0 < made < 0.05 * 150 * 150, made
     assert server.state()["cache_use"] == 0
     assert 'vllm:request_success_total{finished_reason="abort",model_name="alpha"}' in server.ask("/metrics")[1]

@@ -15,9 +15,8 @@ from tests.bundles import TENANTS, TinyBuild
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from tests.engines.http.served import Served, in_thread
+from tests.engines.http.served import TEXT, Served, in_thread
 
-TEXT = "/v1/completions"
 NAMES = [f"new{number}" for number in range(6)]
 
 
