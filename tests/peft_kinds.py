@@ -89,7 +89,13 @@ KINDS: dict[str, Kind] = {
     "LORA, rsLoRA": Kind("LoraConfig", LORA | {"use_rslora": True}),
     "LORA, rsLoRA, ranks": Kind("LoraConfig", LORA | {"use_rslora": True, "rank_pattern": {"q_proj": 2}}),
     "LORA, GPT-2": Kind("LoraConfig", LORA | {"fan_in_fan_out": True}, backbone=gpt2),
-    "LORA, DoRA": Kind("LoraConfig", LORA | ALL | {"use_dora": True}, MERGED, names=CHANGED),
+    "LORA, DoRA": Kind("LoraConfig", LORA | ALL | {"use_dora": True}, names=CHANGED),
+    "LORA, DoRA, ranks": Kind(
+        "LoraConfig",
+        LORA | {"use_dora": True, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2}},
+        names=CHANGED,
+    ),
+    "LORA, DoRA, GPT-2": Kind("LoraConfig", LORA | {"use_dora": True, "fan_in_fan_out": True}, AS_IT_IS, gpt2, CHANGED),
     "LORA, biases": Kind(
         "LoraConfig", LORA | {"bias": "all", "fan_in_fan_out": True}, MERGED, gpt2, names=(*CHANGED, "bias")
     ),

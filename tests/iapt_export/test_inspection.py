@@ -112,7 +112,7 @@ def test_an_adapter_of_stock_peft_that_names_another_backbone(tmp_path: Path, ca
 
 def test_an_adapter_of_stock_peft_that_build_refuses(model: Path, tmp_path: Path) -> None:
     for name, changes, text in (
-        ("dora", {"use_dora": True}, "use_dora=True is not supported"),
+        ("biased", {"lora_bias": True}, "lora_bias=True is not supported"),
         ("other", {"peft_type": "IA3"}, "PEFT's method 'IA3' is not supported; use one of PROMPT_TUNING"),
     ):
         folder = save_stock(tmp_path / name)
@@ -122,9 +122,9 @@ def test_an_adapter_of_stock_peft_that_build_refuses(model: Path, tmp_path: Path
         assert said.startswith("refused: ") and text in said
         assert (name == "other") == inspected(folder)["build"].startswith("refused: ")
     narrow = save_tiny_backbone(tmp_path / "narrow", tiny_llama(num_hidden_layers=NUM_LAYERS, intermediate_size=64))
-    assert inspected(tmp_path / "dora", f"--model={narrow}")["build"].startswith("refused: ")
+    assert inspected(tmp_path / "biased", f"--model={narrow}")["build"].startswith("refused: ")
     (narrow / "config.json").write_text("{}", "utf-8")
-    assert inspected(tmp_path / "dora", f"--model={narrow}")["build"].startswith("refused: ")
+    assert inspected(tmp_path / "biased", f"--model={narrow}")["build"].startswith("refused: ")
 
 
 def test_an_adapter_of_ours_and_a_backbone(model: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def adapter_from_peft(
     form = _checked_form(fields, sizes, str(folder))
     if task is not None and fields["peft_type"] != "MULTITASK_PROMPT_TUNING":
         raise IaptError(f"{folder}: task={task} is for PEFT's MULTITASK_PROMPT_TUNING; this is {fields['peft_type']}")
-    method, weights = form.read(fields, tensors, sizes, str(folder), task)
+    method, weights = form.read(fields, tensors, backbone.model, str(folder), task)
     config = AdapterConfig(
         base_model_name_or_path=fields.get("base_model_name_or_path") or backbone.name_or_path,
         backbone_fingerprint=backbone.fingerprint,

@@ -5,7 +5,8 @@
     MULTITASK_PROMPT_TUNING  the same, prefix_task_cols [N, P, R], prefix_task_rows [N, R, D]: task n multiplies the
                      embeddings by cols[n] rows[n]
     PREFIX_TUNING    prompt_embeddings [P, 2 L H K]: keys, then values of layer 0, of layer 1, ...
-    LORA             base_model.model.<layers_path>.<layer>.<linear>.lora_{A,B}.weight: [R, M], [N, R]
+    LORA             base_model.model.<layers_path>.<layer>.<linear>.lora_{A,B}.weight: [R, M], [N, R]; DoRA has
+                     <linear>.lora_magnitude_vector [N] as well
 
 PEFT saves the table that a prefix's network makes, not the network. For a prefix with projection we write that table
 and beside it our own tensors, which PEFT ignores and from which training resumes.
@@ -20,13 +21,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import tensor_problems
 from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.insertion import sizes_of
+from trainers.decoder.stored import stored_weight
 from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
-from trainers.methods.lora import LoRA, targets, tensor_name
+from trainers.methods.lora import GAINS, LoRA, targets, tensor_name
 from trainers.methods.prefix_tuning import PrefixTuning, from_table, prefix_width, to_table
 
 TABLE = "prompt_embeddings"
@@ -60,14 +64,14 @@ class PeftForm:
         return {"task_type": (None, "CAUSAL_LM")}
 
     def read(
-        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], model: Any, source: str, task: int | None
     ) -> tuple[Any, dict[str, Tensor]]:
         """Our configuration and fp32 tensors of what stock PEFT wrote.
 
         Args:
             fields: ``adapter_config.json``.
             tensors: as PEFT names them.
-            sizes: of the backbone.
+            model: the backbone's.
             source: where they come from, for error texts.
             task: which task of an adapter for several; None where it has one.
 
@@ -125,8 +129,9 @@ class _Prompt(_VirtualTokens):
         return super().allowed(sizes) | {"token_dim": (None, sizes.hidden_size)}
 
     def read(
-        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], model: Any, source: str, task: int | None
     ) -> tuple[Any, dict[str, Tensor]]:
+        sizes = sizes_of(model)
         method = PromptTuningConfig(prompt_length=fields.get("num_virtual_tokens"))  # type: ignore[arg-type]
         shapes = self.shapes(method, sizes)
         count = fields.get("num_tasks", 1) if fields["peft_type"] == "MULTITASK_PROMPT_TUNING" else None
@@ -167,8 +172,9 @@ class _Prefix(_VirtualTokens):
         return super().allowed(sizes) | {"token_dim": (None, prefix_width(sizes)), **heads}
 
     def read(
-        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], model: Any, source: str, task: int | None
     ) -> tuple[Any, dict[str, Tensor]]:
+        sizes = sizes_of(model)
         method = PrefixTuningConfig(prompt_length=fields.get("num_virtual_tokens"))  # type: ignore[arg-type]
         check_tensors(self.shapes(method, sizes), tensors, source)
         return method, self.from_peft(method, tensors, sizes)
@@ -208,7 +214,7 @@ class _LoRA(PeftForm):
         *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
         *("lora_dropout", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
         *("ensure_weight_tying", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
-        *("rank_pattern", "alpha_pattern", "layers_to_transform"),
+        *("rank_pattern", "alpha_pattern", "layers_to_transform", "use_dora"),
     }
     remedy = REMEDY
 
@@ -216,10 +222,11 @@ class _LoRA(PeftForm):
         return super().allowed(sizes) | {"bias": (None, "none"), "init_lora_weights": HARMLESS_INITS}
 
     def read(
-        self, fields: dict[str, Any], tensors: dict[str, Tensor], sizes: Sizes, source: str, task: int | None
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], model: Any, source: str, task: int | None
     ) -> tuple[Any, dict[str, Tensor]]:
         if any(".lora_embedding_" in name for name in tensors):
             raise IaptError(f"{source}: LoRA of the embeddings is not supported; {REMEDY}")
+        sizes = sizes_of(model)
         try:
             configs = _configs(fields, tensors, sizes, source)
         except (TypeError, AttributeError, re.error) as error:
@@ -232,10 +239,20 @@ class _LoRA(PeftForm):
             inputs, outputs = sizes.linears[_linear(module)]
             shapes[_peft_name(module, "A")] = (config.rank, inputs)
             shapes[_peft_name(module, "B")] = (outputs, config.rank)
+            if fields.get("use_dora"):
+                shapes[_peft_length(module)] = (outputs,)
         check_tensors(shapes, tensors, source)
+        lengths = {module: tensors[_peft_length(module)].float() for module in configs if fields.get("use_dora")}
+        method, weights = self._of_rank(configs, tensors, sizes)
+        return (method, weights) if not lengths else _dora(method, weights, lengths, model)
+
+    def _of_rank(
+        self, configs: dict[str, LoRAConfig], tensors: dict[str, Tensor], sizes: Sizes
+    ) -> tuple[LoRAConfig, dict[str, Tensor]]:
+        """One configuration for all modules, and our tensors without DoRA's."""
         first = next(iter(configs.values()))
         names = _lora_names(first, sizes)
-        if len(set(configs.values())) == 1 and names.keys() == tensors.keys():
+        if len(set(configs.values())) == 1 and names.keys() <= tensors.keys():
             return first, self.from_peft(first, tensors, sizes)
         rank = max(config.rank for config in configs.values())
         method = replace(first, rank=rank, alpha=rank, rslora=False)
@@ -351,6 +368,40 @@ def _lora_names(method: LoRAConfig, sizes: Sizes) -> dict[str, tuple[str, int]]:
         for side in "AB"
         for layer in range(sizes.num_layers)
     }
+
+
+def _peft_length(module: str) -> str:
+    return f"base_model.model.{module}.lora_magnitude_vector"
+
+
+def _dora(
+    method: LoRAConfig, weights: dict[str, Tensor], lengths: dict[str, Tensor], model: Any
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """LoRA's configuration and tensors with what DoRA makes of the backbone's weights, see `trainers.methods.lora`.
+
+    Args:
+        method: LoRA's.
+        weights: LoRA's, changed in place.
+        lengths: module to its magnitudes ``[N]``.
+        model: the backbone's; on the meta device nothing can be computed, so gains are zero: for `inspect` alone.
+    """
+    sizes = sizes_of(model)
+    method = replace(method, dora=True)
+    found = {name: torch.zeros(shape) for name, shape in LoRA.shapes(method, sizes).items()} | weights
+    for module, length in lengths.items():
+        weight = stored_weight(model, f"{module}.weight")
+        if weight.is_meta:
+            continue
+        name, layer = _linear(module), int(module.removeprefix(f"{sizes.layers_path}.").partition(".")[0])
+        down, up, gain, shift = (found[tensor_name(name, own)][layer] for own in ("A", "B", *GAINS))
+        linear = model.get_submodule(module)
+        before = (weight.T if isinstance(linear, Conv1D) else weight).float()
+        factor = length / torch.linalg.vector_norm(before + method.scaling * (up @ down), dim=1)
+        up *= factor[:, None]
+        gain += factor - 1
+        if linear.bias is not None:
+            shift -= gain * stored_weight(model, f"{module}.bias").float()
+    return method, found
 
 
 def _by_pattern(fields: dict[str, Any], name: str, module: str, default: Any) -> Any:

@@ -69,6 +69,11 @@ class Method(nn.Module):
         """Name to shape of every trained tensor, in the order in which files and graphs carry them."""
         raise NotImplementedError
 
+    @staticmethod
+    def why_untrained(config: Any) -> str:
+        """Why a configuration is read from other tools' adapters and not trained here; empty where it is."""
+        return ""
+
     @property
     def num_slots(self) -> int:
         """P: cache entries that stand before the instruction."""

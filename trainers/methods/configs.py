@@ -277,6 +277,8 @@ class LoRAConfig:
         "v_proj",
     )
     """Last names of the linear layers that are changed."""
+    dora: Annotated[bool, Parameter(parse=False)] = False
+    """Outputs are scaled as well, each by a number of its own (DoRA, arXiv 2402.09353); read from PEFT, not trained."""
 
     @property
     def prompt_length(self) -> int:

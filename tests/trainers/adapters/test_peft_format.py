@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from iapt_export.contract.errors import IaptError
-from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
+from tests.tiny import padded, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_qwen3, tiny_tokenizer
 from tests.trainers.methods_tiny import LENGTHS, STEPS, greedy_tokens, trained
 from trainers.adapters.adapter import PEFT_TYPES, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
@@ -82,6 +82,21 @@ FROM_PEFT = [
         "LoraConfig",
         {**LORA, "fan_in_fan_out": True, "target_modules": ["attn.c_proj", "c_fc"]},
         id="gpt2-lora-one-of-two-c_proj",
+    ),
+    pytest.param(tiny_qwen2, "LoraConfig", {**LORA, "use_dora": True, "target_modules": SEVEN}, id="qwen2-dora"),
+    pytest.param(tiny_gpt2, "LoraConfig", {**LORA, "use_dora": True, "fan_in_fan_out": True}, id="gpt2-dora"),
+    pytest.param(
+        tiny_llama,
+        "LoraConfig",
+        {
+            **LORA,
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "layers_to_transform": [0, 2],
+        },
+        id="llama-dora-patterns",
     ),
 ]
 OURS = [

@@ -43,8 +43,8 @@ def lora_directory(folder: Path, **options: Any) -> Path:
     ("options", "words"),
     [
         (
-            {"use_dora": True},
-            r"use_dora=True is not supported; merge it into the backbone with PEFT's merge_and_unload",
+            {"trainable_token_indices": [7]},
+            r"trainable_token_indices=\[7\] is not supported; merge it into the backbone with PEFT's merge_and_unload",
         ),
         ({"bias": "all"}, "bias is 'all', expected 'none'; merge it into the backbone"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
