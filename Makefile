@@ -174,8 +174,8 @@ test-gpu: venv backbone  ## run the tests that need an NVIDIA GPU
 test-runtimes: venv  ## compare the portable graphs in every runtime that reads them (minutes, installs them)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.runtimes.matrix $(RUNTIMES_ARGS)
 
-# Optimum, Triton and Ray each get an environment of their own in the cache.
-test-serving: venv  ## run the tests of optimum-cli, Triton and Ray Serve (minutes, installs them)
+# Optimum, Triton, Ray and the clients LangChain and LiteLLM get environments of their own in the cache.
+test-serving: venv  ## run the tests of optimum-cli, Triton, Ray Serve and clients (minutes, installs them)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m tests.doors.environments $(SERVING_ARGS)
 
 test-lowest: venv  ## run a few tests with the lowest versions that pyproject.toml allows (installs them)

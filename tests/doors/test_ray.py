@@ -31,7 +31,7 @@ pytestmark = pytest.mark.door
 
 SERVER = Path(__file__).with_name("ray_server.py")
 MARK = "IAPT_TEST_RUN"
-SECONDS = 60
+SECONDS = 120
 
 
 @dataclass

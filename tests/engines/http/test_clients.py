@@ -1,4 +1,4 @@
-"""The clients that people have: openai's; LangChain's and LiteLLM's where they are installed, see docs/serving.md."""
+"""The client that most people have, openai's; LangChain's and LiteLLM's are in ``tests/doors/test_clients.py``."""
 
 from __future__ import annotations
 
@@ -75,26 +75,3 @@ def test_openai_with_many_tasks(server: Served, wanted: str) -> None:
             return await asyncio.gather(*(one() for _ in range(30)))
 
     assert asyncio.run(everyone()) == [wanted] * 30
-
-
-def test_langchain(server: Served, wanted: str) -> None:
-    chat = library("langchain_openai").ChatOpenAI
-    model = chat(model="beta", base_url=f"{server.url}/v1", api_key="none", max_retries=0, **SETTINGS)
-    assert model.invoke(SAID[0]["content"]).content == wanted
-    assert "".join(chunk.content for chunk in model.stream(SAID[0]["content"])) == wanted
-    library("llguidance")
-    schema = {"title": "label", "type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
-    schema["additionalProperties"] = False
-    model = model.model_copy(update={"max_tokens": 40})
-    formed = model.with_structured_output(schema, method="json_schema").invoke("yes")
-    assert formed["a"] in ("x", "y")
-    with pytest.raises(Exception, match="tools"):
-        model.with_structured_output(schema, method="function_calling").invoke("yes")
-
-
-def test_litellm(server: Served, wanted: str) -> None:
-    completion = library("litellm").completion
-    asked: Any = {"model": "openai/beta", "messages": SAID, "api_base": f"{server.url}/v1", "api_key": "none"}
-    assert completion(**asked, **SETTINGS).choices[0].message.content == wanted
-    chunks = completion(**asked, **SETTINGS, stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
