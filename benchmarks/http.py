@@ -6,12 +6,13 @@
     python -m benchmarks.http BUNDLE --vllm PYTHON --model FOLDER          # vLLM's beside it
     python -m benchmarks.http BUNDLE --genai DIR --genai-python PYTHON     # genai's engine beside it
 
-Each round measures, one after another: a session on the bundle, iterated in an event loop; a server of this project on
-the same bundle, in a process of its own, that streams to as many clients; and the peers' servers, with the same number
-of streams of one model. Streams of the bundle take turns with its tenants. Processor time is that of the process that
-holds the session, or of a server's processes; the clients of a server are in another one. Streams have from half to
-one and a half times the tokens that are asked for: equal ones would end together, so that how many happened to begin
-together decides how many read together all through a round. Figures are medians over rounds.
+Each round measures, one after another, and every other round in reverse: a session on the bundle, iterated in an event
+loop; a server of this project on the same bundle, in a process of its own, that streams to as many clients; and the
+peers' servers, with the same number of streams of one model. Streams of the bundle take turns with its tenants.
+Processor time is that of the process that holds the session, or of a server's processes; the clients of a server are in
+another one. Streams have from half to one and a half times the tokens that are asked for: equal ones would end
+together, so that how many happened to begin together decides how many read together all through a round. Figures are
+medians over rounds.
 PYTHON is an interpreter that has the package ``xllamacpp``, ``vllm`` for CPUs, or ``onnxruntime-genai``, whose builder
 makes DIR (see `benchmarks.serving`); its engine runs in a process of its own that nobody asks over HTTP.
 """
@@ -25,7 +26,9 @@ import json
 import os
 import re
 import resource
+import select
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -49,6 +52,8 @@ PROMPT = tuple(range(20, 36))
 MARK = "IAPT_BENCHMARK"
 START_S = 900
 """A server may compile before it listens."""
+LOOK_S = 0.02
+"""Between two looks of the clients; half a dozen of them for a step of the demo's model."""
 HEAD = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 
 
@@ -131,9 +136,9 @@ def over_http(server: Server, streams: int, tokens: int) -> dict[str, float]:
         )
         try:
             tenants = _wait(process, server, log)
-            asyncio.run(_clients(server, tenants, streams, tokens))
+            _clients(server, tenants, streams, tokens)
             start, used = time.perf_counter(), processor_seconds(mark)
-            made = asyncio.run(_clients(server, tenants, streams, tokens))
+            made = _clients(server, tenants, streams, tokens)
             passed, used = time.perf_counter() - start, processor_seconds(mark) - used
             return {"tokens_per_s": made / passed, "us": 1e6 * used / made}
         finally:
@@ -218,10 +223,15 @@ def servers(asked: argparse.Namespace, scratch: Path) -> dict[str, Start]:
     return found
 
 
-async def _clients(server: Server, tenants: Sequence[str], streams: int, tokens: int) -> int:
-    """Tokens of as many streams; reading costs a client little, so that the cores stay with the server."""
+def _clients(server: Server, tenants: Sequence[str], streams: int, tokens: int) -> int:
+    """Tokens of as many streams.
 
-    async def one(number: int) -> int:
+    What came is looked for fifty times a second, so that no send wakes a client: woken for each token, the clients took
+    the server's cores, which those on other machines do not.
+    """
+    answers: dict[int, tuple[socket.socket, bytearray]] = {}
+    arrived = select.poll()
+    for number in range(streams):
         common = {"max_tokens": length(number, tokens), "temperature": 0, "ignore_eos": True, "stream": True}
         if server.tenants:
             fields: dict[str, Any] = {**common, "input_ids": PROMPT, "tenant": tenants[number % len(tenants)]}
@@ -229,23 +239,34 @@ async def _clients(server: Server, tenants: Sequence[str], streams: int, tokens:
             fields = {**common, "prompt": PROMPT, "model": tenants[number % len(tenants)]}
             fields["stream_options"] = {"include_usage": True}
         body = json.dumps(fields).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 22)
-        writer.write(HEAD.format(server.path, len(body)).encode() + body)
-        content = b""
-        while not content.endswith(b"\r\n0\r\n\r\n") and b"[DONE]" not in content[-2000:]:
-            piece = await reader.read(1 << 16)
-            if not piece:
-                raise RuntimeError(f"the server closed the connection: {content[-500:]!r}")
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.sendall(HEAD.format(server.path, len(body)).encode() + body)
+        answers[client.fileno()] = client, bytearray()
+        arrived.register(client, select.POLLIN)
+    made = 0
+    while answers:
+        time.sleep(LOOK_S)
+        for place, _ in arrived.poll(0):
+            client, content = answers[place]
+            piece = client.recv(1 << 20)
             content += piece
-        writer.close()
-        if server.tenants:
-            return content.count(b"data:")  # a token each
-        found = re.search(rb'"completion_tokens": ?(\d+)', content)
-        if not found:
-            raise RuntimeError(f"the server did not say how many tokens it wrote: {content[-500:]!r}")
-        return int(found[1])
+            if content.endswith(b"\r\n0\r\n\r\n") or b"[DONE]" in content[-2000:]:
+                arrived.unregister(client)
+                client.close()
+                del answers[place]
+                made += _tokens_in(server, bytes(content))
+            elif not piece:
+                raise RuntimeError(f"the server closed the connection: {bytes(content[-500:])!r}")
+    return made
 
-    return sum(await asyncio.gather(*map(one, range(streams))))
+
+def _tokens_in(server: Server, content: bytes) -> int:
+    if server.tenants:
+        return content.count(b"data:")  # a token each
+    found = re.search(rb'"completion_tokens": ?(\d+)', content)
+    if not found:
+        raise RuntimeError(f"the server did not say how many tokens it wrote: {content[-500:]!r}")
+    return int(found[1])
 
 
 async def _get(port: int, path: str) -> Any:
@@ -275,24 +296,28 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.vllm and not asked.model:
         parser.error("--vllm needs --model, the folder of the model that it serves")
-    rounds = []
+    rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="iapt") as scratch:
         starts = servers(asked, Path(scratch))
+        names = ["session", *starts, *(["genai"] if asked.genai else [])]
         for number in range(asked.rounds):
-            found = {"session": over_session(asked.bundle, asked.streams, asked.tokens, asked.threads)}
-            for name, start in starts.items():
-                found[name] = over_http(start(free_ports(name)[name]), asked.streams, asked.tokens)
+            found = {}
+            # every other round the other way round: what goes on beside this on a machine changes meanwhile
+            for name in names[:: 1 if number % 2 == 0 else -1]:
+                if name == "session":
+                    found[name] = over_session(asked.bundle, asked.streams, asked.tokens, asked.threads)
+                elif name == "genai":
+                    found[name] = over_genai(asked)
+                else:
+                    found[name] = over_http(starts[name](free_ports(name)[name]), asked.streams, asked.tokens)
                 print(number, name, json.dumps(found[name]), file=sys.stderr, flush=True)
-            if asked.genai:
-                found["genai"] = over_genai(asked)
             rounds.append(found)
-            print(number, json.dumps(found), file=sys.stderr, flush=True)
 
     print(f"{asked.streams} streams of {asked.tokens} tokens, {asked.rounds} rounds, load {os.getloadavg()[0]:.1f}")
-    for name in rounds[0]:
+    for name in names:
         middle = {key: statistics.median(found[name][key] for found in rounds) for key in ("tokens_per_s", "us")}
         print(f"{name}: {middle['tokens_per_s']:.0f} tokens/s, {middle['us']:.0f} us of processor time a token")
-    for other in (name for name in rounds[0] if name != "http"):
+    for other in (name for name in names if name != "http"):
         for key in ("us", "tokens_per_s"):
             values = [found["http"][key] / found[other][key] for found in rounds]
             print(f"{key}, http over {other}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")

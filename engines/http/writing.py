@@ -12,6 +12,7 @@ from engines.http.replies import Form
 from engines.serving.request import Token
 from engines.serving.text import HALF_CHARACTER, TextCodec
 
+_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` makes one for each call
 LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a probability of nothing; JSON has no infinity."""
 
@@ -34,7 +35,7 @@ class _Written(Form):
 
     def event(self, choice: int, content: str, logprobs: Any, reason: str | None) -> str:
         """An event; ``content`` is JSON, a key with its value."""
-        end = f'"logprobs": {_json(logprobs)}, "finish_reason": {json.dumps(reason)}}}]}}'
+        end = f'"logprobs": {_json(logprobs)}, "finish_reason": {_json(reason)}}}]}}'
         return f"data: {self._start}{choice}, {content}, {end}\n\n"
 
     def text_of(self, token: int) -> str:
@@ -137,7 +138,3 @@ class CompletionForm(_Written):
             text = self.text_of(each)
             found[f"token_id:{each}" if text in found else text] = max(value, LEAST_LOGPROB)
         return found
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
