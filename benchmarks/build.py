@@ -1,4 +1,11 @@
-"""What the build of a large model costs: a checkpoint of Llama-2-7B's shape, made of random shards, with two tenants.
+"""What a build costs: the demo's beside that of an older commit, and a checkpoint of Llama-2-7B's shape.
+
+``compare`` builds the demo's bundle (three tenants, both targets, empty cache) with the code of a worktree of the older
+commit and with this one's, in turn, and prints what each part took; then one more tenant, and an export of twice the
+layers. Both trees run with this interpreter's packages:
+
+    git worktree add /big/disk/before a2e9189
+    python -m benchmarks.build compare --folder /big/disk/demo --before /big/disk/before --rounds 3
 
 ``make`` writes it, or one of fewer layers, with a small tokenizer; ``measure`` builds a bundle of it in a process of
 its own, asks that for an answer, and prints time and memory. Weights are drawn, because what they are does not change
@@ -15,7 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +35,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.pages import ROOT
 from benchmarks.serving_bundles import random_adapter
 from tests.tiny import tiny_tokenizer
 from trainers.adapters.directory import save_adapter
@@ -47,6 +57,13 @@ LLAMA_2_7B: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 TENANTS = ("first", "second")
+DEMO = ("movie-sentiment", "sarcasm", "reuters-r8")
+EXPORT_STEP = re.compile(r": (tracing|passes over) \S+\.onnx$|: writing graphs and weights$")
+EXPORT_ALONE = """
+from iapt_export import BuildRequest, build
+from iapt_export.progress import Steps
+build(BuildRequest(model={model!r}, output={folder!r} + "/bundle", cache={folder!r} + "/cache", prove=False), Steps())
+"""
 
 
 def make(folder: Path, num_layers: int) -> None:
@@ -100,21 +117,36 @@ def memory_of(pid: int) -> tuple[int, int]:
     return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
 
 
-def measured(command: list[str], log: Path) -> dict[str, float]:
+def measured(command: list[str], log: Path, tree: Path = ROOT) -> dict[str, float]:
     """Run a command: seconds, processor seconds, and the most memory that its process had, sampled ten times a second.
+
+    Of a build also what its export took, the steps in which it says that it traces, runs passes and writes: seconds,
+    and the most anonymous memory meanwhile, beyond what the process had at its first step.
+
+    Args:
+        command: what is run.
+        log: where its output goes.
+        tree: whose code it runs.
 
     Raises:
         SystemExit: it failed.
     """
     started, before = time.monotonic(), os.times()
+    most, exporting, export_s, first, previous = [0, 0], 0, 0.0, 0, started
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-        most = [0, 0]
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=tree, env=environment)
         while process.poll() is None:
             try:
-                most = [max(pair) for pair in zip(most, memory_of(process.pid), strict=True)]
+                now = memory_of(process.pid)
             except (OSError, KeyError):
                 break  # it has just ended
+            most = [max(pair) for pair in zip(most, now, strict=True)]
+            moment, said = time.monotonic(), log.read_text().rstrip().rpartition("\n")[2]
+            first = first or (now[0] if said else 0)
+            if EXPORT_STEP.search(said):
+                exporting, export_s = max(exporting, now[0] - first), export_s + moment - previous
+            previous = moment
             time.sleep(0.1)
         code = process.wait()
     after = os.times()
@@ -126,29 +158,112 @@ def measured(command: list[str], log: Path) -> dict[str, float]:
         "processor_s": processor,
         "anonymous_gib": most[0] / 2**30,
         "resident_gib": most[1] / 2**30,
+        "export_s": export_s,
+        "export_gib": exporting / 2**30,
     }
+
+
+def build_command(model: Path, folder: Path, adapters: list[Path], *flags: str) -> list[str]:
+    """``build`` of ``folder/bundle`` with the cache ``folder/cache``, for `measured`, which chooses the tree."""
+    places = ["--model", str(model), "--output", str(folder / "bundle"), "--cache", str(folder / "cache")]
+    tenants = [f"--adapter={adapter}" for adapter in adapters]
+    return [sys.executable, "-P", "-m", "iapt_export", "build", *places, *tenants, *flags]
+
+
+def emptied(folder: Path) -> Path:
+    """The folder, without a bundle or a cache."""
+    for name in ("bundle", "cache"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def blocks_of_disk(folder: Path) -> int:
+    """Bytes that the files of a folder take on its disk, those with several names once."""
+    files = {stat.st_ino: stat for path in folder.rglob("*") if path.is_file() for stat in [path.stat()]}
+    return sum(512 * stat.st_blocks for stat in files.values())
+
+
+def compare(folder: Path, before: Path, model: Path, rounds: int) -> list[dict[str, Any]]:
+    """What the demo's build takes in the tree of an older commit and in this one, in turn; then what else is aimed at.
+
+    Args:
+        folder: where both build.
+        before: the older commit's worktree.
+        model: the demo's backbone.
+        rounds: builds of each.
+
+    Returns:
+        A record a measurement, printed as it comes.
+    """
+    adapters = [ROOT / "examples" / "adapters" / name for name in DEMO]
+    targets = ["--target", "onnxruntime:fp32", "--target", "tensorrt-rtx:fp16"]
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    records = []
+
+    def note(what: str, figures: dict[str, float]) -> None:
+        records.append({"what": what, **{name: round(value, 2) for name, value in figures.items()}})
+        print(json.dumps(records[-1]), flush=True)
+
+    for _ in range(rounds):
+        for name, tree in (("before", before), ("now", ROOT)):
+            place = emptied(folder / name)
+            figures = measured(build_command(model, place, adapters, *targets), place / "build.log", tree)
+            figures["export_over_checkpoint"] = figures["export_gib"] * 2**30 / weights
+            figures["disk_over_weights"] = blocks_of_disk(place) / weights
+            note(name, figures)
+    place = folder / "now"
+    shutil.copytree(adapters[0], folder / "another", dirs_exist_ok=True)
+    command = build_command(model, place, [*adapters, folder / "another"], *targets, "--depth", "quick")
+    note("one more tenant", measured(command, place / "another.log"))
+    for layers in (30, 60):
+        place = emptied(folder / f"layers-{layers}")
+        code = EXPORT_ALONE.format(model=str(_with_layers(model, place / "model", layers)), folder=str(place))
+        note(f"{layers} layers", measured([sys.executable, "-P", "-c", code], place / "build.log"))
+    return records
+
+
+def _with_layers(model: Path, folder: Path, layers: int) -> Path:
+    """A copy of a backbone with so many layers, its own again and again."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    there = list(loaded.model.layers)
+    loaded.model.layers = torch.nn.ModuleList([there[index % len(there)] for index in range(layers)])
+    state = {name: value.clone() for name, value in loaded.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """Medians, and what is aimed at as ratios."""
+
+    def median(what: str, name: str) -> float:
+        return statistics.median(record[name] for record in records if record["what"] == what)
+
+    lines = []
+    for name in ("export_s", "seconds", "processor_s", "export_over_checkpoint", "anonymous_gib", "disk_over_weights"):
+        before, now = median("before", name), median("now", name)
+        lines.append(f"{name}: {before:.2f} before, {now:.2f} now, {before / now:.2f} times")
+    longer = median("60 layers", "export_s") / median("30 layers", "export_s")
+    lines.append(f"export of 60 layers over 30: {longer:.2f}")
+    lines.append(f"one more tenant: {median('one more tenant', 'seconds'):.1f} s")
+    return "\n".join(lines)
 
 
 def measure(folder: Path, words: list[str]) -> dict[str, float]:
     """Build ``folder/bundle`` with an empty cache and let it answer; ``words`` are further flags of ``build``."""
-    program = [sys.executable, "-m", "iapt_export"]
-    places = ["--model", folder / "model", "--output", folder / "bundle", "--cache", folder / "cache"]
-    tenants = [f"--adapter={folder / 'adapters' / tenant}" for tenant in TENANTS]
-    asked = ["--target", "onnxruntime:int4", "--peft-prompt-format", "chat", *words]
-    for name in ("bundle", "cache"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    figures = measured([*program, "build", *map(str, places), *tenants, *asked], folder / "build.log")
-    request = [
-        "generate",
-        str(folder / "bundle"),
-        "--tenant",
-        TENANTS[0],
-        "--prompt",
-        "a film",
-        "--max-new-tokens",
-        "4",
-    ]
-    answer = subprocess.run([*program, *request], capture_output=True, text=True)
+    adapters = [folder / "adapters" / tenant for tenant in TENANTS]
+    flags = ["--target", "onnxruntime:int4", "--peft-prompt-format", "chat", *words]
+    command = build_command(folder / "model", emptied(folder), adapters, *flags)
+    figures = measured(command, folder / "build.log")
+    asked = ["generate", str(folder / "bundle"), "--tenant", TENANTS[0], "--prompt", "a film", "--max-new-tokens", "4"]
+    command = [sys.executable, "-P", "-m", "iapt_export", *asked]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if answer.returncode:
         sys.exit(f"generate failed: {answer.stderr[-2000:]}")
     return figures
@@ -157,13 +272,22 @@ def measure(folder: Path, words: list[str]) -> dict[str, float]:
 def main(words: list[str] | None = None) -> int:
     """Make or measure; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("make", "measure"))
+    parser.add_argument("command", choices=("make", "measure", "compare"))
     parser.add_argument("--folder", type=Path, required=True, help="where the model and all that is built stand")
     parser.add_argument("--layers", type=int, default=32, help="that make writes (default: %(default)s, 13.5 GB)")
+    parser.add_argument("--before", type=Path, help="worktree of the older commit, for compare")
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "smollm2-135m-instruct", help="for compare")
+    parser.add_argument("--rounds", type=int, default=3, help="of compare (default: %(default)s)")
     parser.add_argument("build_flags", nargs="*", help="behind --: further flags of build")
     arguments = parser.parse_args(words)
     if arguments.command == "make":
         make(arguments.folder, arguments.layers)
+    elif arguments.command == "compare":
+        if arguments.before is None:
+            parser.error("compare needs --before, a worktree of the older commit")
+        print(
+            summary(compare(arguments.folder.resolve(), arguments.before.resolve(), arguments.model, arguments.rounds))
+        )
     else:
         print(json.dumps(measure(arguments.folder, arguments.build_flags)))
     return 0
