@@ -135,6 +135,7 @@ def measured(command: list[str], log: Path, tree: Path = ROOT) -> dict[str, floa
     most, exporting, export_s, first, previous = [0, 0], 0, 0.0, 0, started
     with log.open("w") as stream:
         environment = {**os.environ, "PYTHONPATH": str(tree)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # it would compile all our modules in every run
         process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=tree, env=environment)
         while process.poll() is None:
             try:
