@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from engines.serving.session import Request, Session
@@ -28,6 +29,7 @@ SYSTEM = "Say yes or no."
 NEW_TOKENS = 6
 
 
+@pytest.mark.thorough
 @needs_runner
 @needs_tokenizer
 def test_a_system_prompt_from_training_to_every_door(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_no_adapter_can_be_added_later(bundle: Path, tiny_build: TinyBuild, tmp_
     assert outcome.code == 1 and "has no method IAPT" in outcome.err, outcome.err
 
 
+@pytest.mark.thorough
 def test_int4_weights_are_proven_too(tiny_build: TinyBuild, tmp_path: Path) -> None:
     build(tiny_build.request(tmp_path / "out", adapters=[], past="1:64:160", targets=["onnxruntime:int4"]))
     report = read_report(tmp_path / "out" / "report.json")

@@ -82,6 +82,7 @@ def made(tiny_build: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> Tin
     return made
 
 
+@pytest.mark.thorough
 def test_stock_adapters_in_one_bundle(made: TinyBuild) -> None:
     """Three kinds of prompts in one stack, and LoRAs of any rank, scale, layers and linears in another."""
     report = json.loads((made.bundle / "report.json").read_text(encoding="utf-8"))
@@ -117,6 +118,7 @@ def test_a_penalty_in_the_checkpoint_is_no_part_of_an_answer(tmp_path: Path) -> 
     assert model.generation_config.repetition_penalty == 5.0
 
 
+@pytest.mark.thorough
 def test_stock_loras_join_a_bundle_of_their_kind(made: TinyBuild, tmp_path: Path) -> None:
     """PEFT writes the names of the changed layers in any order; lower ranks and fewer linears fit as well."""
     files, theirs = {}, {}

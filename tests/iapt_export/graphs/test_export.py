@@ -380,6 +380,7 @@ def test_equal_inputs_give_equal_bytes_in_one_process(
     assert "traced a second time" not in caplog.text
 
 
+@pytest.mark.thorough
 def test_one_tenant_and_three_have_the_same_graphs(tiny_build: TinyBuild, tmp_path: Path) -> None:
     outcome = run(*tiny_build.arguments(tmp_path / "one", "beta"))
     assert outcome.code == 0, outcome.err

@@ -20,6 +20,7 @@ from iapt_export.graphs.one_trace import REWRITES, nothing_computed_twice, rewri
 from iapt_export.graphs.passes import ship_pipeline
 from iapt_export.graphs.table import TABLE, Serving
 from tests.graphs import installed, run_onnx, specs_for
+from tests.thorough import default_for
 from tests.tiny import tiny_llama
 
 
@@ -96,7 +97,7 @@ class Mixed(nn.Module):
         return (ones + x.float()) * (ones / 3) + torch.pow(x, 2) * 1.5 + torch.where(x > 0, x, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", default_for(lambda dtype: dtype == torch.float32, [torch.float32, torch.float16]))
 def test_types_are_promoted_as_the_exporter_does(dtype: torch.dtype) -> None:
     x = torch.randn(3, 4).to(dtype)
     plain = in_onnx(traced(Mixed().eval(), x))

@@ -159,6 +159,7 @@ def test_learning_rates_and_decay_per_parameter(
     assert {made[-1][name] for name in set(made[-1]) - decayed} == {(0.01, 0.0)}
 
 
+@pytest.mark.thorough
 def test_a_learning_rate_factor_scales_the_steps(
     backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
