@@ -23,6 +23,7 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 from engines.serving.session import Request, Session
+from iapt_export.contract.low_bits import in_words
 from iapt_export.graphs.save import WEIGHTS_FILE
 from trainers.training.data import encode_examples
 from trainers.training.records import read_examples
@@ -54,8 +55,10 @@ def measure(bundle: Path, data: Path, skip: int, count: int) -> dict[str, Any]:
         size = graph.stat().st_size + graph.with_name(WEIGHTS_FILE).stat().st_size
         tasks = {name: read_examples(data / f"{name}.eval.jsonl")[skip : skip + count] for name in session.tenants}
         shares = {name: accuracy(session, name, examples) for name, examples in tasks.items()}
-        print(session.target.dtype, shares, flush=True)
-        return {"dtype": session.target.dtype, "bytes": size, "accuracy": shares}
+        target = session.target
+        print(in_words(target.dtype, target.quantise), shares, flush=True)
+        settings = {"quantise": target.quantise} if target.quantise else {}
+        return {"dtype": target.dtype, **settings, "bytes": size, "accuracy": shares}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from iapt_export.contract.settings import config_from_dict
 from iapt_export.contract.tenant_card import TenantCard
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.insertion import sizes_of
-from trainers.methods.forms import FORM_CONFIGS, METHODS, form_name
+from trainers.methods.forms import FORM_CONFIGS, FORMS
 
 
 def computed_tenant(
@@ -39,7 +39,7 @@ def computed_tenant(
     if loaded.config.backbone_fingerprint != manifest.backbone.fingerprint:
         raise IaptError(f"{adapter} was trained on another backbone than {bundle}'s {manifest.backbone.name_or_path}")
     forms = {method.form for method in manifest.methods}
-    fold = METHODS[loaded.config.peft_type].folded_form in forms
+    fold = FORMS[loaded.config.peft_type].folded_form in forms
     plan = plan_tenants(adapters, backbone.model, fold_embeddings=fold)
     plan = _in_the_bundles_stack(plan, name, manifest, backbone.model)
     card = tenant_card(name, plan, manifest.backbone)
@@ -55,7 +55,7 @@ def _in_the_bundles_stack(plan: TenantPlan, name: str, manifest: BundleManifest,
     """The plan with the tenant in tensors of the bundle's own stack, where its method can be one of that."""
     (item,) = plan.installed
     for spec in manifest.methods:
-        if item.encoder is None and spec.form == form_name(item.method):
+        if item.encoder is None and FORMS[spec.form].stack_kind() is type(item.method).stack_kind():
             config = config_from_dict(FORM_CONFIGS[spec.form], spec.config, "manifest.json")
             stacked = item.method.in_stack(config, sizes_of(model))
             if stacked is not item.method:

@@ -20,7 +20,7 @@ from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
-from trainers.methods.forms import METHODS
+from trainers.methods.forms import FORMS
 
 LOGGER = logging.getLogger("iapt_export")
 DEFAULT_OPSET = 23
@@ -260,7 +260,7 @@ def plan_tenants(
         IaptError: methods that one bundle cannot serve together, or nothing to merge or to fold.
     """
     forms = {name: adapter.config.peft_type for name, adapter in adapters.items()}
-    methods = {name: METHODS[form] for name, form in forms.items()}
+    methods = {name: FORMS[form] for name, form in forms.items()}
     if max_lora_rank is not None and not any(method.is_mergeable for method in methods.values()):
         raise IaptError("--max-lora-rank is for LoRA, and no adapter is of that method; leave it out")
     if fold_embeddings and not any(method.folded_form for method in methods.values()):
@@ -288,8 +288,8 @@ def _in_shared_stacks(deployed: dict[str, Method], model: Any, rank: int | None)
     """Tenants whose methods take a stack of common settings, in its tensors."""
     sizes = sizes_of(model)
     shared: dict[str, Method] = {}
-    for kind in {type(method) for method in deployed.values()}:
-        own = {name: method for name, method in deployed.items() if type(method) is kind}
+    for kind in {type(method).stack_kind() for method in deployed.values()}:
+        own = {name: method for name, method in deployed.items() if type(method).stack_kind() is kind}
         config = kind.stack_config([method.config for method in own.values()], sizes, rank)
         if config is not None:
             shared |= {name: method.in_stack(config, sizes) for name, method in own.items()}

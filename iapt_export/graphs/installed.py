@@ -20,7 +20,7 @@ from iapt_export.contract.settings import computing_fields, config_from_dict
 from trainers.adapters.adapter import Adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method, Part, Rows, Weights
-from trainers.methods.forms import FORM_CONFIGS, FORMS, METHODS, form_name
+from trainers.methods.forms import FORM_CONFIGS, FORMS, form_name
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def install(tenants: dict[str, Adapter], deployed: dict[str, Method]) -> tuple[l
     owner: dict[str, str] = {}
     for tenant, adapter in tenants.items():
         method = deployed[tenant]
-        encoder = adapter.module() if METHODS[adapter.config.peft_type].is_encoder else None
+        encoder = adapter.module() if FORMS[adapter.config.peft_type].is_encoder else None
         stacked = encoder or method
         key = (type(stacked), computing_fields(stacked.config))
         if key not in by_key:

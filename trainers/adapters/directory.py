@@ -32,7 +32,7 @@ from trainers.adapters.adapter import (
 )
 from trainers.adapters.peft_format import adapter_from_peft, from_peft_tensors, peft_fields, to_peft_tensors
 from trainers.decoder.backbone import Backbone
-from trainers.methods.forms import METHODS
+from trainers.methods.forms import ADAPTER_METHODS
 
 
 def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
@@ -91,7 +91,7 @@ def load_adapter(
         if config.peft_type in PEFT_TYPES:
             tensors = from_peft_tensors(config.method, tensors, config.sizes, str(path))
         adapter = Adapter(config, tensors, folder)
-    shapes = METHODS[adapter.config.peft_type].shapes(adapter.config.method, adapter.config.sizes)
+    shapes = ADAPTER_METHODS[adapter.config.peft_type].shapes(adapter.config.method, adapter.config.sizes)
     raise_problems(f"{path}", tensor_problems(shapes, adapter.tensors))
     adapter.tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
     return adapter

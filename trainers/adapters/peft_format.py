@@ -16,13 +16,22 @@ from torch import Tensor
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import Adapter, AdapterConfig, read_fields, read_tensors
-from trainers.adapters.peft_forms import FORMS, REMEDY, PeftForm, check_tensors
+from trainers.adapters.peft_forms import PREFIX_FORM, PROMPT_FORM, PeftForm, check_tensors
+from trainers.adapters.peft_lora import LORA_FORM, REMEDY
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import resolve_prompt_format
 from trainers.methods.configs import method_name
 
+FORMS: dict[str, PeftForm] = {
+    "PROMPT_TUNING": PROMPT_FORM,
+    "P_TUNING": PROMPT_FORM,
+    "MULTITASK_PROMPT_TUNING": PROMPT_FORM,
+    "PREFIX_TUNING": PREFIX_FORM,
+    "LORA": LORA_FORM,
+}
+"""PEFT's name of a method to its layout."""
 PEFT_METHODS = tuple(FORMS)
 """Methods of stock PEFT whose directories are read, by its names."""
 

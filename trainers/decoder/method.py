@@ -69,11 +69,6 @@ class Method(nn.Module):
         """Name to shape of every trained tensor, in the order in which files and graphs carry them."""
         raise NotImplementedError
 
-    @staticmethod
-    def why_untrained(config: Any) -> str:
-        """Why a configuration is read from other tools' adapters and not trained here; empty where it is."""
-        return ""
-
     @property
     def num_slots(self) -> int:
         """P: cache entries that stand before the instruction."""
@@ -140,6 +135,11 @@ class Method(nn.Module):
             mask: ``[B, T]``, nonzero at instruction tokens.
         """
         return weights
+
+    @classmethod
+    def stack_kind(cls) -> type[Method]:
+        """The method with whose tenants this one's may share a stack, see `stack_config`."""
+        return cls
 
     @classmethod
     def stack_config(cls, configs: list[Any], sizes: Sizes, rank: int | None = None) -> Any | None:

@@ -277,8 +277,6 @@ class LoRAConfig:
         "v_proj",
     )
     """Last names of the linear layers that are changed."""
-    dora: Annotated[bool, Parameter(parse=False)] = False
-    """Outputs are scaled as well, each by a number of its own (DoRA, arXiv 2402.09353); read from PEFT, not trained."""
 
     @property
     def prompt_length(self) -> int:
@@ -300,6 +298,11 @@ class LoRAConfig:
         raise_problems("LoRA configuration", problems)
 
 
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """DoRA (arXiv 2402.09353): LoRA that gives each output a length of its own. PEFT's ``LORA`` with ``use_dora``."""
+
+
 METHOD_CONFIGS: dict[str, Any] = {
     "IAPT": IAPTConfig,
     "ADEPT": ADePTConfig,
@@ -311,6 +314,8 @@ METHOD_CONFIGS: dict[str, Any] = {
     "LORA": LoRAConfig,
 }
 """``peft_type`` to the method's configuration; on the command line in lower case with dashes."""
+ADAPTER_CONFIGS: dict[str, Any] = METHOD_CONFIGS | {"DORA": DoRAConfig}
+"""What an adapter may be of: also what is read from PEFT and not trained here."""
 DEFAULT_METHOD = "iapt"
 """The method that is trained where the user names none."""
 
@@ -330,7 +335,7 @@ def config_of(method: str) -> Any:
 
 def method_name(config: Any) -> str:
     """The ``peft_type`` that a configuration belongs to."""
-    return next(name for name, cls in METHOD_CONFIGS.items() if type(config) is cls)
+    return next(name for name, cls in ADAPTER_CONFIGS.items() if type(config) is cls)
 
 
 def flag_name(method: str) -> str:

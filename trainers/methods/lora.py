@@ -27,7 +27,7 @@ from iapt_export.contract.errors import IaptError
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import decoder_layers, linear_layers
 from trainers.decoder.method import Method, Weights
-from trainers.methods.configs import LoRAConfig
+from trainers.methods.configs import DoRAConfig, LoRAConfig
 
 GAINS = ("gain", "shift")
 """DoRA's own tensors of a linear layer."""
@@ -36,8 +36,7 @@ GAINS = ("gain", "shift")
 class LoRA(Method):
     """Two tensors per changed linear, stacked over the layers: ``self_attn__q_proj__A [L, R, M]``, ``..__B [L, N, R]``.
 
-    Two underscores stand for the dots that parameter names may not have. DoRA has two more, ``..__gain [L, N]`` and
-    ``..__shift [L, N]``.
+    Two underscores stand for the dots that parameter names may not have.
 
     Raises:
         IaptError: when made, if a target module does not exist in the backbone.
@@ -60,14 +59,7 @@ class LoRA(Method):
             inputs, outputs = sizes.linears[name]
             shapes[tensor_name(name, "A")] = (sizes.num_layers, config.rank, inputs)
             shapes[tensor_name(name, "B")] = (sizes.num_layers, outputs, config.rank)
-            if config.dora:
-                shapes |= {tensor_name(name, own): (sizes.num_layers, outputs) for own in GAINS}
         return shapes
-
-    @staticmethod
-    def why_untrained(config: Any) -> str:
-        """See `trainers.decoder.method.Method.why_untrained`."""
-        return "DoRA is not trained here; train it with PEFT, whose adapters build takes" if config.dora else ""
 
     def reset_parameters(self) -> None:
         """Draw A as PEFT does, from a uniform distribution of bound 1 / sqrt(M); B is zero."""
@@ -77,14 +69,10 @@ class LoRA(Method):
             nn.init.zeros_(self.get_parameter(tensor_name(name, "B")))
 
     def project(self, weights: Weights, layer: int, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The linear layer's outputs, changed by the low-rank product, and in DoRA by gain and shift."""
+        """The linear layer's outputs, changed by the low-rank product."""
         down = weights[tensor_name(name, "A")][:, layer].transpose(1, 2)  # [1 or B, M, R]
         up = weights[tensor_name(name, "B")][:, layer].transpose(1, 2)  # [1 or B, R, N]
-        change = (inputs @ down) @ up * self.config.scaling
-        if self.config.dora:
-            gain, shift = (weights[tensor_name(name, own)][:, layer, None] for own in GAINS)  # [1 or B, 1, N]
-            change = change + outputs * gain + shift
-        return outputs + change
+        return outputs + (inputs @ down) @ up * self.config.scaling
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -92,31 +80,38 @@ class LoRA(Method):
         return targets(self.config.target_modules, self.sizes)
 
     @classmethod
+    def stack_kind(cls) -> type[Method]:
+        """See `trainers.decoder.method.Method.stack_kind`."""
+        return LoRA
+
+    @classmethod
     def stack_config(cls, configs: list[LoRAConfig], sizes: Sizes, rank: int | None = None) -> LoRAConfig | None:
-        """See `trainers.decoder.method.Method.stack_config`: the highest rank, and every linear that anyone changes."""
+        """See `trainers.decoder.method.Method.stack_config`: the highest rank, and every linear that anyone changes; a
+        DoRA's where one is.
+        """
         highest = max(config.rank for config in configs)
         if rank is not None and rank < highest:
             raise IaptError(f"a LoRA adapter has rank {highest}, more than --max-lora-rank {rank}; raise that")
         changed = [frozenset(targets(config.target_modules, sizes)) for config in configs]
-        own = {(each.rank, each.scaling, each.dora, names) for each, names in zip(configs, changed, strict=True)}
+        own = {(type(each), each.rank, each.scaling, names) for each, names in zip(configs, changed, strict=True)}
         if len(own) == 1 and rank in (None, highest):
             return None
         names = frozenset.union(*changed)
         chosen = tuple(name for name in sizes.linears if name in names)
-        dora = any(config.dora for config in configs)
-        return LoRAConfig(rank=rank or highest, alpha=rank or highest, target_modules=chosen, dora=dora)
+        kind = DoRAConfig if DoRAConfig in map(type, configs) else LoRAConfig
+        return kind(rank=rank or highest, alpha=rank or highest, target_modules=chosen)
 
     def in_stack(self, config: LoRAConfig, sizes: Sizes) -> Method:
         """See `trainers.decoder.method.Method.in_stack`: zeros where this one has nothing, the scale in B."""
-        rank, stacked = self.config.rank, LoRA(config, sizes)
+        rank, stacked = self.config.rank, (DoRA if type(config) is DoRAConfig else LoRA)(config, sizes)
         if rank > config.rank or not set(self.linear_names) <= set(stacked.linear_names):
             return self
-        if self.config.dora and not config.dora:
+        if isinstance(self, DoRA) and not isinstance(stacked, DoRA):
             return self
         with torch.no_grad():
             for name in stacked.linear_names:
                 down, up = (stacked.get_parameter(tensor_name(name, side)).zero_() for side in "AB")
-                for own in GAINS if self.config.dora and name in self.linear_names else ():
+                for own in GAINS if isinstance(self, DoRA) and name in self.linear_names else ():
                     stacked.get_parameter(tensor_name(name, own)).copy_(self.get_parameter(tensor_name(name, own)))
                 if name in self.linear_names:
                     down[:, :rank] = self.get_parameter(tensor_name(name, "A"))
@@ -126,7 +121,7 @@ class LoRA(Method):
 
     @contextmanager
     def merged(self, backbone: Any) -> Iterator[None]:
-        """W + s B A, in DoRA (1 + gain) W + s B A, in place of W; made in fp32, rounded once to the backbone's type."""
+        """W + s B A in place of W; the sum is made in fp32 and rounded once to the backbone's type."""
         before: list[tuple[nn.Module, Tensor]] = []
         try:
             with torch.no_grad():
@@ -134,11 +129,51 @@ class LoRA(Method):
                     linears = linear_layers(layer)
                     for name in self.linear_names:
                         before.append((linears[name], linears[name].weight.data))  # type: ignore[arg-type]
-                        linears[name].weight.data = _merged_weight(self, index, name, linears[name])
+                        linears[name].weight.data = self.merged_weight(index, name, linears[name])
             yield
         finally:
             for module, weight in before:
                 module.weight.data = weight
+
+    def merged_weight(self, index: int, name: str, linear: nn.Module) -> Tensor:
+        """What `merged` puts in place of a linear layer's weight, with its shape and type."""
+        weight: Tensor = linear.weight.data  # type: ignore[assignment]
+        rows = (weight.T if isinstance(linear, Conv1D) else weight).float()  # [N, M]; Conv1D stores [M, N]
+        up, down = (self.get_parameter(tensor_name(name, side))[index].float().to(weight.device) for side in "BA")
+        made = (self.scaled_rows(index, name, rows) + self.config.scaling * (up @ down)).to(weight.dtype)
+        return made.T if isinstance(linear, Conv1D) else made
+
+    def scaled_rows(self, index: int, name: str, rows: Tensor) -> Tensor:
+        """The rows ``[N, M]`` of a layer's weight in fp32 as this method leaves them, before the product is added."""
+        return rows
+
+
+class DoRA(LoRA):
+    """LoRA's tensors, B with the factor in it, and two more: ``self_attn__q_proj__gain [L, N]`` and ``..__shift``."""
+
+    config: DoRAConfig
+
+    @staticmethod
+    def shapes(config: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """See `trainers.decoder.method.Method.shapes`.
+
+        Raises:
+            IaptError: a target module does not exist.
+        """
+        shapes = LoRA.shapes(config, sizes)
+        for name in targets(config.target_modules, sizes):
+            shapes |= {tensor_name(name, own): (sizes.num_layers, sizes.linears[name][1]) for own in GAINS}
+        return shapes
+
+    def project(self, weights: Weights, layer: int, name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The linear layer's outputs, changed by the low-rank product, by gain and by shift."""
+        gain, shift = (weights[tensor_name(name, own)][:, layer, None] for own in GAINS)  # [1 or B, 1, N]
+        return super().project(weights, layer, name, inputs, outputs) + outputs * gain + shift
+
+    def scaled_rows(self, index: int, name: str, rows: Tensor) -> Tensor:
+        """See `LoRA.scaled_rows`; shifts undo in the bias what the gain does to it, so biases stay."""
+        gain = self.get_parameter(tensor_name(name, GAINS[0]))[index].float().to(rows.device)
+        return rows + gain[:, None] * rows
 
 
 def tensor_name(linear: str, side: str) -> str:
@@ -163,17 +198,3 @@ def targets(target_modules: tuple[str, ...], sizes: Sizes) -> tuple[str, ...]:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
-
-
-def _merged_weight(method: LoRA, index: int, name: str, linear: nn.Module) -> Tensor:
-    weight: Tensor = linear.weight.data  # type: ignore[assignment]
-    sides = (method.get_parameter(tensor_name(name, side))[index].float().to(weight.device) for side in "BA")
-    up, down = sides
-    change = method.config.scaling * (up @ down)  # [N, M]
-    before = weight.float()
-    if method.config.dora:
-        gain = method.get_parameter(tensor_name(name, GAINS[0]))[index].float().to(weight.device)
-        change += gain[:, None] * (before.T if isinstance(linear, Conv1D) else before)
-    if isinstance(linear, Conv1D):  # stores its weight as [M, N]
-        change = change.T
-    return (before + change).to(weight.dtype)

@@ -111,8 +111,8 @@ def train(
     """
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     config = request.config
-    if reason := METHODS[method_name(request.method)].why_untrained(request.method):
-        raise IaptError(reason)
+    if method_name(request.method) not in METHODS:
+        raise IaptError("DoRA is not trained here; train it with PEFT, whose adapters build takes")
     if config.learning_rate == 0:
         config = replace(config, learning_rate=METHODS[method_name(request.method)].learning_rate)
         request = replace(request, config=config)

@@ -45,12 +45,16 @@ def folders_of(adapters: Mapping[str, Adapter]) -> dict[str, PeftFolder]:
     return {
         name: PeftFolder(adapter.path, adapter.peft_task)
         for name, adapter in adapters.items()
-        if adapter.path is not None and is_in_peft(adapter.config.peft_type, adapter.config.value_dim)
+        if adapter.path is not None
+        and (adapter.from_peft or is_in_peft(adapter.config.peft_type, adapter.config.value_dim))
     }
 
 
 def write_folders(reference: Reference, folder: Path) -> dict[str, PeftFolder]:
-    """Write the tenants of methods that PEFT has as directories for it, from what the bundle holds of them."""
+    """Write the tenants of methods that PEFT has as directories for it, from what the bundle holds of them.
+
+    DoRA's are left out: the bundle has what came of their lengths, and not these.
+    """
     manifest = reference.manifest
     width = manifest.backbone.value_dim
     names = [tenant.name for tenant in manifest.tenants if is_in_peft(tenant.trained_form, width)]

@@ -30,7 +30,7 @@ from trainers.decoder.generate import decode, prefill
 from trainers.decoder.insertion import positions, sizes_of
 from trainers.decoder.method import Method, Weights, rows_of
 from trainers.decoder.streamed import abreast
-from trainers.methods.configs import METHOD_CONFIGS
+from trainers.methods.configs import ADAPTER_CONFIGS
 from trainers.methods.forms import new_method
 
 Result = TypeVar("Result")
@@ -85,7 +85,7 @@ class Reference:
         if manifest.serves_backbone:
             self.methods[""] = NoMethod(None, sizes)
         for tenant in manifest.tenants:
-            config = config_from_dict(METHOD_CONFIGS[tenant.trained_form], tenant.trained_config, "manifest.json")
+            config = config_from_dict(ADAPTER_CONFIGS[tenant.trained_form], tenant.trained_config, "manifest.json")
             method = new_method(config, sizes)
             method.load_state_dict(load_file(bundle / (tenant.trained or tenant.path or "")))
             self.methods[tenant.name] = method.eval()

@@ -21,7 +21,7 @@ from trainers.decoder.backbone import load_outline
 from trainers.decoder.insertion import read_instruction, sizes_of
 from trainers.decoder.method import rows_of
 from trainers.decoder.stored import is_outline, load_mapped, outline_of
-from trainers.methods.configs import LoRAConfig
+from trainers.methods.configs import DoRAConfig, LoRAConfig
 from trainers.methods.lora import LoRA
 from trainers.training.config import TrainRequest
 from trainers.training.train import train
@@ -60,7 +60,7 @@ def test_a_row_beside_other_lora_tenants_computes_what_it_computes_alone(tmp_pat
     methods: list[Any] = [adapter.module(), *others]
     sizes = sizes_of(model)
     config = LoRA.stack_config([method.config for method in methods], sizes)
-    assert config is not None and config.dora and config.rank == 6
+    assert isinstance(config, DoRAConfig) and config.rank == 6
     ids, mask = padded([5, 7, 4])
     together = read_instruction(model, stacked([method.in_stack(config, sizes) for method in methods]), ids, mask)
     for row, method in enumerate(methods):
@@ -107,7 +107,7 @@ def test_lengths_that_are_missing_or_too_many_are_named(tmp_path: Path) -> None:
 
 
 def test_training_is_refused(tmp_path: Path) -> None:
-    wanted = TrainRequest(model="none", data="none", output=tmp_path / "out", method=LoRAConfig(dora=True))
+    wanted = TrainRequest(model="none", data="none", output=tmp_path / "out", method=DoRAConfig())
     with pytest.raises(IaptError, match="DoRA is not trained here; train it with PEFT, whose adapters build takes"):
         train(wanted, say=lambda line: None)
     assert not (tmp_path / "out").exists()

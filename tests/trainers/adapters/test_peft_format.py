@@ -16,12 +16,13 @@ from tests.trainers.methods_tiny import LENGTHS, STEPS, greedy_tokens, trained
 from trainers.adapters.adapter import PEFT_TYPES, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.adapters.peft_format import (
+    FORMS,
     adapter_from_peft,
     from_peft_tensors,
     peft_fields,
     to_peft_tensors,
 )
-from trainers.adapters.peft_forms import FORMS, TABLE
+from trainers.adapters.peft_forms import TABLE
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import read_instruction, sizes_of

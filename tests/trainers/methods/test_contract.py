@@ -21,6 +21,7 @@ from trainers.decoder.method import Method, Rows, Weights, rows_of
 from trainers.methods.configs import (
     ADePTConfig,
     DePTConfig,
+    DoRAConfig,
     IAPTConfig,
     LAMPConfig,
     LoPAConfig,
@@ -29,7 +30,7 @@ from trainers.methods.configs import (
     PromptTuningConfig,
     method_name,
 )
-from trainers.methods.forms import FORMS, METHODS, form_name
+from trainers.methods.forms import ADAPTER_METHODS, FORMS, form_name
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADEPT = ADePTConfig(prompt_length=4, bottleneck=6)
@@ -46,6 +47,7 @@ CASES: dict[str, Any] = {
     "ADePT": ADEPT,
     "ADePT on generated tokens": dataclasses.replace(ADEPT, decode_offset=True),
     "LoRA": LoRAConfig(rank=4, target_modules=SEVEN),
+    "DoRA": DoRAConfig(rank=4, target_modules=SEVEN),
 }
 SHIPPED = ("LAMP", "prefix tuning, projection", "DePT", "ADePT", "ADePT on generated tokens")
 """Another module is shipped in their place. LoPA's takes prompts that its encoder made: see its own file."""
@@ -65,7 +67,7 @@ def shallow() -> Any:
 
 def made(case: str, model: Any, seed: int = 0) -> Method:
     config = CASES[case]
-    return trained(METHODS[method_name(config)], config, model, seed)
+    return trained(ADAPTER_METHODS[method_name(config)], config, model, seed)
 
 
 def shipped(method: Method, model: Any) -> Method:
@@ -79,7 +81,7 @@ def tenants(case: str, model: Any, ships: bool) -> list[Method]:
 
 
 def test_every_method_and_what_it_ships_are_under_test(model: Any) -> None:
-    assert {method_name(config) for config in CASES.values()} == set(METHODS)
+    assert {method_name(config) for config in CASES.values()} == set(ADAPTER_METHODS)
     methods = {case: made(case, model) for case in CASES}
     others = {case: shipped(method, model) for case, method in methods.items() if not method.is_encoder}
     assert tuple(case for case, other in others.items() if other is not methods[case]) == SHIPPED
