@@ -281,16 +281,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of compare (default: %(default)s)")
     parser.add_argument("build_flags", nargs="*", help="behind --: further flags of build")
     arguments = parser.parse_args(words)
+    folder = arguments.folder.resolve()  # what is run stands in another one
     if arguments.command == "make":
-        make(arguments.folder, arguments.layers)
+        make(folder, arguments.layers)
     elif arguments.command == "compare":
         if arguments.before is None:
             parser.error("compare needs --before, a worktree of the older commit")
-        print(
-            summary(compare(arguments.folder.resolve(), arguments.before.resolve(), arguments.model, arguments.rounds))
-        )
+        print(summary(compare(folder, arguments.before.resolve(), arguments.model.resolve(), arguments.rounds)))
     else:
-        print(json.dumps(measure(arguments.folder, arguments.build_flags)))
+        print(json.dumps(measure(folder, arguments.build_flags)))
     return 0
 
 

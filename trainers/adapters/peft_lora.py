@@ -73,7 +73,7 @@ class _LoRA(PeftForm):
         check_tensors(shapes, tensors, source)
         lengths = {module: tensors[_peft_length(module)].float() for module in configs if fields.get("use_dora")}
         method, weights = self._of_rank(configs, tensors, sizes)
-        return (method, weights) if not lengths else _dora(method, weights, lengths, model)
+        return (method, weights) if not lengths else _dora(method, weights, lengths, model, sizes)
 
     def _of_rank(
         self, configs: dict[str, LoRAConfig], tensors: dict[str, Tensor], sizes: Sizes
@@ -185,7 +185,7 @@ def _peft_length(module: str) -> str:
 
 
 def _dora(
-    method: LoRAConfig, weights: dict[str, Tensor], lengths: dict[str, Tensor], model: Any
+    method: LoRAConfig, weights: dict[str, Tensor], lengths: dict[str, Tensor], model: Any, sizes: Sizes
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """LoRA's configuration and tensors with what DoRA makes of the backbone's weights, see `trainers.methods.lora`.
 
@@ -194,8 +194,8 @@ def _dora(
         weights: LoRA's, changed in place.
         lengths: module to its magnitudes ``[N]``.
         model: the backbone's; on the meta device nothing can be computed, so gains are zero: for `inspect` alone.
+        sizes: of the backbone.
     """
-    sizes = sizes_of(model)
     dora = DoRAConfig(**asdict(method))
     found = {name: torch.zeros(shape) for name, shape in DoRA.shapes(dora, sizes).items()} | weights
     for module, length in lengths.items():

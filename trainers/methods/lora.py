@@ -141,7 +141,7 @@ class LoRA(Method):
         rows = (weight.T if isinstance(linear, Conv1D) else weight).float()  # [N, M]; Conv1D stores [M, N]
         up, down = (self.get_parameter(tensor_name(name, side))[index].float().to(weight.device) for side in "BA")
         made = (self.scaled_rows(index, name, rows) + self.config.scaling * (up @ down)).to(weight.dtype)
-        return made.T if isinstance(linear, Conv1D) else made
+        return made.T.contiguous() if isinstance(linear, Conv1D) else made
 
     def scaled_rows(self, index: int, name: str, rows: Tensor) -> Tensor:
         """The rows ``[N, M]`` of a layer's weight in fp32 as this method leaves them, before the product is added."""
