@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 TRANSPOSED = ".transposed"
@@ -72,6 +71,6 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     shape = ir.Shape(reversed(tensor.shape.numpy()))
 
     def compute() -> ir.Tensor:
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+        return ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, name=name)  # who writes or rounds it copies it once
 
     return ir.LazyTensor(compute, tensor.dtype, shape, name=name)
