@@ -167,8 +167,9 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         fold_embeddings=request.fold_embeddings,
         max_lora_rank=request.max_lora_rank,
     )
-    spec = layout.backbone_spec(backbone, adapters.values())
-    check_ranges(ranges, tenants.num_slots, spec.max_positions, len(adapters), tenants.fewest)
+    most = layout.max_positions(backbone.model)
+    check_ranges(ranges, tenants.num_slots, most, len(adapters), tenants.fewest)
+    spec = layout.backbone_spec(backbone, adapters.values())  # reads all weights, a minute for 7 billion
     specs = {}
     for target in targets:
         capacity = _capacity(target, ranges, request.device) if family.in_place else None

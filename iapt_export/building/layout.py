@@ -88,7 +88,7 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
     What ends an answer is the union of what the model's settings, its tokenizer and the adapters' training say.
     """
     config = backbone.model.config.get_text_config()
-    family, sizes = check_family(backbone.model), sizes_of(backbone.model)
+    sizes = sizes_of(backbone.model)
     eos = getattr(backbone.model.generation_config, "eos_token_id", None)
     # not every configuration has them: CodeGen's names no padding
     eos = getattr(config, "eos_token_id", None) if eos is None else eos
@@ -105,9 +105,15 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
         model_type=config.model_type,
         eos_token_ids=eos_ids,
         pad_token_id=pad,
-        max_positions=family.max_positions or getattr(config, "max_position_embeddings", None) or 2**31,
+        max_positions=max_positions(backbone.model),
         **{item.name: getattr(sizes, item.name) for item in dataclasses.fields(BackboneSizes)},
     )
+
+
+def max_positions(model: Any) -> int:
+    """The most entries that a row of a backbone can have, prompts included; reads no weights."""
+    config = model.config.get_text_config()
+    return check_family(model).max_positions or getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def weights_sha256(model: Any) -> str:
