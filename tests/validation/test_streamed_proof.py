@@ -72,14 +72,22 @@ def test_figures_are_those_of_a_backbone_in_memory(
     made = request.getfixturevalue(f"in_{dtype}")
     loaded, read = (compared(made, made.bundle, streams=streams, monkeypatch=monkeypatch) for streams in (False, True))
     assert len(read.targets) == len(loaded.targets) >= 2, "PEFT's own answer is compared as well"
+    assert any(row.first_divergence is not None for row in read.targets[0].tokens) == (dtype == "int4")
     for ours, theirs in zip(read.targets, loaded.targets, strict=True):
         assert [(check.stage, check.case) for check in ours.checks] == [
             (check.stage, check.case) for check in theirs.checks
         ]
-        assert [(row.reference, row.target) for row in ours.tokens] == [
-            (row.reference, row.target) for row in theirs.tokens
-        ]
+        for row, other in zip(ours.tokens, theirs.tokens, strict=True):
+            assert (row.first_divergence, row.excused, row.target) == (
+                *(other.first_divergence, other.excused, other.target),
+            )
+            # what PyTorch answers after the first other token is not known: its weights are read once
+            end = None if row.first_divergence is None else row.first_divergence + 1
+            assert row.reference == other.reference[:end]
+        differs = any(row.first_divergence is not None for row in ours.tokens)
         for check, other in zip(ours.checks, theirs.checks, strict=True):
+            if differs and check.case.startswith("batch ") and check.stage not in ("prefill logits", "prefill cache"):
+                continue  # compared after the target's tokens, where the other is after PyTorch's
             # prompt and tokens are read in one pass or in two, which adds up in another order
             judged, wanted = ({name: one.measured[name] for name in one.limits} for one in (check, other))
             assert check.passed == other.passed and judged == pytest.approx(wanted, rel=1e-3, abs=1e-5)

@@ -48,7 +48,7 @@ def compare_peft(
             rows = [truth for truth in truths if truth.prompt.tenant == tenant and truth.logits][:PROMPTS]
             for number, truth in enumerate(rows):
                 on_step(f"PEFT answers for {tenant}")
-                steps = min(STEPS, len(truth.tokens))
+                steps = min(STEPS, len(truth.free))
                 tokens, logits = peft_answer(reference.model, folder, truth.prompt.tokens, steps)
                 compare_rows(f"{tenant}, prompt {number + 1}", truth, tokens, logits, errors)
     if not errors.checks:

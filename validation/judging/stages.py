@@ -258,18 +258,22 @@ def _answer(session: Session, tokens: list[int]) -> str:
 
 
 def token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
-    """A prompt's answers side by side, with the first token that differs and whether that is a tie."""
-    pairs = zip(truth.tokens, tokens, strict=False)
-    divergence = next((step for step, (wanted, token) in enumerate(pairs) if wanted != token), None)
+    """A prompt's answers side by side, with the first token that differs and whether that is a tie.
+
+    They are compared as far as PyTorch's own answer is known; a target's has as many tokens as were asked for.
+    """
+    wanted = truth.free
+    pairs = zip(wanted, tokens, strict=False)
+    divergence = next((step for step, (own, token) in enumerate(pairs) if own != token), None)
     if divergence is None and len(tokens) != len(truth.tokens):
         divergence = min(len(tokens), len(truth.tokens))
     margin = None if divergence is None or divergence >= len(truth.margins) else truth.margins[divergence]
     return TokenRow(
         tenant=truth.prompt.tenant,
         prompt=truth.prompt.text,
-        reference=truth.tokens,
+        reference=wanted,
         target=tokens,
-        reference_text=_answer(session, truth.tokens),
+        reference_text=_answer(session, wanted),
         target_text=_answer(session, tokens),
         first_divergence=divergence,
         margin=margin,

@@ -45,6 +45,16 @@ class Truth:
         """The tokens that follow the prompt, one less than there are steps."""
         return self.forced or tuple(self.tokens[:-1])
 
+    @property
+    def free(self) -> list[int]:
+        """PyTorch's own greedy answer, as far as it is known: up to the first likeliest token that was not fed."""
+        return self.tokens[: num_equal(self.tokens, self.fed) + 1]
+
+
+def num_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens are equal before the first that is not."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False)))
+
 
 def record_truth(
     reference: Reference,
@@ -64,6 +74,10 @@ def record_truth(
     after those before it.
 
     A classifier ends after two tokens; going on compares every row over the same number of steps.
+
+    Over a streamed backbone a draft is read once, because each further token of the reference's own would cost a
+    reading of all weights: what follows the first token that PyTorch would not have chosen is compared after the
+    draft's tokens, and `Truth.free` ends there.
 
     Args:
         reference: the PyTorch side.
@@ -144,13 +158,18 @@ def _draft(
 
 
 def _record_greedy(reference: Reference, row: Truth, draft: list[int], *, is_kept: bool) -> None:
-    """The row's own greedy tokens: the draft where reading it gives it again, else one token more a pass."""
+    """The row's own greedy tokens: the draft where reading it gives it again, else one token more a pass.
+
+    Over a streamed backbone the first pass is the last: what follows the draft.
+    """
     while True:
         row.forced = tuple(draft[:-1])
         _record_forced(reference, row, is_kept=is_kept)
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(row.tokens, draft, strict=True)))
+        same = num_equal(row.tokens, draft)
         if same >= len(draft) - 1:
             row.forced = ()
+            return
+        if is_streamed(reference.model):
             return
         draft = [*draft[:same], row.tokens[same], *draft[same + 1 :]]
 

@@ -208,6 +208,15 @@ def test_identical_tokens_need_no_excuse() -> None:
     assert (made.first_divergence, made.margin, made.excused) == (None, None, False)
 
 
+def test_tokens_are_compared_as_far_as_pytorch_alone_has_chosen() -> None:
+    """It was fed 6 where it would have chosen 4: what it says after that belongs to another answer."""
+    known = truth([3, 4, 7, 8], [1.0, 1.0, 1.0, 1.0])
+    known.forced = (3, 6, 7)
+    same, other, short = row(known, [3, 4, 5, 5]), row(known, [3, 6, 7, 8]), row(known, [3, 4, 5])
+    assert (same.reference, same.first_divergence, other.first_divergence) == ([3, 4], None, 1)
+    assert short.first_divergence == 3 and not short.excused, "it ended before it was to"
+
+
 @pytest.mark.parametrize(
     ("margin", "excused"), [(0.0, True), (LIMIT * 0.99, True), (LIMIT * 1.01, False), (5.0, False)]
 )

@@ -36,6 +36,7 @@ REQUESTS = [
 ]
 
 PREFILL = Reference.prefill
+FORCED = truth._record_forced
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,26 @@ def test_drafts_decide_nothing_but_how_often_the_backbone_is_asked(
         asked.clear()
         made = record_truth(reference, prompts, new_tokens=6, num_kept=0, drafts=drafts)
         assert [row.tokens for row in made] == wanted and len(asked) == passes
+
+
+def test_over_a_streamed_backbone_a_draft_is_read_once(
+    tiny_build: TinyBuild, manifest: BundleManifest, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each further token of PyTorch's own would be another reading of all weights."""
+    prompts = prompts_from_bundle(tiny_build.bundle, manifest, TextCodec(tiny_build.bundle), 0, 6)[:3]
+    wanted = record_truth(reference, prompts, new_tokens=6, num_kept=0)
+    assert [row.free for row in wanted] == [row.tokens for row in wanted]
+    other = [[*row.tokens[:2], row.tokens[2] + 1, *row.tokens[3:]] for row in wanted]
+    monkeypatch.setattr(truth, "is_streamed", lambda _: True)
+    asked: list[Any] = []
+    monkeypatch.setattr(truth, "_record_forced", lambda *args, **kept: asked.append(args) or FORCED(*args, **kept))
+    made = record_truth(reference, prompts, new_tokens=6, num_kept=3, drafts=other)
+    assert len(asked) == 3 and [len(row.logits) for row in made] == [6] * 3
+    assert [row.free for row in made] == [row.tokens[:3] for row in wanted]
+    assert [row.fed for row in made] == [tuple(draft[:-1]) for draft in other]
+    asked.clear()
+    same = record_truth(reference, prompts, new_tokens=6, num_kept=0, drafts=[row.tokens for row in wanted])
+    assert len(asked) == 3 and [row.free for row in same] == [row.tokens for row in wanted]
 
 
 def test_a_reference_for_another_backbone_is_refused(tiny_build: TinyBuild, manifest: BundleManifest) -> None:
