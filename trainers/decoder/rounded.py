@@ -16,7 +16,7 @@ from iapt_export.contract.low_bits import Rounding
 from trainers.decoder.quantise import Blocks, quantise
 from trainers.decoder.scaled import Scaled, scaled
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 """Outputs of a matrix that are rounded at once."""
 
 
@@ -132,13 +132,13 @@ def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
     """
     if rounding.is_scaled:
         made = [scaled(part.float().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
-        return Scaled(_on_disk([part.values for part in made]), _on_disk([part.scales for part in made]))
+        return Scaled(on_disk([part.values for part in made]), on_disk([part.scales for part in made]))
     parts = [quantise(part.float().T.contiguous().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
-    values, scales = _on_disk([part.values for part in parts]), _on_disk([part.scales for part in parts])
+    values, scales = on_disk([part.values for part in parts]), on_disk([part.scales for part in parts])
     return Blocks(bits, values, scales, rows.shape[1])
 
 
-def _on_disk(parts: list[np.ndarray]) -> np.ndarray:
+def on_disk(parts: list[np.ndarray]) -> np.ndarray:
     """The arrays, one after the other, mapped from a file which is gone when nobody maps it any more."""
     with tempfile.TemporaryFile() as stream:
         for part in parts:

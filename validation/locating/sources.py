@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.pack_projections import JOIN
@@ -170,23 +169,16 @@ def _packed_evidence(scene: Scene, graph: TappedGraph, places: list[int]) -> str
 
 def stored_weight(graph: TappedGraph, name: str) -> np.ndarray:
     """A weight in fp32 by the name of its initializer; of a quantised one, what its values and scales stand for."""
-    array = _initializer(graph, name)
+    array = graph.initializer(name)
     base = name.removesuffix(BLOCKS).removesuffix(ROWS)
     if base == name:
         return array.astype(np.float32)
-    scales = _initializer(graph, base + SCALES)  # [N, G]
+    scales = graph.initializer(base + SCALES)  # [N, G]
     values = array.reshape(*scales.shape, -1)
     fields = {field.name: field.i for field in graph.nodes[graph.readers[name][0]].attribute}
     num_inputs = fields.get("K", scales.shape[1] * fields["block_size"])
     matrix = Blocks(fields["bits"], values, scales, num_inputs).restored()  # [K, N]
     return matrix.T if base + ROWS in graph.weights else matrix
-
-
-def _initializer(graph: TappedGraph, name: str) -> np.ndarray:
-    """From the graph, or from the file of weights beside it."""
-    tensor = onnx.TensorProto()
-    tensor.CopyFrom(graph.weights[name])  # the library keeps what it reads in the tensor
-    return numpy_helper.to_array(tensor, str(graph.folder))
 
 
 def _difference(stored: np.ndarray, right: np.ndarray, elsewhere: Iterable[tuple[int, np.ndarray]]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from engines.onnxruntime.devices import OPTIONS, PROVIDERS
 from engines.onnxruntime.runner import OnnxRuntimeRunner
@@ -28,6 +29,7 @@ from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
 from iapt_export.graphs.ops.serving_ops import PRODUCT
 from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
+from validation.sides.nibbles import split_products
 
 SHAPE_OPERATORS = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Range", "Cast")
 """Operators that appear in modules only to compute shapes and masks, next to the one that does the work."""
@@ -54,7 +56,7 @@ class TappedGraph:
 
     Products with quantised weights round their inputs for speed. In this copy they do not, so that what stands before
     and after them can be held against PyTorch with the same weights (`validation.sides.rounding`) as closely as in
-    fp32.
+    fp32. `TappedRunner` computes those with 8 bits as two with 4, see `validation.sides.nibbles`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,6 +74,12 @@ class TappedGraph:
             for value in node.input:
                 self.readers.setdefault(value, []).append(place)
         self.outputs = [value.name for value in self.model.graph.output]
+
+    def initializer(self, name: str) -> np.ndarray:
+        """A weight's values as they are stored, in the graph or in the file beside it."""
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self.weights[name])  # the library keeps what it reads in the tensor
+        return numpy_helper.to_array(tensor, str(self.folder))
 
     def module(self, place: int) -> str:
         """Path of a node's module."""
@@ -127,14 +135,14 @@ class TappedGraph:
             open_values += [value for value in self.nodes[place].input if value not in known]
         return sorted(places)
 
-    def with_outputs(self, taps: list[Tap]) -> bytes:
-        """The graph with the taps added to its outputs."""
+    def with_outputs(self, taps: list[Tap]) -> onnx.ModelProto:
+        """A copy of the graph with the taps added to its outputs."""
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for value in dict.fromkeys(tap.value for tap in taps):
             if value not in self.outputs:
                 model.graph.output.append(onnx.ValueInfoProto(name=value))
-        return model.SerializeToString()
+        return model
 
     def _tap(self, name: str, value: str) -> list[Tap]:
         return [Tap(name, value, self.maker[value])] if value in self.maker else []
@@ -183,6 +191,8 @@ class TappedRunner(OnnxRuntimeRunner):
         self.graph = graph
         self.taps = taps
         self.seen: dict[str, Any] = {}
+        self._split: dict[str, np.ndarray] = {}
+        """What the session reads for as long as it is open."""
 
     def activate(self) -> None:
         """Load the copy; its weights are read from the bundle."""
@@ -198,13 +208,22 @@ class TappedRunner(OnnxRuntimeRunner):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
         )
+        model = self.graph.with_outputs(self.taps)
+        self._split = split_products(model, self.graph.initializer) if self.device == "cpu" else {}
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._split.values()]
+        options.add_external_initializers(list(self._split), values)
         try:
             self._session = onnxruntime.InferenceSession(
-                self.graph.with_outputs(self.taps), options, providers=[(PROVIDERS[self.device], OPTIONS[self.device])]
+                model.SerializeToString(), options, providers=[(PROVIDERS[self.device], OPTIONS[self.device])]
             )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
             raise IaptError(f"ONNX Runtime refuses {self.path.name} with taps as outputs: {reason}") from error
+
+    def deactivate(self) -> None:
+        """See `engines.runner.Runner.deactivate`."""
+        super().deactivate()
+        self._split = {}
 
     def zeros(self, dtype: str, shape: Sequence[int]) -> np.ndarray:
         """On the host, whatever the device, because all of it is looked at after each step."""
@@ -212,6 +231,8 @@ class TappedRunner(OnnxRuntimeRunner):
 
     def infer(self, feeds: Mapping[str, Any], into: Mapping[str, Any] = NOWHERE) -> dict[str, Any]:
         """See `engines.runner.Runner.infer`; what the session does not know, and the cache before, are kept aside."""
+        if not self.taps:
+            return super().infer(feeds, into)  # without a copy of the cache, which may be larger than the weights
         past = {name: array.copy() for name, array in feeds.items() if name.startswith(PAST)}
         outputs = super().infer(feeds, into)
         written = [name for name in into if not name.startswith(PRESENT)]  # those are what `Stepper.present` shows

@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 import iapt_export
 from iapt_export.contract.low_bits import QUANTISED, Rounding
-from iapt_export.contract.manifest import BundleManifest
+from iapt_export.contract.manifest import BundleManifest, GraphSpec, TensorSpec
 from iapt_export.graphs.export import Serving, export_graphs
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.pack_projections import JOIN
@@ -30,14 +30,16 @@ from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
+from trainers.decoder.quantise import ACCURACY_LEVEL, quantise
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import ADePTConfig, LoRAConfig
 from validation.judging.compare import BRIEF_STEPS, Settings
 from validation.judging.metrics import relative
 from validation.judging.result import Report
 from validation.locating.sources import stored_weight
+from validation.sides.nibbles import split_products
 from validation.sides.rounding import round_weights
-from validation.sides.taps import TappedGraph
+from validation.sides.taps import TappedGraph, TappedRunner
 from validation.validate import validate_bundle
 
 LORA = LoRAConfig(rank=2, target_modules=("q_proj", "down_proj"))
@@ -138,8 +140,53 @@ def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, name: str, tm
     ]
     assert {fields["block_size"] for fields in stored} == {rounding.block}
     assert {fields["bits"] for fields in stored} == {rounding.bits, rounding.head, rounding.narrow}
-    (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
+    (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]).SerializeToString())
     two_steps(model, tmp_path / "unrounded.onnx")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_8_bits_is_the_sum_of_two_of_4(bias: bool, tmp_path: Path) -> None:
+    """Two products with one weight, as a head beside drafts has; an odd number of blocks, whose last is not full."""
+    draw = np.random.default_rng(0)
+    matrix, x = draw.normal(size=(150, 24)).astype(np.float32), draw.normal(size=(3, 150)).astype(np.float32)
+    blocks, offset = quantise(matrix, 8, 32), draw.normal(size=24).astype(np.float32)
+    fields = {"K": 150, "N": 24, "bits": 8, "block_size": 32, "accuracy_level": ACCURACY_LEVEL}
+    further = ["", "", "bias"] if bias else []
+    nodes = [
+        helper.make_node("MatMulNBits", [name, "w.blocks", "w.scales", *further], [f"{name}.y"], name, **fields)
+        for name in ("a", "b")
+    ]
+    for node in nodes:
+        node.domain = "com.microsoft"
+    values = {"w.blocks": blocks.values, "w.scales": blocks.scales, "bias": offset}
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", 150]) for name in ("a", "b")],
+        [helper.make_tensor_value_info(f"{name}.y", onnx.TensorProto.FLOAT, ["B", 24]) for name in ("a", "b")],
+        [numpy_helper.from_array(array, name) for name, array in values.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "products.onnx")
+    tensors = [
+        [TensorSpec(f"{name}{end}", "fp32", ["B", size]) for name in ("a", "b")]
+        for end, size in (("", 150), (".y", 24))
+    ]
+    tapped = TappedGraph(tmp_path / "products.onnx")
+    runner = TappedRunner(tmp_path / "products.onnx", GraphSpec("products.onnx", *tensors), tapped, [])
+    with runner:
+        made = runner.infer({"a": x, "b": -x})
+    wanted = x.astype(np.float64) @ blocks.restored() + bias * offset
+    np.testing.assert_allclose(made["a.y"], wanted, atol=1e-4)
+    np.testing.assert_allclose(made["b.y"], 2 * bias * offset - wanted, atol=1e-4)
+    split = tapped.with_outputs([])
+    assert sorted(split_products(split, tapped.initializer)) == [
+        f"w.blocks.{part}" for part in ("high", "high_scales", "low", "zeros")
+    ]
+    assert [node.op_type for node in split.graph.node] == ["MatMulNBits", "MatMulNBits", "Add"] * 2
+    assert [node.op_type for node in tapped.nodes] == ["MatMulNBits"] * 2, (
+        "who looks into the graph sees what is served"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,7 +206,7 @@ def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dt
     round_weights(model, rounding)
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(new, old) == (name not in rounded), name
-    (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]))
+    (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]).SerializeToString())
     two_steps(model, tmp_path / "unrounded.onnx")
 
 
