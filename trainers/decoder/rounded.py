@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,11 +138,15 @@ def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
     return Blocks(bits, values, scales, rows.shape[1])
 
 
-def on_disk(parts: list[np.ndarray]) -> np.ndarray:
-    """The arrays, one after the other, mapped from a file which is gone when nobody maps it any more."""
-    with tempfile.TemporaryFile() as stream:
+def on_disk(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The arrays, one after the other, mapped from a file which is gone when nobody maps it any more.
+
+    No file stays open: a backbone has more matrices than a process may have files.
+    """
+    kind = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
+    with tempfile.NamedTemporaryFile() as stream:
         for part in parts:
-            part.tofile(stream)
+            part.tofile(stream.file)
         stream.flush()
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
-        return np.memmap(stream, parts[0].dtype, "r", shape=shape)
+        mapped = torch.from_file(stream.name, shared=False, size=sum(part.size for part in parts), dtype=kind)
+    return mapped.numpy().reshape(-1, *parts[0].shape[1:])

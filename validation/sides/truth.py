@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from engines.serving.stepper import RowCache
 from trainers.decoder.insertion import continue_from, read_instruction
 from trainers.decoder.method import rows_of
+from trainers.decoder.rounded import on_disk
 from trainers.decoder.streamed import is_streamed
 from validation.sides.cases import Prompt
 from validation.sides.reference import Reference, numpy
@@ -184,7 +185,8 @@ def _record_forced(reference: Reference, row: Truth, *, is_kept: bool) -> None:
     read = _at_once if is_streamed(reference.model) else _in_turn
     logits, cache = read(reference, row)  # [K+1, V]
     entries = logits.shape[0] - 1
-    row.final_cache = _views(cache) if is_kept else []
+    views = _on_disk if is_streamed(reference.model) else _views
+    row.final_cache = views(cache) if is_kept else []
     row.prefill_cache = [
         (key[:, : key.shape[1] - entries], value[:, : value.shape[1] - entries]) for key, value in row.final_cache
     ]
@@ -228,6 +230,15 @@ def _at_once(reference: Reference, row: Truth) -> tuple[Tensor, DynamicCache]:
 def _views(cache: DynamicCache) -> RowCache:
     """The only row's entries of a PyTorch cache, where they are."""
     return [(numpy(layer.keys[0]), numpy(layer.values[0])) for layer in cache.layers]
+
+
+def _on_disk(cache: DynamicCache) -> RowCache:
+    """`_views` mapped from a file: of a backbone that does not fit into memory, a token's entries are large as well."""
+    arrays = [array for pair in _views(cache) for array in pair]
+    ends = list(itertools.accumulate(array.size for array in arrays))
+    mapped = np.split(on_disk([array.ravel() for array in arrays]), ends[:-1])
+    shaped = [flat.reshape(array.shape) for flat, array in zip(mapped, arrays, strict=True)]
+    return list(zip(shaped[::2], shaped[1::2], strict=True))
 
 
 def _take_step(row: Truth, logits: Tensor, *, is_kept: bool) -> None:

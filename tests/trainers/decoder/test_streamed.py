@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from trainers.decoder import streamed as module
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import decoder_layers, hooked
 from trainers.decoder.quantise import quantise
-from trainers.decoder.rounded import RoundedWeights, round_weights
+from trainers.decoder.rounded import RoundedWeights, on_disk, round_weights
 from trainers.decoder.stored import load_mapped, outline_of, stored_weight
 from trainers.decoder.streamed import (
     abreast,
@@ -171,6 +172,17 @@ def test_a_matrix_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     count = len(rounded)
     logits_of(model, IDS[1])
     assert count == len(rounded) == 3 * 7 + 1, "three layers' products, and the table that is the head too"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "float16", "float32"])
+def test_what_is_kept_on_disk_keeps_no_file_open(dtype: str) -> None:
+    parts = [np.arange(start, start + 24).reshape(4, 6).astype(dtype) for start in (0, 24, 48)]
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    kept = [on_disk(parts) for _ in range(20)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    for array in kept:
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, np.concatenate(parts))
 
 
 def test_a_comparison_holds_a_rounded_copy_and_what_a_runtime_restores() -> None:
