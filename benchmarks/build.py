@@ -279,8 +279,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="worktree of the older commit, for compare")
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "smollm2-135m-instruct", help="for compare")
     parser.add_argument("--rounds", type=int, default=3, help="of compare (default: %(default)s)")
-    parser.add_argument("build_flags", nargs="*", help="behind --: further flags of build")
-    arguments = parser.parse_args(words)
+    parser.epilog = "What stands behind -- are further flags of build, for measure."
+    given = sys.argv[1:] if words is None else words
+    split = given.index("--") if "--" in given else len(given)
+    arguments, build_flags = parser.parse_args(given[:split]), given[split + 1 :]
     folder = arguments.folder.resolve()  # what is run stands in another one
     if arguments.command == "make":
         make(folder, arguments.layers)
@@ -289,7 +291,7 @@ def main(words: list[str] | None = None) -> int:
             parser.error("compare needs --before, a worktree of the older commit")
         print(summary(compare(folder, arguments.before.resolve(), arguments.model.resolve(), arguments.rounds)))
     else:
-        print(json.dumps(measure(folder, arguments.build_flags)))
+        print(json.dumps(measure(folder, build_flags)))
     return 0
 
 

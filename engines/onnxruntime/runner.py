@@ -17,6 +17,7 @@ from engines.onnxruntime.devices import ERRORS, OPTIONS, PROVIDERS, check_provid
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
+from iapt_export.contract.resources import give_back_memory
 
 ONNX_BFLOAT16 = 16
 """``onnx.TensorProto.BFLOAT16``; the onnx package is no need of a deployment machine."""
@@ -114,11 +115,14 @@ class OnnxRuntimeRunner(Runner):
 
     def deactivate(self) -> None:
         """Give the session's memory back."""
+        was_open = self._session is not None
         self._session = self._binding = None
         self._fed, self._given = [], []
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+        if was_open:
+            give_back_memory()
 
     def _open_stream(self) -> CudaStream:
         if self._stream is None:

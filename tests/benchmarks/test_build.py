@@ -33,3 +33,11 @@ def test_a_process_is_measured_from_outside(tmp_path: Path) -> None:
     assert 64 / 1024 <= figures["anonymous_gib"] <= figures["resident_gib"] < 1
     with pytest.raises(SystemExit, match="ends with"):
         build.measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
+
+
+def test_flags_of_the_build_stand_behind_two_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(build, "measure", lambda *arguments: given.append(arguments) or {})
+    assert build.main(["measure", "--folder", str(tmp_path), "--", "--batch", "1:2:4", "--depth", "quick"]) == 0
+    assert build.main(["measure", "--folder", str(tmp_path)]) == 0
+    assert given == [(tmp_path, ["--batch", "1:2:4", "--depth", "quick"]), (tmp_path, [])]
