@@ -169,7 +169,7 @@ def build(*, request: Annotated[BuildRequest, FLAT], dry_run: flags.DryRun = Fal
     with Steps(quiet=common.quiet) as steps:
         outlook = building.foresee(request, steps) if dry_run else None
         if outlook is None:
-            building.build(request, steps)
+            building.build(request, steps, steps.line)
     if outlook is not None:
         show_report(common.json, outlook, building.Outlook.text)
         return

@@ -28,6 +28,7 @@ ROOF = {
     "iapt_export.cli": "iapt_export.__main__",
     "iapt_export.building.build": "iapt_export.cli",
     "iapt_export.building.jobs": "iapt_export.building.build",
+    "iapt_export.building.rounding_search": "iapt_export.building.build",
 }
 """The modules that may look right, each with the only one that may import it."""
 ROOMS = {
@@ -47,7 +48,7 @@ DOORS = {
     "settings sizes tenant_card types weights_header",
     "iapt_export.graphs": "export installed interface ops passes save table",
     "iapt_export.building": "build build_request footprint layout stage_cache tenant_file",
-    "engines.onnxruntime": "devices runner",
+    "engines.onnxruntime": "cores devices runner",
     "engines.openvino": "runner",
     "engines.tensorrt": "builder engine_info flavour runner",
     "engines.cuda": "driver libraries memory",

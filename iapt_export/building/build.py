@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,26 @@ from engines.tensorrt.engine_info import EngineInfo
 from engines.tensorrt.flavour import runtime_version
 from iapt_export.building import layout as layout
 from iapt_export.building.build_request import BuildRequest
-from iapt_export.building.jobs import BuildPlan, EngineJob, GraphJob, cache_of, check_request, plan_build
+from iapt_export.building.jobs import (
+    BuildPlan,
+    EngineJob,
+    GraphJob,
+    cache_of,
+    check_request,
+    plan_build,
+    stored_as,
+    tell_of_other_weights,
+)
 from iapt_export.building.outlook import Outlook as Outlook
 from iapt_export.building.outlook import outlook_of
 from iapt_export.building.output import claimed, publish, temporary_folder
 from iapt_export.building.plan import TENSORRT, TargetPlan, onnx_variant
-from iapt_export.building.stage_cache import in_use, run_stage
+from iapt_export.building.rounding_choice import Search, candidates
+from iapt_export.building.rounding_search import ask_pytorch, check_searchable, machine, measure, searched_target
+from iapt_export.building.stage_cache import in_use, made_stage, run_stage
 from iapt_export.contract.errors import ParityError
 from iapt_export.contract.integrity import sign
+from iapt_export.contract.low_bits import AUTO
 from iapt_export.contract.manifest import BundleManifest, TargetSpec, file_sha256
 from iapt_export.contract.settings import computing_fields
 from iapt_export.graphs.export import export_graphs
@@ -42,16 +56,20 @@ from validation.reporting.summary import failure
 from validation.sides.peft_side import folders_of
 from validation.validate import parity_from_report, validate_bundle
 
+LOGGER = logging.getLogger("iapt_export")
 OnStep = Callable[..., None]
 """Takes a word on each step, and how far it is (0 to 1) where that is known."""
 
 
-def build(request: BuildRequest, on_step: OnStep = lambda *_: None) -> BundleManifest:
+def build(
+    request: BuildRequest, on_step: OnStep = lambda *_: None, say: Callable[[str], None] = LOGGER.info
+) -> BundleManifest:
     """Make a bundle at ``request.output``, or find an up-to-date one there.
 
     Args:
         request: what is wanted.
         on_step: called with each step, for progress.
+        say: told what is to be read afterwards, too: what ``--quantise auto`` measured.
 
     Returns:
         The manifest of the bundle that stands there now.
@@ -63,16 +81,19 @@ def build(request: BuildRequest, on_step: OnStep = lambda *_: None) -> BundleMan
     check_request(request)  # the plan does it again; here, so that it is refused before the backbone is loaded
     with claimed(Path(request.output)), in_use(cache_of(request)):
         try:
-            return _build(request, on_step)
+            return _build(request, on_step, say)
         except OSError as error:
             error.filename = error.filename or request.output  # not every library says which file it was
             raise
 
 
-def _build(request: BuildRequest, on_step: OnStep) -> BundleManifest:
+def _build(request: BuildRequest, on_step: OnStep, say: Callable[[str], None]) -> BundleManifest:
     on_step(f"loading {request.model}")
     backbones = _Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
+    if request.quantise == AUTO:
+        plan = _searched(plan, backbones, on_step, say)
+    tell_of_other_weights(plan)
     on_step("looking for an up-to-date bundle")
     if layout.is_current(plan.output, plan.key):
         _sign(plan.output, request)
@@ -104,14 +125,61 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
     on_step(f"reading {request.model}")
     backbones = _Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
+    if request.quantise == AUTO:
+        rivals = _rivals(plan, backbones.outline("fp32"))
+        search = Search.found(made_stage(plan.cache, *_search_stage(rivals)))
+        if search is None:
+            return _outlook(plan, backbones.outline("fp32"), rivals)
+        plan = stored_as(plan, search.chosen)
+    tell_of_other_weights(plan)
     if layout.is_current(plan.output, plan.key):
         return Outlook([], [], f"{plan.output} is up to date: nothing to do")
     return _outlook(plan, backbones.outline("fp32"))
 
 
-def _outlook(plan: BuildPlan, backbone: Backbone) -> Outlook:
-    keys = {job.variant: _graph_key(job, plan) for job in plan.graphs}
-    return outlook_of(plan, backbone.model, keys, _depth(plan, backbone), has_gpu=not find_driver().problem)
+def _searched(plan: BuildPlan, backbones: _Backbones, on_step: OnStep, say: Callable[[str], None]) -> BuildPlan:
+    """The plan with weights stored as ``--quantise auto`` finds best, or found for the same build before."""
+    rivals = _rivals(plan, backbones.outline("fp32"))
+
+    def make(folder: Path) -> None:
+        _outlook(plan, backbones.outline("fp32"), rivals).check()
+        graphs = [_export(_searched_job(rival), rival, backbones, on_step) for rival in rivals]
+        with tempfile.TemporaryDirectory() as name:
+            asked = ask_pytorch(plan, Path(name), backbones.load("fp32"), on_step)
+            backbones.drop()
+            measured = measure(asked, rivals, graphs, on_step)
+        Search(searched_target(plan).dtype, len(asked.answers), measured).save(folder)
+
+    folder, _ = run_stage(plan.cache, *_search_stage(rivals), make)
+    search = Search.load(folder)
+    say(search.text())
+    if search.doubt:
+        LOGGER.warning("%s", search.doubt)
+    return stored_as(plan, search.chosen)
+
+
+def _rivals(plan: BuildPlan, backbone: Backbone) -> list[BuildPlan]:
+    """The plan with each of the settings that a search measures, its types' own first."""
+    settings = candidates(searched_target(plan).dtype, backbone.model)
+    check_searchable(plan, backbone)
+    return [stored_as(plan, quantise) for quantise in settings]
+
+
+def _search_stage(rivals: list[BuildPlan]) -> tuple[str, dict[str, Any]]:
+    """Name and inputs of the stage that keeps what a search measured: a bundle's, on this kind of machine."""
+    return f"search-{searched_target(rivals[0]).variant}", {"bundles": [rival.key for rival in rivals], "on": machine()}
+
+
+def _searched_job(rival: BuildPlan) -> GraphJob:
+    return next(job for job in rival.graphs if job.variant == searched_target(rival).variant)
+
+
+def _outlook(plan: BuildPlan, backbone: Backbone, rivals: Sequence[BuildPlan] = ()) -> Outlook:
+    """Of a build, or of one that begins with a search among its rivals, of which the first is the plan itself."""
+    jobs = [(job, _graph_key(job, plan)) for job in plan.graphs]
+    others = [(job, _graph_key(job, rival)) for rival in rivals[1:] for job in [_searched_job(rival)]]
+    has_gpu = not find_driver().problem
+    return outlook_of(plan, backbone.model, jobs, _depth(plan, backbone), has_gpu=has_gpu, others=others)
 
 
 def _depth(plan: BuildPlan, backbone: Backbone) -> str:
@@ -141,7 +209,7 @@ class _Backbones:
     def load(self, dtype: str) -> Backbone:
         """The backbone as PyTorch computes with it."""
         if self._backbone is None or dtype != self._dtype:
-            self._drop()
+            self.drop()
             self._dtype = dtype
             self._backbone = load_backbone(self._request.model, dtype=dtype, **self._options())
         return self._backbone
@@ -159,7 +227,7 @@ class _Backbones:
             self._is_outlined = False
             return self.load(dtype)
         if self._backbone is not None:
-            self._drop()
+            self.drop()
         return made
 
     def to_compare(self, targets: list[TargetPlan]) -> Backbone:
@@ -173,7 +241,8 @@ class _Backbones:
     def _options(self) -> dict[str, Any]:
         return {"revision": self._request.revision, "trust_remote_code": self._request.trust_remote_code}
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Let go of what `load` loaded."""
         self._backbone = None
         gc.collect()  # modules refer to each other, so counting references frees nothing
 

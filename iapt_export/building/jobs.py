@@ -27,6 +27,7 @@ from iapt_export.building.plan import (
     TENSORRT,
     TargetPlan,
     TenantPlan,
+    check_auto,
     check_device,
     check_ranges,
     load_tenants,
@@ -39,7 +40,7 @@ from iapt_export.building.stage_cache import content_key, default_cache
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS, VERIFY
 from iapt_export.contract.integrity import load_private_key
-from iapt_export.contract.low_bits import in_words
+from iapt_export.contract.low_bits import AUTO, in_words, rounding_of
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
@@ -136,7 +137,10 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
         read_fields(path)
     if request.sign:
         load_private_key(Path(request.sign))
-    targets = plan_targets(request.targets, request.dtype, request.opset, request.quantise)
+    is_auto = request.quantise == AUTO
+    targets = plan_targets(request.targets, request.dtype, request.opset, "" if is_auto else request.quantise)
+    if is_auto:
+        check_auto(targets, request.device)
     check_device(targets, request.device)
     if request.prove and request.device != "cpu" and any(target.name == "onnxruntime" for target in targets):
         require_device(request.device)
@@ -146,6 +150,8 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
 
 def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     """Decide all that a build will do, before long work.
+
+    With ``--quantise auto`` the weights are stored as their type has it, until `stored_as` says otherwise.
 
     Args:
         request: what is wanted.
@@ -159,7 +165,6 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     _check_targets(request, targets, family, backbone)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
     _check_text(backbone, adapters)
-    _tell_of_other_weights(targets, adapters)
     tenants = plan_tenants(
         adapters,
         backbone.model,
@@ -178,11 +183,6 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         if not family.in_place:
             del wanted["serve"]
         specs[target.name] = _specs_of(target, wanted)
-    settings = {name: value for name, value in vars(request).items() if name not in NOT_IN_KEY}
-    settings |= {
-        "targets": [dataclasses.asdict(target) for target in targets],
-        **dataclasses.asdict(ranges),
-    }
     return BuildPlan(
         request=request,
         targets=targets,
@@ -197,8 +197,44 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
             if target.name in TENSORRT
             for name in layout.engine_graphs(specs[target.name])
         ],
-        key=content_key(layout.build_inputs(spec, adapters, settings)),
+        key=_key(request, targets, ranges, spec, adapters),
     )
+
+
+def stored_as(plan: BuildPlan, quantise: str) -> BuildPlan:
+    """A plan with rounded weights stored otherwise: equal to what ``--quantise`` with that text gives.
+
+    Raises:
+        IaptError: the text says what a target's type has not.
+    """
+    request = dataclasses.replace(plan.request, quantise=quantise)
+    targets = []
+    for target in plan.targets:
+        rounding = rounding_of(target.name, target.dtype, quantise)
+        targets.append(dataclasses.replace(target, quantise=rounding.quantise if rounding else ""))
+    return dataclasses.replace(
+        plan,
+        request=request,
+        targets=targets,
+        graphs=_graph_jobs(targets, plan.specs, plan.ranges, request),
+        key=_key(request, targets, plan.ranges, plan.backbone, plan.tenants.adapters),
+    )
+
+
+def _key(
+    request: BuildRequest,
+    targets: list[TargetPlan],
+    ranges: Ranges,
+    spec: BackboneSpec,
+    adapters: dict[str, Adapter],
+) -> str:
+    """Of everything that a bundle depends on."""
+    settings = {name: value for name, value in vars(request).items() if name not in NOT_IN_KEY}
+    settings |= {
+        "targets": [dataclasses.asdict(target) for target in targets],
+        **dataclasses.asdict(ranges),
+    }
+    return content_key(layout.build_inputs(spec, adapters, settings))
 
 
 def _specs_of(target: TargetPlan, specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
@@ -223,14 +259,14 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
             encode_request(f"tenant {tenant.name}", Request(tenant.name, "Hello"), tenant, codec)
 
 
-def _tell_of_other_weights(targets: list[TargetPlan], adapters: dict[str, Adapter]) -> None:
-    """An adapter answers best on the weights that it was trained on."""
-    for target in targets:
+def tell_of_other_weights(plan: BuildPlan) -> None:
+    """Note which adapters were trained on others than a target serves: each answers best on its own."""
+    for target in plan.targets:
         served = (target.dtype if target.rounding else "fp32", target.quantise)
         flags = f"--weights {served[0]}" + (f" --quantise {target.quantise}" if target.quantise else "")
         # training rounds as ONNX Runtime's quantiser does
         those = "nearly those" if target.rounding and target.rounding.is_scaled else "those"
-        for name, adapter in adapters.items():
+        for name, adapter in plan.tenants.adapters.items():
             trained = (adapter.config.weights, adapter.config.quantise)
             if trained != served:
                 LOGGER.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from iapt_export.contract.types import FLOAT_BYTES
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.streamed import RESTORED_BYTES, copies_compared, has_room_for
 
+Keyed = Sequence[tuple[Any, dict[str, Any]]]
+"""Each `iapt_export.building.jobs.GraphJob` with what decides its stage; see
+`iapt_export.building.stage_cache.run_stage`."""
 RUNTIME_BYTES = GIB // 2
 """What Python with PyTorch and ONNX Runtime takes before anything is loaded; 0.3 GiB measured, and something."""
 PACKED = re.compile(r"(^|\.)[qkv]_proj$")
@@ -99,22 +103,29 @@ class Outlook:
         return "\n".join([*lines, self.proof])
 
 
-def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: str, *, has_gpu: bool) -> Outlook:
+def outlook_of(plan: Any, model: Any, jobs: Keyed, depth: str, *, has_gpu: bool, others: Keyed = ()) -> Outlook:
     """Foresee a build.
 
     Args:
         plan: its `iapt_export.building.jobs.BuildPlan`, which only the build itself may import.
         model: the backbone; its shapes count alone.
-        keys: variant to what decides its stage; see `iapt_export.building.stage_cache.run_stage`.
+        jobs: the plan's graphs.
         depth: of the comparison; see `validation.judging.compare.Settings`.
         has_gpu: it runs TensorRT's engines; else ONNX Runtime runs the graphs of those with rounded weights.
+        others: the same graphs with other weights, among which a search chooses, with a session open for each.
     """
     stages = []
-    for job in plan.graphs:
+    for job, key in (*jobs, *others):
         name = f"graphs-{job.variant}"
-        found, size = made_stage(plan.cache, name, keys[job.variant]), graph_bytes(job, plan, model)
+        found, size = made_stage(plan.cache, name, key), graph_bytes(job, plan, model)
         rate = bytes_per_second(plan.cache, name)
-        stages.append(Stage(name, found is not None, size, size / rate if rate else None))
+        shown = f"{name} ({job.target.quantise})" if job.target.quantise else name
+        stages.append(Stage(shown, found is not None, size, size / rate if rate else None))
+    if others:
+        what = (
+            f"search for --quantise among {len(others) + 1} settings, of which the fastest that answers alike is taken"
+        )
+        stages.append(Stage(what, False, None))
     # an engine is found by its graph's bytes, which are not there before the graph is
     sizes = [engine_bytes(job, plan, model) for job in plan.engines]
     stages += [
@@ -131,7 +142,8 @@ def outlook_of(plan: Any, model: Any, keys: dict[str, dict[str, Any]], depth: st
         disk.append((Path(tempfile.gettempdir()), max(graph_bytes(job, plan, model) for job in plan.graphs), "TMPDIR"))
     how = "PyTorch reads the weights layer by layer" if streams else "PyTorch has the backbone in memory"
     proof = f"comparison with PyTorch: {depth}; {how}" if plan.request.prove else "no comparison with PyTorch"
-    return Outlook(stages, [*_disk_needs(disk), _memory_need(plan, model, has_gpu=has_gpu)], proof)
+    searched = sum(graph_bytes(job, plan, model) for job, _ in (*jobs, *others)) if others else 0
+    return Outlook(stages, [*_disk_needs(disk), _memory_need(plan, model, searched, has_gpu=has_gpu)], proof)
 
 
 def graph_bytes(job: Any, plan: Any, model: Any) -> int:
@@ -168,8 +180,8 @@ def _disk_needs(places: list[tuple[Path, int, str]]) -> list[Need]:
     ]
 
 
-def _memory_need(plan: Any, model: Any, *, has_gpu: bool) -> Need:
-    """The larger of writing a matrix and holding a session, which has its weights in its own order.
+def _memory_need(plan: Any, model: Any, searched: int, *, has_gpu: bool) -> Need:
+    """The larger of writing a matrix and holding a session, or those of a search, with weights in their own order.
 
     Weights that ``DequantizeLinear`` restores are restored when a session begins, and held so.
     """
@@ -181,7 +193,7 @@ def _memory_need(plan: Any, model: Any, *, has_gpu: bool) -> Need:
     sessions = [graph_bytes(job, plan, model) for job in runs]
     if not has_gpu and any(target.rounding and target.rounding.is_scaled for target in plan.targets):
         sessions.append(RESTORED_BYTES * sum(parameter.numel() for parameter in model.parameters()))
-    session = max(sessions, default=0) if plan.request.prove else 0
+    session = max(max(sessions, default=0) if plan.request.prove else 0, searched)
     remedy = "stop other programs, take a smaller type (--target onnxruntime:int4), or a machine with more"
     return Need("memory", RUNTIME_BYTES + max(writing, session), free_memory(), remedy)
 

@@ -95,6 +95,29 @@ def plan_targets(
     return plans
 
 
+def check_auto(targets: list[TargetPlan], device: str) -> None:
+    """Refuse a search for how weights are stored where it could not measure what will run.
+
+    Raises:
+        IaptError: no target stores weights in few bits, one does that a GPU runs, or the comparison is on a GPU.
+    """
+    built = ", ".join(f"{plan.name}:{plan.dtype}" for plan in targets)
+    if not any(plan.rounding for plan in targets):
+        raise IaptError(
+            f"--quantise auto measures how int8 and int4 store the weights, and what is built is {built}; leave it "
+            "out, or take --target onnxruntime:int4"
+        )
+    others = ", ".join(f"{plan.name}:{plan.dtype}" for plan in targets if plan.rounding and plan.rounding.is_scaled)
+    if others or device != "cpu":
+        of, remedy = (
+            (others, "build --target onnxruntime:int4 alone") if others else (f"--device {device}", "leave it out")
+        )
+        raise IaptError(
+            f"--quantise auto measures ONNX Runtime on this machine's CPU, which says nothing of {of}; give settings, "
+            f"such as --quantise block=64, or {remedy}"
+        )
+
+
 def _check_dtype(text: str, name: str, dtype: str) -> None:
     """Refuse a type that is not known, or that a target does not have."""
     known = tuple(dict.fromkeys((*FLOATS, *QUANTISED, *DEQUANTISED)))

@@ -55,6 +55,8 @@ DEQUANTISED = {"int8": Rounding(8, "integers"), "int4": Rounding(4, "integers")}
 """Those of TensorRT for RTX; all else is fp16."""
 VALUES = {"block": (32, 64, 128), "head": (4, 8), "narrow": (4, 8)}
 """What ``--quantise`` may set, and to what; see docs/decisions.md for the blocks."""
+AUTO = "auto"
+"""What a build takes in place of settings: it measures a few with its tenants, and goes on with the one it found."""
 
 
 def rounding_of(target: str, dtype: str, quantise: str = "") -> Rounding | None:
@@ -80,14 +82,14 @@ def rounding_problems(quantise: Any, dtype: str = "") -> list[str]:
     """What is wrong with a text such as ``block=64,head=8,narrow=4``, a line each.
 
     Args:
-        quantise: the text; empty sets nothing.
+        quantise: the text; empty sets nothing, and `AUTO` is no setting, but what a build replaces by one.
         dtype: the type whose weights it is about, where that is known.
     """
     told = f"quantise={shown(quantise)}"
-    if quantise == "auto":
+    if quantise == AUTO:
         return [
-            f"{told}: nothing searches for settings yet; build a bundle for each of a few, such as block=64 and "
-            "block=64,narrow=4, and compare their answers to your own data, and their speed (iapt-export bench)"
+            f"{told} is for build alone, which measures settings with its tenants; name settings here, such as "
+            "block=64,narrow=4, or leave it out"
         ]
     if not isinstance(quantise, str):
         return [f"{told} is no text such as 'block=64,head=8,narrow=4'"]

@@ -164,21 +164,12 @@ def prompts_from_bundle(
     """
     tenants = _asked(bundle, manifest)
     per_tenant = -(-num_prompts // len(tenants))
-    room = manifest.ranges.past.max - manifest.num_slots - new_tokens + 1
-    longest = min(manifest.ranges.sequence.max, room)
     prompts: list[Prompt] = []
     for tenant in tenants:
         texts = _texts(bundle, tenant)
         rounds = range(1, -(-per_tenant // len(texts)))
         texts += [f"{text} ({number})" for number in rounds for text in texts]
-        tokenised = [Prompt(tenant.name, text, tuple(_as_trained(codec, tenant, text))) for text in texts]
-        fitting = [prompt for prompt in tokenised if len(prompt.tokens) <= longest][:per_tenant]
-        if not fitting:
-            raise BundleError(
-                f"tenant {tenant.name or manifest.backbone.name_or_path}: no example prompt has at most {longest} "
-                "tokens, so nothing to compare; raise --sequence or --past, or lower --new-tokens"
-            )
-        prompts += fitting
+        prompts += _fitting(manifest, codec, tenant, texts, new_tokens)[:per_tenant]
     random.Random(seed).shuffle(prompts)
     methods = {tenant.name: tenant.method for tenant in tenants}
     of_method = {methods[prompt.tenant]: prompt for prompt in reversed(prompts)}
@@ -188,6 +179,43 @@ def prompts_from_bundle(
         return 0 if of_method[methods[prompt.tenant]] is prompt else 1 if of_tenant[prompt.tenant] is prompt else 2
 
     return sorted(prompts, key=rank)
+
+
+def own_prompts(
+    bundle: Path, manifest: BundleManifest, codec: TextCodec, new_tokens: int, max_prompts: int
+) -> list[Prompt]:
+    """The example prompts as they stand, tenant by tenant: of each the first that fit, its share of ``max_prompts``.
+
+    Raises:
+        IaptError: an examples file is not JSONL with ``prompt`` fields.
+        BundleError: no prompt of some tenant fits the bundle.
+    """
+    tenants = _asked(bundle, manifest)
+    share = max(1, max_prompts // len(tenants))
+    return [
+        prompt
+        for tenant in tenants
+        for prompt in _fitting(manifest, codec, tenant, _texts(bundle, tenant), new_tokens)[:share]
+    ]
+
+
+def _fitting(
+    manifest: BundleManifest, codec: TextCodec, tenant: TenantSpec, texts: list[str], new_tokens: int
+) -> list[Prompt]:
+    """Those of a tenant's texts that a session takes with an answer of so many tokens.
+
+    Raises:
+        BundleError: none is short enough, so that the tenant would go uncompared.
+    """
+    longest = min(manifest.ranges.sequence.max, manifest.ranges.past.max - manifest.num_slots - new_tokens + 1)
+    tokenised = [Prompt(tenant.name, text, tuple(_as_trained(codec, tenant, text))) for text in texts]
+    fitting = [prompt for prompt in tokenised if len(prompt.tokens) <= longest]
+    if not fitting:
+        raise BundleError(
+            f"tenant {tenant.name or manifest.backbone.name_or_path}: no example prompt has at most {longest} "
+            "tokens, so nothing to compare; raise --sequence or --past, or lower --new-tokens"
+        )
+    return fitting
 
 
 def example_text(bundle: Path, manifest: BundleManifest, codec: TextCodec) -> list[int]:

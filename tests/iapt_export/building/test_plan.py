@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from iapt_export.building.jobs import plan_build
+from iapt_export.building.jobs import plan_build, tell_of_other_weights
 from iapt_export.building.plan import (
     TargetPlan,
     check_device,
@@ -218,7 +218,7 @@ def test_other_weights_than_those_of_training_are_said(
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     coarse = save_tiny_adapter(tmp_path / "coarse", 0, backbone.fingerprint, weights="int4")
     request = tiny_build.request(tmp_path / "out", "alpha", targets=[target])
-    plan_build(dataclasses.replace(request, adapters=[*request.adapters, coarse]), backbone)
+    tell_of_other_weights(plan_build(dataclasses.replace(request, adapters=[*request.adapters, coarse]), backbone))
     warnings = [record.message for record in caplog.records if record.name == "iapt_export"]
     assert warnings == [f"tenant {text}"]
 
