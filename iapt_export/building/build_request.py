@@ -47,7 +47,7 @@ class BuildRequest:
     onnxruntime."""
     dtype: Annotated[str | None, _TARGETS, Parameter(metavar="DTYPE")] = None
     """fp32, fp16 or bf16, for targets that name none."""
-    quantise: Annotated[str, _TARGETS, Parameter(metavar="KEY=N,...")] = ""
+    quantise: Annotated[str, _TARGETS, Parameter(metavar="KEY=N,...|auto")] = ""
     """How int8 and int4 store the weights: block=32, 64 or 128 values share a scale; bits of the embedding and the
     head, head=8 or 4; of products with more inputs than outputs, narrow=8 or 4; without it, 32, 8 and 8. auto measures
     a few, and takes the fastest that answers the tenants' example prompts as these do."""
