@@ -43,14 +43,15 @@ class BuildRequest:
     """Adapter directory, once a tenant, called NAME or as the folder is; PEFT's also DIR,format=chat or DIR,task=0;
     without any, the backbone alone is served."""
     targets: Annotated[Sequence[str], _TARGETS, Parameter(("--target", "-t"), metavar="T[:DTYPE]")] = ()
-    """onnxruntime or tensorrt-rtx (also with :int8 or :int4 weights), tensorrt; once for each; without,
-    onnxruntime."""
+    """onnxruntime or tensorrt-rtx (also with :int8 or :int4 weights, tensorrt-rtx with :fp8 or :nvfp4 too), tensorrt;
+    once for each; without, onnxruntime."""
     dtype: Annotated[str | None, _TARGETS, Parameter(metavar="DTYPE")] = None
     """fp32, fp16 or bf16, for targets that name none."""
     quantise: Annotated[str, _TARGETS, Parameter(metavar="KEY=N,...|auto")] = ""
-    """How int8 and int4 store the weights: block=32, 64 or 128 values share a scale; bits of the embedding and the
-    head, head=8 or 4; of products with more inputs than outputs, narrow=8 or 4; without it, 32, 8 and 8. auto measures
-    a few, and takes the fastest that answers the tenants' example prompts as these do."""
+    """How int8, int4, fp8 and nvfp4 store the weights: block=32, 64 or 128 values share a scale (not nvfp4); bits of
+    the embedding and the head, head=8 or 4; of products with more inputs than outputs, narrow=8 or 4; without it, 32,
+    8 and 8. auto measures a few of onnxruntime's, and takes the fastest that answers the tenants' example prompts as
+    these do."""
     opset: Annotated[int | None, _TARGETS, Parameter(metavar="N")] = None
     """20 or 23; without it, 23."""
     compute_capability: Annotated[str | None, _TARGETS, Parameter(metavar="X.Y")] = None

@@ -222,7 +222,7 @@ def model_weights(model: Any, rounding: Rounding | None, width: int) -> tuple[in
         assert rounding is not None
         module = model.get_submodule(name.rpartition(".")[0])
         inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-        scale, size = 2 if rounding.is_scaled else 4, rounding.block
+        scale, size = rounding.scale_bytes(num_bits), rounding.block_for(num_bits)
         blocks[id(module.weight)] = -(-inputs // size) * outputs * (size * num_bits // 8 + scale)
     parameters = list(model.parameters())
     return (

@@ -264,8 +264,8 @@ def tell_of_other_weights(plan: BuildPlan) -> None:
     for target in plan.targets:
         served = (target.dtype if target.rounding else "fp32", target.quantise)
         flags = f"--weights {served[0]}" + (f" --quantise {target.quantise}" if target.quantise else "")
-        # training rounds as ONNX Runtime's quantiser does
-        those = "nearly those" if target.rounding and target.rounding.is_scaled else "those"
+        # training rounds to int8 and int4 as ONNX Runtime's quantiser does
+        those = "nearly those" if target.rounding and target.rounding.grid == "integers" else "those"
         for name, adapter in plan.tenants.adapters.items():
             trained = (adapter.config.weights, adapter.config.quantise)
             if trained != served:

@@ -35,7 +35,7 @@ class TargetPlan:
 
     name: str
     dtype: str
-    """``fp32``, ``fp16``, ``bf16``; ``int8`` or ``int4`` for weights in it, all else in `graph_dtype`."""
+    """``fp32``, ``fp16``, ``bf16``; a coarser one, such as ``int8``, for weights in it, all else in `graph_dtype`."""
     opset: int
     quantise: str = ""
     """What of its rounding is not as its type has it, see `Rounding.quantise`."""
@@ -89,8 +89,8 @@ def plan_targets(
     if quantise and not any(plan.rounding for plan in plans):
         built = ", ".join(f"{plan.name}:{plan.dtype}" for plan in plans)
         raise IaptError(
-            f"--quantise says how int8 and int4 store the weights, and what is built is {built}; leave it out, or take "
-            "--target onnxruntime:int4"
+            f"--quantise says how int8, int4, fp8 and nvfp4 store the weights, and what is built is {built}; leave it "
+            "out, or take --target onnxruntime:int4"
         )
     return plans
 

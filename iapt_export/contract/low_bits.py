@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from iapt_export.contract.errors import IaptError, shown
 
+FP4_BLOCK = 16
+"""Values of FP4 that share a scale: NVFP4, what the GPUs multiply with, has no other."""
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -19,9 +22,9 @@ class Rounding:
 
     bits: int
     """8 or 4, of most; see `bits_for`."""
-    grid: Literal["blocks", "integers"] = "blocks"
-    """``blocks`` for ONNX Runtime's own operators, in fp32 graphs. ``integers`` for DequantizeLinear in fp16 graphs,
-    which the weights are rounded to first."""
+    grid: Literal["blocks", "integers", "floats"] = "blocks"
+    """``blocks`` for ONNX Runtime's own operators, in fp32 graphs. ``integers`` and ``floats`` for DequantizeLinear in
+    fp16 graphs, which the weights are rounded to first; ``floats`` are those of `bits` alone, see `stored_as`."""
     block: int = 32
     """Values that share a scale. 32 is the smallest that every kernel of ONNX Runtime takes, and the nearest to fp32.
     """
@@ -42,6 +45,25 @@ class Rounding:
         usual = Rounding(self.bits)
         return ",".join(f"{name}={own}" for name in VALUES if (own := getattr(self, name)) != getattr(usual, name))
 
+    def stored_as(self, bits: int) -> Literal["int8", "int4", "fp8", "fp4"]:
+        """Which numbers stand for a matrix of so many bits, where DequantizeLinear restores it.
+
+        Matrices that a type of 4 bits keeps in 8 are integers, whose error in blocks of 32 is a quarter of FP8's.
+        """
+        if self.grid == "floats" and bits == self.bits:
+            return "fp8" if bits == 8 else "fp4"
+        return "int8" if bits == 8 else "int4"
+
+    def block_for(self, bits: int) -> int:
+        """Values that share a scale, in a matrix of so many bits."""
+        return FP4_BLOCK if self.stored_as(bits) == "fp4" else self.block
+
+    def scale_bytes(self, bits: int) -> int:
+        """Bytes of each of their scales."""
+        if not self.is_scaled:
+            return 4
+        return 1 if self.stored_as(bits) == "fp4" else 2
+
     def bits_for(self, shape: Sequence[int], *, is_end: bool) -> int:
         """Bits of a matrix ``[K, N]``; ``is_end`` for the embedding and the head."""
         if is_end:
@@ -51,8 +73,15 @@ class Rounding:
 
 QUANTISED = {"int8": Rounding(8), "int4": Rounding(4)}
 """ONNX Runtime's types of stored weights; activations, cache and tenants' weights are fp32."""
-DEQUANTISED = {"int8": Rounding(8, "integers"), "int4": Rounding(4, "integers")}
+DEQUANTISED = {
+    "int8": Rounding(8, "integers"),
+    "int4": Rounding(4, "integers"),
+    "fp8": Rounding(8, "floats"),
+    "nvfp4": Rounding(4, "floats"),
+}
 """Those of TensorRT for RTX; all else is fp16."""
+SMALLER = {"int8": "int4", "fp8": "nvfp4"}
+"""Types without a matrix in 4 bits, to those that have some."""
 VALUES = {"block": (32, 64, 128), "head": (4, 8), "narrow": (4, 8)}
 """What ``--quantise`` may set, and to what; see docs/decisions.md for the blocks."""
 AUTO = "auto"
@@ -101,8 +130,10 @@ def rounding_problems(quantise: Any, dtype: str = "") -> list[str]:
             problems.append(f"{told} sets {shown(name)}, expected settings of block, head, narrow: block=64,narrow=4")
         elif value not in map(str, allowed):
             problems.append(f"{told}: {name} is {shown(value)}, expected {' or '.join(map(str, allowed))}")
-        elif name != "block" and value == "4" and dtype == "int8":
-            problems.append(f"{told}: int8 has no matrix in 4 bits; leave {name} out, or take int4")
+        elif name != "block" and value == "4" and dtype in SMALLER:
+            problems.append(f"{told}: {dtype} has no matrix in 4 bits; leave {name} out, or take {SMALLER[dtype]}")
+        elif name == "block" and dtype == "nvfp4":
+            problems.append(f"{told}: nvfp4's blocks are of {FP4_BLOCK} values, of 8 bits of 32; leave block out")
         if name in seen:
             problems.append(f"{told} sets {name} twice")
         seen.add(name)

@@ -74,8 +74,10 @@ def export_graphs(
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
         if serving.rounding:
-            rounds = DequantiseWeightsPass if serving.rounding.is_scaled else QuantiseWeightsPass
-            graph_passes.append(rounds(rounded, serving.rounding.block))
+            how = serving.rounding
+            graph_passes.append(
+                DequantiseWeightsPass(rounded, how) if how.is_scaled else QuantiseWeightsPass(rounded, how.block)
+            )
         passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes, portable=name in PORTABLE)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.low_bits import Rounding
 from trainers.decoder.quantise import Blocks, quantise
-from trainers.decoder.scaled import Scaled, scaled
+from trainers.decoder.scaled import Scaled, scale_of_all, scaled
 
 ROWS_AT_ONCE = 1024
 """Outputs of a matrix that are rounded at once."""
@@ -37,8 +37,9 @@ def _matrices(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int]]:
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if rounding.is_scaled and rounding.head == 4 and head is not None and head.weight is table.weight:
-        # engines of TensorRT for RTX 1.7.1 grew by twice the table's bytes, with one that is not tied by once
+    if rounding.grid == "integers" and rounding.head == 4 and head is not None and head.weight is table.weight:
+        # engines of TensorRT for RTX 1.7.1 grew by twice the table's bytes, with one that is not tied by once; so they
+        # do not in FP4
         raise IaptError(
             "head=4: this backbone's head is its embedding, a table that an engine of TensorRT for RTX keeps twice in "
             "4 bits, which is no smaller than once in 8; leave head out"
@@ -131,8 +132,11 @@ def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
     The values and scales are mapped from files.
     """
     if rounding.is_scaled:
-        made = [scaled(part.float().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
-        return Scaled(on_disk([part.values for part in made]), on_disk([part.scales for part in made]))
+        is_fp4 = rounding.stored_as(bits) == "fp4"
+        whole = scale_of_all(*(float(end) for end in torch.aminmax(rows))) if is_fp4 else None
+        made = [scaled(part.float().numpy(), bits, rounding, whole) for part in rows.split(ROWS_AT_ONCE)]
+        values, scales = on_disk([part.values for part in made]), on_disk([part.scales for part in made])
+        return Scaled(values, scales, made[0].whole)
     parts = [quantise(part.float().T.contiguous().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
     values, scales = on_disk([part.values for part in parts]), on_disk([part.scales for part in parts])
     return Blocks(bits, values, scales, rows.shape[1])

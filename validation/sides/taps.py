@@ -29,6 +29,7 @@ from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
 from iapt_export.graphs.ops.serving_ops import PRODUCT
 from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
+from validation.sides.fp4 import with_kernels_for_fp4
 from validation.sides.nibbles import split_products
 
 SHAPE_OPERATORS = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Range", "Cast")
@@ -62,6 +63,7 @@ class TappedGraph:
     def __init__(self, path: Path) -> None:
         self.folder = path.parent
         self.model = onnx.load(path, load_external_data=False)
+        with_kernels_for_fp4(self.model)
         self.nodes = list(self.model.graph.node)
         for node in self.nodes:
             for attribute in node.attribute:

@@ -9,34 +9,45 @@ import numpy as np
 import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.low_bits import Rounding
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.quantise_weights import OUTPUTS_AT_A_TIME, is_lookup
 from iapt_export.graphs.weights import WEIGHTS
-from trainers.decoder.scaled import Scaled, scaled
+from trainers.decoder.scaled import Scaled, scale_of_all, scaled
 
-STEPS, FACTORS, RESTORED = ".steps", ".factors", ".restored"
+STEPS, FACTORS, WHOLE, RESTORED = ".steps", ".factors", ".whole", ".restored"
 """Suffixes of a rounded weight's constants and of what ``DequantizeLinear`` makes of them."""
-TYPES = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
+FP4_IR = 11
+"""The first version of ONNX's format that has FP4."""
+TYPES = {
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "fp4": ir.DataType.FLOAT4E2M1,
+}
 
 
 class DequantiseWeightsPass(ir.passes.InPlacePass):
-    """Put ``DequantizeLinear`` of rounded values between a weight's place and all that reads it.
+    """Put ``DequantizeLinear`` of rounded values, with fp16 scales, between a weight's place and all that reads it.
 
     A linear layer's matrix ``[K, N]`` is in blocks along axis 0, an embedding ``[N, K]`` along axis 1. One that is the
     head's too is stored as the head reads it, ``[K, N]``, and looked up along axis 1: of ``Gather`` and ``Transpose``
     over one INT8 table, TensorRT for RTX 1.7.1 keeps a copy each in its engine.
 
+    FP4 has FP8 scales, restored by a ``DequantizeLinear`` of their own with one fp32 scale, and a ``Cast`` to fp16: the
+    operators, types and order of NVIDIA's own exporter (ModelOpt).
+
     Requires: `FoldTransposesPass`; fp16 weights; opset 21 or later. Ensures: no weight that has bits is left in fp16,
     all others are as they were. The values are computed when they are written.
     """
 
-    def __init__(self, bits: Mapping[str, int], block: int) -> None:
-        """Take the names of a backbone's weights with the bits of each, and how many values share a scale.
+    def __init__(self, bits: Mapping[str, int], rounding: Rounding) -> None:
+        """Take the names of a backbone's weights with the bits of each, and how those are stored.
 
         A graph may have some of the weights.
         """
         super().__init__()
-        self.bits, self.block = bits, block
+        self.bits, self.rounding = bits, rounding
         self.note = ""
 
     def requires(self, model: ir.Model) -> None:
@@ -54,9 +65,11 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         graph = model.graph
         counts: Counter[int] = Counter()
         for weight, bits in self._weights(graph).items():
-            _dequantise(graph, weight, bits, self.block)
+            _dequantise(graph, weight, bits, self.rounding)
             del graph.initializers[str(weight.name)]
             counts[bits] += 1
+            if self.rounding.stored_as(bits) == "fp4":
+                model.ir_version = max(model.ir_version, FP4_IR)
         done = [f"{count} weights in {bits} bits" for bits, count in sorted(counts.items())]
         self.note = ", ".join(done) or "no weight of the backbone is rounded"
         return ir.passes.PassResult(model, bool(counts))
@@ -67,7 +80,7 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         return {graph.initializers[name]: self.bits[own] for name, own in names.items() if own in self.bits}
 
 
-def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> None:
+def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int, rounding: Rounding) -> None:
     """Let all that reads a weight read what is restored of its rounded values.
 
     Raises:
@@ -86,7 +99,7 @@ def _dequantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> Non
         )
     is_turned = bool(lookups or turns)  # [N, K]
     assert weight.const_value is not None
-    later = _Later(weight.const_value, bits, block, is_turned=is_turned)
+    later = _Later(weight.const_value, bits, rounding, is_turned=is_turned)
     restored = _restored(graph, weight, later, turn=bool(turns))
     for node in turns:
         node.outputs[0].replace_all_uses_with(restored)
@@ -104,7 +117,7 @@ def _restored(graph: ir.Graph, weight: ir.Value, later: _Later, *, turn: bool) -
     """What ``DequantizeLinear`` makes of a weight.
 
     Args:
-        graph: gets the node, and the constants.
+        graph: gets the nodes, and the constants.
         weight: the constant as it is.
         later: its values, when they are written.
         turn: store it the other way round.
@@ -113,16 +126,29 @@ def _restored(graph: ir.Graph, weight: ir.Value, later: _Later, *, turn: bool) -
     shape = [later.num_outputs, later.num_inputs] if outputs_first else [later.num_inputs, later.num_outputs]
     axis = 1 if outputs_first else 0
     blocks = [size // later.block if place == axis else size for place, size in enumerate(shape)]
-    steps = later.constant(graph, f"{weight.name}{STEPS}", TYPES[later.bits], shape, outputs_first)
-    factors = later.constant(graph, f"{weight.name}{FACTORS}", ir.DataType.FLOAT16, blocks, outputs_first)
-    node = ir.node("DequantizeLinear", [steps, factors], {"axis": axis, "block_size": later.block})
-    restored = node.outputs[0]
-    restored.name, restored.shape = f"{weight.name}{RESTORED}", ir.Shape(shape)
-    restored.type = ir.TensorType(ir.DataType.FLOAT16)
+    how = {"axis": axis, "block_size": later.block}
+    steps = later.constant(graph, f"{weight.name}{STEPS}", TYPES[later.kind], shape, outputs_first)
+    if later.kind == "fp4":
+        small = later.constant(graph, f"{weight.name}{FACTORS}", ir.DataType.FLOAT8E4M3FN, blocks, outputs_first)
+        whole = later.constant(graph, f"{weight.name}{WHOLE}", ir.DataType.FLOAT, [], outputs_first)
+        nodes = [ir.node("DequantizeLinear", [small, whole])]
+        nodes.append(ir.node("DequantizeLinear", [steps, nodes[0].outputs[0]], how))
+        nodes.append(ir.node("Cast", [nodes[1].outputs[0]], {"to": ir.DataType.FLOAT16}))
+        _typed(nodes[0].outputs[0], f"{weight.name}{FACTORS}{RESTORED}", ir.DataType.FLOAT, blocks)
+        _typed(nodes[1].outputs[0], f"{weight.name}{STEPS}{RESTORED}", ir.DataType.FLOAT, shape)
+    else:
+        factors = later.constant(graph, f"{weight.name}{FACTORS}", ir.DataType.FLOAT16, blocks, outputs_first)
+        nodes = [ir.node("DequantizeLinear", [steps, factors], how)]
     reader = next(iter(weight.uses()))[0]
-    node.metadata_props.update(reader.metadata_props)  # which module it is of
-    graph.insert_before(graph[0], node)
-    return restored
+    for node in nodes:
+        node.metadata_props.update(reader.metadata_props)  # which module it is of
+    graph.insert_before(graph[0], nodes)
+    return _typed(nodes[-1].outputs[0], f"{weight.name}{RESTORED}", ir.DataType.FLOAT16, shape)
+
+
+def _typed(value: ir.Value, name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+    value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+    return value
 
 
 def _look_up_columns(graph: ir.Graph, node: ir.Node) -> None:
@@ -145,11 +171,12 @@ def _look_up_columns(graph: ir.Graph, node: ir.Node) -> None:
 
 
 class _Later:
-    """A matrix that is rounded when the first of its two tensors is written; the other waits for its turn."""
+    """A matrix that is rounded when the first of its tensors is written; the others wait for their turn."""
 
-    def __init__(self, tensor: ir.TensorProtocol, bits: int, block: int, *, is_turned: bool) -> None:
+    def __init__(self, tensor: ir.TensorProtocol, bits: int, rounding: Rounding, *, is_turned: bool) -> None:
         """Take a matrix ``[K, N]``, or ``[N, K]`` if it ``is_turned``."""
-        self.tensor, self.bits, self.block, self.is_turned = tensor, bits, block, is_turned
+        self.tensor, self.bits, self.rounding, self.is_turned = tensor, bits, rounding, is_turned
+        self.kind, self.block = rounding.stored_as(bits), rounding.block_for(bits)
         shape = tensor.shape.numpy()
         self.num_inputs, self.num_outputs = reversed(shape) if is_turned else shape
         self.waiting: dict[str, np.ndarray] = {}
@@ -157,11 +184,11 @@ class _Later:
     def constant(
         self, graph: ir.Graph, name: str, dtype: ir.DataType, shape: list[int], outputs_first: bool
     ) -> ir.Value:
-        """The constant of the graph that will hold the values or the scales."""
+        """The constant of the graph that will hold the values, the scales, or what is of all of them."""
 
         def compute() -> ir.Tensor:
-            rows = self._take(name.endswith(FACTORS))
-            array = np.ascontiguousarray(rows if outputs_first else rows.T)
+            rows = self._take(name[name.rindex(".") :])
+            array = np.ascontiguousarray(rows if outputs_first else rows.T).reshape(shape)
             return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
 
         tensor = ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name)
@@ -169,12 +196,13 @@ class _Later:
         graph.register_initializer(value)
         return value
 
-    def _take(self, is_scales: bool) -> np.ndarray:
-        key = "scales" if is_scales else "values"
-        if key not in self.waiting:
+    def _take(self, suffix: str) -> np.ndarray:
+        if suffix not in self.waiting:
             made = self._rounded()
-            self.waiting = {"values": made.values, "scales": made.scales}
-        return self.waiting.pop(key)
+            self.waiting = {STEPS: made.values, FACTORS: made.scales}
+            if made.whole is not None:
+                self.waiting[WHOLE] = np.array(made.whole, np.float32)
+        return self.waiting.pop(suffix)
 
     def _rounded(self) -> Scaled:
         """Outputs have nothing to do with each other, so some at a time are copied and rounded.
@@ -185,12 +213,14 @@ class _Later:
         array = self.tensor.numpy()
         rows = array if self.is_turned else array.T  # [N, K]
         begins = range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
+        whole = scale_of_all(array.min(), array.max()) if self.kind == "fp4" else None
         try:
-            parts = [scaled(rows[begin : begin + OUTPUTS_AT_A_TIME], self.bits, self.block) for begin in begins]
+            parts = [scaled(rows[at : at + OUTPUTS_AT_A_TIME], self.bits, self.rounding, whole) for at in begins]
         except IaptError as error:
             name = str(self.tensor.name).removeprefix(WEIGHTS).removesuffix(TRANSPOSED)
             raise IaptError(f"{name}: {error}") from error
-        return Scaled(np.concatenate([part.values for part in parts]), np.concatenate([part.scales for part in parts]))
+        values, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "scales"))
+        return Scaled(values, scales, parts[0].whole)
 
 
 def _is_product(node: ir.Node, place: int) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from engines.tensorrt.builder import BuildOptions, engine_from_onnx
 from engines.tensorrt.engine_info import check_engine, read_header
+from engines.tensorrt.flavour import RTX
 from iapt_export.building.footprint import model_weights
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.low_bits import DEQUANTISED, Rounding
@@ -19,6 +20,9 @@ from tests.graphs import specs_for
 from tests.tiny import tiny_llama
 
 RANGES = Ranges(batch=Range(1, 2, 4), sequence=Range(1, 8, 16), past=Range(5, 16, 32), tenants=Range(1, 2, 8))
+
+NEWEST = {"fp8": "8.9", "nvfp4": "12.0"}
+"""Types that not every GPU of a portable engine has, to the oldest that has them."""
 
 KERNELS = 1_200_000
 """Bytes that an engine of rounded weights may have in kernels beyond one of fp16; 0.81 million seen."""
@@ -41,7 +45,8 @@ def engine_of(rounding: Rounding | None, folder: Path, options: BuildOptions | N
     info = engine_from_onnx(folder / "serve_decode.onnx", engine, spec, RANGES, options)
     assert check_engine(spec, info, RANGES, engine) == []
     header = read_header(engine)
-    assert header is not None and len(header.compute_capabilities) == 5
+    asked = options.compute_capability if options else None
+    assert header is not None and header.compute_capabilities == ((asked,) if asked else RTX.portable)
     return info.size_bytes
 
 
@@ -49,13 +54,17 @@ def test_an_engine_holds_each_weight_once_in_its_bits(tmp_path: Path) -> None:
     """What the weights take less is what the engine takes less, but for kernels; a table held twice would show."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     sizes, foreseen = {}, {}
-    coarse = {"int4,block=128,narrow=4": Rounding(4, "integers", block=128, narrow=4)}
+    coarse = {
+        "int4,block=128,narrow=4": Rounding(4, "integers", block=128, narrow=4),
+        "nvfp4,head=4,narrow=4": Rounding(4, "floats", head=4, narrow=4),
+    }
     for dtype, rounding in {"fp16": None, **DEQUANTISED, **coarse}.items():
         (folder := tmp_path / dtype).mkdir()
-        sizes[dtype], foreseen[dtype] = engine_of(rounding, folder), model_weights(half(), rounding, 2)[1]
-    assert foreseen["int8"] < 0.54 * foreseen["fp16"] and foreseen["int4"] < 0.45 * foreseen["fp16"]
-    assert foreseen[next(iter(coarse))] < 0.36 * foreseen["fp16"]
-    for dtype in (*DEQUANTISED, *coarse):
+        options = BuildOptions(compute_capability=NEWEST.get(dtype.partition(",")[0]))
+        sizes[dtype], foreseen[dtype] = engine_of(rounding, folder, options), model_weights(half(), rounding, 2)[1]
+    most = {"int8": 0.54, "fp8": 0.54, "int4": 0.45, "nvfp4": 0.45, **dict(zip(coarse, (0.36, 0.29), strict=True))}
+    for dtype, part in most.items():
+        assert foreseen[dtype] < part * foreseen["fp16"]
         saved = sizes["fp16"] - sizes[dtype]
         assert 0 < foreseen["fp16"] - foreseen[dtype] - saved < KERNELS < 4096 * 512, (sizes, foreseen)
 
@@ -74,8 +83,25 @@ def test_a_head_of_four_bits_is_held_once_where_it_is_not_the_embedding(tmp_path
         model_weights(tiny_llama(), rounding, 2)
 
 
-def test_tensorrt_is_asked_whether_a_gpu_has_the_type(tmp_path: Path) -> None:
-    """What the plan refuses with int4, TensorRT does itself where it is asked."""
+@pytest.mark.parametrize(
+    ("dtype", "capability", "told"),
+    [
+        ("int4", "7.5", r"sm75.*int4"),
+        ("fp8", "8.6", r"sm86.*fp8_e4m3"),
+        ("fp8", None, r"sm80.*sm86.*fp8_e4m3"),
+        ("nvfp4", "8.9", r"sm89.*fp4_e2m1"),
+    ],
+)
+def test_tensorrt_is_asked_whether_a_gpu_has_the_type(
+    dtype: str, capability: str | None, told: str, tmp_path: Path
+) -> None:
+    """What the plan refuses with these types, TensorRT does itself where it is asked."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    with pytest.raises(IaptError, match=r"sm75.*int4"):
-        engine_of(DEQUANTISED["int4"], tmp_path, BuildOptions(compute_capability="7.5"))
+    with pytest.raises(IaptError, match=told):
+        engine_of(DEQUANTISED[dtype], tmp_path, BuildOptions(compute_capability=capability))
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("fp8", "12.0"), ("fp8", "12.1"), ("nvfp4", "12.1")])
+def test_every_gpu_that_the_plan_allows_is_built_for(dtype: str, capability: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    assert engine_of(DEQUANTISED[dtype], tmp_path, BuildOptions(compute_capability=capability)) > 1_000_000

@@ -13,7 +13,12 @@ from iapt_export.contract.errors import IaptError, NotRunnableError
     ("arguments", "message"),
     [
         (("tensorrt", "int8"), "target tensorrt: dtype 'int8' is not supported; use fp32, fp16, bf16$"),
-        (("tensorrt-rtx", "int2"), "dtype 'int2' is not supported; use fp32, fp16, bf16, int8, int4"),
+        (("tensorrt-rtx", "int2"), "dtype 'int2' is not supported; use fp32, fp16, bf16, int8, int4, fp8, nvfp4"),
+        (
+            ("tensorrt-rtx", "fp8"),
+            "capability 8.0, 8.6 have no fp8 weights; choose one of 8.9, 12.0, 12.1 with --c",
+        ),
+        (("tensorrt-rtx", "nvfp4", 23, "8.9"), "8.9 have no nvfp4 weights; choose one of 12.0, 12.1 with --compute-c"),
         (("tensorrt-rtx", "int4", 20), "int4 weights need DequantizeLinear with blocks, which opset 20 lacks; use"),
         (("tensorrt-rtx", "int4", 23, "7.5"), "7.5 have no int4 weights; choose one of 8.0, 8.6, 8.9, 12.0, 12.1"),
         (("tensorrt-rtx", "fp16", 18), "opset 18 is not supported; use 20 or 23"),
@@ -34,10 +39,13 @@ def test_one_opset_serves_every_type(target: str, dtype: str) -> None:
     check_target(target, dtype, 20)
 
 
-def test_int8_weights_are_for_every_gpu_and_int4_not_for_the_oldest() -> None:
+def test_int8_weights_are_for_every_gpu_and_others_for_those_that_have_them() -> None:
     for capability in (None, "portable", "8.0", "12.1"):
         check_target("tensorrt-rtx", "int4", 23, capability)
     check_target("tensorrt-rtx", "int8", 23, "7.5")
+    for dtype, capabilities in {"fp8": ("8.9", "12.0", "12.1"), "nvfp4": ("12.0", "12.1")}.items():
+        for capability in capabilities:
+            check_target("tensorrt-rtx", dtype, 23, capability)
 
 
 def test_a_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ import torch
 from engines.serving.session import Session
 from iapt_export.building.footprint import Load, Share, model_weights, plan_memory
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.low_bits import Rounding
+from iapt_export.contract.low_bits import DEQUANTISED, Rounding
 from tests.bundles import TinyBuild, run
 from tests.families import tiny_family
 from tests.tiny import tiny_gpt2, tiny_llama
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.quantise import quantise
 from trainers.decoder.rounded import rounded_weights
+from trainers.decoder.scaled import scaled
 from trainers.methods.configs import METHOD_CONFIGS, flag_name
 from trainers.methods.forms import new_method
 
@@ -88,6 +89,17 @@ def test_blocks_are_those_that_the_quantiser_makes() -> None:
     for bits, block in ((8, 32), (4, 32), (8, 64), (4, 64)):
         made, rounding = quantise(weight, bits, block), Rounding(bits, block=block)
         assert model_weights(module, rounding, 4) == (80 * 96, made.values.nbytes + made.scales.nbytes)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
+def test_floats_take_what_their_values_and_scales_take(dtype: str) -> None:
+    model, rounding = tiny_llama(hidden_size=64, intermediate_size=96), DEQUANTISED[dtype]
+    expected = {id(item): 2 * item.numel() for item in model.parameters()}
+    for name, bits in rounded_weights(model, rounding).items():
+        weight = model.get_parameter(name)
+        made = scaled(weight.detach().numpy(), bits, rounding)
+        expected[id(weight)] = made.values.size * bits // 8 + made.scales.nbytes
+    assert model_weights(model, rounding, 2)[1] == sum(expected.values())
 
 
 def test_a_table_of_positions_takes_8_bits_too() -> None:

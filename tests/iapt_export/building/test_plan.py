@@ -223,6 +223,17 @@ def test_other_weights_than_those_of_training_are_said(
     assert warnings == [f"tenant {text}"]
 
 
+def test_training_rounds_to_the_very_floats_that_are_served(
+    tiny_build: TinyBuild, tmp_path: Path, backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    chosen: dict[str, Any] = {"targets": ["tensorrt-rtx:nvfp4"], "compute_capability": "12.1"}
+    plan_build(tiny_build.request(tmp_path / "out", "alpha", **chosen), backbone)
+    assert [record.message for record in caplog.records if record.name == "iapt_export"] == [
+        "tenant alpha was trained on fp32 weights, and tensorrt-rtx serves nvfp4; train --weights nvfp4 trains on those"
+    ]
+
+
 def test_an_adapter_for_another_backbone(tmp_path: Path, backbone: Backbone) -> None:
     folder = save_tiny_adapter(tmp_path / "other", 0, "another", num_layers=NUM_LAYERS + 1)
     with pytest.raises(IaptError) as caught:

@@ -9,7 +9,15 @@ import pytest
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.plan import TargetPlan, plan_targets
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.low_bits import AUTO, QUANTISED, Rounding, in_words, rounding_of, rounding_problems
+from iapt_export.contract.low_bits import (
+    AUTO,
+    DEQUANTISED,
+    QUANTISED,
+    Rounding,
+    in_words,
+    rounding_of,
+    rounding_problems,
+)
 from trainers.training.config import TrainConfig
 
 
@@ -21,6 +29,8 @@ from trainers.training.config import TrainConfig
         ("onnxruntime", "int4", "narrow=4,block=64", Rounding(4, block=64, narrow=4), "block=64,narrow=4"),
         ("tensorrt-rtx", "int4", "head=4", Rounding(4, "integers", head=4), "head=4"),
         ("onnxruntime", "int8", "block=128,head=8", Rounding(8, block=128), "block=128"),
+        ("tensorrt-rtx", "fp8", "block=64", Rounding(8, "floats", block=64), "block=64"),
+        ("tensorrt-rtx", "nvfp4", "narrow=4,head=4", Rounding(4, "floats", head=4, narrow=4), "head=4,narrow=4"),
     ],
 )
 def test_a_text_sets_what_it_names(target: str, dtype: str, text: str, rounding: Rounding, canonical: str) -> None:
@@ -31,9 +41,32 @@ def test_a_text_sets_what_it_names(target: str, dtype: str, text: str, rounding:
     assert plan_targets([f"{target}:{dtype}"], None, None, text) == plans and plans[0].rounding == rounding
 
 
+def test_floats_are_those_of_the_types_own_bits() -> None:
+    """What a type of 4 bits keeps in 8 are integers; FP4 has blocks and scales of its own."""
+    kinds = {name: [rounding.stored_as(bits) for bits in (8, 4)] for name, rounding in DEQUANTISED.items()}
+    assert kinds == {
+        "int8": ["int8", "int4"],
+        "int4": ["int8", "int4"],
+        "fp8": ["fp8", "int4"],
+        "nvfp4": ["int8", "fp4"],
+    }
+    nvfp4 = DEQUANTISED["nvfp4"]
+    assert [(nvfp4.block_for(bits), nvfp4.scale_bytes(bits)) for bits in (8, 4)] == [(32, 2), (16, 1)]
+    assert (QUANTISED["int4"].scale_bytes(4), DEQUANTISED["fp8"].scale_bytes(8)) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [("fp32", None), ("int4", QUANTISED["int4"]), ("fp8", DEQUANTISED["fp8"]), ("nvfp4", DEQUANTISED["nvfp4"])],
+)
+def test_training_rounds_as_the_first_target_that_has_the_type(dtype: Any, rounding: Rounding | None) -> None:
+    assert TrainConfig(weights=dtype).rounding == rounding
+
+
 def test_other_types_have_none() -> None:
     assert rounding_of("onnxruntime", "fp16", "block=64") is None
     assert rounding_of("tensorrt", "int4") is None
+    assert rounding_of("onnxruntime", "fp8") is None and rounding_of("tensorrt", "nvfp4") is None
     both = plan_targets(["onnxruntime:int4", "tensorrt-rtx:fp16"], None, None, "block=64")
     assert [plan.quantise for plan in both] == ["block=64", ""]
 
@@ -63,14 +96,17 @@ def test_bits_are_those_of_the_matrix() -> None:
         ("head=8,head=4", "int4", ["sets head twice"]),
         ("narrow=4", "int8", ["int8 has no matrix in 4 bits; leave narrow out, or take int4"]),
         (AUTO, "int4", ["quantise='auto' is for build alone, which measures settings with its tenants; name settings"]),
+        ("head=4", "fp8", ["fp8 has no matrix in 4 bits; leave head out, or take nvfp4"]),
+        ("block=32", "nvfp4", ["nvfp4's blocks are of 16 values, of 8 bits of 32; leave block out"]),
         (64, "int4", ["quantise=64 is no text such as 'block=64,head=8,narrow=4'"]),
     ],
 )
 def test_what_no_kernel_has_is_refused(text: Any, dtype: str, told: list[str]) -> None:
     problems = rounding_problems(text, dtype)
     assert len(problems) == len(told) and all(map(str.__contains__, problems, told)), problems
+    target = "onnxruntime" if dtype in QUANTISED else "tensorrt-rtx"
     with pytest.raises(IaptError, match="quantise="):
-        rounding_of("onnxruntime", dtype, text)
+        rounding_of(target, dtype, text)
     with pytest.raises(IaptError, match="quantise="):
         TrainConfig(weights=dtype, quantise=text)  # type: ignore[arg-type]
     if dtype == "int4" and text != AUTO:
@@ -79,10 +115,13 @@ def test_what_no_kernel_has_is_refused(text: Any, dtype: str, told: list[str]) -
 
 
 def test_a_setting_that_nothing_uses_is_refused() -> None:
-    said = r"--quantise says how int8 and int4 store .* what is built is onnxruntime:fp32, tensorrt-rtx:fp16; leave it"
+    said = (
+        r"--quantise says how int8, int4, fp8 and nvfp4 store .* what is built is onnxruntime:fp32, tensorrt-rtx:fp16; "
+        "leave it"
+    )
     with pytest.raises(IaptError, match=said):
         plan_targets(["onnxruntime", "tensorrt-rtx"], None, None, "block=32")
-    with pytest.raises(IaptError, match="quantise is for int8 and int4, and weights is fp32; give --weights int4"):
+    with pytest.raises(IaptError, match="quantise is for rounded weights, and weights is fp32; give --weights int4"):
         TrainConfig(quantise="block=64")
 
 

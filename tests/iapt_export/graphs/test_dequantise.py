@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
+from onnx.reference import ReferenceEvaluator
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.building.plan import plan_targets
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.low_bits import DEQUANTISED, VALUES, Rounding
 from iapt_export.graphs.export import Serving, export_graphs
-from iapt_export.graphs.passes.dequantise_weights import STEPS, DequantiseWeightsPass
+from iapt_export.graphs.passes.dequantise_weights import FACTORS, RESTORED, STEPS, DequantiseWeightsPass
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.save import save_graphs
 from iapt_export.graphs.weights import WEIGHTS
@@ -27,11 +30,17 @@ from tests.graphs import run_onnx, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
 from tests.tiny import tiny_gpt2, tiny_llama
 from trainers.decoder.rounded import RoundedWeights, round_weights, rounded_weights
-from trainers.decoder.scaled import LEAST_SCALE, RANGES, scaled
+from trainers.decoder.scaled import GRIDS, LEAST_SCALE, scale_of_all, scaled
+from validation.sides.fp4 import with_kernels_for_fp4
 
 WIDTH, OUTPUTS = 64, 70
-HALF_STEPS = {8: 0.5, 4: 2.0}
-"""Of 4 bits a block's largest value may be cut off by a fifth of seven steps. fp16 adds to it."""
+HALF_STEPS = {"int8": 0.5, "int4": 2.0, "fp8": 16.0, "fp4": 1.2}
+"""In scales: of INT4 a block's largest value may be cut off by a fifth of seven steps, of FP4 by a tenth and by FP8's
+rounding of the scale; the largest numbers of FP8 are 32 apart. fp16 adds to it."""
+STORED = [("int8", 8), ("int4", 4), ("fp8", 8), ("nvfp4", 4)]
+TYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
+TYPES["nvfp4"] = ir.DataType.FLOAT4E2M1
+EACH = pytest.mark.parametrize(("dtype", "bits"), STORED, ids=[dtype for dtype, _ in STORED])
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -43,66 +52,85 @@ def run_restored(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
     their place, which rounds inputs too."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    content = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    proto = ir.to_proto(model)
+    with_kernels_for_fp4(proto)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, feeds)[0]
 
 
 def dequantised(path: Path) -> dict[str, np.ndarray]:
-    """What ONNX Runtime makes of each rounded weight of a graph, ``[N, K]``, by the name of its weight."""
+    """What is made of each rounded weight of a graph, ``[N, K]``, by its name: by ONNX Runtime, or, where that has no
+    kernel, by onnx's reference."""
     graph, found = onnx.load(path).graph, {}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type != "DequantizeLinear":
+    makers = {node.output[0]: node for node in graph.node}
+    for name in [name for name in makers if name.endswith(RESTORED) and not name.endswith(f"{STEPS}{RESTORED}")]:
+        nodes, held = part_of(name, makers, tensors)
+        if nodes[-1].op_type not in ("DequantizeLinear", "Cast") or name.endswith(f"{FACTORS}{RESTORED}"):
             continue
-        held = [tensors[name] for name in node.input]
-        output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, None)
-        alone = helper.make_node("DequantizeLinear", node.input, ["y"])
-        alone.attribute.extend(node.attribute)
+        output = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, None)
         model = helper.make_model(
-            helper.make_graph([alone], "g", [], [output], held), opset_imports=[helper.make_opsetid("", 23)]
+            helper.make_graph(nodes, "g", [], [output], held), opset_imports=[helper.make_opsetid("", 23)]
         )
-        model.ir_version = 10
-        axis = next(field.i for field in node.attribute if field.name == "axis")
-        array = run_onnx(model.SerializeToString(), {})["y"]
-        found[node.input[0].removesuffix(STEPS)] = array if axis else array.T
+        model.ir_version = 11
+        blocked = next(node for node in nodes if node.input[0].endswith(STEPS))
+        axis = next(field.i for field in blocked.attribute if field.name == "axis")
+        if len(nodes) == 1:
+            array = run_onnx(model.SerializeToString(), {})[name]
+        else:
+            (array,) = ReferenceEvaluator(model).run(None, {})
+        found[blocked.input[0].removesuffix(STEPS)] = array if axis else array.T
     return found
 
 
+def part_of(name: str, makers: dict[str, Any], tensors: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The nodes and constants that make a value, in order."""
+    if name in tensors:
+        return [], [tensors[name]]
+    parts = [part_of(each, makers, tensors) for each in makers[name].input]
+    return [*(node for nodes, _ in parts for node in nodes), makers[name]], [one for _, held in parts for one in held]
+
+
 @pytest.mark.parametrize("block", VALUES["block"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_blocks_hold_a_matrix_and_no_scale_is_nothing(bits: int, block: int) -> None:
+@EACH
+def test_blocks_hold_a_matrix_and_no_scale_is_nothing(dtype: str, bits: int, block: int) -> None:
+    rounding = dataclasses.replace(DEQUANTISED[dtype], block=block)
+    kind, size = rounding.stored_as(bits), rounding.block_for(bits)
     rows = random(6, 2 * block)
     rows[1] = 0
-    made = scaled(rows, bits, block)
-    assert (made.values.dtype, made.scales.dtype) == (np.int8, np.float16)
-    assert made.values.shape == rows.shape and made.scales.shape == (6, 2)
-    low, high = RANGES[bits]
-    assert made.values.min() >= low and made.values.max() <= high
-    assert (made.scales[1] == LEAST_SCALE).all() and (made.scales > 0).all() and not made.restored_rows()[1].any()
-    steps = np.repeat(made.scales.astype(np.float32), block, axis=1)
-    assert (np.abs(made.restored_rows() - rows) <= HALF_STEPS[bits] * steps * 1.15).all()
-    assert np.array_equal(scaled(rows[2:4], bits, block).values, made.values[2:4]), (
+    made = scaled(rows, bits, rounding)
+    grid, whole = GRIDS[kind], made.whole or 1.0
+    assert made.values.dtype == grid.dtype and (made.whole is not None) == (kind == "fp4")
+    assert made.values.shape == rows.shape and made.scales.shape == (6, 2 * block // size)
+    values, scales = made.values.astype(np.float32), made.scales.astype(np.float32) * whole
+    assert values.min() >= grid.low and values.max() <= grid.high
+    least = 2.0**-9 * whole if kind == "fp4" else LEAST_SCALE
+    assert (scales[1] == least).all() and (scales > 0).all() and not made.restored_rows()[1].any()
+    steps = np.repeat(scales, size, axis=1)
+    assert (np.abs(made.restored_rows() - rows) <= HALF_STEPS[kind] * steps * 1.15).all()
+    assert np.array_equal(scaled(rows[2:4], bits, rounding, made.whole).values.astype("f"), values[2:4]), (
         "rows have nothing to do with each other"
     )
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_largest_numbers_of_fp16_stay_finite(bits: int) -> None:
+@EACH
+def test_the_largest_numbers_of_fp16_stay_finite(dtype: str, bits: int) -> None:
     rows = random(2, WIDTH)
     rows[0, 3], rows[0, 4], rows[1, 40] = 65504, -65504, -65504
-    restored = scaled(rows, bits, 32).restored_rows()
+    restored = scaled(rows, bits, DEQUANTISED[dtype]).restored_rows()
     assert np.isfinite(restored).all()
     for place in ((0, 3), (0, 4), (1, 40)):  # seven of the largest steps are an eighth less than eight
-        assert worst(restored[place], rows[place].astype(np.float32)) < {8: 1e-3, 4: 0.126}[bits]
+        wanted = rows[place].astype(np.float32)
+        assert worst(restored[place], wanted) < {"int8": 1e-3, "int4": 0.126, "fp8": 1e-3, "nvfp4": 0.07}[dtype]
 
 
+@pytest.mark.parametrize("dtype", DEQUANTISED)
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_numbers_that_fp16_lacks_are_refused_with_the_weights_name(value: float) -> None:
+def test_numbers_that_fp16_lacks_are_refused_with_the_weights_name(value: float, dtype: str) -> None:
     array = random(WIDTH, OUTPUTS)
     array[0, 0] = value
     model = parse(PRODUCT, w=array)
-    DequantiseWeightsPass({"w": 4}, 32)(model)
+    DequantiseWeightsPass({"w": DEQUANTISED[dtype].bits}, DEQUANTISED[dtype])(model)
     with pytest.raises(
         IaptError, match=r"^w: a matrix has NaN or numbers above 65504, .*; build for tensorrt-rtx:bf16$"
     ):
@@ -111,10 +139,42 @@ def test_numbers_that_fp16_lacks_are_refused_with_the_weights_name(value: float)
 
 def test_of_four_bits_the_nearer_of_several_scales_is_taken() -> None:
     rows = random(512, WIDTH)
-    blocks = rows.astype(np.float32).reshape(512, -1, 32)
-    reach = np.maximum(blocks.max(-1) / 7, blocks.min(-1) / -8).astype(np.float16).astype(np.float32)[..., None]
-    plain = np.square(np.clip(np.rint(blocks / reach), -8, 7) * reach - blocks).sum()
-    assert np.square(scaled(rows, 4, 32).restored_rows() - rows).sum() < 0.95 * plain
+    for dtype in ("int4", "nvfp4"):
+        rounding = DEQUANTISED[dtype]
+        grid = GRIDS[rounding.stored_as(4)]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setitem(GRIDS, rounding.stored_as(4), dataclasses.replace(grid, tried=(1.0,)))
+            plain = np.square(scaled(rows, 4, rounding).restored_rows() - rows).sum()
+        assert np.square(scaled(rows, 4, rounding).restored_rows() - rows).sum() < 0.95 * plain, dtype
+
+
+@pytest.mark.parametrize(
+    ("least", "largest", "expected"),
+    [
+        (-1.0, 2688.0, 1.0),
+        (-2688.9, 1.0, 1.0),  # fp16 has 2688 and 2690 there
+        (-2690.0, 1.0, 2.0),
+        (0.0, 0.0, 2.0**-15),
+        (0.0, 1e-4, 2.0**-15),
+        (-65504.0, 0.0, 32.0),
+        (math.nan, math.nan, 2.0**-15),
+        (-math.inf, 1.0, 2.0**-15),
+    ],
+)
+def test_the_scale_of_all_reaches_the_largest_with_the_largest(least: float, largest: float, expected: float) -> None:
+    assert scale_of_all(least, largest) == expected
+
+
+def test_fp4_is_exact_in_whatever_order_it_is_multiplied() -> None:
+    """No engine has run: of value, scale and the scale of all, fp16 rounds no product."""
+    made = scaled(random(512, WIDTH) * np.float16(0.03), 4, DEQUANTISED["nvfp4"])
+    assert made.whole is not None
+    values = made.values.astype(np.float16).reshape(*made.scales.shape, -1)
+    scales, whole = made.scales.astype(np.float16)[..., None], np.float16(made.whole)
+    wanted = made.restored_rows().astype(np.float16).reshape(values.shape)
+    assert len(np.unique(scales)) > 8 and np.abs(wanted).max() > 0.05
+    for order in (values * (scales * whole), (values * scales) * whole, (values * whole) * scales):
+        assert order.dtype == np.float16 and np.array_equal(order, wanted)
 
 
 LINEAR = f"g (float16[n, {WIDTH}] x, float16[{WIDTH}, {OUTPUTS}] t) => (float16[n, {OUTPUTS}] y)\n"
@@ -122,43 +182,47 @@ PRODUCT = LINEAR + "{ a = MatMul (x, w)\n b = MatMul (x, t)\n y = Add (a, b) }"
 BIASED = LINEAR + "{ a = Gemm (x, w, c)\n b = MatMul (x, t)\n y = Add (a, b) }"
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@EACH
 @pytest.mark.parametrize("text", [PRODUCT, BIASED], ids=["product", "with bias"])
-def test_named_matrices_are_stored_in_few_bits_and_inputs_are_not(text: str, bits: int) -> None:
+def test_named_matrices_are_stored_in_few_bits_and_inputs_are_not(text: str, dtype: str, bits: int) -> None:
+    rounding = DEQUANTISED[dtype]
     weights = {"w": random(WIDTH, OUTPUTS), "c": random(OUTPUTS, seed=1)}
     feeds = {"x": random(3, WIDTH, seed=2), "t": random(WIDTH, OUTPUTS, seed=3)}
-    rounded = {**weights, "w": scaled(weights["w"].T, bits, 32).restored_rows().T.astype(np.float16)}
+    rounded = {**weights, "w": scaled(weights["w"].T, bits, rounding).restored_rows().T.astype(np.float16)}
     wanted = run_onnx(ir.to_proto(parse(text, **rounded)).SerializeToString(), feeds)["y"]
     model = parse(text, **weights)
-    done = DequantiseWeightsPass({"w": bits}, 32)
+    done = DequantiseWeightsPass({"w": bits}, rounding)
     assert done(model).modified and done.note == f"1 weights in {bits} bits"
-    assert operators(model)[0] == "DequantizeLinear" and "w" not in model.graph.initializers
-    assert model.graph.initializers[f"w{STEPS}"].dtype == {8: ir.DataType.INT8, 4: ir.DataType.INT4}[bits]
+    made_by = ["DequantizeLinear", "DequantizeLinear", "Cast"] if dtype == "nvfp4" else ["DequantizeLinear"]
+    assert operators(model)[: len(made_by) + 1] == [*made_by, text[len(LINEAR) + 6 :].split(" ", 1)[0]]
+    assert "w" not in model.graph.initializers and model.graph.initializers[f"w{STEPS}"].dtype == TYPES[dtype]
     assert worst(run_restored(model, feeds), wanted) < 2e-3
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@EACH
 @pytest.mark.parametrize("is_tied", [False, True], ids=["alone", "tied"])
-def test_a_table_is_stored_once_as_its_readers_want_it(is_tied: bool, bits: int, tmp_path: Path) -> None:
+def test_a_table_is_stored_once_as_its_readers_want_it(is_tied: bool, dtype: str, bits: int, tmp_path: Path) -> None:
     head = "t = Transpose <perm = [1, 0]> (e)\n logits = MatMul (z, t)" if is_tied else "logits = MatMul (z, h)"
     text = f"g (int64[n, 2] i) => (float16[n, 2, 96] logits)\n{{ x = Gather (e, i)\n z = Tanh (x)\n {head} }}"
     table, other = random(96, WIDTH), random(WIDTH, 96, seed=1)
     model = parse(text, e=table, **({} if is_tied else {"h": other}))
     for value in (node.outputs[0] for node in model.graph if node.op_type == "Gather"):
         value.shape, value.type = ir.Shape(["n", 2, WIDTH]), ir.TensorType(ir.DataType.FLOAT16)
-    DequantiseWeightsPass({"e": bits}, 32)(model)
-    expected = (
-        ["DequantizeLinear", "Gather", "Transpose", "Tanh", "MatMul"] if is_tied else ["DequantizeLinear", "Gather"]
-    )
-    assert operators(model)[: len(expected)] == expected
+    DequantiseWeightsPass({"e": bits}, DEQUANTISED[dtype])(model)
+    found = operators(model)
+    while found[1] in ("DequantizeLinear", "Cast"):
+        found.pop(0)
+    expected = ["Gather", "Transpose", "Tanh", "MatMul"] if is_tied else ["Gather", "Tanh", "MatMul"]
+    assert found[1:] == expected
     assert list(model.graph.initializers[f"e{STEPS}"].shape) == ([WIDTH, 96] if is_tied else [96, WIDTH])
-    restored = scaled(table, bits, 32).restored_rows()
+    restored = scaled(table, bits, DEQUANTISED[dtype]).restored_rows()
     ids = np.array([[3, 95], [0, 7]])
     made = run_restored(model, {"i": ids})
     assert worst(made, np.tanh(restored[ids]) @ (restored.T if is_tied else other.astype(np.float32))) < 2e-3
     save_graphs({"tied": model}, tmp_path)
     held = onnx.load(tmp_path / "tied.onnx")
     assert next(t for t in held.graph.initializer if t.name == f"e{STEPS}").raw_data.__len__() == table.size * bits // 8
+    assert held.ir_version >= (11 if dtype == "nvfp4" else 10), "the first that has the type"
 
 
 @pytest.mark.parametrize(
@@ -174,19 +238,21 @@ def test_a_weight_whose_blocks_are_not_known_is_refused(nodes: str, operator: st
     model = parse(LINEAR.replace("float16[n", "int64[n] i, float16[n", 1) + f"{{ {nodes} }}", w=random(WIDTH, OUTPUTS))
     said = f"^w cannot be stored in 4 bits: {operator} reads it, and blocks go along .*; build for tensorrt-rtx:fp16"
     with pytest.raises(IaptError, match=said):
-        DequantiseWeightsPass({"w": 4}, 32)(model)
+        DequantiseWeightsPass({"w": 4}, DEQUANTISED["int4"])(model)
 
 
 def test_weights_of_another_type_are_a_defect() -> None:
     model = parse(LINEAR.replace("float16", "float") + "{ y = MatMul (x, w) }", w=random(WIDTH, OUTPUTS).astype("f"))
     with pytest.raises(ir.passes.PreconditionError, match="w and 0 more weights are not fp16"):
-        DequantiseWeightsPass({"w": 4}, 32)(model)
+        DequantiseWeightsPass({"w": 4}, DEQUANTISED["int4"])(model)
 
 
 ROUNDINGS = {
     **DEQUANTISED,
     "int4,block=64,narrow=4": Rounding(4, "integers", block=64, narrow=4),
     "int4,block=128,head=4": Rounding(4, "integers", block=128, head=4),
+    "fp8,block=64": Rounding(8, "floats", block=64),
+    "nvfp4,head=4,narrow=4": Rounding(4, "floats", head=4, narrow=4),
 }
 
 
@@ -196,7 +262,7 @@ def test_pytorch_gets_the_weights_that_onnx_runtime_restores(make: Any, name: st
     """Bit for bit, from a model in fp32, whose graph is traced in fp16; and so read one at a time."""
     rounding = ROUNDINGS[name]
     width = rounding.block
-    tied = {"tie_word_embeddings": rounding.head == 8}
+    tied = {"tie_word_embeddings": rounding.head == 8 or rounding.grid == "floats"}
     sizes = {"hidden_size": width, "intermediate_size": width + 16, "num_hidden_layers": 1}
     model = make(**tied, **({"n_layer": 1, "n_embd": width} if make is tiny_gpt2 else sizes))
     half, names = copy.deepcopy(model).half(), ("serve_prefill", "serve_decode")

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 import iapt_export
 import validation.validate
 from engines.tensorrt.engine_info import read_header
 from engines.tensorrt.flavour import RTX
 from iapt_export.contract.errors import IaptError, ParityError
-from iapt_export.contract.low_bits import DEQUANTISED
+from iapt_export.contract.low_bits import DEQUANTISED, Rounding
 from iapt_export.contract.manifest import BundleManifest, file_sha256
 from iapt_export.graphs import export
-from iapt_export.graphs.passes.dequantise_weights import FACTORS, DequantiseWeightsPass
+from iapt_export.graphs.passes.dequantise_weights import FACTORS, STEPS, WHOLE, DequantiseWeightsPass
 from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from tests.bundles import TinyBuild, save_tiny_adapter
 from tests.families import tiny_family
@@ -54,6 +54,16 @@ def int4(tiny_build: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> Tin
 
 def validate(made: TinyBuild, bundle: Path, settings: Settings = QUICK) -> Report:
     return validate_bundle(bundle, BundleManifest.load(bundle), load_backbone(str(made.model)), settings)
+
+
+@pytest.fixture(scope="module", params=["fp8", "nvfp4"])
+def floats(request: Any, tiny_build: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
+    """Bundles of the types that not every GPU has."""
+    root = tmp_path_factory.mktemp(request.param)
+    made = TinyBuild(tiny_build.model, tiny_build.adapters, root / "cache", root / "bundle")
+    fields: dict[str, Any] = {"targets": (f"tensorrt-rtx:{request.param}",), "compute_capability": "12.0"}
+    iapt_export.build(made.request(made.bundle, "alpha", "beta", depth="quick", **fields))
+    return made
 
 
 def worst(result: Any) -> float:
@@ -104,25 +114,49 @@ def test_engines_that_run_are_held_to_the_same_limits(int4: TinyBuild, monkeypat
     assert exact.status == "pass" and worst(exact) < 0.02 < 0.1 < worst(served), "what the weights cost is not there"
 
 
-def larger(scales: np.ndarray) -> np.ndarray:
-    return scales * np.float16(1.25)
+def test_fp8_and_nvfp4_are_built_and_compared_as_int4_is(floats: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = BundleManifest.load(floats.bundle)
+    (target,) = manifest.targets
+    assert (target.compute_capability, manifest.parity.verdict) == ("12.0", "pass")
+    stored = {"fp8": {TensorProto.FLOAT8E4M3FN}, "nvfp4": {TensorProto.FLOAT4E2M1, TensorProto.INT8}}[target.dtype]
+    for name, spec in target.graphs.items():
+        header = read_header(floats.bundle / spec.path)
+        assert header is not None and header.compute_capabilities == ("12.0",)
+        held = onnx.load(floats.bundle / f"{name}.onnx").graph.initializer
+        assert {tensor.data_type for tensor in held if tensor.name.endswith(STEPS)} == stored
+    engines, exact = validate(floats, floats.bundle).targets
+    assert (engines.status, exact.status) == ("checked, not run", "pass")
+    assert exact.name == f"{GRAPHS} with {target.dtype} weights, otherwise" and worst(exact) < 0.02
+    opened = functools.partial(lambda bundle, target, device: graph_runners(bundle, target))
+    monkeypatch.setattr(validation.validate, "open_runners", opened)
+    served, exact = validate(floats, floats.bundle).targets
+    assert (served.dtype, exact.status) == (target.dtype, "pass")
+    assert worst(exact) < 0.02 < worst(served), "what the weights cost is not there"
 
 
-@pytest.mark.parametrize("change", [larger], ids=["scales of a layer a quarter too large"])
-def test_a_fault_in_the_weights_is_found(
-    int4: TinyBuild, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray]
-) -> None:
-    bundle = Path(shutil.copytree(int4.bundle, tmp_path / "bundle"))
+def test_a_fault_in_integers_is_found(int4: TinyBuild, tmp_path: Path) -> None:
+    hold_against_a_fault(int4, FACTORS, tmp_path)
+
+
+def test_a_fault_in_floats_is_found(floats: TinyBuild, tmp_path: Path) -> None:
+    (target,) = BundleManifest.load(floats.bundle).targets
+    hold_against_a_fault(floats, WHOLE if target.dtype == "nvfp4" else FACTORS, tmp_path)
+
+
+def hold_against_a_fault(made: TinyBuild, suffix: str, tmp_path: Path) -> None:
+    """The scales of one layer are a quarter too large."""
+    bundle = Path(shutil.copytree(made.bundle, tmp_path / "bundle"))
     model = onnx.load(bundle / "serve_prefill.onnx")
-    name = f"model.layers.1.mlp.up_proj.weight.transposed{FACTORS}"
+    name = f"model.layers.1.mlp.up_proj.weight.transposed{suffix}"
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
-    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
+    scales = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(scales * scales.dtype.type(1.25), name))
     onnx.save(model, bundle / "serve_prefill.onnx")
     manifest = BundleManifest.load(bundle)
     (target,) = manifest.targets
     hashes = target.source_sha256 | {"serve_prefill": file_sha256(bundle / "serve_prefill.onnx")}
     manifest = dataclasses.replace(manifest, targets=[dataclasses.replace(target, source_sha256=hashes)])
-    report = validate_bundle(bundle, manifest, load_backbone(str(int4.model)), QUICK)
+    report = validate_bundle(bundle, manifest, load_backbone(str(made.model)), QUICK)
     _, exact = report.targets
     assert (report.verdict, exact.status) == ("fail", "fail")
 
@@ -132,8 +166,8 @@ def test_a_build_whose_graphs_compute_something_else_fails(
 ) -> None:
     """The exporter leaves one weight unrounded that PyTorch's side rounds."""
 
-    def forgetful(bits: dict[str, int], block: int) -> DequantiseWeightsPass:
-        return DequantiseWeightsPass({name: count for name, count in bits.items() if "up_proj" not in name}, block)
+    def forgetful(bits: dict[str, int], rounding: Rounding) -> DequantiseWeightsPass:
+        return DequantiseWeightsPass({name: count for name, count in bits.items() if "up_proj" not in name}, rounding)
 
     monkeypatch.setattr(export, "DequantiseWeightsPass", forgetful)
     asked = tiny_build.request(
