@@ -6,6 +6,9 @@ the same rounded weights: there fp32's limits hold. fp16 and bf16 are PyTorch in
 the CPU: a stand-in for runtimes that this machine cannot run, with the weights rounded as theirs are and each
 operator's result rounded once; kernels that add up in the low type are noisier.
 
+fp8 and nvfp4 are the graphs of TensorRT's engines in ONNX Runtime, without rounding of activations, against PyTorch in
+fp32: whole validations alone.
+
 A record has a stage's median and worst of each figure.
 """
 
@@ -27,7 +30,7 @@ from engines.serving.loading import cache_kinds
 from engines.serving.session import Session
 from engines.serving.text import TextCodec
 from iapt_export.contract.graphs import step_graphs
-from iapt_export.contract.low_bits import QUANTISED
+from iapt_export.contract.low_bits import DEQUANTISED, QUANTISED
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.interface import COEFFICIENTS
 from trainers.decoder.backbone import load_backbone
@@ -36,6 +39,7 @@ from validation.judging.compare import Settings, compare_target, measure_truth
 from validation.judging.metrics import kl, relative, worst_vector
 from validation.locating.scene import own_entries
 from validation.sides.cases import prompts_from_bundle
+from validation.sides.engine_graphs import graph_runners
 from validation.sides.recording import leaf_modules, record_row
 from validation.sides.reference import Reference, numpy
 from validation.sides.rounding import unrounded_session, with_rounded_weights
@@ -47,6 +51,8 @@ from validation.validate import environment
 Arrays = dict[str, np.ndarray]
 Samples = Iterable[tuple[str, dict[str, float]]]
 """A stage and its figures, over and over."""
+FLOATS = tuple(dtype for dtype in DEQUANTISED if dtype not in QUANTISED)
+"""Types of weights that TensorRT alone has; for the others its limits are those of ONNX Runtime, which rounds more."""
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 METRICS = ("relative", "kl", "agreement")
 
@@ -54,15 +60,16 @@ METRICS = ("relative", "kl", "agreement")
 def main(words: list[str] | None = None) -> None:
     """Measure one type and write its records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="whose target onnxruntime has the type")
-    parser.add_argument("--dtype", choices=("fp32", *TYPES, *QUANTISED), required=True)
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="whose target has the type")
+    parser.add_argument("--dtype", choices=("fp32", *TYPES, *QUANTISED, *FLOATS), required=True)
     parser.add_argument("--model", help="where the bundles' backbone is now")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3, help="whole validations of each bundle")
+    parser.add_argument("--depth", choices=("quick", "standard", "full"), default="full", help="of the validations")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tolerances"))
     args = parser.parse_args(words)
-    cases, steps = ("", "-unrounded") if args.dtype in QUANTISED else ("-cases", "")
+    cases, steps = ("", "-unrounded") if args.dtype in (*QUANTISED, *FLOATS) else ("-cases", "")
     judged: list[Any] = []
     sampled: list[Any] = []
     for bundle in args.bundles:
@@ -70,11 +77,13 @@ def main(words: list[str] | None = None) -> None:
         reference = Reference(bundle, manifest, load_backbone(args.model or manifest.backbone.name_or_path))
         if args.dtype not in TYPES:
             for seed in range(args.seeds):
-                judged += judge_bundle(bundle, manifest, reference, seed)
-        sampled += sample_bundle(bundle, manifest, reference, args)
+                judged += judge_bundle(bundle, manifest, reference, seed, args.depth)
+        if args.dtype not in FLOATS:
+            sampled += sample_bundle(bundle, manifest, reference, args)
     if judged:
         write_record(args, cases, judged)
-    write_record(args, steps, sampled)
+    if sampled:
+        write_record(args, steps, sampled)
 
 
 def write_record(args: argparse.Namespace, suffix: str, samples: Samples) -> None:
@@ -109,12 +118,17 @@ def summarised(samples: Samples) -> dict[str, dict[str, Any]]:
     return stages
 
 
-def judge_bundle(bundle: Path, manifest: BundleManifest, reference: Reference, seed: int) -> Samples:
+def judge_bundle(bundle: Path, manifest: BundleManifest, reference: Reference, seed: int, depth: str) -> Samples:
     """What a whole validation with this seed holds against the table."""
-    settings = Settings(seed=seed, depth="full")
+    settings = Settings(seed=seed, depth=depth)
     truths = measure_truth(bundle, manifest, reference, settings, lambda text: None)
-    for in_place in cache_kinds(manifest.target()):
-        with Session.open(bundle, verify=False, allow_unproven=True, in_place=in_place) as session:
+    target = manifest.target()
+    for in_place in cache_kinds(target):
+        if target.dtype in FLOATS:
+            opened = session_with(bundle, manifest, target, graph_runners(bundle, target), in_place)
+        else:
+            opened = Session.open(bundle, verify=False, allow_unproven=True, in_place=in_place)
+        with opened as session:
             result = compare_target(session, reference, truths, settings, lambda text: print(text, flush=True))
         for check in result.checks:
             yield check.stage, {name: check.measured[name] for name in check.limits}

@@ -33,7 +33,7 @@ STAGES = (
 CEILINGS = ("relative", "kl")
 """Metrics that must not be larger than their limit."""
 
-OUTLIERS = {"int8": 0.01, "int4": 0.01}
+OUTLIERS = {"int8": 0.01, "int4": 0.01, "fp8": 0.01, "nvfp4": 0.01}
 """Share of a case's rows and steps, and of a row's cache entries, that coarse weights may get wrong by any finite
 amount, one at least of eight or more: places at which a rounding decides where attention goes, or which of two classes
 an adapter names."""
@@ -66,6 +66,9 @@ _SINK = (
 _RAW = "a hardly trained IAPT adapter that reads raw hidden states"
 _STAND_IN = "PyTorch in the type against fp32, SmolLM2-135M"
 _BITS = "ONNX Runtime against PyTorch in fp32, SmolLM2-135M with adapters of every method, three seeds: worst"
+_FLOATS = (
+    "TensorRT's graphs in ONNX Runtime against PyTorch in fp32, SmolLM2-135M, the shipped adapters, two seeds: worst"
+)
 _TAIL = "half again or more: the tail is long, so this finds gross faults; typical logits finds the others"
 _TIES = "near ties change sides under rounding"
 
@@ -140,6 +143,20 @@ TABLE = (
     Tolerance("typical logits", "int4", "relative", 0.4, f"{_BITS} 0.24; over half again"),
     Tolerance("typical logits", "int4", "kl", 0.4, f"{_BITS} 0.24 nats; over half again"),
     Tolerance("top-1 agreement", "int4", "agreement", 0.5, f"{_BITS} 79 of 128; {_TIES}"),
+    Tolerance("prefill logits", "fp8", "relative", 0.35, f"{_FLOATS} 0.12, median 0.066; {_TAIL}"),
+    Tolerance("prefill cache", "fp8", "relative", 0.9, f"{_FLOATS} 0.46, median 0.070; {_TAIL}"),
+    Tolerance("decode logits", "fp8", "relative", 0.6, f"{_FLOATS} 0.22, median 0.097; {_TAIL}"),
+    Tolerance("decode cache", "fp8", "relative", 0.9, f"{_FLOATS} 0.19, but 0.46 in prefill; {_TAIL}"),
+    Tolerance("typical logits", "fp8", "relative", 0.12, f"{_FLOATS} 0.068; over half again"),
+    Tolerance("typical logits", "fp8", "kl", 0.06, f"{_FLOATS} 0.030 nats; twice that"),
+    Tolerance("top-1 agreement", "fp8", "agreement", 0.75, f"{_FLOATS} 112 of 128; {_TIES}"),
+    Tolerance("prefill logits", "nvfp4", "relative", 0.8, f"{_FLOATS} 0.28, median 0.13; {_TAIL}"),
+    Tolerance("prefill cache", "nvfp4", "relative", 1.2, f"{_FLOATS} 0.35, median 0.19; {_TAIL}"),
+    Tolerance("decode logits", "nvfp4", "relative", 1.2, f"{_FLOATS} 0.55, median 0.17; {_TAIL}"),
+    Tolerance("decode cache", "nvfp4", "relative", 1.2, f"{_FLOATS} 0.35, median 0.22; {_TAIL}"),
+    Tolerance("typical logits", "nvfp4", "relative", 0.2, f"{_FLOATS} 0.11; over half again"),
+    Tolerance("typical logits", "nvfp4", "kl", 0.25, f"{_FLOATS} 0.115 nats; twice that"),
+    Tolerance("top-1 agreement", "nvfp4", "agreement", 0.55, f"{_FLOATS} 94 of 128; {_TIES}"),
 )
 
 
