@@ -60,7 +60,7 @@ class AdapterConfig(Sizes):
     """What all training examples began with; empty for no system prompt, None where they differ or it is not known."""
     eos_token_id: int | None = None
     """What ended the answers in training; None where it is not known."""
-    weights: Literal["fp32", "int8", "int4"] = "fp32"
+    weights: Literal["fp32", "int8", "int4", "fp8", "nvfp4"] = "fp32"
     """What the backbone's weights were rounded to in training."""
     quantise: str = ""
     """What of that was not as the type has it, such as ``block=64``; in the file only where there is something."""

@@ -22,7 +22,7 @@ from trainers.methods.configs import IAPTConfig
 Precision = Literal["fp32", "bf16"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Start = Literal["backbone", "random"]
-Weights = Literal["fp32", "int8", "int4"]
+Weights = Literal["fp32", "int8", "int4", "fp8", "nvfp4"]
 Task = Literal["auto", "classification", "generation"]
 
 
@@ -83,9 +83,9 @@ class TrainConfig:
     precision: Precision = "fp32"
     """fp32, or bf16 for the backbone and the products (the adapter's weights stay fp32)."""
     weights: Weights = "fp32"
-    """Train on the backbone's weights as they are, or rounded as build stores them for int8 and int4 targets."""
+    """Train on the backbone's weights as they are, or rounded as build stores them for targets of that type."""
     quantise: Annotated[str, Parameter(metavar="KEY=N,...")] = ""
-    """Of int8 and int4 weights, as build takes it: block=64,head=8,narrow=4; empty for what these types have."""
+    """Of rounded weights, as build takes it: block=64,head=8,narrow=4; empty for what their type has."""
     start: Start = "backbone"
     """Initial weights: where the method says that they hurt the backbone least, or random."""
     group_by_length: bool = True
@@ -118,15 +118,16 @@ class TrainConfig:
         )
         problems += rounding_problems(self.quantise, self.weights)
         if self.quantise and self.weights == "fp32":
-            problems.append("quantise is for int8 and int4, and weights is fp32; give --weights int4 with it")
+            problems.append("quantise is for rounded weights, and weights is fp32; give --weights int4 with it")
         if not problems and self.max_steps == 0 and self.num_epochs == 0:
             problems.append("max_steps and num_epochs are both 0, so there is nothing to train; set one of them")
         raise_problems("training configuration", problems)
 
     @property
     def rounding(self) -> Rounding | None:
-        """What the weights are rounded to; None where they are not."""
-        return rounding_of("onnxruntime", self.weights, self.quantise)
+        """What the weights are rounded to, for ONNX Runtime where it has the type; None where they are not."""
+        targets = ("onnxruntime", "tensorrt-rtx")
+        return next(filter(None, (rounding_of(target, self.weights, self.quantise) for target in targets)), None)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from trainers.decoder.family import check_family
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
-from trainers.decoder.rounded import round_weights
+from trainers.decoder.rounded import round_weights, rounded_weights
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import Run, write_card
@@ -388,5 +388,10 @@ def _load(name: str, config: TrainConfig) -> Backbone:
     )
     check_family(backbone.model, name)
     if config.rounding:
+        if not rounded_weights(backbone.model, config.rounding):
+            raise IaptError(
+                f"--weights {config.weights} rounds matrices whose inputs fill blocks of {config.rounding.block}, and "
+                f"{name} has none; leave it out"
+            )
         round_weights(backbone.model, config.rounding)
     return backbone

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.low_bits import Rounding
+from iapt_export.contract.low_bits import DEQUANTISED, Rounding
 from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.trainers.runs import METHOD, RUN, InterruptedRunError, interrupt_at, run, weights
@@ -47,8 +47,11 @@ def test_learns(backbone: str, data: Path, tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "a").config.labels == ("no", "yes")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("int4", Rounding(4)), ("nvfp4", DEQUANTISED["nvfp4"])], ids=["int4", "nvfp4"]
+)
 def test_an_adapter_is_trained_on_the_weights_that_a_quantised_target_serves(
-    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, rounding: Rounding, backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
 
@@ -57,16 +60,25 @@ def test_an_adapter_is_trained_on_the_weights_that_a_quantised_target_serves(
         return PromptTuned(model, method)
 
     monkeypatch.setattr("trainers.training.train.PromptTuned", noted)
-    run(backbone, data, tmp_path / "a", max_steps=2, weights="int4")
+    run(backbone, data, tmp_path / "a", max_steps=2, weights=dtype)
     plain, wanted = load_backbone(backbone).model, load_backbone(backbone).model
-    round_weights(wanted, Rounding(4))
+    round_weights(wanted, rounding)
     for name, weight in models[0].named_parameters():
         assert torch.equal(weight, wanted.get_parameter(name)), name
     assert not torch.equal(
         plain.model.layers[0].self_attn.q_proj.weight, wanted.model.layers[0].self_attn.q_proj.weight
     )
-    assert load_adapter(tmp_path / "a").config.weights == "int4"
-    assert "fp32 over weights rounded to int4" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert load_adapter(tmp_path / "a").config.weights == dtype
+    assert f"fp32 over weights rounded to {dtype}" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+
+
+def test_weights_of_which_none_would_be_rounded_are_refused(data: Path, tmp_path: Path) -> None:
+    model = save_tiny_backbone(
+        tmp_path / "model", tiny_llama(hidden_size=40, num_attention_heads=5, num_key_value_heads=1)
+    )
+    with pytest.raises(IaptError, match=r"--weights fp8 rounds matrices whose inputs fill blocks of 32, and .* none"):
+        run(str(model), data, tmp_path / "a", max_steps=2, weights="fp8")
+    assert not (tmp_path / "a").exists()
 
 
 def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp_path: Path) -> None:
