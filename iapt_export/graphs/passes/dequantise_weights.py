@@ -34,8 +34,7 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
     head's too is stored as the head reads it, ``[K, N]``, and looked up along axis 1: of ``Gather`` and ``Transpose``
     over one INT8 table, TensorRT for RTX 1.7.1 keeps a copy each in its engine.
 
-    FP4 has FP8 scales, restored by a ``DequantizeLinear`` of their own with one fp32 scale, and a ``Cast`` to fp16: the
-    operators, types and order of NVIDIA's own exporter (ModelOpt).
+    FP4 has FP8 scales, restored by a ``DequantizeLinear`` of their own with one fp32 scale, and a ``Cast`` to fp16.
 
     Requires: `FoldTransposesPass`; fp16 weights; opset 21 or later. Ensures: no weight that has bits is left in fp16,
     all others are as they were. The values are computed when they are written.
