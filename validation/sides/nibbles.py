@@ -1,7 +1,8 @@
 """Products with weights of 8 bits as two with 4 bits, for comparisons without rounding of activations.
 
 ONNX Runtime 1.31.1 has kernels for 4 bits that round no activations, and none for 8: a product of 4,096 inputs and
-11,008 outputs took 10 and 318 ms of one row on two cores (``accuracy_level`` 0). A byte ``16 h + l`` stands for
+11,008 outputs took 10 and 318 ms of one row on two cores (``accuracy_level`` 0;
+``findings/onnxruntime-8-bit-products-without-rounding.sh``). A byte ``16 h + l`` stands for
 ``scale (16 h + l - 128)``, which is ``16 scale (h - 8) + scale l``: the same weight as the sum of two that 4 bits hold.
 
 Shapes: N outputs, G blocks, as in `trainers.decoder.quantise`.
