@@ -335,14 +335,8 @@ def _lay_out(
     """Bring everything but the proof into the bundle."""
     layout.place_files(graphs[onnx_variant(plan.targets)], bundle)
     layout.place_tokenizer(backbone, bundle)
-    manifest = layout.new_manifest(
-        plan.backbone,
-        [layout.method_spec(item) for item in plan.tenants.installed],
-        plan.ranges,
-        layout.place_tenants(plan.tenants, bundle, plan.backbone),
-        targets,
-        plan.key,
-    )
+    tenants = layout.place_tenants(plan.tenants, bundle, plan.backbone)
+    manifest = layout.new_manifest(plan, tenants, targets)
     manifest = layout.with_files(manifest, bundle)
     manifest.save(bundle)
     return manifest

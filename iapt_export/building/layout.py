@@ -31,7 +31,6 @@ from iapt_export.contract.manifest import (
     GraphSpec,
     MethodSpec,
     Parity,
-    Ranges,
     TargetSpec,
     TenantSpec,
     file_sha256,
@@ -241,21 +240,21 @@ def served_graphs(specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
     return {name: spec for name, spec in specs.items() if name in (ENCODER, VERIFY, *steps)}
 
 
-def new_manifest(
-    backbone: BackboneSpec,
-    methods: list[MethodSpec],
-    ranges: Ranges,
-    tenants: list[TenantSpec],
-    targets: list[TargetSpec],
-    build_key: str,
-) -> BundleManifest:
-    """A manifest that knows no files and no parity yet."""
+def new_manifest(plan: Any, tenants: list[TenantSpec], targets: list[TargetSpec]) -> BundleManifest:
+    """A manifest that knows no files and no parity yet.
+
+    Args:
+        plan: the `iapt_export.building.jobs.BuildPlan`, which only the build itself may import.
+        tenants: of `place_tenants`.
+        targets: with their graphs.
+    """
+    methods = [method_spec(item) for item in plan.tenants.installed]
     return BundleManifest(
         versions=versions(),
-        build_key=build_key,
-        backbone=backbone,
+        build_key=plan.key,
+        backbone=plan.backbone,
         methods=methods,
-        ranges=ranges,
+        ranges=plan.ranges,
         tenants=tenants,
         targets=targets,
         parity=Parity("not run"),

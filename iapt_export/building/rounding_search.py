@@ -127,14 +127,8 @@ def ask_pytorch(plan: Any, bundle: Path, backbone: Backbone, on_step: OnStep) ->
         BundleError: no prompt of some tenant fits the bundle.
     """
     layout.place_tokenizer(backbone, bundle)
-    manifest = layout.new_manifest(
-        plan.backbone,
-        [layout.method_spec(item) for item in plan.tenants.installed],
-        plan.ranges,
-        layout.place_tenants(plan.tenants, bundle, plan.backbone),
-        [_target_spec(plan)],
-        plan.key,
-    )
+    tenants = layout.place_tenants(plan.tenants, bundle, plan.backbone)
+    manifest = layout.new_manifest(plan, tenants, [_target_spec(plan)])
     new_tokens = min(plan.request.new_tokens, ANSWER_TOKENS)
     fitting = LOGITS_BYTES // (4 * plan.backbone.vocab_size * new_tokens)
     most, room = max(1, min(MAX_PROMPTS, fitting)), max(new_tokens, WARM_STEPS + TIMED_STEPS + 1)
