@@ -138,6 +138,7 @@ def test_a_fault_in_integers_is_found(int4: TinyBuild, tmp_path: Path) -> None:
     hold_against_a_fault(int4, FACTORS, tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_fault_in_floats_is_found(floats: TinyBuild, tmp_path: Path) -> None:
     (target,) = BundleManifest.load(floats.bundle).targets
     hold_against_a_fault(floats, WHOLE if target.dtype == "nvfp4" else FACTORS, tmp_path)
