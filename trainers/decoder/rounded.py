@@ -147,10 +147,10 @@ def on_disk(parts: Sequence[np.ndarray]) -> np.ndarray:
 
     No file stays open: a backbone has more matrices than a process may have files.
     """
-    kind = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
     with tempfile.NamedTemporaryFile() as stream:
         for part in parts:
             part.tofile(stream.file)
         stream.flush()
-        mapped = torch.from_file(stream.name, shared=False, size=sum(part.size for part in parts), dtype=kind)
-    return mapped.numpy().reshape(-1, *parts[0].shape[1:])
+        size = sum(part.nbytes for part in parts)
+        mapped = torch.from_file(stream.name, shared=False, size=size, dtype=torch.uint8)
+    return mapped.numpy().view(parts[0].dtype).reshape(-1, *parts[0].shape[1:])

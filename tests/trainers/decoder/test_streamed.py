@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ml_dtypes import float4_e2m1fn, float8_e4m3fn
 from torch import Tensor
 
 from iapt_export.building.layout import weights_sha256
@@ -174,8 +175,8 @@ def test_a_matrix_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert count == len(rounded) == 3 * 7 + 1, "three layers' products, and the table that is the head too"
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "float16", "float32"])
-def test_what_is_kept_on_disk_keeps_no_file_open(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.float16, np.float32, float8_e4m3fn, float4_e2m1fn])
+def test_what_is_kept_on_disk_keeps_no_file_open(dtype: type) -> None:
     parts = [np.arange(start, start + 24).reshape(4, 6).astype(dtype) for start in (0, 24, 48)]
     opened = len(list(Path("/proc/self/fd").iterdir()))
     kept = [on_disk(parts) for _ in range(20)]
