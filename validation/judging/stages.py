@@ -26,7 +26,7 @@ from validation.judging.tolerances import COMPARED_FOR_A_SHARE, OUTLIERS, tolera
 from validation.sides.cases import Case, Prompt
 from validation.sides.reference import BACKBONE
 from validation.sides.stepping import Row, Step, run_steps
-from validation.sides.truth import Truth
+from validation.sides.truth import Truth, num_equal
 
 OnStep = Callable[[str], None]
 
@@ -263,8 +263,8 @@ def token_row(session: Session, truth: Truth, tokens: list[int]) -> TokenRow:
     They are compared as far as PyTorch's own answer is known; a target's has as many tokens as were asked for.
     """
     wanted = truth.free
-    pairs = zip(wanted, tokens, strict=False)
-    divergence = next((step for step, (own, token) in enumerate(pairs) if own != token), None)
+    same = num_equal(wanted, tokens)
+    divergence = same if same < min(len(wanted), len(tokens)) else None
     if divergence is None and len(tokens) != len(truth.tokens):
         divergence = min(len(tokens), len(truth.tokens))
     margin = None if divergence is None or divergence >= len(truth.margins) else truth.margins[divergence]
