@@ -10,8 +10,7 @@ from typing import Any
 
 from benchmarks.pages import MUTED, OTHER, OWN, figure, table
 from benchmarks.quality_plan import (
-    ABLATED_ON,
-    ABLATIONS,
+    ASKED,
     IAPT,
     TASKS,
     VARIANTS,
@@ -32,7 +31,11 @@ def tables(budget: Budget, records: Records) -> dict[str, str]:
     return {
         "comparison": main_table(budget, records),
         "differences": difference_table(cells),
-        **{f"ablation {name}": ablation_table(name, budget, records) for name in ABLATIONS},
+        **{
+            f"{phase} {name}": ablation_table(phase, name, budget, records)
+            for phase, (asked, _) in ASKED.items()
+            for name in asked
+        },
         "rates": rate_table(budget, records),
     }
 
@@ -52,15 +55,15 @@ def main_cells(budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
     }
 
 
-def ablation_cells(name: str, budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
-    """The scores of an ablation's lines."""
-    runs = runs_of("ablations", budget, chosen_rates(budget, records))
+def ablation_cells(phase: str, name: str, budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
+    """The scores of the lines of one of a phase's tables."""
+    runs, (asked, tasks) = runs_of(phase, budget, chosen_rates(budget, records)), ASKED[phase]
     return {
         label: {
             task.name: Cell.of([run for run in runs if (run.config, run.task) == (config, task)], records, False)
-            for task in ABLATED_ON
+            for task in tasks
         }
-        for label, config in ABLATIONS[name].items()
+        for label, config in asked[name].items()
     }
 
 
@@ -132,11 +135,11 @@ def rate_table(budget: Budget, records: Records) -> str:
     return table(["method", *["rate: accuracy"] * budget.num_rates], rows)
 
 
-def ablation_table(name: str, budget: Budget, records: Records) -> str:
+def ablation_table(phase: str, name: str, budget: Budget, records: Records) -> str:
     """One ablation's scores and parameters."""
-    cells, configs = ablation_cells(name, budget, records), ABLATIONS[name]
-    rows = [[line, f"{count_parameters(configs[line]):,}", *map(str, cells[line].values())] for line in configs]
-    return table([name, "parameters", *(task.title for task in ABLATED_ON)], rows)
+    cells, (asked, tasks) = ablation_cells(phase, name, budget, records), ASKED[phase]
+    rows = [[line, f"{count_parameters(asked[name][line]):,}", *map(str, row.values())] for line, row in cells.items()]
+    return table([name, "parameters", *(task.title for task in tasks)], rows)
 
 
 def draw(budget: Budget, records: Records, folder: Path) -> None:
@@ -151,16 +154,17 @@ def draw(budget: Budget, records: Records, folder: Path) -> None:
             axes.set_title(task.title)
             axes.set_xlabel("loss per token" if task.is_generation else "accuracy, %")
         panels[0].invert_yaxis()
-    size = (3 * len(ABLATIONS), 2 * len(ABLATED_ON) + 0.4)
-    with figure(folder / "results-ablations.png", size, len(ABLATED_ON), len(ABLATIONS), sharex="row") as panels:
-        for row, task in zip(panels, ABLATED_ON, strict=True):
-            for axes, (name, configs) in zip(row, ABLATIONS.items(), strict=True):
-                scores = ablation_cells(name, budget, records)
-                own = [label for label, config in configs.items() if config == IAPT]
-                _rows(axes, [(label, scores[label][task.name]) for label in configs], own)
-                axes.invert_yaxis()
-                axes.set_title(f"{name}\n{task.title}")
-                axes.set_xlabel("accuracy, %")
+    for phase, (asked, tasks) in ASKED.items():
+        size = (3 * len(asked), 2 * len(tasks) + 0.4)
+        with figure(folder / f"results-{phase}.png", size, len(tasks), len(asked), sharex="row") as panels:
+            for row, task in zip(panels, tasks, strict=True):
+                for axes, (name, configs) in zip(row, asked.items(), strict=True):
+                    scores = ablation_cells(phase, name, budget, records)
+                    own = [label for label, config in configs.items() if config == IAPT]
+                    _rows(axes, [(label, scores[label][task.name]) for label in configs], own)
+                    axes.invert_yaxis()
+                    axes.set_title(f"{name}\n{task.title}")
+                    axes.set_xlabel("accuracy, %")
 
 
 def _rows(axes: Any, lines: Sequence[tuple[str, Cell]], own: Sequence[str]) -> None:

@@ -328,6 +328,13 @@ def test_functions_take_few_parameters():
     assert not wide, f"more than {MAX_PARAMETERS} parameters; make a dataclass: {', '.join(wide)}"
 
 
+def test_no_script_stands_for_a_module_of_python():
+    """``python benchmarks/x.py`` looks for every import beside x first: an ``http.py`` there breaks torch's."""
+    scripts = [path for path in EVERYTHING if path.relative_to(ROOT).parts[0] in ("benchmarks", "examples")]
+    assert scripts
+    assert not [str(path.relative_to(ROOT)) for path in scripts if path.stem in sys.stdlib_module_names]
+
+
 def test_no_drawer_for_odds_and_ends():
     drawers = [str(path.relative_to(ROOT)) for path in SOURCES if path.stem in ("utils", "util", "helpers", "common")]
     assert not drawers, f"a helper lives beside its user or in a file named after what it does: {drawers}"

@@ -12,10 +12,13 @@ from benchmarks import quality
 from benchmarks.pages import append_record, read_records
 from benchmarks.quality_plan import (
     ABLATED_ON,
+    ASKED,
     BUDGETS,
     MAX_CHARACTERS,
     NUM_PARAMETERS,
     PHASES,
+    RATIONAL_ON,
+    STARTS,
     TASKS,
     VARIANTS,
     count_parameters,
@@ -62,6 +65,10 @@ def test_plan_is_complete(name):
     assert {config.pooling for config in configs} == {"attention", "mean", "max"}
     assert {config.activation for config in configs} >= {"rational", "gelu", "relu"}
     assert {config.sharing for config in configs} == {"all"}
+    asked = [run.config for run in runs_of("rational", budget, {}) if run.task == RATIONAL_ON[0] and run.seed == 0]
+    assert {(c.numerator_degree, c.denominator_degree, c.rational_form) for c in asked} >= {(1, 1, "A"), (8, 8, "B")}
+    assert {config.init_function for config in asked} == set(STARTS)
+    assert {config.coefficients for config in asked} == {"joint", "frozen"}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -72,9 +79,12 @@ def test_keys_are_unique_within_a_phase(name):
 
 
 def test_an_ablation_shares_the_main_comparisons_run():
-    own = {run.key for run in runs_of("main", SMALL, {}) if run.label == "IAPT" and run.task in ABLATED_ON}
-    assert own <= {run.key for run in runs_of("ablations", SMALL, {})}
-    assert sum(len(runs_of(phase, SMALL, {})) for phase in PHASES) - len(own) == len(all_keys(SMALL))
+    shared = 0
+    for phase, (_, tasks) in ASKED.items():
+        own = {run.key for run in runs_of("main", SMALL, {}) if run.label == "IAPT" and run.task in tasks}
+        assert own <= {run.key for run in runs_of(phase, SMALL, {})}
+        shared += len(own)
+    assert sum(len(runs_of(phase, SMALL, {})) for phase in PHASES) - shared == len(all_keys(SMALL))
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"seed": 9}, {"split": "validation"}, {"task": TASKS[1]}])
@@ -264,10 +274,10 @@ def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
         )
         assert "OLD" not in text and text.count("| IAPT |") == 2
     assert f"{len(records)} of {len(records)} runs are done" in capsys.readouterr().out
-    for image in ("main", "ablations"):
+    for image in ("main", "ablations", "rational"):
         assert (tmp_path / "images" / f"results-{image}.png").stat().st_size > 5000
     page_with(page, ["rates", "other"])
-    with pytest.raises(SystemExit, match=r"differ in the tables ablation .*, differences, other$"):
+    with pytest.raises(SystemExit, match=r"differ in the tables ablations .*, differences, other, rational"):
         quality.main(words)
 
 
@@ -278,7 +288,7 @@ def test_tables_of_an_unfinished_plan(phases, tmp_path):
     text = tables(SMALL, records)["comparison"]
     assert "| IAPT | 58,161 | – | – | – | – | – |" in text
     draw(SMALL, records, tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_a_record_keeps_what_was_measured():

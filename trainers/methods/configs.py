@@ -18,9 +18,9 @@ from iapt_export.contract.settings import choice_problems, raise_problems, range
 from iapt_export.contract.tenant_card import OLDER
 
 Activation = Literal["rational", "gelu", "relu", "silu", "tanh"]
-CoefficientLearning = Literal["joint", "bilevel"]
+CoefficientLearning = Literal["joint", "bilevel", "frozen"]
 Initial = Literal["text", "vocabulary", "random"]
-InitFunction = Literal["gelu", "relu", "silu", "tanh", "leaky_relu"]
+InitFunction = Literal["gelu", "relu", "silu", "tanh", "leaky_relu", "identity", "random"]
 Pooling = Literal["attention", "mean", "max"]
 RationalForm = Literal["A", "B"]
 Sharing = Literal["all", "none", "groups"]
@@ -55,7 +55,7 @@ class IAPTConfig:
     rational_form: RationalForm = "B"
     """Denominator: A is 1 + sum |b_k x^k|, B is 1 + |sum b_k x^k|."""
     init_function: InitFunction = "gelu"
-    """Function that the rational activation approximates before training."""
+    """Function that the rational activation approximates before training; or coefficients drawn at random."""
     pooling: Pooling = "attention"
     """How T instruction tokens become P rows: learned queries, or mean / max over P adaptive bins."""
     activation: Activation = "rational"
@@ -71,7 +71,7 @@ class IAPTConfig:
     normalize: bool = True
     """Divide each token's hidden state by its root mean square before the generator reads it."""
     coefficients: CoefficientLearning = "joint"
-    """Learn the activation's coefficients jointly, or bi-level on a held-out half of the data."""
+    """Learn the activation's coefficients jointly, bi-level on a held-out half of the data, or not at all."""
     older: ClassVar[dict[str, Any]] = OLDER["IAPT"]  # what files that lack a field were made with
     training_fields: ClassVar[tuple[str, ...]] = ("coefficients", "init_function")
     # say how weights were found and not what is computed, so tenants that differ in nothing else share a stack
@@ -88,6 +88,10 @@ class IAPTConfig:
         )
         if self.sharing != "groups" and self.num_groups != 1:
             problems.append(f"num_groups={self.num_groups} needs sharing='groups', got sharing={self.sharing!r}")
+        if self.coefficients != "joint" and self.activation != "rational":
+            problems.append(f"coefficients={self.coefficients!r} needs activation='rational', got {self.activation!r}")
+        if self.init_function == "identity" and (self.numerator_degree < 3 or self.denominator_degree < 2):
+            problems.append("init_function='identity' needs numerator_degree of at least 3, denominator_degree of 2")
         raise_problems("IAPT configuration", problems)
 
     def groups(self, num_layers: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.method import Method, Weights
 from trainers.methods.configs import IAPTConfig
-from trainers.methods.rational import initial_coefficients, rational
+from trainers.methods.rational import COEFFICIENTS, initial_coefficients, random_coefficients, rational
 
 FIXED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -87,13 +87,18 @@ class IAPT(Method):
         for name, parameter in parameters.items():  # in this order, on which a seed's weights depend
             if name in self.decayed:
                 nn.init.normal_(parameter, std=self._query_spread if name == "query" else 0.02)
-        if config.activation == "rational":
-            numerator, denominator = initial_coefficients(
-                config.init_function, config.numerator_degree, config.denominator_degree, config.rational_form
-            )
-            with torch.no_grad():
-                for name, values in (("numerator", numerator), ("denominator", denominator)):
-                    parameters[name].copy_(torch.from_numpy(values).expand_as(parameters[name]))
+        if config.activation != "rational":
+            return
+        degrees = config.numerator_degree, config.denominator_degree
+        if config.init_function == "random":
+            layers = self.sizes.num_layers
+            values = [random_coefficients(layers, degree, lowest) for lowest, degree in enumerate(degrees)]
+        else:
+            fitted = initial_coefficients(config.init_function, *degrees, config.rational_form)
+            values = [torch.from_numpy(row) for row in fitted]
+        with torch.no_grad():
+            for name, value in zip(COEFFICIENTS, values, strict=True):
+                parameters[name].copy_(value.expand_as(parameters[name]))
 
     @property
     def _query_spread(self) -> float:

@@ -15,10 +15,13 @@ from math import erf, sqrt
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 
+COEFFICIENTS = ("numerator", "denominator")
+"""Parameters of a method that are a rational activation's."""
 FIT_INTERVAL = (-3.0, 3.0)
 """The interval on which the published coefficients were fitted, and on which ours are."""
 FIT_STARTS = (0.1, 1.0, 3.0, 10.0)
@@ -114,20 +117,42 @@ def initial_coefficients(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coefficients with which ``R`` approximates ``function`` on `FIT_INTERVAL`.
 
-    Published values where they exist (degrees (5, 4)), a least-squares fit otherwise.
+    Published values where they exist (degrees (5, 4)), a least-squares fit otherwise. The identity is
+    ``(x + x^3 / 10) / (1 + |x^2 / 10|)``: a denominator of zeros could never learn, as ``|0|`` has no slope.
 
     Returns:
         ``(numerator [m+1], denominator [n])``, float64, ascending powers.
 
     Raises:
-        IaptError: unknown function or form.
+        IaptError: unknown function or form, or degrees too low for the identity.
     """
+    if function == "identity":
+        numerator, denominator = np.eye(numerator_degree + 1)[1], np.zeros(denominator_degree)
+        if numerator_degree < 3 or denominator_degree < 2:
+            raise IaptError(
+                f"init_function 'identity' needs degrees of at least 3 and 2, got {numerator_degree} and "
+                f"{denominator_degree}"
+            )
+        numerator[3] = denominator[1] = 0.1
+        return numerator, denominator
     if function not in FUNCTIONS:
-        raise IaptError(f"init_function {function!r} is not known; use one of {', '.join(sorted(FUNCTIONS))}")
+        raise IaptError(f"init_function {function!r} is not known; use one of {', '.join(sorted(FUNCTIONS))}, identity")
     published = PUBLISHED.get((form, function))
     if published and (numerator_degree, denominator_degree) == (5, 4):
         return np.array(published[0]), np.array(published[1])
     return fit_coefficients(function, numerator_degree, denominator_degree, form)
+
+
+def random_coefficients(num_layers: int, degree: int, lowest: int) -> Tensor:
+    """Coefficients of the powers from ``lowest`` to ``degree``, drawn from torch's random state.
+
+    At the ends of `FIT_INTERVAL` each term spreads by one, so that no power outweighs the others from the start.
+
+    Returns:
+        ``[num_layers, degree - lowest + 1]``, fp32, ascending powers.
+    """
+    powers = torch.arange(lowest, degree + 1)
+    return torch.randn(num_layers, len(powers)) / FIT_INTERVAL[1] ** powers
 
 
 def fit_coefficients(

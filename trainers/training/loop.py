@@ -22,15 +22,12 @@ from iapt_export.contract.errors import IaptError
 from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.decoder.method import Method, rows_of
+from trainers.methods.rational import COEFFICIENTS
 from trainers.training.evaluate import response_loss
 from trainers.training.work import UNFINISHED, place_checkpoint, write_seconds
 
-COEFFICIENTS = ("numerator", "denominator")
-"""What the second level of bi-level learning trains."""
 MEGABATCH = 50
 """Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
-
-
 KEPT_CHECKPOINTS = 2
 """One more than is needed, should the newest be damaged."""
 

@@ -29,6 +29,7 @@ from trainers.decoder.method import Method
 from trainers.decoder.rounded import round_weights, rounded_weights
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
+from trainers.methods.rational import COEFFICIENTS
 from trainers.training.card import Run, write_card
 from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.data import (
@@ -231,6 +232,9 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
     if config.start == "backbone":
         first = items[0]
         setup.method.start(setup.backbone.model, tokenizer, first["input_ids"][: first["instruction_length"]])
+    learning = getattr(setup.adapter.method, "coefficients", "joint")
+    for name in COEFFICIENTS if learning == "frozen" else ():
+        setup.method.get_parameter(name).requires_grad_(False)
     arguments = _arguments(setup)
     chunk = arguments.train_batch_size * config.gradient_accumulation * arguments.world_size
     sampler = EpochSampler(
@@ -238,7 +242,7 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         chunk,
         config.seed,
         config.group_by_length,
-        alternate=getattr(setup.adapter.method, "coefficients", "joint") == "bilevel",
+        alternate=learning == "bilevel",
     )
     trainer = AdapterTrainer(
         setup.adapter,

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from iapt_export.contract.errors import IaptError
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT, adaptive_bins, max_pool, normalised, token_shares
+from trainers.methods.rational import random_coefficients
 
 HIDDEN, LAYERS = 32, 3
 
@@ -43,6 +45,19 @@ def test_unshared_parameter_count(rank: int, number: int) -> None:
     assert count(config, 4096, 32) == number
 
 
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"coefficients": "frozen", "activation": "gelu"}, "coefficients='frozen' needs .*, got 'gelu'"),
+        ({"coefficients": "bilevel", "activation": "relu"}, "coefficients='bilevel' needs activation='rational'"),
+        ({"init_function": "identity", "numerator_degree": 2}, "init_function='identity' needs numerator_degree of at"),
+    ],
+)
+def test_what_does_not_go_together(fields: dict[str, object], problem: str) -> None:
+    with pytest.raises(IaptError, match=problem):
+        IAPTConfig(**fields)  # type: ignore[arg-type]
+
+
 def test_parameters_are_what_the_shapes_say() -> None:
     for fields in (
         {},
@@ -58,6 +73,15 @@ def test_same_seed_same_weights() -> None:
     one, two, other = generator(0), generator(0), generator(1)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.query, other.query)
+
+
+def test_a_random_start_differs_by_layer_and_weighs_the_powers_alike() -> None:
+    one, again = generator(init_function="random"), generator(init_function="random")
+    assert torch.equal(one.numerator, again.numerator) and torch.equal(one.denominator, again.denominator)
+    assert not torch.equal(one.numerator[0], one.numerator[1])
+    torch.manual_seed(0)
+    drawn = random_coefficients(4000, degree=5, lowest=1) * 3.0 ** torch.arange(1, 6)
+    assert drawn.shape == (4000, 5) and ((drawn.std(dim=0) - 1).abs() < 0.05).all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])

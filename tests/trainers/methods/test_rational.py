@@ -48,6 +48,16 @@ def test_every_degree_and_function_is_fitted(function: str, degrees: tuple[int, 
     assert rms(function, a, b, form) < (0.15 if degrees[0] == 2 else 0.05)
 
 
+@pytest.mark.parametrize("form", ["A", "B"])
+def test_the_identity_is_exact_and_has_a_denominator_that_can_learn(form: str) -> None:
+    for degrees in ((3, 2), (5, 4), (8, 8)):
+        a, b = initial_coefficients("identity", *degrees, form)
+        assert (len(a), len(b)) == (degrees[0] + 1, degrees[1]) and b.any()
+        assert np.abs(numpy_rational(GRID, a, b, form) - GRID).max() < 1e-12
+    with pytest.raises(IaptError, match="'identity' needs degrees of at least 3 and 2, got 2 and 2"):
+        initial_coefficients("identity", 2, 2, form)
+
+
 def test_published_values_start_the_default() -> None:
     a, b = initial_coefficients("gelu", 5, 4, "B")
     assert (tuple(a), tuple(b)) == PUBLISHED["B", "gelu"]
@@ -113,5 +123,5 @@ def test_unknown_names() -> None:
         rational(torch.ones(1), torch.ones(2), torch.ones(1), "C")
     with pytest.raises(IaptError, match="rational form 'C' is not known"):
         fit_coefficients("gelu", 5, 4, "C")
-    with pytest.raises(IaptError, match="init_function 'elu' is not known; use one of gelu, leaky_relu, relu, silu"):
+    with pytest.raises(IaptError, match="'elu' is not known; use one of gelu, leaky_relu, relu, silu, tanh, identity"):
         initial_coefficients("elu", 5, 4, "B")

@@ -23,6 +23,7 @@ from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.rounded import round_weights
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
+from trainers.methods.rational import COEFFICIENTS, initial_coefficients
 from trainers.training.card import EXPLAINED
 from trainers.training.config import TrainRequest
 from trainers.training.data import split_holdout
@@ -295,6 +296,18 @@ def test_bilevel_trains_each_part_on_its_half(
     run(backbone, data, tmp_path / "a", dataclasses.replace(METHOD, coefficients="bilevel"), max_steps=4)
     weights_moved = {"down_weight", "down_bias", "query", "up_weight", "up_bias"}
     assert moved == [weights_moved, {"numerator", "denominator"}] * 2
+
+
+def test_frozen_coefficients_stay_as_they_start(backbone: str, data: Path, tmp_path: Path) -> None:
+    """All else learns."""
+    run(backbone, data, tmp_path / "a", dataclasses.replace(METHOD, coefficients="frozen"), max_steps=3)
+    held = load_adapter(tmp_path / "a").tensors
+    fitted = initial_coefficients(
+        METHOD.init_function, METHOD.numerator_degree, METHOD.denominator_degree, METHOD.rational_form
+    )
+    for name, values in zip(COEFFICIENTS, fitted, strict=True):
+        assert torch.equal(held[name], torch.from_numpy(values).float().expand_as(held[name]))
+    assert held["up_bias"].abs().max() > 0
 
 
 def test_sampler_order() -> None:

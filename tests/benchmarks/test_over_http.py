@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import http
+from benchmarks import over_http
 from tests.bundles import TinyBuild
 
 
@@ -19,14 +19,14 @@ def test_session_and_server_answer_the_same_number_of_tokens(
     words = ["http", str(tiny_build.bundle), "--streams", "3", "--tokens", "5", "--rounds", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", words)
     counts = []
-    clients = http._clients
+    clients = over_http._clients
 
     async def counted(*arguments: object) -> int:
         counts.append(await clients(*arguments))  # type: ignore[arg-type]
         return counts[-1]
 
-    monkeypatch.setattr(http, "_clients", counted)
-    http.main()
+    monkeypatch.setattr(over_http, "_clients", counted)
+    over_http.main()
     told = capsys.readouterr()
     assert counts == [15, 15], "a round to warm up, and one that counts"
     found = json.loads(told.err.strip().splitlines()[-1].partition(" ")[2])
@@ -35,13 +35,13 @@ def test_session_and_server_answer_the_same_number_of_tokens(
 
 
 def test_a_server_that_ends_leaves_its_words(tmp_path: Path) -> None:
-    server = http.Server([sys.executable, "-c", "print('no model here'); raise SystemExit(3)"], 1, folder=tmp_path)
+    server = over_http.Server([sys.executable, "-c", "print('no model here'); raise SystemExit(3)"], 1, folder=tmp_path)
     with pytest.raises(SystemExit, match="the server did not start; the end of what it said:\nno model here"):
-        http.over_http(server, streams=1, tokens=1)
+        over_http.over_http(server, streams=1, tokens=1)
 
 
 def test_peers_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["http", "bundle", "--vllm", "python"])
     with pytest.raises(SystemExit) as ended:
-        http.main()
+        over_http.main()
     assert ended.value.code == 2 and "--vllm needs --model" in capsys.readouterr().err

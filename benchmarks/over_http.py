@@ -1,10 +1,10 @@
 """What HTTP costs over a session, and how peers' servers do: processor time of a token and throughput, as ratios.
 
-    python -m benchmarks.http BUNDLE
-    python -m benchmarks.http BUNDLE --doors                               # behind Triton and Ray, too
-    python -m benchmarks.http BUNDLE --gguf FILE --gguf-python PYTHON      # llama.cpp's server beside it
-    python -m benchmarks.http BUNDLE --vllm PYTHON --model FOLDER          # vLLM's beside it
-    python -m benchmarks.http BUNDLE --genai DIR --genai-python PYTHON     # genai's engine beside it
+    python -m benchmarks.over_http BUNDLE
+    python -m benchmarks.over_http BUNDLE --doors                               # behind Triton and Ray, too
+    python -m benchmarks.over_http BUNDLE --gguf FILE --gguf-python PYTHON      # llama.cpp's server beside it
+    python -m benchmarks.over_http BUNDLE --vllm PYTHON --model FOLDER          # vLLM's beside it
+    python -m benchmarks.over_http BUNDLE --genai DIR --genai-python PYTHON     # genai's engine beside it
 
 Each round measures, one after another, and every other round in reverse: a session on the bundle, iterated in an event
 loop; a server of this project on the same bundle, in a process of its own, that streams to as many clients; and the
