@@ -33,11 +33,18 @@ def tables(budget: Budget, records: Records) -> dict[str, str]:
         "differences": difference_table(cells),
         **{
             f"{phase} {name}": ablation_table(phase, name, budget, records)
-            for phase, (asked, _) in ASKED.items()
-            for name in asked
+            for phase in begun(budget, records)
+            for name in ASKED[phase][0]
         },
         "rates": rate_table(budget, records),
     }
+
+
+def begun(budget: Budget, records: Records) -> list[str]:
+    """The phases that change IAPT, but those of which no run of its own was made."""
+    chosen = chosen_rates(budget, records)
+    main = {run.key for run in runs_of("main", budget, chosen)}
+    return [phase for phase in ASKED if {run.key for run in runs_of(phase, budget, chosen)} & records.keys() - main]
 
 
 def main_cells(budget: Budget, records: Records) -> dict[str, dict[str, Cell]]:
@@ -154,7 +161,8 @@ def draw(budget: Budget, records: Records, folder: Path) -> None:
             axes.set_title(task.title)
             axes.set_xlabel("loss per token" if task.is_generation else "accuracy, %")
         panels[0].invert_yaxis()
-    for phase, (asked, tasks) in ASKED.items():
+    for phase in begun(budget, records):
+        asked, tasks = ASKED[phase]
         size = (3 * len(asked), 2 * len(tasks) + 0.4)
         with figure(folder / f"results-{phase}.png", size, len(tasks), len(asked), sharex="row") as panels:
             for row, task in zip(panels, tasks, strict=True):

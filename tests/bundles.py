@@ -25,7 +25,7 @@ from tests.tiny import COMMON, save_tiny_backbone, tiny_llama
 from tests.traces import run_folder
 from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import save_adapter
-from trainers.decoder.backbone import config_fingerprint
+from trainers.decoder.backbone import config_fingerprint, load_backbone
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
@@ -158,6 +158,21 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
         if not built.bundle.exists():
             save_tiny_inputs(root)
             build(built.request(built.bundle))
+    return built
+
+
+@pytest.fixture(scope="session")
+def mixed_build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> TinyBuild:
+    """The tenants of `MIXED` over the tiny backbone, shared alike."""
+    root = run_folder(tmp_path_factory) / "mixed-build"
+    adapters = {name: root / name for name in MIXED}
+    built = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
+    with FileLock(root.with_suffix(".lock")):
+        if not built.bundle.exists():
+            fingerprint = load_backbone(str(tiny_build.model)).fingerprint
+            for seed, (name, config) in enumerate(MIXED.items()):
+                save_tiny_adapter(root / name, seed, fingerprint, config)
+            build(built.request(built.bundle, tenants="1:5:8"))
     return built
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.bundles import tiny_build, tiny_bundle
+from tests.bundles import mixed_build, tiny_build, tiny_bundle
 from tests.graphs import engine_bundle
 from tests.pictures import shared_plots
 from tests.traces import fresh_traces, shared_traces
@@ -20,6 +20,7 @@ from tests.truths import shared_truths
 __all__ = [
     "engine_bundle",
     "fresh_traces",
+    "mixed_build",
     "shared_plots",
     "shared_traces",
     "shared_truths",

@@ -12,15 +12,14 @@ import pytest
 from engines.serving.session import Request, Session
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
-from tests.bundles import TinyBuild, run, save_tiny_adapter
+from tests.bundles import MIXED, TinyBuild
 from tests.native.built import ROWS, needs_runner
-from trainers.decoder.backbone import load_backbone
-from trainers.methods.configs import PrefixTuningConfig, PromptTuningConfig
 
-CONFIGS = {"short": PromptTuningConfig(prompt_length=2), "long": PrefixTuningConfig(prompt_length=9)}
+SHORT, LONG = "topics", "style"
+"""Tenants with 4 soft tokens and with 7."""
 LONGEST, CAPACITY, BATCH = 96, 160, 8
 """Of the tiny bundle's ranges."""
-MOST = {name: CAPACITY - config.prompt_length - LONGEST + 1 for name, config in CONFIGS.items()}
+MOST = {name: CAPACITY - MIXED[name].prompt_length - LONGEST + 1 for name in (SHORT, LONG)}
 """New tokens after the longest instruction, with which a tenant's row fills the cache."""
 
 Row = tuple[str, int, list[int]]
@@ -30,17 +29,8 @@ both_caches = pytest.mark.parametrize("in_place", [True, False], ids=["in place"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
-    root = tmp_path_factory.mktemp("rows")
-    fingerprint = load_backbone(str(tiny_build.model)).fingerprint
-    adapters = {
-        name: save_tiny_adapter(root / name, seed, fingerprint, config)
-        for seed, (name, config) in enumerate(CONFIGS.items())
-    }
-    build = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
-    outcome = run(*build.arguments(build.bundle), "--new-tokens=2")
-    assert outcome.code == 0, outcome.err
-    return build.bundle
+def bundle(mixed_build: TinyBuild) -> Path:
+    return mixed_build.bundle
 
 
 def ids(length: int) -> list[int]:
@@ -63,10 +53,10 @@ def answer_rows(bundle: Path, in_place: bool, rows: list[Row]) -> subprocess.Com
 @pytest.mark.parametrize(
     "rows",
     [
-        [("short", MOST["short"], ids(LONGEST))],
-        [("long", MOST["long"], ids(LONGEST))],
-        [("short", 1, ids(LONGEST)), ("long", 120, ids(3)), ("short", 7, ids(20))],
-        [("long", 1 + n, ids(1 + 3 * n)) for n in range(BATCH + 3)],
+        [(SHORT, MOST[SHORT], ids(LONGEST))],
+        [(LONG, MOST[LONG], ids(LONGEST))],
+        [(SHORT, 1, ids(LONGEST)), (LONG, 120, ids(3)), (SHORT, 7, ids(20))],
+        [(LONG, 1 + n, ids(1 + 3 * n)) for n in range(BATCH + 3)],
     ],
     ids=["short fills the cache", "long fills the cache", "rows end early", "more rows than a batch"],
 )
@@ -82,17 +72,17 @@ def test_equal_answers(bundle: Path, in_place: bool, rows: list[Row]) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        ("short", MOST["short"] + 1, ids(LONGEST)),
-        ("long", MOST["long"] + 1, ids(LONGEST)),
-        ("short", CAPACITY, ids(5)),
-        ("short", 1, ids(LONGEST + 1)),
-        ("short", 0, ids(5)),
-        ("short", 1, [5, 10**6]),
+        (SHORT, MOST[SHORT] + 1, ids(LONGEST)),
+        (LONG, MOST[LONG] + 1, ids(LONGEST)),
+        (SHORT, CAPACITY, ids(5)),
+        (SHORT, 1, ids(LONGEST + 1)),
+        (SHORT, 0, ids(5)),
+        (SHORT, 1, [5, 10**6]),
     ],
     ids=str,
 )
 def test_equal_refusals(bundle: Path, in_place: bool, row: Row) -> None:
-    fine = ("long", 2, ids(5))
+    fine = (LONG, 2, ids(5))
     with pytest.raises(IaptError) as refused:
         from_python(bundle, in_place, [fine, row])
     outcome = answer_rows(bundle, in_place, [fine, row])
@@ -107,5 +97,5 @@ def test_too_short_an_instruction(bundle: Path, in_place: bool, tmp_path: Path) 
     sequence = dataclasses.replace(manifest.ranges.sequence, min=4)
     dataclasses.replace(manifest, ranges=dataclasses.replace(manifest.ranges, sequence=sequence)).save(copy)
     with pytest.raises(IaptError, match="has 3 tokens; this bundle takes at least 4") as refused:
-        from_python(copy, in_place, [("long", 2, ids(3))])
-    assert answer_rows(copy, in_place, [("long", 2, ids(3))]).stderr.strip() == str(refused.value)
+        from_python(copy, in_place, [(LONG, 2, ids(3))])
+    assert answer_rows(copy, in_place, [(LONG, 2, ids(3))]).stderr.strip() == str(refused.value)

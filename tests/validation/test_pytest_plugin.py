@@ -43,6 +43,7 @@ def test_the_entry_point_names_the_plugin() -> None:
     assert done.stdout.split() == [], "every pytest of a machine loads the plugin, so it must be light"
 
 
+@pytest.mark.thorough
 def test_checks_are_tests_beside_the_users_own(tiny_build: TinyBuild, tmp_path: Path) -> None:
     (tmp_path / "test_own.py").write_text("def test_own():\n    assert True\n", encoding="utf-8")
     flags = words(f"--iapt-bundle={tiny_build.bundle}", "--iapt-case=most-padding", "-v", "-v")

@@ -16,6 +16,7 @@ import iapt_export
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.graphs.passes.quantise_weights import SCALES
 from tests.bundles import METHOD, MIXED, NUM_LAYERS, TinyBuild, save_tiny_adapter
+from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_llama
 from tests.validation.sides.test_rounding import one_percent, weight
 from trainers.decoder import streamed
@@ -65,7 +66,7 @@ def compared(made: TinyBuild, bundle: Path, *, streams: bool, monkeypatch: pytes
     return validate_bundle(bundle, manifest, backbone, Settings(depth="quick"))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+@pytest.mark.parametrize("dtype", default_for("int4".__eq__, ["fp32", "int4"]))
 def test_figures_are_those_of_a_backbone_in_memory(
     dtype: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +104,7 @@ def test_a_fault_is_found_and_located(in_int4: TinyBuild, tmp_path: Path, monkey
 
 
 def test_a_build_proves_with_what_memory_there_is(
-    in_fp32: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Any] = []
 
@@ -113,7 +114,7 @@ def test_a_build_proves_with_what_memory_there_is(
 
     monkeypatch.setattr("iapt_export.building.build.streamed", noting)
     monkeypatch.setattr(streamed, "free_memory", lambda: 0)
-    request = in_fp32.request(tmp_path / "bundle", depth="quick")
+    request = tiny_build.request(tmp_path / "bundle", depth="quick")
     assert iapt_export.build(request).parity.verdict == "pass" and len(used) == 1
     report = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
     assert "--quick" in report["command"] and report["depth"] == "quick"
@@ -122,12 +123,12 @@ def test_a_build_proves_with_what_memory_there_is(
     assert parity.depth == "quick" and {"most-padding", "batch 1, one row"} <= set(parity.cases["onnxruntime:fp32"])
 
 
-def test_a_merged_adapter_is_compared_in_memory(in_fp32: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = BundleManifest.load(in_fp32.bundle)
+def test_a_merged_adapter_is_compared_in_memory(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = BundleManifest.load(tiny_build.bundle)
     monkeypatch.setattr(streamed, "free_memory", lambda: 0)
     merged = dataclasses.replace(manifest, tenants=[dataclasses.replace(manifest.tenants[0], method=None)])
-    assert not is_streamed(loader_for(merged)(str(in_fp32.model)).model)
-    assert is_streamed(loader_for(manifest)(str(in_fp32.model)).model)
+    assert not is_streamed(loader_for(merged)(str(tiny_build.model)).model)
+    assert is_streamed(loader_for(manifest)(str(tiny_build.model)).model)
 
 
 def test_large_backbones_are_compared_quickly_unless_more_is_asked_for() -> None:

@@ -78,6 +78,12 @@ class PromptTuned(nn.Module):
         return self
 
 
+def freeze(method: Method) -> None:
+    """Leave the method's rational activation as it starts."""
+    for name in COEFFICIENTS:
+        method.get_parameter(name).requires_grad_(False)
+
+
 class EpochSampler(Sampler[int]):
     """The order of an epoch, a function of seed and epoch alone, so that a resumed run sees the same batches.
 

@@ -29,7 +29,6 @@ from trainers.decoder.method import Method
 from trainers.decoder.rounded import round_weights, rounded_weights
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
-from trainers.methods.rational import COEFFICIENTS
 from trainers.training.card import Run, write_card
 from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.data import (
@@ -43,7 +42,7 @@ from trainers.training.data import (
 )
 from trainers.training.evaluate import Evaluation, Report, evaluate
 from trainers.training.finished import TrainResult, find_finished
-from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned, check_tracker
+from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned, check_tracker, freeze
 from trainers.training.records import Example, read_examples
 from trainers.training.work import (
     FINISHED,
@@ -233,8 +232,8 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         first = items[0]
         setup.method.start(setup.backbone.model, tokenizer, first["input_ids"][: first["instruction_length"]])
     learning = getattr(setup.adapter.method, "coefficients", "joint")
-    for name in COEFFICIENTS if learning == "frozen" else ():
-        setup.method.get_parameter(name).requires_grad_(False)
+    if learning == "frozen":
+        freeze(setup.method)
     arguments = _arguments(setup)
     chunk = arguments.train_batch_size * config.gradient_accumulation * arguments.world_size
     sampler = EpochSampler(

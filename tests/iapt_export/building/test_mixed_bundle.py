@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import iapt_export
 from engines.serving.loading import open_runners
 from engines.serving.session import Request, Session
 from iapt_export.contract.errors import BundleError, IaptError
@@ -29,7 +28,6 @@ from tests.bundles import (
     change_manifest,
     rehash,
     run,
-    save_tiny_adapter,
     session_over,
     tokens_of,
 )
@@ -56,16 +54,8 @@ TEXTS = ("the film is a quiet joy", "a dull and noisy story that nobody will rem
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> TinyBuild:
-    root = tmp_path_factory.mktemp("mixed")
-    fingerprint = load_backbone(str(tiny_build.model)).fingerprint
-    adapters = {
-        name: save_tiny_adapter(root / name, seed, fingerprint, config)
-        for seed, (name, config) in enumerate(MIXED.items())
-    }
-    build = TinyBuild(tiny_build.model, adapters, tiny_build.cache, root / "bundle")
-    iapt_export.build(build.request(build.bundle, tenants="1:5:8"))
-    return build
+def build(mixed_build: TinyBuild) -> TinyBuild:
+    return mixed_build
 
 
 @pytest.fixture

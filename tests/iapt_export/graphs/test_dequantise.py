@@ -28,6 +28,7 @@ from iapt_export.graphs.save import save_graphs
 from iapt_export.graphs.weights import WEIGHTS
 from tests.graphs import run_onnx, worst
 from tests.iapt_export.graphs.test_passes import operators, parse
+from tests.thorough import default_for
 from tests.tiny import tiny_gpt2, tiny_llama
 from trainers.decoder.rounded import RoundedWeights, round_weights, rounded_weights
 from trainers.decoder.scaled import GRIDS, LEAST_SCALE, scale_of_all, scaled
@@ -256,8 +257,10 @@ ROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ROUNDINGS)
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("name", default_for(("int4", "nvfp4").__contains__, ROUNDINGS))
+@pytest.mark.parametrize(
+    "make", default_for(lambda make: make is tiny_llama, [tiny_llama, tiny_gpt2]), ids=["llama", "gpt2"]
+)
 def test_pytorch_gets_the_weights_that_onnx_runtime_restores(make: Any, name: str, tmp_path: Path) -> None:
     """Bit for bit, from a model in fp32, whose graph is traced in fp16; and so read one at a time."""
     rounding = ROUNDINGS[name]

@@ -233,13 +233,13 @@ def inputs_of_methods(path: Path) -> list[str]:
     return [name for name in names if "." in name and not name.startswith("past_key_values.")]
 
 
-def test_the_decode_step_of_prompts_is_the_plain_backbones(exports: Exports) -> None:
+@pytest.mark.parametrize("case", default_for("IAPT".__eq__, sorted(set(CONFIGS) - IN_DECODE - SLOW)))
+def test_the_decode_step_of_prompts_is_the_plain_backbones(exports: Exports, case: str) -> None:
     """No index and no weight of a tenant enters it. All methods but those that treat generated tokens share it."""
-    for case in set(CONFIGS) - IN_DECODE - SLOW:
-        specs = specs_for(exports.model, exports[case].plan.installed)
-        plain = specs_for(exports.model, [])
-        assert specs["decode"] == plain["decode"], case
-        assert inputs_of_methods(exports[case].prefill), case
+    specs = specs_for(exports.model, exports[case].plan.installed)
+    plain = specs_for(exports.model, [])
+    assert specs["decode"] == plain["decode"]
+    assert inputs_of_methods(exports[case].prefill)
     assert inputs_of_methods(exports.plain_decode) == []
 
 

@@ -25,6 +25,8 @@ CAPACITY = 24
 LENGTHS = np.array([6, 9, 3])
 """Entries of each row before the step."""
 
+THOROUGH = pytest.mark.thorough
+
 
 def exported(model: Any, methods: list[Installed], folder: Path, bits: int | None = None) -> Path:
     serving = Serving(CAPACITY + 1, rounding=Rounding(bits) if bits else None, drafts=DRAFTS)
@@ -80,14 +82,13 @@ def check(several: Arrays, steps: list[Arrays]) -> None:
 @pytest.mark.parametrize(
     ("model", "bits"),
     [
-        (lambda: tiny_llama(num_hidden_layers=4), None),  # of which three are traced
-        (lambda: tiny_llama(head_dim=16, num_hidden_layers=1), None),  # attention rotates
-        (lambda: tiny_llama(head_dim=16, num_hidden_layers=1), 4),
-        (lambda: tiny_mistral(sliding_window=5, num_hidden_layers=1), None),
-        (lambda: tiny_qwen2(num_hidden_layers=1), 8),
-        (lambda: tiny_qwen3(num_hidden_layers=1), None),
+        pytest.param(lambda: tiny_llama(num_hidden_layers=4), None, id="llama"),  # of which three are traced
+        pytest.param(lambda: tiny_llama(head_dim=16, num_hidden_layers=1), None, id="rotating", marks=THOROUGH),
+        pytest.param(lambda: tiny_llama(head_dim=16, num_hidden_layers=1), 4, id="in 4 bits", marks=THOROUGH),
+        pytest.param(lambda: tiny_mistral(sliding_window=5, num_hidden_layers=1), None, id="window"),
+        pytest.param(lambda: tiny_qwen2(num_hidden_layers=1), 8, id="biases in 8 bits", marks=THOROUGH),
+        pytest.param(lambda: tiny_qwen3(num_hidden_layers=1), None, id="normalised", marks=THOROUGH),
     ],
-    ids=["llama", "rotating", "in 4 bits", "window", "biases in 8 bits", "normalised"],
 )
 def test_a_step_of_several_tokens_equals_single_steps(model: Any, bits: int | None, tmp_path: Path) -> None:
     made = model()

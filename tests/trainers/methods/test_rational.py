@@ -39,7 +39,7 @@ def test_fit_is_no_worse_than_published(form: str, function: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["A", "B"])
-@pytest.mark.parametrize("degrees", [(2, 2), (3, 2), (5, 4), (6, 5), (8, 8)])
+@pytest.mark.parametrize("degrees", [(2, 2), (3, 2), (5, 4), (6, 5), pytest.param((8, 8), marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("function", sorted(FUNCTIONS))
 def test_every_degree_and_function_is_fitted(function: str, degrees: tuple[int, int], form: str) -> None:
     a, b = initial_coefficients(function, *degrees, form)

@@ -114,6 +114,7 @@ def test_engines_that_run_are_held_to_the_same_limits(int4: TinyBuild, monkeypat
     assert exact.status == "pass" and worst(exact) < 0.02 < 0.1 < worst(served), "what the weights cost is not there"
 
 
+@pytest.mark.thorough
 def test_fp8_and_nvfp4_are_built_and_compared_as_int4_is(floats: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = BundleManifest.load(floats.bundle)
     (target,) = manifest.targets
@@ -162,6 +163,7 @@ def hold_against_a_fault(made: TinyBuild, suffix: str, tmp_path: Path) -> None:
     assert (report.verdict, exact.status) == ("fail", "fail")
 
 
+@pytest.mark.thorough
 def test_a_build_whose_graphs_compute_something_else_fails(
     tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_build_whose_graphs_compute_something_else_fails(
         iapt_export.build(asked)
 
 
+@pytest.mark.thorough
 def test_a_merged_adapter_is_rounded_as_the_build_did(tiny_build: TinyBuild, tmp_path: Path) -> None:
     config = LoRAConfig(rank=2, target_modules=("q_proj", "down_proj"))
     folder = save_tiny_adapter(tmp_path / "lora", 0, load_backbone(str(tiny_build.model)).fingerprint, config)

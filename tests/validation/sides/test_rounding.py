@@ -113,8 +113,10 @@ ROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("name", ROUNDINGS)
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("name", default_for(("int4", "int4,block=64,narrow=4").__contains__, ROUNDINGS))
+@pytest.mark.parametrize(
+    "make", default_for(lambda make: make is tiny_llama, [tiny_llama, tiny_gpt2]), ids=["llama", "gpt2"]
+)
 def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, name: str, tmp_path: Path) -> None:
     rounding = ROUNDINGS[name]
     width = rounding.block  # the llama's second product has a block that is not full
@@ -189,8 +191,8 @@ def test_a_product_of_8_bits_is_the_sum_of_two_of_4(bias: bool, tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["qwen2_moe", "granite"])
+@pytest.mark.parametrize("dtype", default_for("int4".__eq__, DTYPES))
+@pytest.mark.parametrize("family", default_for("qwen2_moe".__eq__, ["qwen2_moe", "granite"]))
 def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dtype: str, tmp_path: Path) -> None:
     """One reads its router and its shared expert in the same way; the other's head is not the last node."""
     model, rounding = tiny_family(family), QUANTISED[dtype]
@@ -259,7 +261,7 @@ QUANTISED_FAULTS = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", default_for("int4".__eq__, DTYPES))
 @pytest.mark.parametrize(
     "fault",
     default_for(lambda fault: fault.source == "weight", QUANTISED_FAULTS),
