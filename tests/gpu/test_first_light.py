@@ -186,6 +186,12 @@ def test_tensorrt_rehearsed(bare: Work) -> None:
     assert "NVIDIA H100 (compute capability 9.0) cannot run this engine" in done.checks[0]["found"]
 
 
+def test_the_quality_plan_rehearsed(bare: Work) -> None:
+    """Its program ended at an import once, where part 6 would have been the first to start it."""
+    done = carry_out(part("06_quality").run, bare)  # type: ignore[attr-defined]
+    assert done.status == PASS and len(done.checks) == 2, (done.reason, done.checks)
+
+
 def test_a_part_that_lacks_something(bare: Work) -> None:
     def run(_: Work) -> None:
         raise Skip("no such library")

