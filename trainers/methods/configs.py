@@ -88,8 +88,6 @@ class IAPTConfig:
         )
         if self.sharing != "groups" and self.num_groups != 1:
             problems.append(f"num_groups={self.num_groups} needs sharing='groups', got sharing={self.sharing!r}")
-        if self.coefficients != "joint" and self.activation != "rational":
-            problems.append(f"coefficients={self.coefficients!r} needs activation='rational', got {self.activation!r}")
         if self.init_function == "identity" and (self.numerator_degree < 3 or self.denominator_degree < 2):
             problems.append("init_function='identity' needs numerator_degree of at least 3, denominator_degree of 2")
         raise_problems("IAPT configuration", problems)

@@ -144,12 +144,24 @@ class TrainPlaces:
 
 @dataclass(frozen=True)
 class TrainRequest(TrainPlaces):
-    """An adapter that is wanted: of which backbone, data and method, and how it is trained."""
+    """An adapter that is wanted: of which backbone, data and method, and how it is trained.
+
+    Raises:
+        IaptError: the activation has no coefficients that could be learned, or left, in the way that is asked for.
+    """
 
     method: Any = field(default_factory=IAPTConfig)
     """The method's settings, one of `trainers.methods.configs`."""
     config: TrainConfig = field(default_factory=TrainConfig)
     """The run's settings."""
+
+    def __post_init__(self) -> None:
+        learning, activation = (getattr(self.method, name, None) for name in ("coefficients", "activation"))
+        if learning in ("bilevel", "frozen") and activation != "rational":
+            raise IaptError(
+                f"coefficients={learning!r} needs activation='rational', got {activation!r}, which has none; "
+                f"leave coefficients out"
+            )
 
 
 _AT_LEAST_ONE = (

@@ -310,6 +310,13 @@ def test_frozen_coefficients_stay_as_they_start(backbone: str, data: Path, tmp_p
     assert held["up_bias"].abs().max() > 0
 
 
+@pytest.mark.parametrize("learning", ["bilevel", "frozen"])
+def test_coefficients_that_are_not_there_are_refused(learning: Any, tmp_path: Path) -> None:
+    method = IAPTConfig(activation="gelu", coefficients=learning)
+    with pytest.raises(IaptError, match=f"coefficients='{learning}' needs activation='rational', got 'gelu'"):
+        TrainRequest("none", "none", tmp_path / "out", method)
+
+
 def test_sampler_order() -> None:
     lengths = [5 + (i * 7) % 13 for i in range(23)]
     plain = EpochSampler(lengths, 4, seed=0, group_by_length=True, alternate=False)
