@@ -17,7 +17,16 @@ from iapt_export.contract.low_bits import in_words
 from iapt_export.contract.manifest import BundleManifest, Parity, TargetSpec
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.streamed import copies_compared, is_streamed, load_or_stream
-from validation.judging.compare import Answers, OnStep, Settings, Truths, answers_of, compare_target, measure_truth
+from validation.judging.compare import (
+    PROMPTS,
+    Answers,
+    OnStep,
+    Settings,
+    Truths,
+    answers_of,
+    compare_target,
+    measure_truth,
+)
 from validation.judging.engine_interface import check_built_engines
 from validation.judging.peft import compare_peft
 from validation.judging.result import Report, TargetResult
@@ -70,15 +79,17 @@ def validate_bundle(
         return Session(bundle, manifest, target, stepper)
 
     reference = Reference(bundle, manifest, backbone)
-    drafts = None
-    if is_streamed(reference.model):  # each token that PyTorch has to draft itself takes a reading of all weights
-        drafts = _first_answers(open_session, targets, settings, on_step)
+    # a target whose tokens are mostly PyTorch's saves it most of its steps; over a streamed backbone, where each takes
+    # a reading of all weights, any target's do
+    drafting = [target for target in targets if is_streamed(reference.model) or not target.rounding]
+    first, drafts = _first_answers(open_session, drafting if settings.wants(PROMPTS) else [], settings, on_step)
     truths = measure_truth(bundle, manifest, reference, settings, on_step, drafts)
     results = []
     for target in targets:
         try:
             for in_place in cache_kinds(target):
-                results += _compared(open_session, target, in_place, reference, truths, settings, on_step)
+                answers = drafts if (target, in_place) == first else None
+                results += _compared(open_session, target, in_place, reference, truths, settings, on_step, answers)
         except NotRunnableError as error:
             on_step(f"{target.name}: not runnable here, checking the built engines")
             results.append(_not_run(bundle, manifest, target, str(error)))
@@ -135,15 +146,16 @@ def compared_targets(manifest: BundleManifest, runner: str = "", device: str = "
 
 def _first_answers(
     open_session: OpenSession, targets: list[TargetSpec], settings: Settings, on_step: OnStep
-) -> Answers | None:
-    """The prompts' tokens as the first target that runs here chooses them; None where none does."""
+) -> tuple[tuple[TargetSpec, bool] | None, Answers | None]:
+    """The first target that runs here, with its kind of cache, and its answers to the prompts; None where none does."""
     for target in targets:
+        in_place = cache_kinds(target)[0]
         try:
-            with open_session(target, cache_kinds(target)[0]) as session:
-                return answers_of(session, settings, on_step)
+            with open_session(target, in_place) as session:
+                return (target, in_place), answers_of(session, settings, on_step)
         except NotRunnableError:
             continue
-    return None
+    return None, None
 
 
 def _compared(
@@ -154,22 +166,28 @@ def _compared(
     truths: Truths,
     settings: Settings,
     on_step: OnStep,
+    answers: Answers | None,
 ) -> list[TargetResult]:
-    """What comes of a target over one kind of cache."""
+    """What comes of a target over one kind of cache; its answers to the prompts where they are known already."""
     rounding = target.rounding
     if rounding and rounding.is_scaled:
         with open_session(target, in_place) as session:
-            served = _served(session, reference, truths, settings, on_step)
+            served = _served(session, reference, truths, settings, on_step, answers)
         return [served, _with_rounded(open_session, target, target, reference, settings, on_step)]
     with open_session(target, in_place) as session:
-        result = _served(session, reference, truths, settings, on_step)
+        result = _served(session, reference, truths, settings, on_step, answers)
     if rounding:
         return _without_rounding(session, reference, truths, result, settings, on_step)
     return [look_inside(session, reference, truths, result, settings, on_step)]
 
 
 def _served(
-    session: Session, reference: Reference, truths: Truths, settings: Settings, on_step: OnStep
+    session: Session,
+    reference: Reference,
+    truths: Truths,
+    settings: Settings,
+    on_step: OnStep,
+    answers: Answers | None,
 ) -> TargetResult:
     """A target as it is served, against PyTorch: with the same weights where a user chose how they are rounded.
 
@@ -178,11 +196,11 @@ def _served(
     """
     target = session.target
     if not target.rounding or not target.quantise:
-        return compare_target(session, reference, truths, settings, on_step)
+        return compare_target(session, reference, truths, settings, on_step, answers)
     stored = in_words(target.dtype, target.quantise)
     on_step(f"{target.name}: rounding PyTorch's weights to {stored}")
     rounded = with_rounded_weights(reference, target.rounding)
-    answers = answers_of(session, settings, on_step)
+    answers = answers or answers_of(session, settings, on_step)
     same = measure_truth(session.bundle, session.manifest, rounded, settings, on_step, answers)
     result = compare_target(session, rounded, same, settings, on_step, answers)
     return dataclasses.replace(result, name=f"{result.name} beside PyTorch with {stored} weights")

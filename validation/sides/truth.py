@@ -87,7 +87,7 @@ def record_truth(
         num_kept: the first so many prompts keep their logits and caches.
         given: further rows, whose tokens are given: all of them in one pass, which is quick.
         drafts: tokens of each prompt that the reference may choose, ``new_tokens`` each; without them PyTorch drafts,
-            rows together.
+            rows together, which takes longer than reading drafts does.
         on_step: called after each step of PyTorch's drafts, for progress.
         on_given: called with the number of each given row before it is computed.
 
@@ -159,7 +159,7 @@ def _draft(
 
 
 def _record_greedy(reference: Reference, row: Truth, draft: list[int], *, is_kept: bool) -> None:
-    """The row's own greedy tokens: the draft where reading it gives it again, else one token more a pass.
+    """The row's own greedy tokens: the draft where reading it gives it again, else how PyTorch goes on itself.
 
     Over a streamed backbone the first pass is the last: what follows the draft.
     """
@@ -172,7 +172,19 @@ def _record_greedy(reference: Reference, row: Truth, draft: list[int], *, is_kep
             return
         if is_streamed(reference.model):
             return
-        draft = [*draft[:same], row.tokens[same], *draft[same + 1 :]]
+        draft = _continued(reference, row.prompt, row.tokens[: same + 1], len(draft))
+
+
+@torch.no_grad()
+def _continued(reference: Reference, prompt: Prompt, tokens: list[int], length: int) -> list[int]:
+    """A draft of that length: these tokens, and PyTorch's likeliest after them, one a step."""
+    logits, cache = _in_turn(reference, Truth(prompt, forced=tuple(tokens)))
+    before = reference.methods[prompt.tenant].num_slots + len(prompt.tokens)
+    for num_tokens in range(len(tokens) + 1, length + 1):
+        tokens = [*tokens, int(logits[-1].argmax())]
+        mask = torch.ones(1, before + num_tokens, dtype=torch.long)
+        logits = reference.decode(prompt.tenant, torch.tensor(tokens[-1:]), mask, cache)
+    return tokens
 
 
 @torch.no_grad()

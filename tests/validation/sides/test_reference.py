@@ -180,7 +180,8 @@ def test_drafts_decide_nothing_but_how_often_the_backbone_is_asked(
     monkeypatch.setattr(truth, "_draft", lambda *_: pytest.fail("PyTorch drafts although there are drafts"))
     asked: list[Any] = []
     monkeypatch.setattr(Reference, "prefill", lambda *args: asked.append(args) or PREFILL(*args))
-    for drafts, passes in ((wanted, 3), ([[tokens[0], 3, *tokens[2:]] for tokens in wanted], 6)):
+    wrong_once, wrong = [[tokens[0], 3, *tokens[2:]] for tokens in wanted], [[3] * 6 for _ in wanted]
+    for drafts, passes in ((wanted, 3), (wrong_once, 9), (wrong, 9)):  # read, gone on from, and read again
         asked.clear()
         made = record_truth(reference, prompts, new_tokens=6, num_kept=0, drafts=drafts)
         assert [row.tokens for row in made] == wanted and len(asked) == passes
