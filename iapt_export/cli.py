@@ -18,8 +18,11 @@ from iapt_export import __version__, flags, showing
 from iapt_export.building.build_request import BuildRequest, PeftFormat
 from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
+from iapt_export.contract.integrity import open_manifest
+from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
+from iapt_export.imports import large_imports
 from iapt_export.progress import Steps, listening
 from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report, show_stream
 from trainers.methods.configs import DEFAULT_METHOD, config_of
@@ -130,7 +133,8 @@ def train_command(method: str) -> Callable[..., None]:
             told = f"{example} holds every setting; when it is edited: iapt-export train --config {example}"
             print(told, file=sys.stderr)
             return
-        from trainers.training.train import train as run
+        with large_imports():
+            from trainers.training.train import train as run
 
         request = TrainRequest(**vars(places), method=settings, config=config)
         result = run(request, say=Steps(quiet=common.quiet).line)
@@ -162,9 +166,10 @@ def convert(
 
 def build(*, request: Annotated[BuildRequest, FLAT], dry_run: flags.DryRun = False, common: Common = Common()) -> None:
     """Export a backbone with adapters, build engines, validate; writes a bundle."""
-    from iapt_export.building import build as building
-    from validation.reporting.report import read_report
-    from validation.reporting.summary import summary
+    with large_imports():
+        from iapt_export.building import build as building
+        from validation.reporting.report import read_report
+        from validation.reporting.summary import summary
 
     with Steps(quiet=common.quiet) as steps:
         outlook = building.foresee(request, steps) if dry_run else None
@@ -188,14 +193,13 @@ def validate(
     common: Common = Common(),
 ) -> None:
     """Compare a bundle with PyTorch again."""
-    from iapt_export.contract.integrity import open_manifest
-    from iapt_export.contract.manifest import BundleManifest
-    from trainers.decoder.backbone import load_backbone_of
-    from validation.judging.compare import Settings
-    from validation.reporting.junit import write_junit
-    from validation.reporting.report import write_report
-    from validation.reporting.summary import failure, summary
-    from validation.validate import compared_targets, loader_for, validate_bundle
+    with large_imports():
+        from trainers.decoder.backbone import load_backbone_of
+        from validation.judging.compare import Settings
+        from validation.reporting.junit import write_junit
+        from validation.reporting.report import write_report
+        from validation.reporting.summary import failure, summary
+        from validation.validate import compared_targets, loader_for, validate_bundle
 
     check_folders(asked.junit)
     check_outside_bundles(asked.report, "--report")
@@ -207,10 +211,8 @@ def validate(
         steps(f"loading {backbone.model or manifest.backbone.name_or_path}")
         loaded = load_backbone_of(bundle, manifest.backbone, **vars(backbone), load=loader_for(manifest))
         depth = "quick" if asked.quick else "full"
-        peft = not asked.no_peft_check
-        settings = Settings(
-            asked.seed, asked.new_tokens, asked.device, depth, asked.case, asked.bisect, peft, asked.runner or ""
-        )
+        how = (depth, asked.case, asked.bisect, not asked.no_peft_check, asked.runner or "")
+        settings = Settings(asked.seed, asked.new_tokens, asked.device, *how)
         found = validate_bundle(bundle, manifest, loaded, settings, steps)
     if asked.junit:
         write_junit(found, asked.junit)
@@ -293,8 +295,8 @@ def tenant(
     common: Common = Common(),
 ) -> None:
     """Write an adapter as a file that a running session of a bundle takes in."""
-    from iapt_export.building.tenant_file import write_tenant_file
-    from iapt_export.contract.manifest import BundleManifest
+    with large_imports():
+        from iapt_export.building.tenant_file import write_tenant_file
 
     check_folders(output)
 
@@ -322,9 +324,8 @@ def bench(bundle: BundleFolder, /, *, asked: Measuring = Measuring(), common: Co
         Session.open(bundle, asked.target, device=asked.device, drafts=asked.drafts, **asked.checks) as session,
         Steps(quiet=common.quiet) as steps,
     ):
-        figures = [
-            measure(session, rows, asked.prompt_tokens, asked.new_tokens, asked.repeat, steps) for rows in asked.rows
-        ]
+        sizes = (asked.prompt_tokens, asked.new_tokens, asked.repeat)
+        figures = [measure(session, rows, *sizes, steps) for rows in asked.rows]
         found = report(session, figures, asked.device)
     show(common.json, found, table(found))  # first, so that it is not lost where writing fails
     if asked.output:
@@ -375,9 +376,8 @@ def cache(*, asked: Keeping = Keeping(), common: Common = Common()) -> None:
     folder = asked.cache or default_cache()
     if asked.prune:
         removed = prune(folder, asked.max_bytes)
-        print(
-            f"{folder}: removed {len(removed)} stages ({sum(s.size_bytes for s in removed):,} bytes)", file=sys.stderr
-        )
+        size = sum(stage.size_bytes for stage in removed)
+        print(f"{folder}: removed {len(removed)} stages ({size:,} bytes)", file=sys.stderr)
     found = stages(folder)
     show(common.json, [dataclasses.asdict(stage) for stage in found], table(folder, found))
 
