@@ -47,7 +47,9 @@ from iapt_export.contract.settings import computing_fields
 from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.save import WEIGHTS_FILE
 from trainers.decoder.backbone import Backbone, load_backbone
-from trainers.decoder.stored import load_mapped, outline_of
+from trainers.decoder.importance import importance_of, load_importance, save_importance, uses_importance
+from trainers.decoder.rounded import Importance
+from trainers.decoder.stored import is_outline, load_mapped, outline_of
 from trainers.decoder.streamed import copies_compared, has_room_for, streamed
 from trainers.methods.forms import form_name
 from validation.judging.compare import Settings, depth_for
@@ -276,6 +278,7 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
                 opset=job.target.opset,
                 names=job.names,
                 serving=job.serving,
+                importance=_importance(job, plan, model, on_step),
                 on_step=lambda text: on_step(f"{job.variant}: {text}"),
             )
 
@@ -283,6 +286,21 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
     if is_found:
         on_step(f"{job.variant}: graphs are up to date")
     return folder
+
+
+def _importance(job: GraphJob, plan: BuildPlan, model: Any, on_step: OnStep) -> Importance:
+    """What a job's weights are rounded by, measured once for a backbone; nothing where none is rounded by it."""
+    if not uses_importance(model, job.target.rounding):
+        return {}
+
+    def make(folder: Path) -> None:
+        on_step("measuring how much each input of a matrix counts")
+        found = importance_of(streamed(model) if is_outline(model) else model)
+        save_importance(found, set(found), folder)
+
+    key = _graph_key(job, plan)
+    inputs = {name: key[name] for name in ("backbone", "merged", "versions")}
+    return load_importance(run_stage(plan.cache, "importance", inputs, make)[0])
 
 
 def _target(target: TargetPlan, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> TargetSpec:

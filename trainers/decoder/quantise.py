@@ -1,6 +1,7 @@
 """Weight-only quantisation: values of 4 or 8 bits in blocks with a scale each.
 
-`Blocks` are made by ONNX Runtime's own quantiser for its own operators, `trainers.decoder.scaled` is for TensorRT.
+`Blocks` are made by ONNX Runtime's own quantiser for its own operators, those of 4 bits with better scales where it is
+known how much each input counts; `trainers.decoder.scaled` is for TensorRT.
 
 Shapes: N outputs of a linear layer, K inputs of it, both of the stored matrix; G = ceil(K / block) blocks.
 """
@@ -10,12 +11,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 
 ACCURACY_LEVEL = 4
 """The kernel rounds activations to 8 bits, block by block, and multiplies integers. Level 0, which does not, was 40
 times as slow in 8 bits and 20 times in 4 on a processor with AVX2, and its logits were hardly nearer to fp32's."""
+
+ENDS = (-8, 7)
+"""The least and the largest whole number of 4 bits."""
+PLACES = (-14, -12, -10.5, -9.5, -8.75, -8, -7.25, -6.5, -5.5)
+"""Where the largest value of a block is tried to stand among them; beyond -8 it is cut off. In SmolLM2-135M these leave
+half of the error that -8 alone does, with the other sign as well 0.47 of it in twice the time."""
+AT_ONCE = 2**18
+"""Values whose scales are sought at once: so few that what is computed of them stays in the processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,29 @@ class Blocks:
 
     def restored_rows(self) -> np.ndarray:
         """The same turned round, ``[N, K]``."""
-        outputs, blocks = self.values.shape[:2]
+        steps = self.steps()
+        rows = np.multiply(steps, self.scales[..., None], dtype=np.float32).reshape(len(steps), -1)
+        return np.ascontiguousarray(rows[:, : self.num_inputs])
+
+    def steps(self) -> np.ndarray:
+        """The whole numbers that are multiplied with the scales: int8 ``[N, G, block]``."""
         if self.bits == 4:
             wide = self.values.astype("<u2")
             steps = ((wide | wide << 4) & 0x0F0F).view(np.int8) - np.int8(8)  # the lower half of a byte is first
         else:
             steps = (self.values ^ np.uint8(0x80)).view(np.int8)  # less 128
-        steps = steps.reshape(outputs, blocks, -1)
-        rows = np.multiply(steps, self.scales.reshape(outputs, blocks, 1), dtype=np.float32).reshape(outputs, -1)
-        return np.ascontiguousarray(rows[:, : self.num_inputs])
+        return steps.reshape(*self.values.shape[:2], -1)
 
 
-def quantise(weight: np.ndarray, bits: int, block: int) -> Blocks:
+def quantise(weight: np.ndarray, bits: int, block: int, importance: np.ndarray | None = None) -> Blocks:
     """Round a matrix ``[K, N]`` (fp32) to ``bits`` bits, in blocks of so many along K.
+
+    Args:
+        weight: the matrix.
+        bits: 8 or 4.
+        block: values that share a scale.
+        importance: fp32 ``[K]``, how much each input counts: what is least in sum is each value's squared error times
+            that of its input. In 8 bits it makes no difference; None leaves the scales as ONNX Runtime has them.
 
     Raises:
         IaptError: see `require_quantiser`.
@@ -61,7 +82,69 @@ def quantise(weight: np.ndarray, bits: int, block: int) -> Blocks:
 
     config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
     values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
-    return Blocks(bits, values, scales, len(weight))
+    made = Blocks(bits, values, scales.reshape(values.shape[:2]), len(weight))
+    return made if importance is None or bits != 4 else _refined(made, weight, importance)
+
+
+def _refined(made: Blocks, weight: np.ndarray, importance: np.ndarray) -> Blocks:
+    """The same with other scales where these leave a smaller error; a block that is exact stays as it is."""
+    outputs, groups, block = made.steps().shape
+    unfilled = (0, 0, 0, groups * block - len(weight))
+
+    def in_blocks(array: np.ndarray) -> Tensor:
+        """``[K, N]`` as ``[G, block, N]``, of which sums over a block are quick."""
+        return torch.nn.functional.pad(torch.from_numpy(array), unfilled).reshape(groups, block, -1)
+
+    steps, scales = torch.from_numpy(made.steps()), torch.from_numpy(made.scales)
+    counts = in_blocks(importance[:, None])
+    at_once = max(1, AT_ONCE // (groups * block))
+    for start in range(0, outputs, at_once):
+        own = slice(start, start + at_once)
+        values = in_blocks(weight[:, own])
+        plain = steps[own].permute(1, 2, 0) * scales[own].T[:, None]
+        fitted = _fitted(values, counts)  # [G, 1, n]
+        nearest = (values / fitted).round_().clamp_(*ENDS)
+        error = _error(values, nearest * fitted, counts)
+        better = (error < _error(values, plain, counts)).transpose(0, 2)  # no where a scale is no number, as of zeros
+        steps[own] = torch.where(better.permute(0, 2, 1), nearest.permute(2, 0, 1).to(torch.int8), steps[own])
+        scales[own] = torch.where(better[:, 0], fitted[:, 0].T, scales[own])
+    nibbles = (steps + 8).view(torch.uint8)
+    return Blocks(4, (nibbles[..., ::2] | nibbles[..., 1::2] << 4).numpy(), scales.numpy(), made.num_inputs)
+
+
+def _fitted(values: Tensor, counts: Tensor) -> Tensor:
+    """The scales ``[G, 1, N]`` with the least error for ``values [G, block, N]``, of those that come of `PLACES`.
+
+    Each place gives whole numbers, and these the scale that suits them best, by least squares: with ``a = sum(c q w)``
+    and ``b = sum(c q q)``, of counts c, whole numbers q and values w, it is ``a / b`` and takes ``a * a / b`` off the
+    error.
+    """
+    largest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    weighted, most = values * counts, torch.zeros_like(largest)
+    fitted = torch.full_like(largest, torch.nan)
+    for place in PLACES:
+        nearest = (values * (place / largest)).round_().clamp_(*ENDS)
+        a = _sum(weighted * nearest)
+        b = _sum(nearest.square_().mul_(counts))
+        gain = a * a / b
+        better = gain > most
+        most, fitted = torch.where(better, gain, most), torch.where(better, a / b, fitted)
+    return fitted
+
+
+def _error(values: Tensor, restored: Tensor, counts: Tensor) -> Tensor:
+    return _sum((values - restored).square_().mul_(counts))
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sums ``[G, 1, N]`` over blocks of a power of two, in one order whatever N is.
+
+    `torch.sum` adds in another order for another N, and the export and PyTorch's side of its proof, which round other
+    parts of a matrix at a time, would now and then choose other scales.
+    """
+    while (half := values.shape[1] // 2) > 0:
+        values = values[:, :half] + values[:, half:]
+    return values
 
 
 def require_quantiser() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,25 @@ from iapt_export.contract.low_bits import Rounding
 from trainers.decoder.quantise import Blocks, quantise
 from trainers.decoder.scaled import Scaled, scale_of_all, scaled
 
+Importance = Mapping[str, np.ndarray]
+"""Weights' names to how much each of their inputs counts, see `trainers.decoder.importance`; where a weight has none,
+all count the same."""
 ROWS_AT_ONCE = 1024
 """Outputs of a matrix that are rounded at once."""
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, rounding: Rounding) -> None:
+def round_weights(model: nn.Module, rounding: Rounding, importance: Importance | None = None) -> None:
     """Round a backbone's matrices in place: embeddings by rows, linear layers by inputs, what both share once."""
-    for module, chosen in _matrices(model, rounding):
+    for module, chosen, names in _named(model, rounding):
         rows = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data  # [N, K]
-        rows.copy_(torch.from_numpy(_rounded(rows, chosen, rounding).restored_rows()))
+        counts = importance_for(names, importance or {})
+        rows.copy_(torch.from_numpy(_rounded(rows, chosen, rounding, counts).restored_rows()))
+
+
+def importance_for(names: Iterable[str], importance: Importance) -> np.ndarray | None:
+    """How much the inputs of a weight of these names count; None where all count the same."""
+    return next((importance[name] for name in names if name in importance), None)
 
 
 def _matrices(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int]]:
@@ -99,9 +108,15 @@ class RoundedWeights:
     five to nine bits a number.
     """
 
-    def __init__(self, model: nn.Module, rounding: Rounding, read: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rounding: Rounding,
+        read: Callable[[str], Tensor],
+        importance: Importance | None = None,
+    ) -> None:
         """Take a model whose parameters need no values, and what gives its weights by their names."""
-        self._read, self._rounding = read, rounding
+        self._read, self._rounding, self._importance = read, rounding, importance or {}
         self._bits: dict[str, int] = {}
         self._first: dict[str, str] = {}
         self._inputs_first: set[str] = set()
@@ -119,14 +134,15 @@ class RoundedWeights:
         if blocks is None:
             weight = self._read(name)
             weight = weight.T if name in self._inputs_first else weight
-            blocks = _rounded(weight, self._bits[name], self._rounding)
+            same = [other for other, first in self._first.items() if first == self._first[name]]
+            blocks = _rounded(weight, self._bits[name], self._rounding, importance_for(same, self._importance))
             del weight
             self._kept[self._first[name]] = blocks
         rows = torch.from_numpy(blocks.restored_rows())  # [N, K]
         return rows.T.contiguous() if name in self._inputs_first else rows
 
 
-def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
+def _rounded(rows: Tensor, bits: int, rounding: Rounding, importance: np.ndarray | None) -> Blocks | Scaled:
     """``rows [N, K]`` rounded along K, a few at a time, because the quantiser takes several copies of what it is given.
 
     The values and scales are mapped from files.
@@ -137,7 +153,10 @@ def _rounded(rows: Tensor, bits: int, rounding: Rounding) -> Blocks | Scaled:
         made = [scaled(part.float().numpy(), bits, rounding, whole) for part in rows.split(ROWS_AT_ONCE)]
         values, scales = on_disk([part.values for part in made]), on_disk([part.scales for part in made])
         return Scaled(values, scales, made[0].whole)
-    parts = [quantise(part.float().T.contiguous().numpy(), bits, rounding.block) for part in rows.split(ROWS_AT_ONCE)]
+    parts = [
+        quantise(part.float().T.contiguous().numpy(), bits, rounding.block, importance)
+        for part in rows.split(ROWS_AT_ONCE)
+    ]
     values, scales = on_disk([part.values for part in parts]), on_disk([part.scales for part in parts])
     return Blocks(bits, values, scales, rows.shape[1])
 

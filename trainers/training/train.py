@@ -23,10 +23,11 @@ from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, 
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.family import check_family
+from trainers.decoder.importance import round_as_exported
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import padding_id, resolve_prompt_format
 from trainers.decoder.method import Method
-from trainers.decoder.rounded import round_weights, rounded_weights
+from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import Run, write_card
@@ -383,12 +384,8 @@ def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str
 
 
 def _load(name: str, config: TrainConfig) -> Backbone:
-    backbone = load_backbone(
-        name,
-        dtype=config.precision,
-        revision=config.revision or None,
-        trust_remote_code=config.trust_remote_code,
-    )
+    options: dict[str, Any] = {"revision": config.revision or None, "trust_remote_code": config.trust_remote_code}
+    backbone = load_backbone(name, dtype=config.precision, **options)
     check_family(backbone.model, name)
     if config.rounding:
         if not rounded_weights(backbone.model, config.rounding):
@@ -396,5 +393,5 @@ def _load(name: str, config: TrainConfig) -> Backbone:
                 f"--weights {config.weights} rounds matrices whose inputs fill blocks of {config.rounding.block}, and "
                 f"{name} has none; leave it out"
             )
-        round_weights(backbone.model, config.rounding)
+        round_as_exported(backbone.model, config.rounding)
     return backbone

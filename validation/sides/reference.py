@@ -78,6 +78,7 @@ class Reference:
                 f"{manifest.backbone.name_or_path}; give the same revision with --model and --revision"
             )
         self.model = backbone.model
+        self.bundle = bundle
         self.manifest = manifest
         sizes = sizes_of(self.model)
         self.methods: dict[str, Method] = {}

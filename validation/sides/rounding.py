@@ -18,6 +18,7 @@ import torch
 
 from engines.serving.session import Session
 from iapt_export.contract.low_bits import Rounding
+from trainers.decoder.importance import load_importance
 from trainers.decoder.method import Method
 from trainers.decoder.rounded import RoundedWeights, round_weights
 from trainers.decoder.streamed import is_streamed, read_weight, streamed
@@ -62,12 +63,14 @@ def with_rounded_weights(reference: Reference, rounding: Rounding) -> Reference:
             elif method.folded_form == forms[tenant.method]:
                 table = reference.model.get_input_embeddings()
                 other.methods[tenant.name] = method.folded(table(torch.arange(table.num_embeddings))).eval()
+        importance = {} if rounding.is_scaled else load_importance(reference.bundle)
         if is_streamed(reference.model):
-            rounded = RoundedWeights(reference.model, rounding, functools.partial(read_weight, reference.model))
+            read = functools.partial(read_weight, reference.model)
+            rounded = RoundedWeights(reference.model, rounding, read, importance)
             other.model = streamed(reference.model, rounded)
             return other
         other.model = copy.deepcopy(model)
-    round_weights(other.model, rounding)
+    round_weights(other.model, rounding, importance)
     return other
 
 

@@ -14,6 +14,7 @@ from iapt_export.graphs.passes.fold_transposes import TRANSPOSED
 from iapt_export.graphs.passes.pack_projections import JOIN
 from iapt_export.graphs.weights import WEIGHTS
 from trainers.decoder.quantise import ACCURACY_LEVEL, Blocks, quantise, require_quantiser
+from trainers.decoder.rounded import Importance, importance_for
 
 BLOCKS, ROWS, SCALES = ".blocks", ".rows", ".scales"
 """Suffixes of a quantised weight's tensors: its values as products take them, as a lookup takes them, its scales."""
@@ -34,13 +35,14 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
     they were, and a matrix that is both embedding and head is stored once.
     """
 
-    def __init__(self, bits: Mapping[str, int], block: int) -> None:
-        """Take the names of a backbone's weights with the bits of each, and how many values share a scale.
+    def __init__(self, bits: Mapping[str, int], block: int, importance: Importance | None = None) -> None:
+        """Take the names of a backbone's weights with the bits of each, how many values share a scale, and what inputs
+        count.
 
         A graph may have some of the weights.
         """
         super().__init__()
-        self.bits, self.block = bits, block
+        self.bits, self.block, self.importance = bits, block, importance or {}
         self.note = ""
 
     def requires(self, model: ir.Model) -> None:
@@ -66,7 +68,8 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
                     f"{' and '.join(map(str, parts.values()))} bits, where 0 means as they are; build for "
                     "onnxruntime:fp32"
                 )
-            counts[bits] += _quantise(graph, weight, bits, self.block)
+            # weights that stand in one matrix have the same inputs
+            counts[bits] += _quantise(graph, weight, bits, self.block, importance_for(parts, self.importance))
         for name in [name for name, value in graph.initializers.items() if not value.uses()]:
             del graph.initializers[name]
         if counts:
@@ -86,7 +89,7 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
         return {value: bits for value, bits in found.items() if any(bits.values())}
 
 
-def _quantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> int:
+def _quantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int, importance: np.ndarray | None) -> int:
     """Put operators that take blocks in the place of all that use a weight.
 
     Returns:
@@ -96,7 +99,7 @@ def _quantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> int:
         IaptError: another operator uses it, of which there is none that takes blocks.
     """
     rows = any(node.op_type in ("Gather", "Transpose") for node, _ in weight.uses())  # [N, K]: a table, a tied head
-    blocks = _Later(weight, bits, block, turned=rows)
+    blocks = _Later(weight, bits, block, importance, turned=rows)
     count = 0
     for node, place in list(weight.uses()):
         if rows and node.op_type == "Transpose":
@@ -123,11 +126,13 @@ def _quantise(graph: ir.Graph, weight: ir.Value, bits: int, block: int) -> int:
 class _Later:
     """A matrix that is quantised when the first of its tensors is written; the others wait for their turn."""
 
-    def __init__(self, weight: ir.Value, bits: int, block: int, *, turned: bool = False) -> None:
+    def __init__(
+        self, weight: ir.Value, bits: int, block: int, importance: np.ndarray | None, *, turned: bool = False
+    ) -> None:
         """Take a matrix ``[K, N]``, or ``[N, K]`` if it is ``turned``."""
         assert weight.const_value is not None
         self.tensor, self.name, self.turned = weight.const_value, str(weight.name), turned
-        self.bits, self.block = bits, block
+        self.bits, self.block, self.importance = bits, block, importance
         shape = _shape(weight)
         self.num_inputs, self.num_outputs = reversed(shape) if turned else shape
         self.parts: list[str] = []
@@ -166,8 +171,9 @@ class _Later:
         array = self.tensor.numpy()
         matrix = array.T if self.turned else array  # [K, N]
         made = [
-            quantise(np.ascontiguousarray(matrix[:, begin : begin + OUTPUTS_AT_A_TIME]), self.bits, self.block)
+            quantise(np.ascontiguousarray(part), self.bits, self.block, self.importance)
             for begin in range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
+            for part in [matrix[:, begin : begin + OUTPUTS_AT_A_TIME]]
         ]
         values, scales = (
             np.concatenate(each) for each in zip(*((part.values, part.scales) for part in made), strict=True)

@@ -20,6 +20,7 @@ from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.backbone_sizes import Sizes
+from trainers.decoder.importance import importance_of
 from trainers.decoder.rounded import round_weights
 from trainers.methods.configs import IAPTConfig
 from trainers.methods.iapt import IAPT
@@ -63,7 +64,7 @@ def test_an_adapter_is_trained_on_the_weights_that_a_quantised_target_serves(
     monkeypatch.setattr("trainers.training.train.PromptTuned", noted)
     run(backbone, data, tmp_path / "a", max_steps=2, weights=dtype)
     plain, wanted = load_backbone(backbone).model, load_backbone(backbone).model
-    round_weights(wanted, rounding)
+    round_weights(wanted, rounding, {} if rounding.is_scaled else importance_of(wanted))
     for name, weight in models[0].named_parameters():
         assert torch.equal(weight, wanted.get_parameter(name)), name
     assert not torch.equal(

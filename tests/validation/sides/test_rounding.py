@@ -30,6 +30,7 @@ from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
+from trainers.decoder.importance import importance_of, load_importance, uses_importance
 from trainers.decoder.quantise import ACCURACY_LEVEL, quantise
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import ADePTConfig, LoRAConfig
@@ -105,6 +106,14 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
     assert tokens.measured["identical"] == 1.0 and tokens.limits == {"identical": 1.0}
 
 
+def exported(model: Any, rounding: Rounding, folder: Path) -> None:
+    """``serve.onnx`` as a build writes it, with what its 4 bits were rounded by."""
+    importance = importance_of(model) if uses_importance(model, rounding) else {}
+    serving = Serving(24, rounding=rounding)
+    export_graphs(model, [], folder, dtype="fp32", opset=23, names=("serve",), serving=serving, importance=importance)
+    assert bool(load_importance(folder)) == (4 in (rounding.bits, rounding.head, rounding.narrow))
+
+
 ROUNDINGS = {
     **QUANTISED,
     "int4,block=64,narrow=4": Rounding(4, block=64, narrow=4),
@@ -122,16 +131,17 @@ def test_pytorch_gets_the_weights_that_the_graph_stores(make: Any, name: str, tm
     width = rounding.block  # the llama's second product has a block that is not full
     sizes = {"hidden_size": width, "intermediate_size": width * 3 // 2, "num_hidden_layers": 1}
     model = make(**({"n_layer": 1, "n_embd": width} if make is tiny_gpt2 else sizes))
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
+    exported(model, rounding, tmp_path)
     before = copy.deepcopy(model)
-    round_weights(model, rounding)
+    round_weights(model, rounding, load_importance(tmp_path))
     changes = [
         relative(new.detach().numpy(), old.detach().numpy())
         for new, old in zip(model.parameters(), before.parameters(), strict=True)
         if new.dim() == 2
     ]
     assert (
-        all(2e-3 < change < {8: 0.01, 4: 0.15}[rounding.bits] for change in changes)
+        # in 4 bits, a block's largest value may be cut off, where its input counts little
+        all(2e-3 < change < {8: 0.01, 4: 0.43}[rounding.bits] for change in changes)
         and max(changes) > 1 / 2**rounding.bits / 2
     )
     graph = TappedGraph(tmp_path / "serve.onnx")
@@ -196,7 +206,7 @@ def test_a_product_of_8_bits_is_the_sum_of_two_of_4(bias: bool, tmp_path: Path) 
 def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dtype: str, tmp_path: Path) -> None:
     """One reads its router and its shared expert in the same way; the other's head is not the last node."""
     model, rounding = tiny_family(family), QUANTISED[dtype]
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
+    exported(model, rounding, tmp_path)
     graph = TappedGraph(tmp_path / "serve.onnx")
     rounded = rounded_weights(model, rounding)
     shared = "model.layers.1.mlp.shared_expert.up_proj.weight"
@@ -205,7 +215,7 @@ def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dt
     parts = {part for name in stored for part in name.removesuffix(BLOCKS).removesuffix(ROWS).split(JOIN)}
     assert {part.removesuffix(TRANSPOSED) for part in parts} == set(rounded)
     before = copy.deepcopy(model)
-    round_weights(model, rounding)
+    round_weights(model, rounding, load_importance(tmp_path))
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(new, old) == (name not in rounded), name
     (tmp_path / "unrounded.onnx").write_bytes(graph.with_outputs([]).SerializeToString())
@@ -217,8 +227,8 @@ def test_routers_stay_and_shared_experts_and_scaled_heads_do_not(family: str, dt
 )
 def test_a_stored_weight_is_read_as_the_kernels_do(rounding: Rounding, count: int, tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=1, hidden_size=64, intermediate_size=80)
-    export_graphs(model, [], tmp_path, dtype="fp32", opset=23, names=("serve",), serving=Serving(24, rounding=rounding))
-    round_weights(model, rounding)
+    exported(model, rounding, tmp_path)
+    round_weights(model, rounding, load_importance(tmp_path))
     graph = TappedGraph(tmp_path / "serve.onnx")
     names = [name for name in graph.weights if name.endswith(BLOCKS)]
     assert len(names) == count, "seven products and the tied embedding; queries, keys and values in one if bits are"

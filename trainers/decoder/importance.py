@@ -1,0 +1,93 @@
+"""How much each input of a matrix counts when it is rounded to 4 bits: the mean square of what the backbone feeds it.
+
+A rounded weight's error is multiplied with its input, so it counts as much as that input is large. llama.cpp calls
+these numbers an importance matrix; that inputs say more of it than the weights is the observation of AWQ (arXiv
+2306.00978, section 3.1). They are taken from random tokens here, which need no text, no tenant and no language, and
+served SmolLM2-135M's tenants better than an English text or their own prompts did; see docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from iapt_export.contract.low_bits import Rounding
+from trainers.decoder.rounded import Importance, round_weights, rounded_weights
+
+IMPORTANCE_FILE = "importance.safetensors"
+"""Beside the graphs whose weights were rounded with it."""
+ROWS, TOKENS = 4, 128
+"""Of random tokens that are read. What half as many say of an input correlates by 0.9 and more with what 2,048 do."""
+
+
+def uses_importance(model: nn.Module, rounding: Rounding | None) -> bool:
+    """Whether a matrix is rounded by importance: in 4 bits, for ONNX Runtime's operators.
+
+    Args:
+        model: its parameters need no values.
+        rounding: of a target; None does not round.
+    """
+    if rounding is None or rounding.is_scaled:
+        return False
+    return 4 in rounded_weights(model, rounding).values()
+
+
+@torch.no_grad()
+def importance_of(model: Any) -> Importance:
+    """The mean square of each input of every linear layer, over random tokens.
+
+    Args:
+        model: a transformers model, also one of `trainers.decoder.streamed`; it computes in its own type.
+
+    Returns:
+        Names of weights, every name of a tied one, to fp32 ``[K]``. A table that is no head has none; nor has a layer
+        that no token reached, as an expert may be, or whose inputs were no numbers.
+    """
+    sums: dict[str, tuple[Tensor, int]] = {}
+
+    def note(name: str, inputs: Tensor) -> None:
+        total, count = sums.get(name, (0, 0))
+        squares = inputs.float().square().flatten(end_dim=-2)  # [B * T, K]
+        sums[name] = (total + squares.sum(0), count + len(squares))
+
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, path=path: note(f"{path}.weight", inputs[0]))
+        for path, module in layers.items()
+    ]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, table.num_embeddings, (ROWS, min(TOKENS, longest)), generator=draw).to(model.device)
+    try:
+        # without the head, whose logits would take more memory than all else
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, module in model.named_modules():
+        if head is not None and getattr(module, "weight", None) is head.weight:
+            note(f"{path}.weight", hidden)
+    means = {name: total / count for name, (total, count) in sums.items()}
+    return {name: mean.cpu().numpy() for name, mean in means.items() if bool(mean.isfinite().all())}
+
+
+def round_as_exported(model: Any, rounding: Rounding) -> None:
+    """Round a backbone's matrices in place as an export of it stores them."""
+    round_weights(model, rounding, importance_of(model) if uses_importance(model, rounding) else {})
+
+
+def save_importance(importance: Importance, names: set[str], folder: Path) -> None:
+    """Write what the named weights were rounded with into a folder."""
+    save_file({name: each for name, each in importance.items() if name in names}, folder / IMPORTANCE_FILE)
+
+
+def load_importance(folder: Path) -> Importance:
+    """What a folder's weights were rounded with; nothing where there is no such file, as in older bundles."""
+    path = folder / IMPORTANCE_FILE
+    return load_file(path) if path.is_file() else {}
