@@ -22,8 +22,7 @@ from iapt_export.contract.integrity import open_manifest
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
-from iapt_export.imports import large_imports
-from iapt_export.progress import Steps, listening
+from iapt_export.progress import Steps, large_imports, listening
 from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report, show_stream
 from trainers.methods.configs import DEFAULT_METHOD, config_of
 from trainers.training.config import TrainConfig, TrainPlaces, TrainRequest

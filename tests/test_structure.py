@@ -40,8 +40,8 @@ ROOMS = {
 }
 """The folders of each package; docs/architecture.md says what is in which."""
 DOORS = {
-    "trainers.decoder": "attention backbone backbone_sizes family generate insertion instruction method own_answer "
-    "quantise rounded scaled stored streamed",
+    "trainers.decoder": "attention backbone backbone_sizes family generate importance insertion instruction method "
+    "own_answer quantise rounded scaled stored streamed",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",

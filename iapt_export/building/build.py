@@ -180,8 +180,10 @@ def _outlook(plan: BuildPlan, backbone: Backbone, rivals: Sequence[BuildPlan] = 
     """Of a build, or of one that begins with a search among its rivals, of which the first is the plan itself."""
     jobs = [(job, _graph_key(job, plan)) for job in plan.graphs]
     others = [(job, _graph_key(job, rival)) for rival in rivals[1:] for job in [_searched_job(rival)]]
-    has_gpu = not find_driver().problem
-    return outlook_of(plan, backbone.model, jobs, _depth(plan, backbone), has_gpu=has_gpu, others=others)
+    rounded = [job for job in plan.graphs if uses_importance(backbone.model, job.target.rounding)]
+    weighed = [_importance_stage(job, plan) for job in rounded]
+    has_gpu, depth = not find_driver().problem, _depth(plan, backbone)
+    return outlook_of(plan, backbone.model, jobs, depth, has_gpu=has_gpu, others=others, weighed=weighed)
 
 
 def _depth(plan: BuildPlan, backbone: Backbone) -> str:
@@ -277,8 +279,7 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
                 dtype=job.target.graph_dtype,
                 opset=job.target.opset,
                 names=job.names,
-                serving=job.serving,
-                importance=_importance(job, plan, model, on_step),
+                serving=dataclasses.replace(job.serving, importance=_importance(job, plan, model, on_step)),
                 on_step=lambda text: on_step(f"{job.variant}: {text}"),
             )
 
@@ -298,9 +299,12 @@ def _importance(job: GraphJob, plan: BuildPlan, model: Any, on_step: OnStep) -> 
         found = importance_of(streamed(model) if is_outline(model) else model)
         save_importance(found, set(found), folder)
 
+    return load_importance(run_stage(plan.cache, *_importance_stage(job, plan), make)[0])
+
+
+def _importance_stage(job: GraphJob, plan: BuildPlan) -> tuple[str, dict[str, Any]]:
     key = _graph_key(job, plan)
-    inputs = {name: key[name] for name in ("backbone", "merged", "versions")}
-    return load_importance(run_stage(plan.cache, "importance", inputs, make)[0])
+    return "importance", {name: key[name] for name in ("backbone", "merged", "versions")}
 
 
 def _target(target: TargetPlan, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> TargetSpec:

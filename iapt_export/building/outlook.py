@@ -103,7 +103,16 @@ class Outlook:
         return "\n".join([*lines, self.proof])
 
 
-def outlook_of(plan: Any, model: Any, jobs: Keyed, depth: str, *, has_gpu: bool, others: Keyed = ()) -> Outlook:
+def outlook_of(
+    plan: Any,
+    model: Any,
+    jobs: Keyed,
+    depth: str,
+    *,
+    has_gpu: bool,
+    others: Keyed = (),
+    weighed: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> Outlook:
     """Foresee a build.
 
     Args:
@@ -113,8 +122,9 @@ def outlook_of(plan: Any, model: Any, jobs: Keyed, depth: str, *, has_gpu: bool,
         depth: of the comparison; see `validation.judging.compare.Settings`.
         has_gpu: it runs TensorRT's engines; else ONNX Runtime runs the graphs of those with rounded weights.
         others: the same graphs with other weights, among which a search chooses, with a session open for each.
+        weighed: name and inputs of the stages that measure by what weights are rounded.
     """
-    stages = []
+    stages = [Stage(name, made_stage(plan.cache, name, inputs) is not None, None) for name, inputs in weighed]
     for job, key in (*jobs, *others):
         name = f"graphs-{job.variant}"
         found, size = made_stage(plan.cache, name, key), graph_bytes(job, plan, model)

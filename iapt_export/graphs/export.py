@@ -25,7 +25,7 @@ from iapt_export.graphs.table import Serving as Serving
 from iapt_export.graphs.trace import trace_graph
 from trainers.decoder.importance import save_importance
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.rounded import Importance, rounded_weights
+from trainers.decoder.rounded import rounded_weights
 
 LOGGER = logging.getLogger("iapt_export")
 PASSES_FILE = "passes.json"
@@ -41,7 +41,6 @@ def export_graphs(
     opset: int,
     names: tuple[str, ...] | None = None,
     serving: Serving | None = None,
-    importance: Importance | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphSpec]:
     """Write the graphs (``prefill.onnx``, ``decode.onnx``, ...), their shared ``weights.data``, and ``passes.json``.
@@ -54,7 +53,6 @@ def export_graphs(
         opset: 20 or 23.
         names: which graphs; None writes all that the methods need.
         serving: what the graphs over a cache in place need to know besides.
-        importance: of weights that are rounded to 4 bits; written beside the graphs, for who compares them.
         on_step: called with a word on each step, for progress.
 
     Returns:
@@ -78,15 +76,15 @@ def export_graphs(
         graph_passes = TABLE[name].passes(serving)
         if serving.rounding:
             how = serving.rounding
-            in_blocks = QuantiseWeightsPass(rounded, how.block, importance)
+            in_blocks = QuantiseWeightsPass(rounded, how.block, serving.importance)
             graph_passes.append(DequantiseWeightsPass(rounded, how) if how.is_scaled else in_blocks)
         passes = ship_pipeline(specs[name], forms, TABLE[name].opset or opset, graph_passes, portable=name in PORTABLE)
         models[name], notes[name] = run_passes(name, passes, model)
     on_step("writing graphs and weights")
     save_graphs(models, folder)
     (folder / PASSES_FILE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-    if importance:
-        save_importance(importance, {name for name, bits in rounded.items() if bits == 4}, folder)
+    if serving.importance:
+        save_importance(serving.importance, {name for name, bits in rounded.items() if bits == 4}, folder)
     return specs
 
 

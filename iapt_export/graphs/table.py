@@ -19,6 +19,7 @@ from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.passes import serve_passes
 from iapt_export.graphs.passes.one_by_one import OneByOnePass
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
+from trainers.decoder.rounded import Importance
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Serving:
     """How the backbone's weights are stored; None leaves them in the graphs' type."""
     drafts: int = 0
     """Drafted tokens of a row that ``verify`` takes; 0 leaves this graph out."""
+    importance: Importance | None = None
+    """What weights are rounded to 4 bits by; written beside the graphs, for who compares them."""
 
 
 @dataclass(frozen=True)

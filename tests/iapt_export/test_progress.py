@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 from iapt_export import progress
-from iapt_export.progress import Steps
+from iapt_export.progress import Steps, large_imports
 
 
 def test_a_log_gets_a_line_for_each_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +58,15 @@ def test_an_error_stops_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError):
         fail()
     assert steps._live is not None and not steps._live.live.is_started
+
+
+def test_large_imports_collect_no_garbage_and_are_left_out_of_later_collections() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with suppress(KeyError), large_imports():
+            assert not gc.isenabled()
+            imported = [{} for _ in range(100)]
+            raise KeyError
+        assert gc.isenabled() and gc.get_freeze_count() >= before + len(imported)
+    finally:
+        gc.enable()

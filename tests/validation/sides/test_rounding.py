@@ -30,7 +30,7 @@ from tests.thorough import default_for
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_llama
 from tests.validation.faults import FAULTS, Fault
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.importance import importance_of, load_importance, uses_importance
+from trainers.decoder.importance import IMPORTANCE_FILE, importance_of, load_importance, uses_importance
 from trainers.decoder.quantise import ACCURACY_LEVEL, quantise
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import ADePTConfig, LoRAConfig
@@ -94,6 +94,7 @@ def validate(build: TinyBuild, bundle: Path, settings: Settings = QUICK) -> Repo
 )
 def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, methods: Any, fields: Any) -> None:
     made = build(dtype, *methods, **fields)
+    assert (made.bundle / IMPORTANCE_FILE).is_file() == (dtype == "int4")
     report = validate(made, made.bundle)
     rounded, exact = report.targets
     assert (rounded.dtype, exact.dtype, exact.status) == (dtype, "fp32", "pass")
@@ -109,8 +110,8 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
 def exported(model: Any, rounding: Rounding, folder: Path) -> None:
     """``serve.onnx`` as a build writes it, with what its 4 bits were rounded by."""
     importance = importance_of(model) if uses_importance(model, rounding) else {}
-    serving = Serving(24, rounding=rounding)
-    export_graphs(model, [], folder, dtype="fp32", opset=23, names=("serve",), serving=serving, importance=importance)
+    serving = Serving(24, rounding=rounding, importance=importance)
+    export_graphs(model, [], folder, dtype="fp32", opset=23, names=("serve",), serving=serving)
     assert bool(load_importance(folder)) == (4 in (rounding.bits, rounding.head, rounding.narrow))
 
 
