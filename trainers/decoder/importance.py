@@ -22,7 +22,8 @@ from trainers.decoder.rounded import Importance, round_weights, rounded_weights
 IMPORTANCE_FILE = "importance.safetensors"
 """Beside the graphs whose weights were rounded with it."""
 ROWS, TOKENS = 4, 128
-"""Of random tokens that are read. What half as many say of an input correlates by 0.9 and more with what 2,048 do."""
+"""Of random tokens that are read. What half as many say of the inputs of SmolLM2's first two layers correlates by 0.89
+and more with what 2,048 say."""
 
 
 def uses_importance(model: nn.Module, rounding: Rounding | None) -> bool:

@@ -8,7 +8,9 @@ Shapes: N outputs of a linear layer, K inputs of it, both of the stored matrix; 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,16 +78,11 @@ def quantise(weight: np.ndarray, bits: int, block: int, importance: np.ndarray |
     Raises:
         IaptError: see `require_quantiser`.
     """
-    require_quantiser()
+    quantiser = require_quantiser()
     if importance is not None and bits == 4:
         return _weighed(weight, block, importance)
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
-
-    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
-    values, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    config = quantiser.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits)
+    values, scales, _ = quantiser.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
     return Blocks(bits, values, scales.reshape(values.shape[:2]), len(weight))
 
 
@@ -143,16 +140,22 @@ def _sum(values: Tensor) -> Tensor:
     return values
 
 
-def require_quantiser() -> None:
-    """Refuse where quantising cannot work.
+def require_quantiser() -> Any:
+    """ONNX Runtime's quantiser.
 
     Raises:
-        IaptError: ONNX Runtime, whose quantiser does it, is not installed.
+        IaptError: it is not installed.
     """
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
-        import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401
+        from onnxruntime.quantization import matmul_nbits_quantizer
     except ImportError as error:
         raise IaptError(
             "int8 and int4 need ONNX Runtime's quantiser, which is not installed; "
             "pip install -e '.[cpu]', or choose fp32"
         ) from error
+    finally:  # onnxruntime 1.31.1 makes the whole program log from INFO on, just by being imported
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return matmul_nbits_quantizer

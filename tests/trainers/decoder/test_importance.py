@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from trainers.decoder.importance import (
     save_importance,
     uses_importance,
 )
-from trainers.decoder.quantise import PLACES, quantise
+from trainers.decoder.quantise import PLACES, quantise, require_quantiser
 from trainers.decoder.rounded import round_weights, rounded_weights
 from trainers.decoder.stored import load_mapped, outline_of
 from trainers.decoder.streamed import streamed
@@ -86,6 +88,18 @@ def test_what_4_bits_hold_exactly_stays_exact() -> None:
     np.testing.assert_array_equal(made.scales, plain.scales)
     nothing = quantise(weight + np.float32(0.1), 4, 32, np.zeros(96, np.float32))
     np.testing.assert_array_equal(nothing.values, quantise(weight + np.float32(0.1), 4, 32).values)
+
+
+def test_the_quantiser_leaves_the_programs_log_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's module makes the whole program log from INFO on when it is imported."""
+    name = "onnxruntime.quantization.matmul_nbits_quantizer"
+    require_quantiser()
+    monkeypatch.delattr(name)
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    before = logging.root.level
+    assert before != logging.INFO and require_quantiser() is sys.modules[name]
+    assert logging.root.handlers == [] and logging.root.level == before
 
 
 def test_8_bits_stay_as_they_are() -> None:
