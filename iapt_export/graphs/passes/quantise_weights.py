@@ -36,8 +36,8 @@ class QuantiseWeightsPass(ir.passes.InPlacePass):
     """
 
     def __init__(self, bits: Mapping[str, int], block: int, importance: Importance | None = None) -> None:
-        """Take the names of a backbone's weights with the bits of each, how many values share a scale, and what inputs
-        count.
+        """Take the names of a backbone's weights with the bits of each, how many values share a scale, and how much the
+        inputs of weights count, by their names.
 
         A graph may have some of the weights.
         """
@@ -172,8 +172,7 @@ class _Later:
         matrix = array.T if self.turned else array  # [K, N]
         made = [
             quantise(np.ascontiguousarray(part), self.bits, self.block, self.importance)
-            for begin in range(0, self.num_outputs, OUTPUTS_AT_A_TIME)
-            for part in [matrix[:, begin : begin + OUTPUTS_AT_A_TIME]]
+            for part in np.split(matrix, range(OUTPUTS_AT_A_TIME, self.num_outputs, OUTPUTS_AT_A_TIME), axis=1)
         ]
         values, scales = (
             np.concatenate(each) for each in zip(*((part.values, part.scales) for part in made), strict=True)
