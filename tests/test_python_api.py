@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,24 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.integrity import verify_files
 from tests.bundles import METHOD, TinyBuild
 
+WAITING = "OMP_WAIT_POLICY"
 RANGES = {"batch": "1:2:8", "sequence": "1:16:96", "past": "5:64:160", "tenants": "1:3:4"}
 """The tiny build's, whose graphs are found made."""
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_pytorchs_threads_sleep_while_they_wait_unless_told_otherwise(given: str | None, wanted: str) -> None:
+    """Before torch is loaded, which importing the package does not do."""
+    environment = {name: value for name, value in os.environ.items() if name != WAITING}
+    code = f"import os, sys, iapt_export; print(os.environ[{WAITING!r}], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | ({WAITING: given} if given else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [wanted, "False"]
 
 
 def test_train_and_build_in_five_lines_each(tiny_build: TinyBuild, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ Shapes: N outputs of a linear layer, K inputs of it, both of the stored matrix; 
 from __future__ import annotations
 
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 
@@ -92,47 +92,62 @@ def _weighed(weight: np.ndarray, block: int, importance: np.ndarray) -> Blocks:
     groups = -(-inputs // block)
     values, scales = np.empty((outputs, groups, block // 2), np.uint8), np.empty((outputs, groups), np.float32)
 
-    def in_blocks(array: np.ndarray) -> Tensor:
+    def in_blocks(array: np.ndarray) -> np.ndarray:
         """``[K, N]`` as ``[G, block, N]``, of which sums over a block are quick."""
-        unfilled = (0, 0, 0, groups * block - inputs)
-        return torch.nn.functional.pad(torch.tensor(array), unfilled).reshape(groups, block, -1)
+        unfilled = ((0, groups * block - inputs), (0, 0))
+        return np.pad(array, unfilled).reshape(groups, block, -1)
 
     counts = in_blocks(importance[:, None])
     at_once = max(1, AT_ONCE // (groups * block))
-    for own in (slice(start, start + at_once) for start in range(0, outputs, at_once)):
-        matrix = in_blocks(weight[:, own])
-        fitted = _fitted(matrix, counts)  # [G, 1, n]
-        inverse = torch.where(fitted == 0, 0, 1 / fitted)
-        steps = ((matrix * inverse).round_().clamp_(*ENDS) + 8).to(torch.uint8)
-        values[own] = (steps[:, ::2] | steps[:, 1::2] << 4).permute(2, 0, 1)
+
+    def round_some(start: int) -> None:
+        own = slice(start, start + at_once)
+        with np.errstate(divide="ignore", invalid="ignore"):  # blocks of zeros
+            matrix = in_blocks(weight[:, own])
+            fitted = _fitted(matrix, counts)  # [G, 1, n]
+            steps = _nearest(matrix, np.where(fitted == 0, 0, 1 / fitted), out=matrix)
+        halves = (steps + 8).astype(np.uint8)
+        values[own] = (halves[:, ::2] | halves[:, 1::2] << 4).transpose(2, 0, 1)
         scales[own] = fitted[:, 0].T
+
+    # whole pieces to each thread: PyTorch's meet after every operation, and were no quicker than one of these
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(round_some, range(0, outputs, at_once)))
     return Blocks(4, values, scales, inputs)
 
 
-def _fitted(values: Tensor, counts: Tensor) -> Tensor:
+def _fitted(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The scales ``[G, 1, N]`` with the least error for ``values [G, block, N]``, of those that come of `PLACES`.
 
     Each place gives whole numbers, and these the scale that suits them best, by least squares: with ``a = sum(c q w)``
     and ``b = sum(c q q)``, of counts c, whole numbers q and values w, it is ``a / b`` and takes ``a * a / b`` off the
     error. Nothing is better than the first place by less than what sums are rounded by.
     """
-    largest = values.gather(1, values.abs().argmax(1, keepdim=True))
-    weighted, most, first = values * counts, torch.zeros_like(largest), largest / PLACES[0]
-    fitted = first
+    largest = np.take_along_axis(values, np.abs(values).argmax(1)[:, None], 1)
+    weighted, most, first = values * counts, np.zeros_like(largest), largest / PLACES[0]
+    fitted, nearest, product = first, np.empty_like(values), np.empty_like(values)
     for place in PLACES:
-        nearest = (values * (place / largest)).round_().clamp_(*ENDS)
-        a = _sum(weighted * nearest)
-        b = _sum(nearest.square_().mul_(counts))
+        _nearest(values, place / largest, out=nearest)
+        a = _sum(np.multiply(weighted, nearest, out=product))
+        np.multiply(nearest, nearest, out=nearest)
+        b = _sum(np.multiply(nearest, counts, out=nearest))
         gain, scale = a * a / b, a / b
         better = gain > most * (1 + ROUNDED)  # no where nothing counts or all is zero, and these are no numbers
-        most, fitted = torch.where(better, gain, most), torch.where(better, scale, fitted)
-    return torch.where((fitted - first).abs() <= ROUNDED * first.abs(), first, fitted)
+        most, fitted = np.where(better, gain, most), np.where(better, scale, fitted)
+    return np.where(np.abs(fitted - first) <= ROUNDED * np.abs(first), first, fitted)
 
 
-def _sum(values: Tensor) -> Tensor:
+def _nearest(values: np.ndarray, factors: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """The whole numbers of 4 bits that are nearest to products."""
+    np.multiply(values, factors, out=out)
+    np.rint(out, out=out)
+    return np.clip(out, *ENDS, out=out)
+
+
+def _sum(values: np.ndarray) -> np.ndarray:
     """Sums ``[G, 1, N]`` over blocks of a power of two, in one order whatever N is.
 
-    `torch.sum` adds in another order for another N, and the export and PyTorch's side of its proof, which round other
+    `np.sum` may add in another order for another N, and the export and PyTorch's side of its proof, which round other
     parts of a matrix at a time, would now and then choose other scales.
     """
     while (half := values.shape[1] // 2) > 0:
