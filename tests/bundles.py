@@ -176,6 +176,19 @@ def mixed_build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild)
     return built
 
 
+@pytest.fixture(scope="session")
+def small_cache_build(tmp_path_factory: pytest.TempPathFactory, mixed_build: TinyBuild) -> TinyBuild:
+    """The same in int8, weights and cache; not proven, though it says so: the limits were measured on larger models."""
+    folder = run_folder(tmp_path_factory) / "small-cache"
+    built = dataclasses.replace(mixed_build, bundle=folder)
+    stored = {"targets": ("onnxruntime:int8",), "quantise": "cache=8"}
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            manifest = build(built.request(folder, **stored, tenants="1:5:8", prove=False))
+            dataclasses.replace(manifest, parity=dataclasses.replace(manifest.parity, verdict="pass")).save(folder)
+    return built
+
+
 @pytest.fixture
 def tiny_bundle(tiny_build: TinyBuild, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may damage."""

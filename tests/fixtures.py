@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.bundles import mixed_build, tiny_build, tiny_bundle
+from tests.bundles import mixed_build, small_cache_build, tiny_build, tiny_bundle
 from tests.graphs import engine_bundle
 from tests.pictures import shared_plots
 from tests.traces import fresh_traces, shared_traces
@@ -24,6 +24,7 @@ __all__ = [
     "shared_plots",
     "shared_traces",
     "shared_truths",
+    "small_cache_build",
     "tiny_build",
     "tiny_bundle",
 ]

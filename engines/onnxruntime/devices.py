@@ -17,6 +17,8 @@ FAULTY_VERSIONS = {
     "1.23.0": "its Attention-23 is wrong where several query heads share a key head (logits off by 0.84 of the largest)"
 }
 """Releases of ONNX Runtime that compute something else without a word."""
+ROUNDED_CACHE = (1, 25)
+"""The first release whose attention takes a cache in 8 bits on a CPU; 1.24.4 does not load such a graph."""
 
 
 def load_onnxruntime() -> Any:
@@ -54,6 +56,20 @@ def require_device(device: str) -> Any:
             "use --device cpu, or install onnxruntime-gpu on a machine with an NVIDIA GPU"
         )
     return onnxruntime
+
+
+def require_rounded_cache() -> None:
+    """Refuse, before any work, a cache in 8 bits where this ONNX Runtime has none.
+
+    Raises:
+        NotRunnableError: ONNX Runtime is missing, or older than the first whose attention takes one.
+    """
+    version, first = str(load_onnxruntime().__version__), ".".join(map(str, ROUNDED_CACHE))
+    if tuple(map(int, version.split(".")[:2])) < ROUNDED_CACHE:
+        raise NotRunnableError(
+            f"a cache in 8 bits needs ONNX Runtime {first} or newer, and this is {version}; leave cache=8 out, or: "
+            "pip install --upgrade onnxruntime"
+        )
 
 
 def check_provider(session: Any, device: str) -> None:

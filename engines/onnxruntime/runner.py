@@ -13,7 +13,15 @@ import numpy as np
 from engines.cuda.memory import CudaStream, DeviceArray
 from engines.native import add_kernels
 from engines.onnxruntime.cores import available_cores
-from engines.onnxruntime.devices import ERRORS, OPTIONS, PROVIDERS, check_provider, preload_cuda, require_device
+from engines.onnxruntime.devices import (
+    ERRORS,
+    OPTIONS,
+    PROVIDERS,
+    ROUNDED_CACHE,
+    check_provider,
+    preload_cuda,
+    require_device,
+)
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
@@ -70,6 +78,11 @@ class OnnxRuntimeRunner(Runner):
             session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
+            if "GroupQueryAttention" in reason and any(tensor.dtype == "int8" for tensor in self.spec.inputs):
+                first = ".".join(map(str, ROUNDED_CACHE))
+                reason = (
+                    f"its cache is in 8 bits, which ONNX Runtime has from {first} on; this is {onnxruntime.__version__}"
+                )
             if "Opset 24 is under development" in reason or "TensorScatter(24)" in reason:
                 reason = (
                     f"it needs TensorScatter, which ONNX Runtime has from 1.25 on; this is {onnxruntime.__version__}"

@@ -290,21 +290,26 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
 
 
 def _importance(job: GraphJob, plan: BuildPlan, model: Any, on_step: OnStep) -> Importance:
-    """What a job's weights are rounded by, measured once for a backbone; nothing where none is rounded by it."""
+    """What a job's weights and cache are rounded by, measured once for a backbone; nothing where none of them is."""
     if not uses_importance(model, job.target.rounding):
         return {}
+    cache = _rounds_cache(job)
 
     def make(folder: Path) -> None:
-        on_step("measuring how much each input of a matrix counts")
-        found = importance_of(streamed(model) if is_outline(model) else model)
+        on_step("measuring how much each input of a matrix counts" + (", and the cache" if cache else ""))
+        found = importance_of(streamed(model) if is_outline(model) else model, cache=cache)
         save_importance(found, set(found), folder)
 
     return load_importance(run_stage(plan.cache, *_importance_stage(job, plan), make)[0])
 
 
 def _importance_stage(job: GraphJob, plan: BuildPlan) -> tuple[str, dict[str, Any]]:
-    key = _graph_key(job, plan)
-    return "importance", {name: key[name] for name in ("backbone", "merged", "versions")}
+    key = _graph_key(job, plan) | {"cache": _rounds_cache(job)}
+    return "importance", {name: key[name] for name in ("backbone", "merged", "versions", "cache")}
+
+
+def _rounds_cache(job: GraphJob) -> bool:
+    return bool(job.target.rounding and job.target.rounding.cache_type)
 
 
 def _target(target: TargetPlan, plan: BuildPlan, graphs: Path, bundle: Path, on_step: OnStep) -> TargetSpec:

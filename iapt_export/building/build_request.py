@@ -49,9 +49,9 @@ class BuildRequest:
     """fp32, fp16 or bf16, for targets that name none."""
     quantise: Annotated[str, _TARGETS, Parameter(metavar="KEY=N,...|auto")] = ""
     """How int8, int4, fp8 and nvfp4 store the weights: block=32, 64 or 128 values share a scale (not nvfp4); bits of
-    the embedding and the head, head=8 or 4; of products with more inputs than outputs, narrow=8 or 4; without it, 32,
-    8 and 8. auto measures a few of onnxruntime's, and takes the fastest that answers the tenants' example prompts as
-    these do."""
+    the embedding and the head, head=8 or 4; of products with more inputs than outputs, narrow=8 or 4; of the KV cache,
+    cache=32 or 8 (onnxruntime); without it, 32, 8, 8 and 32. auto measures a few of onnxruntime's, and takes the
+    fastest that answers the tenants' example prompts as these do."""
     opset: Annotated[int | None, _TARGETS, Parameter(metavar="N")] = None
     """20 or 23; without it, 23."""
     compute_capability: Annotated[str | None, _TARGETS, Parameter(metavar="X.Y")] = None

@@ -18,7 +18,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import PAST, step_graphs
 from iapt_export.contract.low_bits import Rounding
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TargetSpec
-from iapt_export.contract.types import FLOAT_BYTES
+from iapt_export.contract.types import CACHE_BYTES, FLOAT_BYTES
 from trainers.methods.configs import DEFAULT_METHOD, METHOD_CONFIGS, config_of, flag_name
 
 
@@ -100,7 +100,7 @@ def _of_bundle(bundle: Path, load: Load) -> list[Share]:
     graphs = in_place or step_graphs(target.graphs, in_place=False)
     inputs = {spec.name: spec for graph in graphs for spec in target.graphs[graph].inputs}
     caches = [spec for name, spec in inputs.items() if name.startswith(PAST)]  # [B, H, S, K]
-    entry = sum(int(spec.shape[1]) * int(spec.shape[3]) * FLOAT_BYTES[spec.dtype] for spec in caches)
+    entry = sum(int(spec.shape[1]) * int(spec.shape[3]) * CACHE_BYTES[spec.dtype] for spec in caches)
     return [
         _weights_of(bundle, target, graphs),
         _cache(entry, sizes, manifest.num_slots, copies=1 if in_place else 2),
@@ -183,7 +183,8 @@ def _of_model(path: str, load: Load) -> list[Share]:
         "tenants": load.tenants or 1,
     }
     width = FLOAT_BYTES[target.graph_dtype]
-    entry = sum(shape.cache_widths) * shape.num_layers * shape.num_kv_heads * width
+    cached = CACHE_BYTES[(target.rounding and target.rounding.cache_type) or target.graph_dtype]
+    entry = sum(shape.cache_widths) * shape.num_layers * shape.num_kv_heads * cached
     method = METHODS[next(name for name in METHOD_CONFIGS if flag_name(name) == load.method)]
     with torch.device("meta"):
         module = method(config_of(load.method)(), shape)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.native import plugin_library
-from engines.onnxruntime.devices import require_device
+from engines.onnxruntime.devices import require_device, require_rounded_cache
 from engines.serving.conversation import encode_request
 from engines.serving.request import Request
 from engines.serving.tenants import Tenant
@@ -142,6 +142,8 @@ def check_request(request: BuildRequest) -> tuple[list[TargetPlan], Ranges]:
     if is_auto:
         check_auto(targets, request.device)
     check_device(targets, request.device)
+    if any(target.rounding and target.rounding.cache_type for target in targets):
+        require_rounded_cache()
     if request.prove and request.device != "cpu" and any(target.name == "onnxruntime" for target in targets):
         require_device(request.device)
     _check_engines(request, targets)
@@ -179,7 +181,8 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     for target in targets:
         capacity = _capacity(target, ranges, request.device) if family.in_place else None
         drafts = 0 if target.name in TENSORRT else request.drafts
-        wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity, drafts)
+        cache = target.rounding.cache_type if target.rounding else ""
+        wanted = graph_specs(tenants.installed, spec, target.graph_dtype, capacity, drafts, cache)
         if not family.in_place:
             del wanted["serve"]
         specs[target.name] = _specs_of(target, wanted)
@@ -262,8 +265,9 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
 def tell_of_other_weights(plan: BuildPlan) -> None:
     """Note which adapters were trained on others than a target serves: each answers best on its own."""
     for target in plan.targets:
-        served = (target.dtype if target.rounding else "fp32", target.quantise)
-        flags = f"--weights {served[0]}" + (f" --quantise {target.quantise}" if target.quantise else "")
+        settings = target.rounding.of_weights if target.rounding else ""
+        served = (target.dtype if target.rounding else "fp32", settings)
+        flags = f"--weights {served[0]}" + (f" --quantise {settings}" if settings else "")
         # training rounds to int8 and int4 as ONNX Runtime's quantiser does
         those = "nearly those" if target.rounding and target.rounding.grid == "integers" else "those"
         for name, adapter in plan.tenants.adapters.items():

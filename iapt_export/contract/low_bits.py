@@ -1,4 +1,4 @@
-"""How targets store the backbone's matrices in 8 or 4 bits: what a type says, and what ``--quantise`` says besides.
+"""How targets store the backbone's matrices, and the cache, in 8 or 4 bits: what a type says, and ``--quantise``.
 
 Standard library only.
 """
@@ -33,6 +33,8 @@ class Rounding:
     narrow: int = 8
     """Bits of products with more inputs than outputs (an MLP's second). With these in 4 bits, an adapter of
     SmolLM2-135M fell from 0.83 to 0.63; so it keeps 0.77."""
+    cache: int = 32
+    """Bits of a number in the KV cache; in 8, each head of a layer has a scale, see `trainers.decoder.importance`."""
 
     @property
     def is_scaled(self) -> bool:
@@ -44,6 +46,16 @@ class Rounding:
         """What of it is not as its type has it, as ``--quantise`` takes it: ``block=64,narrow=4``, or nothing."""
         usual = Rounding(self.bits)
         return ",".join(f"{name}={own}" for name in VALUES if (own := getattr(self, name)) != getattr(usual, name))
+
+    @property
+    def of_weights(self) -> str:
+        """The same of the weights alone."""
+        return dataclasses.replace(self, cache=Rounding.cache).quantise
+
+    @property
+    def cache_type(self) -> str:
+        """What a graph's cache is declared as, empty for the graph's own type."""
+        return f"int{self.cache}" if self.cache != Rounding.cache else ""
 
     def stored_as(self, bits: int) -> Literal["int8", "int4", "fp8", "fp4"]:
         """Which numbers stand for a matrix of so many bits, where DequantizeLinear restores it.
@@ -72,7 +84,8 @@ class Rounding:
 
 
 QUANTISED = {"int8": Rounding(8), "int4": Rounding(4)}
-"""ONNX Runtime's types of stored weights; activations, cache and tenants' weights are fp32."""
+"""ONNX Runtime's types of stored weights; activations, tenants' weights and, unless set otherwise, the cache are fp32.
+"""
 DEQUANTISED = {
     "int8": Rounding(8, "integers"),
     "int4": Rounding(4, "integers"),
@@ -82,7 +95,7 @@ DEQUANTISED = {
 """Those of TensorRT for RTX; all else is fp16."""
 SMALLER = {"int8": "int4", "fp8": "nvfp4"}
 """Types without a matrix in 4 bits, to those that have some."""
-VALUES = {"block": (32, 64, 128), "head": (4, 8), "narrow": (4, 8)}
+VALUES = {"block": (32, 64, 128), "head": (4, 8), "narrow": (4, 8), "cache": (8, 32)}
 """What ``--quantise`` may set, and to what; see docs/decisions.md for the blocks."""
 AUTO = "auto"
 """What a build takes in place of settings: it measures a few with its tenants, and goes on with the one it found."""
@@ -104,7 +117,13 @@ def rounding_of(target: str, dtype: str, quantise: str = "") -> Rounding | None:
         return None
     if problems := rounding_problems(quantise, dtype):
         raise IaptError("; ".join(problems))
-    return dataclasses.replace(usual, **_parsed(quantise))
+    rounding = dataclasses.replace(usual, **_parsed(quantise))
+    if rounding.is_scaled and rounding.cache != usual.cache:
+        raise IaptError(
+            f"quantise={shown(quantise)}: {target} keeps its cache in fp16; leave cache out, or build for "
+            f"onnxruntime:int4"
+        )
+    return rounding
 
 
 def rounding_problems(quantise: Any, dtype: str = "") -> list[str]:
@@ -127,10 +146,10 @@ def rounding_problems(quantise: Any, dtype: str = "") -> list[str]:
         name, _, value = part.partition("=")
         allowed = VALUES.get(name, ())
         if not allowed:
-            problems.append(f"{told} sets {shown(name)}, expected settings of block, head, narrow: block=64,narrow=4")
+            problems.append(f"{told} sets {shown(name)}, expected settings of {', '.join(VALUES)}: block=64,narrow=4")
         elif value not in map(str, allowed):
             problems.append(f"{told}: {name} is {shown(value)}, expected {' or '.join(map(str, allowed))}")
-        elif name != "block" and value == "4" and dtype in SMALLER:
+        elif name in ("head", "narrow") and value == "4" and dtype in SMALLER:
             problems.append(f"{told}: {dtype} has no matrix in 4 bits; leave {name} out, or take {SMALLER[dtype]}")
         elif name == "block" and dtype == "nvfp4":
             problems.append(f"{told}: nvfp4's blocks are of {FP4_BLOCK} values, of 8 bits of 32; leave block out")

@@ -5,9 +5,11 @@ from __future__ import annotations
 FLOATS = ("fp32", "fp16", "bf16")
 """Types that a backbone can be served in."""
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+CACHE_BYTES = {**FLOAT_BYTES, "int8": 1}
 TENSOR_TYPES = {
     "int64": "int64",
     "int32": "int32",
+    "int8": "int8",
     "bool": "bool",
     "fp32": "float32",
     "fp16": "float16",

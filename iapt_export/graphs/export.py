@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from iapt_export.contract.errors import IaptError
-from iapt_export.contract.graphs import PORTABLE
+from iapt_export.contract.graphs import PAST, PORTABLE
 from iapt_export.contract.manifest import GraphSpec
 from iapt_export.contract.types import OPSETS
 from iapt_export.graphs.installed import Installed, rational_forms
@@ -64,14 +64,15 @@ def export_graphs(
     if opset not in OPSETS:
         raise IaptError(f"opset {opset} is not supported; use one of {', '.join(map(str, OPSETS))}")
     serving = serving or Serving()
-    specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity, serving.drafts)
+    cache = serving.rounding.cache_type if serving.rounding else ""
+    specs = graph_specs(installed, sizes_of(backbone), dtype, serving.capacity, serving.drafts, cache)
     rounded = rounded_weights(backbone, serving.rounding) if serving.rounding else {}
     models: dict[str, ir.Model] = {}
     notes: dict[str, dict[str, str]] = {}
     forms = rational_forms(installed)
     for name in names or specs:
         on_step(f"tracing {name}.onnx")
-        model = trace_graph(name, backbone, installed, as_traced(specs[name]), opset)
+        model = trace_graph(name, backbone, installed, as_traced(specs[name], dtype), opset)
         on_step(f"passes over {name}.onnx")
         graph_passes = TABLE[name].passes(serving)
         if serving.rounding:
@@ -84,7 +85,9 @@ def export_graphs(
     save_graphs(models, folder)
     (folder / PASSES_FILE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
     if serving.importance:
-        save_importance(serving.importance, {name for name, bits in rounded.items() if bits == 4}, folder)
+        used = {name for name, bits in rounded.items() if bits == 4}
+        used |= {name for name in serving.importance if cache and name.startswith(PAST)}
+        save_importance(serving.importance, used, folder)
     return specs
 
 

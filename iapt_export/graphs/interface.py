@@ -37,6 +37,8 @@ class Sizing:
     """Cache entries of a row in graphs that want a fixed number."""
     drafts: int = 0
     """Drafted tokens of a row that one step verifies; 0 for no such graph."""
+    rounded_cache: str = ""
+    """Type of a cache that is written in place, where it is not the graphs'."""
 
     def hidden(self, name: str, *sizes: int | str) -> TensorSpec:
         """A tensor ``[batch, ..., D]`` in the graph's type."""
@@ -48,8 +50,9 @@ class Sizing:
 
     def cache(self, prefix: str, length: str | int) -> list[TensorSpec]:
         """Keys and values of every layer, ``length`` entries."""
+        dtype = self.rounded_cache or self.dtype
         return [
-            TensorSpec(f"{prefix}{layer}.{part}", self.dtype, ["batch", self.shape.num_kv_heads, length, width])
+            TensorSpec(f"{prefix}{layer}.{part}", dtype, ["batch", self.shape.num_kv_heads, length, width])
             for layer in range(self.shape.num_layers)
             for part, width in zip(("key", "value"), self.shape.cache_widths, strict=True)
         ]
@@ -129,10 +132,19 @@ def verify(of: Sizing) -> Tensors | None:
     return inputs, [logits, *present, *between]
 
 
-def as_traced(spec: GraphSpec) -> GraphSpec:
-    """An interface without the outputs that a pass adds: the buffers between the tokens of one step."""
+def as_traced(spec: GraphSpec, dtype: str) -> GraphSpec:
+    """An interface before the passes: without the buffers between the tokens of one step, its cache of ``dtype``."""
     outputs = [tensor for tensor in spec.outputs if not (tensor.name.startswith(PRESENT) and tensor.name[-1].isdigit())]
-    return replace(spec, outputs=outputs)
+    return with_cache(replace(spec, outputs=outputs), dtype)
+
+
+def with_cache(spec: GraphSpec, dtype: str) -> GraphSpec:
+    """An interface with a cache of another type."""
+
+    def changed(tensors: list[TensorSpec]) -> list[TensorSpec]:
+        return [replace(each, dtype=dtype) if each.name.startswith((PAST, PRESENT)) else each for each in tensors]
+
+    return replace(spec, inputs=changed(spec.inputs), outputs=changed(spec.outputs))
 
 
 def serve_prefill(of: Sizing) -> Tensors | None:

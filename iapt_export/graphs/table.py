@@ -18,6 +18,7 @@ from iapt_export.graphs import interface, twins
 from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.passes import serve_passes
 from iapt_export.graphs.passes.one_by_one import OneByOnePass
+from iapt_export.graphs.passes.quantise_cache import QuantiseCachePass
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET, UseTensorScatterPass
 from trainers.decoder.rounded import Importance
 
@@ -36,7 +37,8 @@ class Serving:
     drafts: int = 0
     """Drafted tokens of a row that ``verify`` takes; 0 leaves this graph out."""
     importance: Importance | None = None
-    """What weights are rounded to 4 bits by; written beside the graphs, for who compares them."""
+    """What weights are rounded to 4 bits by, and the scales of a cache in 8; written beside the graphs, for who
+    compares them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Graph:
 def _serve_passes(serving: Serving) -> list[ir.passes.PassBase]:
     # matrices of keys and values often have fewer outputs than inputs, and then more bits than those of queries
     rounding = serving.rounding
-    return serve_passes(serving.num_positions, packed=rounding is None or rounding.narrow == rounding.bits)
+    passes = serve_passes(serving.num_positions, packed=rounding is None or rounding.narrow == rounding.bits)
+    if rounding and rounding.cache_type:
+        passes.append(QuantiseCachePass(serving.importance or {}))
+    return passes
 
 
 def _verify_passes(serving: Serving) -> list[ir.passes.PassBase]:
@@ -79,7 +84,12 @@ TABLE: dict[str, Graph] = {
 
 
 def graph_specs(
-    installed: list[Installed], shape: BackboneSizes, dtype: str, capacity: int | None = None, drafts: int = 0
+    installed: list[Installed],
+    shape: BackboneSizes,
+    dtype: str,
+    capacity: int | None = None,
+    drafts: int = 0,
+    rounded_cache: str = "",
 ) -> dict[str, GraphSpec]:
     """Interfaces of a bundle's graphs; names follow the ecosystem (``past_key_values.N.key``, ``present.N.key``).
 
@@ -89,12 +99,13 @@ def graph_specs(
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         capacity: cache entries of a row in the graphs for TensorRT, which wants a fixed number; None leaves them out.
         drafts: drafted tokens of a row that ``verify`` takes; 0 leaves it out.
+        rounded_cache: type of the cache where it is not ``dtype``; for ``serve`` and ``verify`` alone.
 
     Returns:
         ``prefill``, ``decode`` and ``serve``, ``verify``, ``serve_prefill`` and ``serve_decode`` if asked for,
         ``encoder`` where a method computes its prompts beforehand, ``generator`` where a method generates prompts at
         every layer.
     """
-    sizing = interface.Sizing(installed, shape, dtype, capacity, drafts)
+    sizing = interface.Sizing(installed, shape, dtype, capacity, drafts, rounded_cache)
     tensors = {name: graph.interface(sizing) for name, graph in TABLE.items()}
     return {name: GraphSpec(f"{name}.onnx", *both) for name, both in tensors.items() if both}

@@ -68,6 +68,14 @@ def test_equal_answers(bundle: Path, in_place: bool, rows: list[Row]) -> None:
     assert [[int(word) for word in line.split()] for line in outcome.stdout.splitlines()] == wanted
 
 
+def test_equal_answers_over_a_cache_in_8_bits(small_cache_build: TinyBuild) -> None:
+    rows = [(SHORT, 12, ids(LONGEST)), (LONG, 20, ids(3)), ("movies", 7, ids(20))]
+    wanted = from_python(small_cache_build.bundle, True, rows)
+    outcome = answer_rows(small_cache_build.bundle, True, rows)
+    assert outcome.returncode == 0, outcome.stderr
+    assert [[int(word) for word in line.split()] for line in outcome.stdout.splitlines()] == wanted
+
+
 @both_caches
 @pytest.mark.parametrize(
     "row",

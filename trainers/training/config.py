@@ -119,6 +119,10 @@ class TrainConfig:
         problems += rounding_problems(self.quantise, self.weights)
         if self.quantise and self.weights == "fp32":
             problems.append("quantise is for rounded weights, and weights is fp32; give --weights int4 with it")
+        if not problems and self.rounding and self.rounding.cache_type:
+            problems.append(
+                f"quantise={self.quantise} sets cache, and training has none; leave it out here, and give it to build"
+            )
         if not problems and self.max_steps == 0 and self.num_epochs == 0:
             problems.append("max_steps and num_epochs are both 0, so there is nothing to train; set one of them")
         raise_problems("training configuration", problems)

@@ -1,5 +1,7 @@
 """Quantised weights, and nothing else that differs: both sides of an exact comparison of int8 and int4.
 
+Where the cache is in 8 bits too, it is fp32 there.
+
 For TensorRT see `validation.sides.engine_graphs`; what follows is about ONNX Runtime's operators.
 
 What a quantised target answers differs from PyTorch's fp32 by much, and by chance. But the same graphs with products
@@ -18,6 +20,7 @@ import torch
 
 from engines.serving.session import Session
 from iapt_export.contract.low_bits import Rounding
+from iapt_export.graphs.interface import with_cache
 from trainers.decoder.importance import load_importance
 from trainers.decoder.method import Method
 from trainers.decoder.rounded import RoundedWeights, round_weights
@@ -33,7 +36,9 @@ def unrounded_session(session: Session) -> Session:
     Args:
         session: on a quantised target; it may be closed.
     """
-    bundle, target = session.bundle, dataclasses.replace(session.target, dtype="fp32")
+    bundle, graphs = session.bundle, session.target.graphs
+    graphs = {name: with_cache(spec, "fp32") for name, spec in graphs.items()}
+    target = dataclasses.replace(session.target, dtype="fp32", graphs=graphs)
     paths = {name: bundle / spec.path for name, spec in target.graphs.items()}
     runners = {name: TappedRunner(path, target.graphs[name], TappedGraph(path), []) for name, path in paths.items()}
     return session_with(bundle, session.manifest, target, dict(runners), session.stepper.in_place)

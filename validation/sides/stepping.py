@@ -14,6 +14,8 @@ from engines.serving.session import Session
 from engines.serving.stepper import Instruction, RowCache, Stepper
 from iapt_export.contract.graphs import PAST, PRESENT, step_graphs
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
+from trainers.decoder.importance import load_importance
+from trainers.decoder.rounded import Importance
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,26 @@ class Step:
     read_mask: np.ndarray
     """``[B, S-1]``: which of the entries that the step found are a row's own."""
     stepper: Stepper
+    scales: Importance
+    """Of a cache in 8 bits, by its buffers' names."""
 
     def caches(self) -> list[RowCache]:
         """Every row's cache in fp32."""
         rows = [self.stepper.row_cache(row) for row in range(len(self.mask))]
-        return [[(_fp32(key), _fp32(value)) for key, value in row] for row in rows]
+        return [
+            [(self._restored(layer, "key", key), self._restored(layer, "value", value)) for layer, (key, value) in row]
+            for row in map(enumerate, rows)
+        ]
 
     def present(self) -> Arrays:
         """``present.N.*`` to ``[B, H, S, K]``: the cache as the mask says."""
         return {PRESENT + name.removeprefix(PAST): array for name, array in self.stepper.present().items()}
+
+    def _restored(self, layer: int, part: str, array: np.ndarray) -> np.ndarray:
+        """``[H, S, K]`` in fp32."""
+        if array.dtype != np.int8:
+            return array.astype(np.float32, copy=False)
+        return array * self.scales[f"{PAST}{layer}.{part}"].reshape(len(array), 1, -1)
 
 
 def run_steps(session: Session, rows: Sequence[Row], num_steps: int) -> Iterator[Step]:
@@ -63,19 +76,17 @@ def run_steps(session: Session, rows: Sequence[Row], num_steps: int) -> Iterator
         The batch after each step; a step's caches are those of the moment, so read them before going on.
     """
     stepper = session.stepper
+    rounding = session.target.rounding
+    scales = load_importance(session.bundle) if rounding and rounding.cache_type else {}
     try:
         logits = stepper.read([Instruction(stepper.bank.get(row.tenant), row.tokens) for row in rows])
-        yield Step(0, logits.astype(np.float32), *stepper.masks(), stepper)
+        yield Step(0, logits.astype(np.float32), *stepper.masks(), stepper, scales)
         for number in range(1, num_steps):
             logits = stepper.step([row.forced[number - 1] for row in rows])
-            yield Step(number, logits.astype(np.float32), *stepper.masks(), stepper)
+            yield Step(number, logits.astype(np.float32), *stepper.masks(), stepper, scales)
     finally:
         while stepper.num_rows:
             stepper.leave(stepper.num_rows - 1)
-
-
-def _fp32(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32, copy=False)
 
 
 def graph_of(graphs: Container[str], step: int, in_place: bool) -> str:

@@ -27,8 +27,9 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import PAST, PRESENT
 from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
-from iapt_export.graphs.ops.serving_ops import PRODUCT
+from iapt_export.graphs.ops.serving_ops import ATTENTION, PRODUCT
 from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
+from iapt_export.graphs.passes.quantise_cache import PASTS
 from validation.sides.fp4 import with_kernels_for_fp4
 from validation.sides.nibbles import split_products
 
@@ -57,13 +58,15 @@ class TappedGraph:
 
     Products with quantised weights round their inputs for speed. In this copy they do not, so that what stands before
     and after them can be held against PyTorch with the same weights (`validation.sides.rounding`) as closely as in
-    fp32. `TappedRunner` computes those with 8 bits as two with 4, see `validation.sides.nibbles`.
+    fp32. `TappedRunner` computes those with 8 bits as two with 4, see `validation.sides.nibbles`. A cache in 8 bits is
+    fp32 in it.
     """
 
     def __init__(self, path: Path) -> None:
         self.folder = path.parent
         self.model = onnx.load(path, load_external_data=False)
         with_kernels_for_fp4(self.model)
+        _widen_cache(self.model.graph)
         self.nodes = list(self.model.graph.node)
         for node in self.nodes:
             for attribute in node.attribute:
@@ -242,6 +245,21 @@ class TappedRunner(OnnxRuntimeRunner):
         known |= {name: outputs[name].copy() for name in written}
         self.seen = {tap.name: known[tap.value] for tap in self.taps if tap.value in known} | past
         return outputs
+
+
+def _widen_cache(graph: onnx.GraphProto) -> None:
+    """Undo `iapt_export.graphs.passes.quantise_cache`."""
+    scales = [place for _, place in PASTS.values()]
+    for node in graph.node:
+        if node.op_type == ATTENTION and len(node.input) > max(scales):
+            for place in scales:
+                node.input[place] = ""
+            kept = [each for each in node.attribute if "quant_type" not in each.name and "bit_width" not in each.name]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.INT8 and value.name.startswith((PAST, PRESENT)):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
 
 def layer_of(name: str, layers_path: str) -> int | None:

@@ -18,7 +18,7 @@ constexpr auto kString = Json::value_t::string;
 constexpr int64_t kMost = 1 << 24;  // what a size is at most
 constexpr int64_t kMostLayers = 10000;
 constexpr int64_t kLongest = int64_t{1} << 31;  // positions, and sizes of a dynamic dimension
-constexpr const char* kTensorTypes[] = {"int64", "int32", "bool", "fp32", "fp16", "bf16"};
+constexpr const char* kTensorTypes[] = {"int64", "int32", "int8", "bool", "fp32", "fp16", "bf16"};
 
 TensorSpec read_tensor(const Json& json, const std::string& where, Problems& problems) {
   TensorSpec spec;
@@ -26,7 +26,7 @@ TensorSpec read_tensor(const Json& json, const std::string& where, Problems& pro
   fields.read("name", spec.name);
   fields.read("dtype", spec.dtype);
   if (std::find(std::begin(kTensorTypes), std::end(kTensorTypes), spec.dtype) == std::end(kTensorTypes)) {
-    fields.problem(".dtype is " + shown(spec.dtype) + ", expected one of int64, int32, bool, fp32, fp16, bf16");
+    fields.problem(".dtype is " + shown(spec.dtype) + ", expected one of int64, int32, int8, bool, fp32, fp16, bf16");
   }
   fields.array("shape", [&](const Json& size, const std::string& place) {
     if (size.is_string()) {

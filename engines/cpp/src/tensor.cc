@@ -23,8 +23,8 @@ size_t element_size(const std::string& dtype) {
   if (dtype == "int64") return 8;
   if (dtype == "fp32" || dtype == "int32") return 4;
   if (dtype == "fp16" || dtype == "bf16") return 2;
-  if (dtype == "bool") return 1;
-  throw Error("tensor type '" + dtype + "' is not known; expected int64, int32, bool, fp32, fp16 or bf16");
+  if (dtype == "bool" || dtype == "int8") return 1;
+  throw Error("tensor type '" + dtype + "' is not known; expected int64, int32, int8, bool, fp32, fp16 or bf16");
 }
 
 Tensor::Tensor(std::string type, std::vector<int64_t> sizes) : dtype(std::move(type)), shape(std::move(sizes)) {

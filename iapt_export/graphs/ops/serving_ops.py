@@ -119,15 +119,16 @@ def register_schemas() -> None:
             inputs=[
                 parameter("query", "T"),  # or all three in one
                 *(parameter(name, "T", param_option=optional) for name in ("key", "value")),
-                *(parameter(name, "T") for name in ("past_key", "past_value")),
+                *(parameter(name, "C") for name in ("past_key", "past_value")),
                 parameter("seqlens_k", "tensor(int32)"),
                 parameter("total_sequence_length", "tensor(int32)"),
                 *(parameter(name, "T", param_option=optional) for name in ("cos_cache", "sin_cache")),
                 parameter("position_ids", "tensor(int64)", param_option=optional),
                 *(parameter(name, "T", param_option=optional) for name in ("attention_bias", "head_sink")),
+                *(parameter(name, "tensor(float)", param_option=optional) for name in ("k_scale", "v_scale")),
             ],
-            outputs=[parameter(name, "T") for name in ("output", "present_key", "present_value")],
-            type_constraints=[("T", floats, "")],
+            outputs=[parameter("output", "T"), *(parameter(name, "C") for name in ("present_key", "present_value"))],
+            type_constraints=[("T", floats, ""), ("C", [*floats, "tensor(int8)"], "of the cache")],
             attributes=[
                 schema.Attribute("num_heads", schema.AttrType.INT, "query heads"),
                 schema.Attribute("kv_num_heads", schema.AttrType.INT, "key and value heads"),
@@ -137,6 +138,13 @@ def register_schemas() -> None:
                 schema.Attribute("do_rotary", onnx.helper.make_attribute("do_rotary", 0), "1: turn query and key"),
                 schema.Attribute(
                     "rotary_interleaved", onnx.helper.make_attribute("rotary_interleaved", 0), "1: turn neighbours"
+                ),
+                *(
+                    schema.Attribute(name, onnx.helper.make_attribute(name, "NONE"), "how many scales a cache has")
+                    for name in ("k_quant_type", "v_quant_type")
+                ),
+                schema.Attribute(
+                    "kv_cache_bit_width", onnx.helper.make_attribute("kv_cache_bit_width", 0), "of a rounded cache"
                 ),
             ],
         )

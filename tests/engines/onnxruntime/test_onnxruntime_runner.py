@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,4 +205,18 @@ def test_a_release_without_tensor_scatter_is_named(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
     with pytest.raises(IaptError, match=r"needs TensorScatter, which ONNX Runtime has from 1\.25 on; this is \d"):
+        OnnxRuntimeRunner(tmp_path / "graph.onnx", spec()).activate()
+
+
+def test_a_release_without_a_cache_in_8_bits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 1.23.1 to 1.24.4 say."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError('INVALID_GRAPH : This is an invalid model. In Node, ("", GroupQueryAttention, "com.micros')
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    cached = dataclasses.replace(spec(), inputs=[*spec().inputs, TensorSpec("past_key_values.0.key", "int8", [1])])
+    with pytest.raises(IaptError, match=r"its cache is in 8 bits, which ONNX Runtime has from 1\.25 on; this is \d"):
+        OnnxRuntimeRunner(tmp_path / "graph.onnx", cached).activate()
+    with pytest.raises(IaptError, match="INVALID_GRAPH"):
         OnnxRuntimeRunner(tmp_path / "graph.onnx", spec()).activate()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from engines.runner import Arrays
+from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.loading import open_stepper
 from engines.serving.stepper import Instruction, Stepper, past_from_present
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
-from tests.bundles import TinyBuild
+from tests.bundles import NUM_LAYERS, WIDTH, TinyBuild
 from tests.engines.fake_gpu import play_gpu_build
 
 PROMPTS = [("alpha", [5, 6, 7]), ("beta", [9, 8, 7, 6, 5, 4, 3]), ("gamma", [11]), ("alpha", [3, 5])]
@@ -119,6 +120,21 @@ def test_the_cache_is_written_in_place(tiny_build: TinyBuild) -> None:
         for (key, value), (longer_key, longer_value) in zip(before, after, strict=True):
             assert np.array_equal(longer_key[:, :-1], key) and np.array_equal(longer_value[:, :-1], value)
             assert longer_key.shape[1] == key.shape[1] + 1 and np.abs(longer_key[:, -1]).max() > 0
+
+
+def test_rows_of_a_cache_in_8_bits_move_and_take_a_quarter(small_cache_build: TinyBuild) -> None:
+    with opened(small_cache_build, True) as stepper:
+        tokens = {"topics": [5, 6, 7], "movies": [9, 8, 7, 6, 5, 4, 3], "style": [11]}
+        stepper.read([Instruction(stepper.bank.get(tenant), each) for tenant, each in tokens.items()])
+        last = stepper.row_cache(2)
+        stepper.leave(0)
+        for (key, value), (old_key, old_value) in zip(stepper.row_cache(0), last, strict=True):
+            assert key.dtype == value.dtype == np.int8
+            assert np.array_equal(key, old_key) and np.array_equal(value, old_value)
+            assert key.shape[1] == 7 + 1 and key.any() and value.any()
+        assert isinstance(stepper, InPlaceStepper)
+        entries = stepper.max_rows * stepper.capacity
+        assert sum(buffer.nbytes for buffer in stepper.buffers.values()) == entries * NUM_LAYERS * 2 * WIDTH // 2
 
 
 def test_only_the_cache_is_handed_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def test_smollm2_by_hand(smollm2: str) -> None:
     assert half == {"weights": 2 * 2 * parameters, "logits": expected["logits"]} | {
         name: expected[name] // 2 for name in ("KV cache", "tenants of iapt")
     }
+
+
+def test_a_cache_in_8_bits_takes_a_quarter(smollm2: str) -> None:
+    load = Load(batch=2, past=1024, target="onnxruntime:int4")
+    whole, rounded = (by_name(plan_memory(smollm2, dataclasses.replace(load, quantise=q))) for q in ("", "cache=8"))
+    assert rounded == whole | {"KV cache": 2 * 1024 * (2 * 30 * 3 * 64)}
 
 
 def test_smollm2_in_blocks_by_hand(smollm2: str) -> None:

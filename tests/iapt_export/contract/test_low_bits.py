@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from iapt_export.building.build_request import BuildRequest
+from iapt_export.building.jobs import check_request
 from iapt_export.building.plan import TargetPlan, plan_targets
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, NotRunnableError
 from iapt_export.contract.low_bits import (
     AUTO,
     DEQUANTISED,
@@ -71,6 +72,28 @@ def test_other_types_have_none() -> None:
     assert [plan.quantise for plan in both] == ["block=64", ""]
 
 
+def test_a_cache_in_8_bits_is_onnx_runtimes_and_no_matter_of_weights() -> None:
+    rounding = rounding_of("onnxruntime", "int8", "cache=8,block=64")
+    assert rounding == Rounding(8, block=64, cache=8)
+    assert (rounding.quantise, rounding.of_weights, rounding.cache_type) == ("block=64,cache=8", "block=64", "int8")
+    assert rounding_of("onnxruntime", "int8", "cache=32") == QUANTISED["int8"] and not QUANTISED["int8"].cache_type
+    with pytest.raises(IaptError, match=r"quantise='cache=8': tensorrt-rtx keeps its cache in fp16; leave cache out"):
+        rounding_of("tensorrt-rtx", "int4", "cache=8")
+    with pytest.raises(IaptError, match=r"quantise=cache=8 sets cache, and training has none; leave it out here"):
+        TrainConfig(weights="int4", quantise="cache=8")
+
+
+def test_a_cache_in_8_bits_is_refused_before_any_work_where_no_kernel_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = BuildRequest(model="m", output="o", targets=["onnxruntime:int4"], quantise="cache=8")
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.4")
+    with pytest.raises(
+        NotRunnableError, match=r"needs ONNX Runtime 1\.25 or newer, and this is 1\.24\.4; leave cache=8"
+    ):
+        check_request(request)
+    monkeypatch.setattr("onnxruntime.__version__", "1.25.0")
+    assert check_request(request)[0][0].quantise == "cache=8"
+
+
 def test_bits_are_those_of_the_matrix() -> None:
     wide, square, narrow = (32, 64), (32, 32), (64, 32)
     for rounding, expected in {
@@ -94,6 +117,7 @@ def test_bits_are_those_of_the_matrix() -> None:
         ("block", "int4", ["block is '', expected 32"]),
         ("head=6,narrow=2", "int4", ["head is '6', expected 4 or 8", "narrow is '2', expected 4 or 8"]),
         ("head=8,head=4", "int4", ["sets head twice"]),
+        ("cache=4", "int8", ["quantise='cache=4': cache is '4', expected 8 or 32"]),
         ("narrow=4", "int8", ["int8 has no matrix in 4 bits; leave narrow out, or take int4"]),
         (AUTO, "int4", ["quantise='auto' is for build alone, which measures settings with its tenants; name settings"]),
         ("head=4", "fp8", ["fp8 has no matrix in 4 bits; leave head out, or take nvfp4"]),

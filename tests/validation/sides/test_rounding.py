@@ -107,6 +107,17 @@ def test_quantised_graphs_are_as_near_as_fp32_ones(build: Any, dtype: str, metho
     assert tokens.measured["identical"] == 1.0 and tokens.limits == {"identical": 1.0}
 
 
+def test_a_cache_in_8_bits_is_compared_as_it_is_served_and_as_it_was(build: Any) -> None:
+    made = build("int8", ("lora", LORA), layers=1, past="1:64:160", quantise="cache=8")
+    rounded, exact = validate(made, made.bundle).targets
+    assert exact.name == "onnxruntime with int8 (cache=8) weights, otherwise" and exact.status == "pass"
+    worst = {
+        target.dtype: max(check.measured["relative"] for check in target.checks if check.stage.endswith("cache"))
+        for target in (rounded, exact)
+    }
+    assert worst["fp32"] < 1e-5 < 2e-3 < worst["int8"] < 0.1, "of one layer: its inputs and scales alone are rounded"
+
+
 def exported(model: Any, rounding: Rounding, folder: Path) -> None:
     """``serve.onnx`` as a build writes it, with what its 4 bits were rounded by."""
     importance = importance_of(model) if uses_importance(model, rounding) else {}
