@@ -71,7 +71,7 @@ def inputs_of(adapter: Adapter, prompts: Sequence[str], backbone: Backbone) -> T
         read.append(pooled.flatten())
         return rational(pooled, numerator, denominator, form)
 
-    module.rational = note  # type: ignore[assignment]
+    module.rational = note
     for prompt in prompts:
         example = Example(({"role": "user", "content": prompt},), "")
         ids = torch.tensor([encode_instruction(backbone.tokenizer, example, config.prompt_format, LONGEST)])
@@ -92,10 +92,10 @@ def learned(folder: Path, backbone: Backbone) -> Learned:
         raise IaptError(f"{folder}: expected an IAPT adapter whose rational activation started as one function")
     inputs = torch.linspace(*FIT_INTERVAL, POINTS)
     degrees = (config.numerator_degree, config.denominator_degree)
-    begun = initial_coefficients(config.init_function, *degrees, config.rational_form)
-    start = rational(inputs, *map(torch.from_numpy, begun), config.rational_form)
+    top, bottom = initial_coefficients(config.init_function, *degrees, config.rational_form)
+    start = rational(inputs, torch.from_numpy(top), torch.from_numpy(bottom), config.rational_form)
     rows = zip(tensors["numerator"], tensors["denominator"], strict=True)
-    layers = [rational(inputs, top, bottom, config.rational_form) for top, bottom in rows]
+    layers = [rational(inputs, *row, config.rational_form) for row in rows]
     lines = (folder / EXAMPLES_FILE).read_text(encoding="utf-8").splitlines()
     seen = inputs_of(adapter, [json.loads(line)["prompt"] for line in lines], backbone)
     return Learned(folder.name, inputs, start, torch.stack(layers), seen)
