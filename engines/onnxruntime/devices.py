@@ -17,8 +17,9 @@ FAULTY_VERSIONS = {
     "1.23.0": "its Attention-23 is wrong where several query heads share a key head (logits off by 0.84 of the largest)"
 }
 """Releases of ONNX Runtime that compute something else without a word."""
-ROUNDED_CACHE = (1, 25)
-"""The first release whose attention takes a cache in 8 bits on a CPU; 1.24.4 does not load such a graph."""
+ROUNDED_CACHE = (1, 27)
+"""The first release whose attention computes over a cache in 8 bits on a CPU: 1.24.4 does not load such a graph, 1.25.0
+to 1.26.0 load it and fail at the first step; see findings/onnxruntime-loads-a-cache-that-it-cannot-run.sh."""
 
 
 def load_onnxruntime() -> Any:
@@ -59,16 +60,16 @@ def require_device(device: str) -> Any:
 
 
 def require_rounded_cache() -> None:
-    """Refuse, before any work, a cache in 8 bits where this ONNX Runtime has none.
+    """Refuse, before any work, a cache in 8 bits where this ONNX Runtime computes over none.
 
     Raises:
-        NotRunnableError: ONNX Runtime is missing, or older than the first whose attention takes one.
+        NotRunnableError: ONNX Runtime is missing, or older than the first that does.
     """
     version, first = str(load_onnxruntime().__version__), ".".join(map(str, ROUNDED_CACHE))
     if tuple(map(int, version.split(".")[:2])) < ROUNDED_CACHE:
         raise NotRunnableError(
-            f"a cache in 8 bits needs ONNX Runtime {first} or newer, and this is {version}; leave cache=8 out, or: "
-            "pip install --upgrade onnxruntime"
+            f"a cache in 8 bits needs ONNX Runtime {first} or newer, and this is {version}; pip install --upgrade "
+            "onnxruntime, or build without cache=8"
         )
 
 

@@ -17,10 +17,10 @@ from engines.onnxruntime.devices import (
     ERRORS,
     OPTIONS,
     PROVIDERS,
-    ROUNDED_CACHE,
     check_provider,
     preload_cuda,
     require_device,
+    require_rounded_cache,
 )
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
 from iapt_export.contract.errors import IaptError
@@ -66,6 +66,8 @@ class OnnxRuntimeRunner(Runner):
         if self._session is not None:
             return
         onnxruntime = require_device(self.device)
+        if any(tensor.dtype == "int8" for tensor in self.spec.inputs):
+            require_rounded_cache()
         if self.device == "cuda":
             preload_cuda(onnxruntime)
         options = onnxruntime.SessionOptions()
@@ -78,11 +80,6 @@ class OnnxRuntimeRunner(Runner):
             session = onnxruntime.InferenceSession(str(self.path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
-            if "GroupQueryAttention" in reason and any(tensor.dtype == "int8" for tensor in self.spec.inputs):
-                first = ".".join(map(str, ROUNDED_CACHE))
-                reason = (
-                    f"its cache is in 8 bits, which ONNX Runtime has from {first} on; this is {onnxruntime.__version__}"
-                )
             if "Opset 24 is under development" in reason or "TensorScatter(24)" in reason:
                 reason = (
                     f"it needs TensorScatter, which ONNX Runtime has from 1.25 on; this is {onnxruntime.__version__}"

@@ -5,6 +5,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "libraries.h"
 
@@ -51,6 +52,7 @@ class OnnxRuntimeRunner final : public Runner {
   OnnxRuntimeRunner(const std::filesystem::path& path, const GraphSpec& graph, const RunnerOptions& options)
       : graph_(graph), on_gpu_(options.device == "cuda") {
     refuse_faulty();
+    refuse_rounded_cache(graph);
     check_device(options.device);
     try {
       Ort::SessionOptions session;
@@ -99,6 +101,17 @@ class OnnxRuntimeRunner final : public Runner {
         "ONNX Runtime 1.23.0 gives wrong answers: its Attention-23 is wrong where several query heads share a key "
         "head; "
         "expected 1.23.1 or newer");
+  }
+
+  // So does that file: 1.25 and 1.26 load such a graph and fail at its first step.
+  static void refuse_rounded_cache(const GraphSpec& graph) {
+    const auto is_rounded = [](const TensorSpec& tensor) { return tensor.dtype == "int8"; };
+    if (std::none_of(graph.inputs.begin(), graph.inputs.end(), is_rounded)) return;
+    const std::string version = Ort::GetVersionString();
+    const auto release = std::make_pair(std::stoi(version), std::stoi(version.substr(version.find('.') + 1)));
+    if (release >= std::make_pair(1, 27)) return;
+    throw Error("a cache in 8 bits needs ONNX Runtime 1.27 or newer, and this is " + version +
+                "; link a newer one, or build without cache=8");
   }
 
   static void check_device(const std::string& device) {
