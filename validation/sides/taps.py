@@ -29,7 +29,7 @@ from iapt_export.contract.manifest import GraphSpec, TensorSpec
 from iapt_export.graphs.ops import RATIONAL
 from iapt_export.graphs.ops.serving_ops import ATTENTION, PRODUCT
 from iapt_export.graphs.passes.inline_rational import RATIONAL_MODULE
-from iapt_export.graphs.passes.quantise_cache import PASTS
+from iapt_export.graphs.passes.quantise_cache import SCALE_INPUTS
 from validation.sides.fp4 import with_kernels_for_fp4
 from validation.sides.nibbles import split_products
 
@@ -249,10 +249,9 @@ class TappedRunner(OnnxRuntimeRunner):
 
 def _widen_cache(graph: onnx.GraphProto) -> None:
     """Undo `iapt_export.graphs.passes.quantise_cache`."""
-    scales = [place for _, place in PASTS.values()]
     for node in graph.node:
-        if node.op_type == ATTENTION and len(node.input) > max(scales):
-            for place in scales:
+        if node.op_type == ATTENTION and len(node.input) > max(SCALE_INPUTS):
+            for place in SCALE_INPUTS:
                 node.input[place] = ""
             kept = [each for each in node.attribute if "quant_type" not in each.name and "bit_width" not in each.name]
             del node.attribute[:]

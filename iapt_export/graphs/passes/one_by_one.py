@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx_ir as ir
 
 from iapt_export.graphs.ops.serving_ops import ATTENTION, MICROSOFT
+from iapt_export.graphs.passes.attentions import PAST_INPUTS, attentions, constant
 
 QUERY_KEY_VALUE = (0, 1, 2)
-PAST_INPUTS = (3, 4)
 LENGTHS = (5, 6)
 """Each row's last entry, and the number of entries of the longest row."""
 POSITIONS = 9
@@ -37,29 +35,29 @@ class OneByOnePass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """Each attention but the first of a layer goes on over what another one left."""
-        for node in _attentions(model.graph):
+        for node in attentions(model.graph):
             past = node.inputs[PAST_INPUTS[0]]
             if past is None or not (past.is_graph_input() or past.is_graph_output()):
                 raise ir.passes.PostconditionError(f"{node.name} goes on over a cache that is no output")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        attentions = list(_attentions(graph))
-        if not attentions:
+        nodes = attentions(graph)
+        if not nodes:
             return ir.passes.PassResult(model, False)
-        first = attentions[0]
-        ones = _constant(graph, "one_by_one.sizes", np.ones(self.length, np.int64))
+        first = nodes[0]
+        ones = constant(graph, "one_by_one.sizes", np.ones(self.length, np.int64))
         counted = [self._counted(graph, first, first.inputs[place]) for place in LENGTHS]
         places = first.inputs[POSITIONS] if len(first.inputs) > POSITIONS else None
         positions = self._split(graph, first, places, ones) if places is not None else None
         between: dict[ir.Value, list[ir.Value]] = {}
         """Each output that is a cache to what was in it after each token but the last."""
-        for node in attentions:
+        for node in nodes:
             self._chain(graph, node, ones, [*counted, *([positions] if positions else [])], between)
         outputs = list(graph.outputs)
         for step in range(self.length - 1):
             graph.outputs.extend(between[value][step] for value in outputs if value in between)
-        self.note = f"{len(attentions)} attentions take {self.length} tokens one by one"
+        self.note = f"{len(nodes)} attentions take {self.length} tokens one by one"
         return ir.passes.PassResult(model, True)
 
     def _counted(self, graph: ir.Graph, before: ir.Node, value: ir.Value | None) -> list[ir.Value]:
@@ -67,7 +65,7 @@ class OneByOnePass(ir.passes.InPlacePass):
         assert value is not None
         made = []
         for step in range(self.length - 1):
-            later = _constant(graph, f"one_by_one.later.{step}", np.array(self.length - 1 - step, np.int32))
+            later = constant(graph, f"one_by_one.later.{step}", np.array(self.length - 1 - step, np.int32))
             node = ir.node("Sub", [value, later])
             _like(node.outputs[0], value, f"{value.name}.{step}", value.shape)
             graph.insert_before(before, node)
@@ -126,18 +124,6 @@ class OneByOnePass(ir.passes.InPlacePass):
                 graph.outputs[place] = made[-1]
                 between[made[-1]] = made[:-1]
         graph.remove(node, safe=True)
-
-
-def _attentions(graph: ir.Graph) -> Iterator[ir.Node]:
-    return (node for node in graph if (node.domain, node.op_type) == (MICROSOFT, ATTENTION))
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    if name not in graph.initializers:
-        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-        graph.register_initializer(value)
-    return graph.initializers[name]
 
 
 def _like(value: ir.Value, other: ir.Value, name: str, shape: ir.Shape | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from iapt_export.graphs.ops.serving_ops import ATTENTION, MICROSOFT
+from iapt_export.graphs.passes.attentions import attentions
 
 JOIN = " + "
 """Between the names of the weights that a packed one is made of."""
@@ -26,20 +26,16 @@ class PackProjectionsPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """An attention takes three inputs, or one packed."""
-        for node in model.graph:
-            if _is_attention(node) and sum(value is None for value in node.inputs[:3]) not in (0, 2):
+        for node in attentions(model.graph):
+            if sum(value is None for value in node.inputs[:3]) not in (0, 2):
                 raise ir.passes.PostconditionError(f"{node.name} takes neither query, key and value nor one packed")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        attentions = [node for node in graph if _is_attention(node)]
-        count = sum(_pack(graph, node) for node in attentions)
-        self.note = f"{count} of {len(attentions)} attentions take one product"
+        nodes = attentions(graph)
+        count = sum(_pack(graph, node) for node in nodes)
+        self.note = f"{count} of {len(nodes)} attentions take one product"
         return ir.passes.PassResult(model, count > 0)
-
-
-def _is_attention(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) == (MICROSOFT, ATTENTION)
 
 
 def _pack(graph: ir.Graph, attention: ir.Node) -> bool:

@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from iapt_export.graphs.ops.serving_ops import ATTENTION, MICROSOFT
+from iapt_export.graphs.ops.serving_ops import ATTENTION
+from iapt_export.graphs.passes.attentions import attentions
 
 POSITIONS = "position_ids"
 ELEMENTWISE = {"Add", "Cast", "Concat", "Cos", "Div", "Expand", "Mul", "Neg", "Sin", "Squeeze", "Sub", "Unsqueeze"}
@@ -41,21 +42,21 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """There are positions to pick from the table by."""
-        if _attentions(model.graph) and all(value.name != POSITIONS for value in model.graph.inputs):
+        if attentions(model.graph) and all(value.name != POSITIONS for value in model.graph.inputs):
             raise ir.passes.PreconditionError(f"the graph has no input {POSITIONS}")
 
     def ensures(self, model: ir.Model) -> None:
         """Every attention rotates the queries and keys that it reads, or there is a reason why none does."""
-        rotating = {bool(node.attributes.get_int("do_rotary", 0)) for node in _attentions(model.graph)}
+        rotating = {bool(node.attributes.get_int("do_rotary", 0)) for node in attentions(model.graph)}
         if rotating - {not self.reason}:
             raise ir.passes.PostconditionError("some attentions rotate queries and keys, others do not")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        attentions = _attentions(graph)
-        candidates = [_rotary_pair(node) for node in attentions]
+        nodes = attentions(graph)
+        candidates = [_rotary_pair(node) for node in nodes]
         rotaries = [pair for pair in candidates if pair]
-        self.reason = _unfit(attentions, rotaries)
+        self.reason = _unfit(nodes, rotaries)
         if self.reason:
             return ir.passes.PassResult(model, False)
         tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
@@ -68,7 +69,7 @@ class RotaryInAttentionPass(ir.passes.InPlacePass):
                     return ir.passes.PassResult(model, False)
                 tables[pair] = table
         positions = next(value for value in graph.inputs if value.name == POSITIONS)
-        for node, (query, key) in zip(attentions, rotaries, strict=True):
+        for node, (query, key) in zip(nodes, rotaries, strict=True):
             _absorb(node, query, key, [*tables[_cos_sin(query)], positions])
         return ir.passes.PassResult(model, True)
 
@@ -98,13 +99,13 @@ def _rotary_pair(attention: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     return query, key
 
 
-def _unfit(attentions: list[ir.Node], rotaries: list[tuple[ir.Node, ir.Node]]) -> str:
+def _unfit(nodes: list[ir.Node], rotaries: list[tuple[ir.Node, ir.Node]]) -> str:
     """Why a graph's embeddings cannot move, as far as the nodes alone tell; empty if they can."""
-    if not attentions:
+    if not nodes:
         return f"the graph has no {ATTENTION}"
-    if len(rotaries) < len(attentions):
-        others = len(attentions) - len(rotaries)
-        return f"{others} of {len(attentions)} attentions do not follow a rotary embedding directly"
+    if len(rotaries) < len(nodes):
+        others = len(nodes) - len(rotaries)
+        return f"{others} of {len(nodes)} attentions do not follow a rotary embedding directly"
     for query, key in rotaries:
         if _cos_sin(query) != _cos_sin(key):
             return "queries and keys are rotated differently"
@@ -112,14 +113,10 @@ def _unfit(attentions: list[ir.Node], rotaries: list[tuple[ir.Node, ir.Node]]) -
             return "queries and keys are rotated differently"
         if any(node.attributes.get_int("rotary_embedding_dim", 0) for node in (query, key)):
             return "only a part of each head is rotated"
-    widths = {attention.inputs[3].shape[3] for attention in attentions}  # type: ignore[union-attr, index]
+    widths = {attention.inputs[3].shape[3] for attention in nodes}  # type: ignore[union-attr, index]
     if unfit := [width for width in widths if not isinstance(width, int) or width % HEAD_MULTIPLE]:
         return f"heads are {unfit[0]} wide, and {ATTENTION} rotates multiples of {HEAD_MULTIPLE}"
     return ""
-
-
-def _attentions(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if (node.domain, node.op_type) == (MICROSOFT, ATTENTION)]
 
 
 def _cos_sin(rotary: ir.Node) -> tuple[ir.Value, ir.Value]:
