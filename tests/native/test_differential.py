@@ -13,7 +13,7 @@ from tests.native.differential import corpus, differences, mutations, of_cpp, of
 needs_judge = pytest.mark.skipif(
     not differential.is_built(), reason="the fuzz target is not built; 'make cpp' builds it"
 )
-COUNT = 600
+COUNT = 300
 
 
 @needs_judge

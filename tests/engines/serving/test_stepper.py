@@ -124,14 +124,13 @@ def test_the_cache_is_written_in_place(tiny_build: TinyBuild) -> None:
 
 def test_rows_of_a_cache_in_8_bits_move_and_take_a_quarter(small_cache_build: TinyBuild) -> None:
     with opened(small_cache_build, True) as stepper:
-        tokens = {"topics": [5, 6, 7], "movies": [9, 8, 7, 6, 5, 4, 3], "style": [11]}
-        stepper.read([Instruction(stepper.bank.get(tenant), each) for tenant, each in tokens.items()])
+        stepper.read([instruction(stepper, number) for number in range(3)])
         last = stepper.row_cache(2)
         stepper.leave(0)
         for (key, value), (old_key, old_value) in zip(stepper.row_cache(0), last, strict=True):
             assert key.dtype == value.dtype == np.int8
             assert np.array_equal(key, old_key) and np.array_equal(value, old_value)
-            assert key.shape[1] == 7 + 1 and key.any() and value.any()
+            assert key.shape[1] == 4 + 1 and key.any() and value.any()
         assert isinstance(stepper, InPlaceStepper)
         entries = stepper.max_rows * stepper.capacity
         assert sum(buffer.nbytes for buffer in stepper.buffers.values()) == entries * NUM_LAYERS * 2 * WIDTH // 2

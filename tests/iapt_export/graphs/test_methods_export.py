@@ -57,7 +57,7 @@ CONFIGS: dict[str, Any] = {
 IN_DECODE = {"ADePT with decode offset", "folded ADePT with decode offset", "LoRA"}
 SLOW = {"ADePT", "folded ADePT with decode offset", "merged LoRA"}
 """Their parts are exported by other cases too; test_rounding.py builds and compares a merged adapter."""
-DEFAULT = ("IAPT", "ADePT with decode offset", "LoRA")
+DEFAULT = ("IAPT", "LoRA")
 CASES = default_for(
     DEFAULT.__contains__, (pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CONFIGS)
 )
