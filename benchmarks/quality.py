@@ -8,6 +8,7 @@ where it stopped. ``report`` puts the tables and plots of ``docs/results.md`` in
     python benchmarks/quality.py run                   # the same with a second seed; what is done stays done
     python benchmarks/quality.py run --budget full     # for a GPU, which is used where there is one
     python benchmarks/quality.py run --only rates main --seeds 1
+    python benchmarks/quality.py run --only second-rates second --second-model gemma-3-270m-q4_k_m.gguf
     python benchmarks/quality.py report
 """
 
@@ -31,7 +32,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.pages import MODEL, RESULTS, append_record, read_records  # noqa: E402
-from benchmarks.quality_plan import BUDGETS, MAX_CHARACTERS, PHASES, TASKS, VARIANTS, Budget, Run, runs_of  # noqa: E402
+from benchmarks.quality_plan import (  # noqa: E402
+    BUDGETS,
+    GEMMA,
+    MAX_CHARACTERS,
+    PHASES,
+    SECOND,
+    TASKS,
+    VARIANTS,
+    Budget,
+    Run,
+    runs_of,
+)
 from benchmarks.quality_records import chosen_rates, score  # noqa: E402
 from benchmarks.quality_tables import draw, tables  # noqa: E402
 
@@ -85,16 +97,16 @@ def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits:
     """Do a phase's missing runs."""
     done = {record["key"]: record for record in read_records(arguments.results)}
     chosen = chosen_rates(budget, done)
-    missing = [variant.label for variant in VARIANTS if variant.label not in chosen]
-    if phase not in ("baseline", "rates") and missing:
-        sys.exit(f"no learning rate was chosen yet for {', '.join(missing)}; run the phase 'rates' first")
+    first, compared = ("second-rates", SECOND) if phase == "second" else ("rates", VARIANTS)
+    missing = [variant.label for variant in compared if variant.label not in chosen]
+    if phase not in ("baseline", "rates", "second-rates") and missing:
+        sys.exit(f"no learning rate was chosen yet for {', '.join(missing)}; run the phase '{first}' first")
     left = [run for run in runs_of(phase, budget, chosen) if run.key not in done]
     for number, run in enumerate(left, start=1):
         print(f"{phase} {number}/{len(left)}  {run.task.name} · {run.label} · rate {run.learning_rate:.2g}", flush=True)
         start = time.monotonic()
-        outcome = execute(
-            run, arguments.model, splits[run.task.name], print if arguments.verbose else lambda line: None
-        )
+        model = arguments.second_model if run.backbone is GEMMA else arguments.model
+        outcome = execute(run, model, splits[run.task.name], print if arguments.verbose else lambda line: None)
         about = {
             "seconds": round(time.monotonic() - start, 1),
             "machine": machine(),
@@ -114,7 +126,9 @@ def run_plan(arguments: argparse.Namespace) -> int:
     splits = {t.name: make_splits(*prepare(t.name), folder, budget.rows, MAX_CHARACTERS) for t in TASKS}
     try:
         for phase in PHASES:
-            if phase in arguments.only:
+            if phase in arguments.only and phase.startswith("second") and not arguments.second_model:
+                print(f"{phase} is left out; it needs --second-model, {GEMMA.name}'s GGUF file or folder")
+            elif phase in arguments.only:
                 run_phase(phase, budget, arguments, splits)
     except KeyboardInterrupt:
         print("\nstopped; finished runs are kept, the same command goes on with the rest")
@@ -154,6 +168,7 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("--results", type=Path, default=RESULTS / "quality.jsonl", help="file of the records")
     run.add_argument("--only", nargs="+", choices=PHASES, default=PHASES, metavar="PHASE", help=", ".join(PHASES))
     run.add_argument("--model", default=str(MODEL), help="folder of the converted backbone")
+    run.add_argument("--second-model", metavar="MODEL", help=f"{GEMMA.name}, for the phases on a second backbone")
     run.add_argument("--splits", type=Path, default=ROOT / ".cache" / "quality", help="folder for the data's splits")
     run.add_argument("--verbose", action="store_true", help="show the trainer's own lines")
     page.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="page to write into")

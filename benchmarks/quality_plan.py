@@ -13,25 +13,53 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods import configs
 from trainers.methods.forms import METHODS
 from trainers.training.config import TrainConfig
 
-BACKBONE = "SmolLM2-135M-Instruct"
-LINEARS = {"self_attn.q_proj": (576, 576), "self_attn.v_proj": (576, 192)}
-"""Those that LoRA changes here."""
-SIZES = Sizes(hidden_size=576, num_layers=30, num_kv_heads=3, head_dim=64, vocab_size=49152, linears=LINEARS)
-NUM_PARAMETERS = 57_600
-"""100 soft tokens at the backbone's width."""
+
+@dataclass(frozen=True)
+class BackbonePlan:
+    """A frozen backbone on which methods are compared."""
+
+    name: str
+    sizes: Sizes
+    """With the linear layers that LoRA changes here."""
+    prompt_format: Literal["chat", "plain"]
+
+    @property
+    def num_parameters(self) -> int:
+        """What methods are matched to: 100 soft tokens at its width."""
+        return 100 * self.sizes.hidden_size
+
+
+SMOLLM2 = BackbonePlan(
+    "SmolLM2-135M-Instruct",
+    Sizes(576, 30, 3, 64, 49152, linears={"self_attn.q_proj": (576, 576), "self_attn.v_proj": (576, 192)}),
+    "chat",
+)
+GEMMA = BackbonePlan(
+    "gemma-3-270m",
+    Sizes(
+        640,
+        18,
+        1,
+        256,
+        262144,
+        linears={f"self_attn.{name}_proj": (640, 1024 if name == "q" else 256) for name in ("q", "k", "v")},
+    ),
+    "plain",
+)
+"""Another architecture: sliding windows in most layers, one key head, norms behind as well as before, and no chat."""
 MAX_TOKENS = 80
 """Instruction tokens, enough for every text of at most `MAX_CHARACTERS` with its question."""
 MAX_CHARACTERS = 180
 """Longer texts lose their end, which happens to most of Reuters and to few others."""
 MAX_RESPONSE_TOKENS = 32
-PHASES = ("baseline", "rates", "main", "ablations", "rational")
+PHASES = ("baseline", "rates", "main", "ablations", "rational", "second-rates", "second")
 
 
 @dataclass(frozen=True)
@@ -43,7 +71,8 @@ class Variant:
     centre: float
     """Middle of the learning rates that are tried. Pinned here: a changed default must not orphan records."""
     is_matched: bool = True
-    """Whether its parameters are meant to come near `NUM_PARAMETERS`."""
+    """Whether its parameters are meant to come near the backbone's `BackbonePlan.num_parameters`."""
+    backbone: BackbonePlan = SMOLLM2
 
 
 IAPT = configs.IAPTConfig(bottleneck=45)
@@ -60,6 +89,25 @@ VARIANTS = (
     Variant("Prompt tuning, 32 tokens", configs.PromptTuningConfig(prompt_length=32), 1e-2, is_matched=False),
 )
 """The main comparison. The last two have IAPT's number of soft tokens, and 8 times that."""
+
+SECOND = (
+    Variant("IAPT, Gemma", configs.IAPTConfig(bottleneck=47), 3e-3, backbone=GEMMA),
+    Variant(
+        "LoRA, Gemma",
+        configs.LoRAConfig(rank=1, alpha=2.0, target_modules=("q_proj", "k_proj", "v_proj")),
+        1e-3,
+        backbone=GEMMA,
+    ),
+    Variant("P-tuning v2, Gemma", configs.PrefixTuningConfig(prompt_length=7), 1e-2, backbone=GEMMA),
+    Variant(
+        "Prompt tuning, 32 tokens, Gemma",
+        configs.PromptTuningConfig(prompt_length=32),
+        1e-2,
+        is_matched=False,
+        backbone=GEMMA,
+    ),
+)
+"""The comparison on the second backbone."""
 
 ABLATIONS: dict[str, dict[str, configs.IAPTConfig]] = {
     "activation": {
@@ -113,10 +161,13 @@ TASKS = (
 TUNED_ON, ABLATED_ON = TASKS[0], TASKS[:2]
 RATIONAL_ON = (TASKS[0], TASKS[2])
 """The two tasks on which seeds of one method differ least."""
+SECOND_ON = RATIONAL_ON
 
 
 ASKED = {"ablations": (ABLATIONS, ABLATED_ON), "rational": (RATIONAL, RATIONAL_ON)}
 """Phases that change IAPT, to the tables of each (a line's label to its configuration) and the tasks."""
+COMPARED = {"rates": VARIANTS, "second-rates": SECOND}
+"""Phases that try learning rates, to those that they try them for."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +211,7 @@ class Run:
     split: str
     """``validation`` or ``test``: what it is evaluated on."""
     budget: Budget
+    backbone: BackbonePlan = SMOLLM2
 
     @property
     def train_config(self) -> TrainConfig:
@@ -171,13 +223,13 @@ class Run:
             warmup_steps=min(10, self.budget.steps // 2),
             max_instruction_tokens=MAX_TOKENS,
             max_response_tokens=MAX_RESPONSE_TOKENS,
-            prompt_format="chat",
+            prompt_format=self.backbone.prompt_format,
             task="generation" if self.task.is_generation else "classification",
             max_eval_examples=0,  # the split's file is the fixed sample; this would draw another one for each seed
             eval_batch_size=32,
             baseline=False,
             seed=self.seed,
-            base_model_name=BACKBONE,
+            base_model_name=self.backbone.name,
         )
 
     @functools.cached_property
@@ -187,7 +239,7 @@ class Run:
         Of the configurations only what differs from the defaults counts, so that a new field with a neutral default
         orphans no record. Whoever changes what a default means deletes the records.
         """
-        settings: dict[str, Any] = {"backbone": BACKBONE, "task": self.task.name, "split": self.split}
+        settings: dict[str, Any] = {"backbone": self.backbone.name, "task": self.task.name, "split": self.split}
         settings["rows"] = self.budget.rows
         settings["characters"] = MAX_CHARACTERS
         if self.config is None:
@@ -211,9 +263,10 @@ class Run:
         return about
 
 
-def count_parameters(config: Any) -> int:
-    """Trained numbers that a method's configuration asks for on the backbone."""
-    return sum(math.prod(shape) for shape in METHODS[configs.method_name(config)].shapes(config, SIZES).values())
+def count_parameters(config: Any, backbone: BackbonePlan = SMOLLM2) -> int:
+    """Trained numbers that a method's configuration asks for on a backbone."""
+    shapes = METHODS[configs.method_name(config)].shapes(config, backbone.sizes)
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def changed_fields(config: Any) -> dict[str, Any]:
@@ -239,15 +292,19 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
 
     def run(task: Task, variant: Variant, seed: int, rate: float | None = None, split: str = "test") -> Run:
         found = chosen.get(variant.label, variant.centre) if rate is None else rate
-        return Run(phase, task, variant.label, variant.config, found, seed, split, budget)
+        return Run(phase, task, variant.label, variant.config, found, seed, split, budget, variant.backbone)
 
     seeds = range(budget.seeds)
     if phase == "baseline":
         return [run(task, Variant("plain backbone", None, 0.0), 0) for task in TASKS]
-    if phase == "rates":
-        return [run(TUNED_ON, v, 0, rate, "validation") for v in VARIANTS for rate in rates(v, budget)]
+    if phase in COMPARED:
+        return [run(TUNED_ON, v, 0, rate, "validation") for v in COMPARED[phase] for rate in rates(v, budget)]
     if phase == "main":
         return [run(task, v, seed) for seed in seeds for task in TASKS for v in VARIANTS]
+    if phase == "second":
+        plain = Variant("plain backbone, Gemma", None, 0.0, backbone=GEMMA)
+        untrained = [run(task, plain, 0) for task in SECOND_ON]
+        return untrained + [run(task, v, seed) for seed in seeds for task in SECOND_ON for v in SECOND]
     asked, tasks = ASKED[phase]
     rate = chosen.get(OWN.label, OWN.centre)
     configs = dict.fromkeys(config for lines in asked.values() for config in lines.values())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality_plan import VARIANTS, Budget, Run, Variant, rates, runs_of
+from benchmarks.quality_plan import COMPARED, Budget, Run, Variant, rates, runs_of
 
 Records = Mapping[str, Mapping[str, Any]]
 """A run's key to its record: `Run.summary`, ``accuracy`` or ``loss`` (nats per token) or ``error``, and more."""
@@ -21,7 +22,7 @@ def score(record: Mapping[str, Any] | None) -> float | None:
 
 def rate_scores(variant: Variant, budget: Budget, records: Records) -> dict[float, float | None]:
     """Learning rate to validation accuracy, of a variant; None where the run is missing or failed."""
-    runs = [run for run in runs_of("rates", budget, {}) if run.label == variant.label]
+    runs = [run for phase in COMPARED for run in runs_of(phase, budget, {}) if run.label == variant.label]
     return {run.learning_rate: score(records.get(run.key)) for run in runs}
 
 
@@ -31,9 +32,9 @@ def chosen_rates(budget: Budget, records: Records) -> dict[str, float]:
     Among equals the one nearest to the middle wins, and of two equally near the smaller; the smallest where all
     diverged.
     """
-    missing = {run.label for run in runs_of("rates", budget, {}) if run.key not in records}
+    missing = {run.label for phase in COMPARED for run in runs_of(phase, budget, {}) if run.key not in records}
     chosen = {}
-    for variant in VARIANTS:
+    for variant in itertools.chain(*COMPARED.values()):
         order = rates(variant, budget)
         good = {rate: value for rate, value in rate_scores(variant, budget, records).items() if value is not None}
         if variant.label not in missing:

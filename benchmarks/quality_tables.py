@@ -12,10 +12,13 @@ from benchmarks.pages import MUTED, OTHER, OWN, figure, table
 from benchmarks.quality_plan import (
     ASKED,
     IAPT,
+    SECOND,
+    SECOND_ON,
     TASKS,
     VARIANTS,
     Budget,
     Task,
+    Variant,
     count_parameters,
     runs_of,
 )
@@ -36,7 +39,8 @@ def tables(budget: Budget, records: Records) -> dict[str, str]:
             for phase in begun(budget, records)
             for name in ASKED[phase][0]
         },
-        "rates": rate_table(budget, records),
+        "rates": rate_table(budget, records, VARIANTS),
+        **second_tables(budget, records),
     }
 
 
@@ -130,10 +134,26 @@ def difference_table(cells: Cells) -> str:
     return table(["beside IAPT", *(f"{t.title}{' (nats saved)' * t.is_generation}" for t in TASKS)], rows)
 
 
-def rate_table(budget: Budget, records: Records) -> str:
+def second_tables(budget: Budget, records: Records) -> dict[str, str]:
+    """The comparison on the second backbone and the rates that were tried there, as far as there are any."""
+    chosen = chosen_rates(budget, records)
+    runs = runs_of("second", budget, chosen)
+    if not any(run.key in records for run in runs):
+        return {}
+    rows = []
+    for label in dict.fromkeys(run.label for run in runs):
+        own = [run for run in runs if run.label == label]
+        count = "0" if own[0].config is None else f"{count_parameters(own[0].config, own[0].backbone):,}"
+        cells = (Cell.of([run for run in own if run.task == task], records, task.is_generation) for task in SECOND_ON)
+        rows.append([label, count, *map(str, cells)])
+    made = table(["", "parameters", *(task.title for task in SECOND_ON)], rows)
+    return {"second": made, "second-rates": rate_table(budget, records, SECOND)}
+
+
+def rate_table(budget: Budget, records: Records, variants: Sequence[Variant]) -> str:
     """Validation accuracy at each rate tried, the chosen one in bold."""
     chosen, rows = chosen_rates(budget, records), []
-    for variant in VARIANTS:
+    for variant in variants:
         row = [variant.label]
         for rate, value in rate_scores(variant, budget, records).items():
             text = f"{rate:.2g}: {'–' if value is None else f'{value * 100:.1f}'}"

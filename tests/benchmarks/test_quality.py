@@ -14,10 +14,12 @@ from benchmarks.quality_plan import (
     ABLATED_ON,
     ASKED,
     BUDGETS,
+    GEMMA,
     MAX_CHARACTERS,
-    NUM_PARAMETERS,
     PHASES,
     RATIONAL_ON,
+    SECOND,
+    SECOND_ON,
     STARTS,
     TASKS,
     VARIANTS,
@@ -95,13 +97,14 @@ def test_every_setting_counts_in_the_key(change):
 
 
 def test_budgets_are_matched_where_claimed():
-    for variant in VARIANTS:
-        assert (abs(count_parameters(variant.config) / NUM_PARAMETERS - 1) <= 0.1) == variant.is_matched, variant.label
+    for variant in (*VARIANTS, *SECOND):
+        share = count_parameters(variant.config, variant.backbone) / variant.backbone.num_parameters
+        assert (abs(share - 1) <= 0.1) == variant.is_matched, variant.label
 
 
 def test_every_method_tries_as_many_rates():
     for budget in BUDGETS.values():
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, *SECOND):
             tried = rates(variant, budget)
             assert len(set(tried)) == budget.num_rates
             assert tried[budget.num_rates // 2] == variant.centre
@@ -167,18 +170,20 @@ def driver(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare_data, "prepare", prepare)
 
-    def drive(*words, fail_after=None):
+    def drive(*words, fail_after=None, second_model=True):
         done = []
 
         def execute(run, model, splits, say):
             if len(done) == fail_after:
                 raise KeyboardInterrupt
+            assert model == ("gemma.gguf" if run.backbone is GEMMA else str(quality.MODEL))
             done.append(run)
             return fake_outcome(run)
 
         monkeypatch.setattr(quality, "execute", execute)
         folders = ["--results", str(tmp_path / "results.jsonl"), "--splits", str(tmp_path / "splits")]
-        return quality.main(["run", "--budget", "smoke", *folders, *words]), done
+        models = ["--second-model", "gemma.gguf"] if second_model else []
+        return quality.main(["run", "--budget", "smoke", *folders, *models, *words]), done
 
     return drive
 
@@ -200,6 +205,21 @@ def test_a_second_run_goes_on_where_the_first_stopped(driver, tmp_path, capsys):
 def test_later_phases_wait_for_the_rates(driver):
     with pytest.raises(SystemExit, match="run the phase 'rates' first"):
         driver("--only", "main")
+    driver("--only", "rates")
+    with pytest.raises(SystemExit, match=r"chosen yet for IAPT, Gemma, .*; run the phase 'second-rates' first"):
+        driver("--only", "second")
+
+
+def test_the_second_backbone_has_runs_of_its_own(driver, capsys):
+    _, done = driver("--only", "second-rates", "second", second_model=False)
+    assert done == []
+    assert "second is left out; it needs --second-model, gemma-3-270m's" in capsys.readouterr().out
+    _, done = driver("--only", "second-rates", "second", "--seeds", "2")
+    assert done and all(run.backbone is GEMMA for run in done)
+    trained = [run for run in done if run.phase == "second" and run.config is not None]
+    assert len(trained) == len(SECOND) * len(SECOND_ON) * 2 and len(done) - len(trained) == len(SECOND) + len(SECOND_ON)
+    assert {run.train_config.prompt_format for run in trained} == {"plain"}  # this backbone has no chat template
+    assert not {run.key for run in trained} & {run.key for run in runs_of("main", BUDGETS["smoke"], {})}
 
 
 def test_only_and_seeds_narrow_the_plan(driver):
