@@ -45,7 +45,9 @@ for name in $PARCELS; do
         ;;
     backbone)
         PYTHONPATH="examples:$PWD" "$PYTHON" -c \
-            'import sys, get_backbone, shutil; shutil.copy(get_backbone.find_gguf(), sys.argv[1])' "$staged"
+            'import sys, shutil
+from get_backbone import BACKBONES, DEFAULT, find_parts
+shutil.copy(find_parts(BACKBONES[DEFAULT])[0], sys.argv[1])' "$staged"
         ;;
     data)
         "$PYTHON" examples/prepare_data.py > /dev/null
