@@ -77,6 +77,26 @@ class GenerationReport:
 
 
 Report = ClassificationReport | GenerationReport
+HURT = (
+    "The adapter answers worse than the backbone alone: try a third of the --learning-rate first, then more steps, "
+    "more data, or another --method."
+)
+
+
+def beside_backbone(report: Report, baseline: Report | None) -> str:
+    """What to say of the backbone alone behind an adapter's summary: its figure, and `HURT` where that is far better.
+
+    Far is two standard errors of the difference of two shares, as if they were independent; any loss that is larger.
+    """
+    if isinstance(report, GenerationReport) and isinstance(baseline, GenerationReport):
+        text, is_hurt = f"; the backbone alone {baseline.loss:.4f}", report.loss > baseline.loss
+    elif isinstance(report, ClassificationReport) and isinstance(baseline, ClassificationReport):
+        error = sum(each.accuracy * (1 - each.accuracy) / each.count for each in (report, baseline)) ** 0.5
+        text = f"; the backbone alone {baseline.accuracy:.3f}"
+        is_hurt = baseline.accuracy - report.accuracy > 2 * error
+    else:
+        return ""
+    return f"{text}\n{HURT}" if is_hurt else text
 
 
 def report_from_dict(fields: dict[str, Any] | None) -> Report | None:

@@ -41,7 +41,7 @@ from trainers.training.data import (
     shared_system_prompt,
     split_holdout,
 )
-from trainers.training.evaluate import Evaluation, Report, evaluate
+from trainers.training.evaluate import Evaluation, Report, beside_backbone, evaluate
 from trainers.training.finished import TrainResult, find_finished
 from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned, check_tracker, freeze
 from trainers.training.records import Example, read_examples
@@ -138,7 +138,8 @@ def _train(
     if trainer.is_world_process_zero():
         result.report, result.baseline = _evaluate(trainer, setup, say)
         _save(setup, result, request, command)
-        say(f"wrote {result.output}: {result.report.summary()}")
+        beside = beside_backbone(result.report, result.baseline)
+        say(f"wrote {result.output}: {result.report.summary()}{beside}")
     return result
 
 

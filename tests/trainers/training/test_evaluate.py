@@ -16,10 +16,12 @@ from trainers.methods.forms import new_method
 from trainers.training.config import TrainConfig
 from trainers.training.data import encode_examples, encode_response
 from trainers.training.evaluate import (
+    HURT,
     ClassificationReport,
     Evaluation,
     GenerationReport,
     Scorer,
+    beside_backbone,
     evaluate,
     evaluate_classification,
     evaluate_generation,
@@ -120,6 +122,19 @@ def test_report_counts() -> None:
     )
     assert calls == [(4, 6), (6, 6)]
     assert report.summary() == "accuracy 0.333 on 6 examples (majority class 0.667)"
+
+
+def test_an_adapter_that_hurts_is_said() -> None:
+    def right(share: float, count: int = 300) -> ClassificationReport:
+        return ClassificationReport(("no", "yes"), count, share, 0.5, {}, ((0, 0), (0, 0)))
+
+    assert beside_backbone(right(0.9), right(0.8)) == "; the backbone alone 0.800"
+    assert beside_backbone(right(0.647), right(0.847)) == f"; the backbone alone 0.847\n{HURT}"
+    assert beside_backbone(right(0.6, 20), right(0.8, 20)) == "; the backbone alone 0.800", "20 examples tell nothing"
+    assert beside_backbone(right(0.6), None) == ""
+    better, worse = (GenerationReport(9, 90, loss, 1.0) for loss in (1.5, 1.75))
+    assert beside_backbone(better, worse) == "; the backbone alone 1.7500"
+    assert beside_backbone(worse, better) == f"; the backbone alone 1.5000\n{HURT}"
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "zero-shot"])
