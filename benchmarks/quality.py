@@ -106,7 +106,8 @@ def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits:
         print(f"{phase} {number}/{len(left)}  {run.task.name} · {run.label} · rate {run.learning_rate:.2g}", flush=True)
         start = time.monotonic()
         model = arguments.second_model if run.backbone is GEMMA else arguments.model
-        outcome = execute(run, model, splits[run.task.name], print if arguments.verbose else lambda line: None)
+        own = splits[run.backbone.prompt_format][run.task.name]
+        outcome = execute(run, model, own, print if arguments.verbose else lambda line: None)
         about = {
             "seconds": round(time.monotonic() - start, 1),
             "machine": machine(),
@@ -123,7 +124,10 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     budget = budget_of(arguments)
     folder = arguments.splits / budget.name
-    splits = {t.name: make_splits(*prepare(t.name), folder, budget.rows, MAX_CHARACTERS) for t in TASKS}
+    splits = {
+        form: {t.name: make_splits(*prepare(t.name), folder / form, budget.rows, MAX_CHARACTERS, form) for t in TASKS}
+        for form in ("chat", "plain")
+    }
     try:
         for phase in PHASES:
             if phase in arguments.only and phase.startswith("second") and not arguments.second_model:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.cost import cost_head, cost_rows
 from benchmarks.pages import OTHER, OWN, figure, table
+from benchmarks.serving_bundles import BUNDLES
+from iapt_export.contract.low_bits import in_words
 
 Records = Sequence[Mapping[str, Any]]
 Figures = Mapping[str, float]
@@ -16,9 +18,11 @@ TITLES = {
     "plain": "ours, no tenant",
     "plain-int8": "ours, no tenant, int8",
     "plain-int4": "ours, no tenant, int4",
-    "plain-int4-small": "ours, no tenant, int4 with `--quantise head=4,narrow=4`",
+    "plain-int4-64": "ours, no tenant, int4 with `--quantise block=64`",
+    "plain-int4-64-cache": "ours, no tenant, int4 with `--quantise block=64,cache=8`",
+    "plain-int4-all": "ours, no tenant, int4 with `--quantise block=64,head=4,narrow=4`",
     "iapt-8": "ours, 8 IAPT tenants",
-    "iapt-8-int4": "ours, 8 IAPT tenants, int4",
+    "iapt-8-int4": "ours, 8 IAPT tenants, int4 with `block=64`",
     "iapt-64": "ours, 64 IAPT tenants",
     "iapt-narrow": "ours, 8 IAPT tenants (bottleneck 64)",
     "lora-qv": "ours, 8 LoRA tenants (rank 8, q and v)",
@@ -64,14 +68,15 @@ GOALS = (
     Goal("decode", "8 tenants against no tenant", "iapt-8", "plain", None, 0.98),
     Goal("decode", "64 installed tenants against no tenant", "iapt-64", "plain", None, 0.97),
     Goal("decode", "against genai, fp32", "plain", "genai-fp32", 1.02, 1.1),
-    Goal("decode", "against genai, int4", "plain-int4", "genai-int4", 1.3, 1.3),
-    Goal("decode", "against genai, int4 with `head=4,narrow=4`", "plain-int4-small", "genai-int4"),
+    Goal("decode", "against genai, int4", "plain-int4-64", "genai-int4", 1.3, 1.3),
+    Goal("decode", "against genai, int4 with its own settings", "plain-int4", "genai-int4"),
+    Goal("decode", "against genai, int4 with `block=64,head=4,narrow=4`", "plain-int4-all", "genai-int4"),
     Goal("decode", "with 8 tenants against genai without, fp32", "iapt-8", "genai-fp32"),
-    Goal("decode", "with 8 tenants against none, int4", "iapt-8-int4", "plain-int4"),
-    Goal("decode", "against llama.cpp's Q4_0, int4", "plain-int4", "llama-q4_0", 1.6, 2.5),
-    Goal("decode", "against llama.cpp's Q4_1, int4", "plain-int4", "llama-q4_1", 1.6, 2.5),
+    Goal("decode", "with 8 tenants against none, int4", "iapt-8-int4", "plain-int4-64"),
+    Goal("decode", "against llama.cpp's Q4_0, int4", "plain-int4-64", "llama-q4_0", 1.6, 2.5),
+    Goal("decode", "against llama.cpp's Q4_1, int4", "plain-int4-64", "llama-q4_1", 1.6, 2.5),
     Goal("decode", "against llama.cpp's Q8_0, int8", "plain-int8", "llama-q8_0", 1.2, 1.2),
-    Goal("decode", "against OpenVINO GenAI's Q4_0, int4", "plain-int4", "openvino-q4_0"),
+    Goal("decode", "against OpenVINO GenAI's Q4_0, int4", "plain-int4-64", "openvino-q4_0"),
     Goal("decode", "against OpenVINO GenAI's Q8_0, int8", "plain-int8", "openvino-q8_0", 1.2, 1.2),
     Goal("decode", "against LoRA of seven projections, same session", "iapt-8", "lora-all", None, 1.3),
     Goal("decode", "against LoRA of q and v, same session", "iapt-8", "lora-qv"),
@@ -224,21 +229,26 @@ def tables(records: Records) -> dict[str, str]:
 
 
 def draw_accuracy(records: Records, quantised: Mapping[str, Any], path: Path) -> None:
-    """Tokens a second with eight rows against the accuracy of the shipped adapters, a point for each type of weights.
+    """Tokens a second with eight rows against the accuracy of the shipped adapters, a point for each kind of weights.
 
     Peers cannot run these adapters, so that they have a speed and no accuracy: vertical lines.
     """
-    with figure(path, (8, 4)) as ((axes,),):
-        for bundle in quantised["bundles"]:
-            dtype, shares = bundle["dtype"], list(bundle["accuracy"].values())
-            found = typical(records, "plain" if dtype == "fp32" else f"plain-{dtype}", 8)
+    names = {(plan.dtype, plan.quantise): name for name, plan in BUNDLES.items() if plan.merged and name in TITLES}
+    with figure(path, (9, 5)) as ((axes,),):
+        for number, bundle in enumerate(quantised["bundles"]):
+            dtype, quantise = bundle["dtype"], bundle.get("quantise", "")
+            shares = list(bundle["accuracy"].values())
+            found = typical(records, names.get((dtype, quantise), ""), 8)
             if not found:
                 continue
             mean = sum(shares) / len(shares)
             error = sum(share * (1 - share) for share in shares) ** 0.5 / quantised["examples"] ** 0.5 / len(shares)
             speed = 8e3 / found["decode_ms"]
             axes.errorbar([speed], [100 * mean], [100 * error], fmt="o", capsize=4, color=OWN)
-            axes.annotate(f"ours, {dtype}", (speed, 100 * mean), xytext=(8, 6), textcoords="offset points")
+            beside = (8, 6 if number % 2 else -14)  # neighbours would write over each other
+            axes.annotate(
+                f"ours, {in_words(dtype, quantise)}", (speed, 100 * mean), xytext=beside, textcoords="offset points"
+            )
         for number, name in enumerate(PEERS_DRAWN):
             if found := typical(records, name, 8):
                 speed = 8e3 / found["decode_ms"]
@@ -266,7 +276,7 @@ def draw(records: Records, folder: Path) -> None:
         for axes, rows in zip(panels, (1, 8), strict=True):
             found = [typical(records, name, rows) for name in names]
             speeds = [rows / figures["decode_ms"] * 1e3 if figures else 0 for figures in found]
-            axes.barh([TITLES[name] for name in names], speeds, color=colours)
+            axes.barh([TITLES[name].replace("`", "") for name in names], speeds, color=colours)
             axes.set_title(f"{rows} row{'s' if rows > 1 else ''}")
             axes.set_xlabel("tokens a second")
     for soak in of(records, "soak")[-1:]:

@@ -29,7 +29,7 @@ from benchmarks.quality_plan import (
 )
 from benchmarks.quality_records import Cell, chosen_rates
 from benchmarks.quality_tables import average_ranks, difference_table, draw, main_cells, ranks, tables
-from examples.prepare_data import SYSTEM_MESSAGE, as_messages, make_splits
+from examples.prepare_data import SYSTEM_MESSAGE, as_messages, as_prompt, make_splits
 from trainers.methods.configs import METHOD_CONFIGS, method_name
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 
@@ -157,6 +157,8 @@ def test_rows_become_messages_with_texts_cut():
     assert text.split() == ["word"] * (MAX_CHARACTERS // 5)
     free = json.loads(as_messages(json.dumps({"instruction": "Write.", "output": "x"}), MAX_CHARACTERS))
     assert free["messages"][1] == {"role": "user", "content": "Write."}
+    plain = json.loads(as_prompt(json.dumps(row), MAX_CHARACTERS))
+    assert plain == {"prompt": f"Good or bad?\n\n{text}\n", "completion": "good"}
 
 
 @pytest.fixture
@@ -177,6 +179,8 @@ def driver(tmp_path, monkeypatch):
             if len(done) == fail_after:
                 raise KeyboardInterrupt
             assert model == ("gemma.gguf" if run.backbone is GEMMA else str(quality.MODEL))
+            rows = splits["train"].read_text(encoding="utf-8").splitlines()
+            assert ("prompt" in json.loads(rows[0])) == (run.backbone is GEMMA)
             done.append(run)
             return fake_outcome(run)
 
