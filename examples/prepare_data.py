@@ -216,7 +216,7 @@ def prepare(task: str, cache: Path = CACHE) -> tuple[Path, Path]:
 
 
 def make_splits(
-    training: Path, held_out: Path, folder: Path, sizes: Mapping[str, int], max_characters: int
+    training: Path, held_out: Path, folder: Path, sizes: Mapping[str, int], max_characters: int, form: str = "chat"
 ) -> dict[str, Path]:
     """Cut a task's prepared files into ``train``, ``validation`` and ``test``, disjoint by construction.
 
@@ -229,6 +229,7 @@ def make_splits(
         folder: where the splits go.
         sizes: rows of each split; 0 takes what there is.
         max_characters: longer texts lose their end.
+        form: ``chat`` for `as_messages`, ``plain`` for `as_prompt`.
 
     Returns:
         Split name to its JSONL file.
@@ -246,7 +247,8 @@ def make_splits(
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{training.name.split('.')[0]}.{name}.jsonl" for name in parts}
     for name, lines in parts.items():
-        paths[name].write_text("".join(f"{as_messages(line, max_characters)}\n" for line in lines), encoding="utf-8")
+        made = (FORMS[form](line, max_characters) for line in lines)
+        paths[name].write_text("".join(f"{line}\n" for line in made), encoding="utf-8")
     return paths
 
 
@@ -256,12 +258,27 @@ def as_messages(line: str, max_characters: int) -> str:
     The default one of the backbone's chat template has three times as many tokens as a headline, and would take the
     comparison as much longer.
     """
+    asked, answer = _cut(line, max_characters)
+    contents = {"system": SYSTEM_MESSAGE, "user": asked, "assistant": answer}
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
+
+
+def as_prompt(line: str, max_characters: int) -> str:
+    """A JSONL row as a prompt and its completion on a line of its own, for a backbone without a chat template."""
+    asked, answer = _cut(line, max_characters)
+    return json.dumps({"prompt": f"{asked}\n", "completion": answer})
+
+
+FORMS = {"chat": as_messages, "plain": as_prompt}
+
+
+def _cut(line: str, max_characters: int) -> tuple[str, str]:
+    """What a row asks, a longer text without its end, and the answer."""
     row = json.loads(line)
     question, text = row["instruction"], row.get("input", "")
     if len(text) > max_characters:
         text = text[:max_characters].rpartition(" ")[0] or text[:max_characters]
-    contents = {"system": SYSTEM_MESSAGE, "user": f"{question}\n\n{text}".strip(), "assistant": row["output"]}
-    return json.dumps({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
+    return f"{question}\n\n{text}".strip(), row["output"]
 
 
 def main() -> None:

