@@ -78,8 +78,8 @@ class GenerationReport:
 
 Report = ClassificationReport | GenerationReport
 HURT = (
-    "The adapter answers worse than the backbone alone: try a third of the --learning-rate first, then more steps, "
-    "more data, or another --method."
+    "The adapter answers worse than the backbone alone: try another --learning-rate or --seed, more steps, more data, "
+    "or another --method."
 )
 
 
