@@ -38,17 +38,24 @@ class BackbonePlan:
 
 SMOLLM2 = BackbonePlan(
     "SmolLM2-135M-Instruct",
-    Sizes(576, 30, 3, 64, 49152, linears={"self_attn.q_proj": (576, 576), "self_attn.v_proj": (576, 192)}),
+    Sizes(
+        hidden_size=576,
+        num_layers=30,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        linears={"self_attn.q_proj": (576, 576), "self_attn.v_proj": (576, 192)},
+    ),
     "chat",
 )
 GEMMA = BackbonePlan(
     "gemma-3-270m",
     Sizes(
-        640,
-        18,
-        1,
-        256,
-        262144,
+        hidden_size=640,
+        num_layers=18,
+        num_kv_heads=1,
+        head_dim=256,
+        vocab_size=262144,
         linears={f"self_attn.{name}_proj": (640, 1024 if name == "q" else 256) for name in ("q", "k", "v")},
     ),
     "plain",
