@@ -8,7 +8,7 @@ where it stopped. ``report`` puts the tables and plots of ``docs/results.md`` in
     python benchmarks/quality.py run                   # the same with a second seed; what is done stays done
     python benchmarks/quality.py run --budget full     # for a GPU, which is used where there is one
     python benchmarks/quality.py run --only rates main --seeds 1
-    python benchmarks/quality.py run --only second-rates second --second-model gemma-3-270m-q4_k_m.gguf
+    python benchmarks/quality.py run --only formats second-rates second --second-model gemma-3-270m-q4_k_m.gguf
     python benchmarks/quality.py report
 """
 
@@ -36,6 +36,7 @@ from benchmarks.quality_plan import (  # noqa: E402
     BUDGETS,
     GEMMA,
     MAX_CHARACTERS,
+    ON_SECOND,
     PHASES,
     SECOND,
     TASKS,
@@ -99,14 +100,14 @@ def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits:
     chosen = chosen_rates(budget, done)
     first, compared = ("second-rates", SECOND) if phase == "second" else ("rates", VARIANTS)
     missing = [variant.label for variant in compared if variant.label not in chosen]
-    if phase not in ("baseline", "rates", "second-rates") and missing:
+    if phase not in ("baseline", "rates", "formats", "second-rates") and missing:
         sys.exit(f"no learning rate was chosen yet for {', '.join(missing)}; run the phase '{first}' first")
     left = [run for run in runs_of(phase, budget, chosen) if run.key not in done]
     for number, run in enumerate(left, start=1):
         print(f"{phase} {number}/{len(left)}  {run.task.name} · {run.label} · rate {run.learning_rate:.2g}", flush=True)
         start = time.monotonic()
-        model = arguments.second_model if run.backbone is GEMMA else arguments.model
-        own = splits[run.backbone.prompt_format][run.task.name]
+        model = arguments.second_model if phase in ON_SECOND else arguments.model
+        own = splits[run.backbone.prompt_format == "chat"][run.task.name]
         outcome = execute(run, model, own, print if arguments.verbose else lambda line: None)
         about = {
             "seconds": round(time.monotonic() - start, 1),
@@ -125,12 +126,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
     budget = budget_of(arguments)
     folder = arguments.splits / budget.name
     splits = {
-        form: {t.name: make_splits(*prepare(t.name), folder / form, budget.rows, MAX_CHARACTERS, form) for t in TASKS}
-        for form in ("chat", "plain")
+        chat: {
+            task.name: make_splits(
+                *prepare(task.name), folder / ("chat" if chat else "text"), budget.rows, MAX_CHARACTERS, chat=chat
+            )
+            for task in TASKS
+        }
+        for chat in (True, False)
     }
     try:
         for phase in PHASES:
-            if phase in arguments.only and phase.startswith("second") and not arguments.second_model:
+            if phase in arguments.only and phase in ON_SECOND and not arguments.second_model:
                 print(f"{phase} is left out; it needs --second-model, {GEMMA.name}'s GGUF file or folder")
             elif phase in arguments.only:
                 run_phase(phase, budget, arguments, splits)

@@ -13,8 +13,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from iapt_export.contract.prompt_format import PromptFormat
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods import configs
 from trainers.methods.forms import METHODS
@@ -28,7 +29,7 @@ class BackbonePlan:
     name: str
     sizes: Sizes
     """With the linear layers that LoRA changes here."""
-    prompt_format: Literal["chat", "plain"]
+    prompt_format: PromptFormat
 
     @property
     def num_parameters(self) -> int:
@@ -58,7 +59,7 @@ GEMMA = BackbonePlan(
         vocab_size=262144,
         linears={f"self_attn.{name}_proj": (640, 1024 if name == "q" else 256) for name in ("q", "k", "v")},
     ),
-    "plain",
+    "newline",
 )
 """Another architecture: sliding windows in most layers, one key head, norms behind as well as before, and no chat."""
 MAX_TOKENS = 80
@@ -66,7 +67,9 @@ MAX_TOKENS = 80
 MAX_CHARACTERS = 180
 """Longer texts lose their end, which happens to most of Reuters and to few others."""
 MAX_RESPONSE_TOKENS = 32
-PHASES = ("baseline", "rates", "main", "ablations", "rational", "second-rates", "second")
+PHASES = ("baseline", "rates", "main", "ablations", "rational", "formats", "second-rates", "second")
+ON_SECOND = PHASES[-3:]
+"""Phases on the second backbone."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ SECOND = (
     ),
 )
 """The comparison on the second backbone."""
+FORMATS: tuple[PromptFormat, ...] = ("plain", "newline")
+FORMATTED = SECOND[:2]
+"""Methods that are trained in each of `FORMATS`: does an answer want a line of its own, without a chat template?"""
 
 ABLATIONS: dict[str, dict[str, configs.IAPTConfig]] = {
     "activation": {
@@ -251,6 +257,8 @@ class Run:
         settings["characters"] = MAX_CHARACTERS
         if self.config is None:
             settings |= {"method": None, "tokens": [MAX_TOKENS, MAX_RESPONSE_TOKENS]}
+            if self.backbone.prompt_format != SMOLLM2.prompt_format:
+                settings["prompt_format"] = self.backbone.prompt_format
         else:
             train = changed_fields(self.train_config)
             settings |= {
@@ -306,6 +314,12 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
         return [run(task, Variant("plain backbone", None, 0.0), 0) for task in TASKS]
     if phase in COMPARED:
         return [run(TUNED_ON, v, 0, rate, "validation") for v in COMPARED[phase] for rate in rates(v, budget)]
+    if phase == "formats":
+        fed = [dataclasses.replace(GEMMA, prompt_format=form) for form in FORMATS]
+        plain = [Variant("plain backbone, Gemma", None, 0.0, backbone=backbone) for backbone in fed]
+        asked = [dataclasses.replace(variant, backbone=backbone) for variant in FORMATTED for backbone in fed]
+        untrained = [run(TUNED_ON, variant, 0, split="validation") for variant in plain]
+        return untrained + [run(TUNED_ON, v, seed, v.centre, "validation") for seed in seeds for v in asked]
     if phase == "main":
         return [run(task, v, seed) for seed in seeds for task in TASKS for v in VARIANTS]
     if phase == "second":

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.pages import MUTED, OTHER, OWN, figure, table
 from benchmarks.quality_plan import (
     ASKED,
+    FORMATS,
     IAPT,
     SECOND,
     SECOND_ON,
@@ -40,6 +41,7 @@ def tables(budget: Budget, records: Records) -> dict[str, str]:
             for name in ASKED[phase][0]
         },
         "rates": rate_table(budget, records, VARIANTS),
+        **format_tables(budget, records),
         **second_tables(budget, records),
     }
 
@@ -132,6 +134,24 @@ def difference_table(cells: Cells) -> str:
             row.append(f"**{text}**" if abs(gain) >= 2 * error else text)
         rows.append(row)
     return table(["beside IAPT", *(f"{t.title}{' (nats saved)' * t.is_generation}" for t in TASKS)], rows)
+
+
+def format_tables(budget: Budget, records: Records) -> dict[str, str]:
+    """What a line break between prompt and answer does, validation accuracy; nothing as long as no run was made."""
+    runs = runs_of("formats", budget, {})
+    if not any(run.key in records for run in runs):
+        return {}
+    rows = [
+        [
+            label,
+            *(
+                str(Cell.of([r for r in runs if (r.label, r.backbone.prompt_format) == (label, form)], records, False))
+                for form in FORMATS
+            ),
+        ]
+        for label in dict.fromkeys(run.label for run in runs)
+    ]
+    return {"formats": table(["", *FORMATS], rows)}
 
 
 def second_tables(budget: Budget, records: Records) -> dict[str, str]:

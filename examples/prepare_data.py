@@ -216,7 +216,7 @@ def prepare(task: str, cache: Path = CACHE) -> tuple[Path, Path]:
 
 
 def make_splits(
-    training: Path, held_out: Path, folder: Path, sizes: Mapping[str, int], max_characters: int, form: str = "chat"
+    training: Path, held_out: Path, folder: Path, sizes: Mapping[str, int], max_characters: int, *, chat: bool = True
 ) -> dict[str, Path]:
     """Cut a task's prepared files into ``train``, ``validation`` and ``test``, disjoint by construction.
 
@@ -229,7 +229,7 @@ def make_splits(
         folder: where the splits go.
         sizes: rows of each split; 0 takes what there is.
         max_characters: longer texts lose their end.
-        form: ``chat`` for `as_messages`, ``plain`` for `as_prompt`.
+        chat: whether rows are `as_messages`, for a backbone with a chat template, or `as_instruction`.
 
     Returns:
         Split name to its JSONL file.
@@ -247,7 +247,8 @@ def make_splits(
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{training.name.split('.')[0]}.{name}.jsonl" for name in parts}
     for name, lines in parts.items():
-        made = (FORMS[form](line, max_characters) for line in lines)
+        write_row = as_messages if chat else as_instruction
+        made = (write_row(line, max_characters) for line in lines)
         paths[name].write_text("".join(f"{line}\n" for line in made), encoding="utf-8")
     return paths
 
@@ -263,13 +264,10 @@ def as_messages(line: str, max_characters: int) -> str:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in contents.items()]})
 
 
-def as_prompt(line: str, max_characters: int) -> str:
-    """A JSONL row as a prompt and its completion on a line of its own, for a backbone without a chat template."""
+def as_instruction(line: str, max_characters: int) -> str:
+    """A JSONL row as an instruction and its output, for a backbone without a chat template."""
     asked, answer = _cut(line, max_characters)
-    return json.dumps({"prompt": f"{asked}\n", "completion": answer})
-
-
-FORMS = {"chat": as_messages, "plain": as_prompt}
+    return json.dumps({"instruction": asked, "output": answer})
 
 
 def _cut(line: str, max_characters: int) -> tuple[str, str]:

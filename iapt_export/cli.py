@@ -15,12 +15,13 @@ from rich.box import Box
 
 from engines.triton.repository import TritonRepository, write_repository
 from iapt_export import __version__, flags, showing
-from iapt_export.building.build_request import BuildRequest, PeftFormat
+from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.integrity import open_manifest
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.places import check_outside_bundles
+from iapt_export.contract.prompt_format import PromptFormat
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
 from iapt_export.progress import Steps, large_imports, listening
 from iapt_export.showing import check_folders, fail, print_json, show, show_answers, show_report, show_stream
@@ -289,7 +290,7 @@ def tenant(
     *,
     bundle: Annotated[Path, Parameter(metavar="BUNDLE", help="The bundle that shall serve it, or one of its kind.")],
     output: Annotated[Path, Parameter(alias="-o", metavar="FILE.safetensors", help="File to write.")],
-    peft_prompt_format: Annotated[PeftFormat | None, Parameter(help=flags.PEFT_HELP)] = None,
+    peft_prompt_format: Annotated[PromptFormat | None, Parameter(help=flags.PEFT_HELP)] = None,
     backbone: Backbone = Backbone(),
     common: Common = Common(),
 ) -> None:

@@ -42,8 +42,8 @@ EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "train.jsonl"
 
 
 PEFT_HELP = (
-    "How prompts are fed to an adapter of stock PEFT, which does not say: as they are, or in the chat template; has to "
-    "be given where the tokenizer has one."
+    "How prompts are fed to an adapter of stock PEFT, which does not say: as they are (plain), with a line break "
+    "behind them (newline), or in the chat template; has to be given where the tokenizer has one."
 )
 DryRun = Annotated[bool, Parameter(help="Say what would be made, and what it needs; write nothing.")]
 

@@ -45,6 +45,8 @@ NUM_LAYERS = 2
 WIDTH = COMMON["hidden_size"]
 SIZES = sizes_of(tiny_llama(num_hidden_layers=NUM_LAYERS))
 TENANTS = ("alpha", "beta", "gamma")
+PROMPTED = dict(zip(TENANTS, ("newline", "chat", "plain"), strict=True))
+"""How each is asked."""
 NEW_TOKENS = 8
 PROMPTS = (
     "the film is a quiet joy",
@@ -145,7 +147,10 @@ def save_tiny_inputs(root: Path) -> tuple[Path, dict[str, Path]]:
     model = tiny_llama(num_hidden_layers=NUM_LAYERS)
     folder = save_tiny_backbone(root / "model", model)
     fingerprint = config_fingerprint(model.config)
-    adapters = {name: save_tiny_adapter(root / name, seed, fingerprint) for seed, name in enumerate(TENANTS)}
+    adapters = {
+        name: save_tiny_adapter(root / name, seed, fingerprint, prompt_format=form)
+        for seed, (name, form) in enumerate(PROMPTED.items())
+    }
     return folder, adapters
 
 

@@ -82,7 +82,7 @@ def test_a_bundle_without_proof_says_so_and_is_never_up_to_date(tiny_build: Tiny
         ({"targets": "onnxruntime"}, "targets='onnxruntime' is one text; expected a list of them"),
         ({"device": "tpu"}, "device='tpu' is not one of cpu, cuda"),
         ({"rational": "kernel"}, "rational='kernel' is not one of function, plugin"),
-        ({"peft_prompt_format": "auto"}, "peft_prompt_format='auto' is not one of plain, chat"),
+        ({"peft_prompt_format": "auto"}, "peft_prompt_format='auto' is not one of chat, plain, newline"),
         ({"new_tokens": 0}, "new_tokens=0 is not an integer from 1 to"),
         ({"merge_lora": 1}, "merge_lora=1 is not true or false"),
     ],

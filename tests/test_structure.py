@@ -45,8 +45,8 @@ DOORS = {
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",
-    "iapt_export.contract": "disk errors graphs integrity kinds low_bits manifest places probes resources schema "
-    "settings sizes tenant_card types weights_header",
+    "iapt_export.contract": "disk errors graphs integrity kinds low_bits manifest places probes prompt_format "
+    "resources schema settings sizes tenant_card types weights_header",
     "iapt_export.graphs": "export installed interface ops passes save table",
     "iapt_export.building": "build build_request footprint layout stage_cache tenant_file",
     "engines.onnxruntime": "cores devices runner",

@@ -27,6 +27,7 @@ from engines.http.writing import ChatForm, CompletionForm
 from engines.serving.request import Request as Asked
 from engines.serving.session import Generation, Session
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.prompt_format import HOW
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_MAY = (
@@ -91,16 +92,17 @@ class Door:
             yield
 
     def tell_form(self, model: str) -> None:
-        """Say once for a tenant that its training had the chat template around what is sent as it is."""
+        """Say once for a tenant that its training had something around what is sent as it is."""
         bank = self.session.stepper.bank
         tenant = bank.get(model)
         if tenant is bank.base or tenant.prompt_format == "plain" or model in self.told:
             return
         self.told.add(model)
         _log.warning(
-            "tenant %s was trained with the chat template, and /v1/completions sends text as it is; its answers may be "
-            "worse than those of /v1/chat/completions",
+            "tenant %s was trained with %s; /v1/completions sends text as it is; its answers may be worse than those "
+            "of /v1/chat/completions",
             model,
+            HOW[tenant.prompt_format],
         )
 
     async def submit(self, asked: Sequence[Asked]) -> list[Generation]:

@@ -21,17 +21,17 @@ def encode_request(where: str, request: Request, tenant: Tenant, codec: TextCode
     """Token ids of a request's text; a form that is not training's is said once for each tenant, as a log warning.
 
     Raises:
-        IaptError: the request is empty, is no conversation, or has one for a tenant that reads plain text.
+        IaptError: the request is empty, is no conversation, or has one for a tenant that reads text without a template.
     """
     messages = conversation(where, request, tenant.system_prompt)
-    if tenant.prompt_format == "plain":
+    if tenant.prompt_format != "chat":
         if len(messages) > 1:
             raise IaptError(
                 f"{where}: tenant {tenant.name} was trained on plain text, without system prompt or earlier turns; "
                 "give it one prompt",
                 field="messages" if request.messages else "system",
             )
-        return codec.encode(messages[0]["content"], "plain")
+        return codec.encode(messages[0]["content"], tenant.prompt_format)
     given = messages[0]["content"] if messages[0]["role"] == "system" else ""
     if tenant.system_prompt is not None and given != tenant.system_prompt and not tenant.told:
         tenant.told = True

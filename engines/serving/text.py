@@ -13,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 from engines.serving.chat_template import ChatTemplate
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.probes import PROBES_FILE, Probes
+from iapt_export.contract.prompt_format import before_answer
 from iapt_export.contract.schema import read_object
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -60,7 +61,7 @@ class TextCodec:
         Args:
             prompt: the user's text, or for ``chat`` the whole conversation.
             prompt_format: ``chat`` renders the chat template, in which a text is one user message; ``plain`` takes
-                the text as it is.
+                the text as it is, ``newline`` with a line break behind it.
 
         Raises:
             IaptError: the prompt is empty, or the bundle has no chat template.
@@ -72,7 +73,7 @@ class TextCodec:
         if prompt_format == "chat":
             ids = self._ids_of(self.render(messages), add_special_tokens=False)
         else:
-            ids = self._ids_of(text)
+            ids = self._ids_of(before_answer(text, prompt_format))
         if not ids:
             raise IaptError(f"the prompt {text!r} has no tokens in the bundle's vocabulary", field="prompt")
         return ids

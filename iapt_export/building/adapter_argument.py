@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.prompt_format import ONE_OF, PROMPT_FORMATS
 
 OPTION = re.compile(r"(?P<rest>.+),(?P<name>format|task)=(?P<value>[^,=]*)")
 """What may stand behind an adapter's folder."""
@@ -44,8 +45,8 @@ def parse_adapter(argument: str) -> tuple[str, Path, dict[str, str]]:
     while match := OPTION.fullmatch(rest):
         rest = match["rest"]
         options[match["name"]] = match["value"]
-    if "format" in options and options["format"] not in ("plain", "chat"):
-        raise IaptError(f"--adapter {argument}: format is {options['format']!r}, expected plain or chat")
+    if "format" in options and options["format"] not in PROMPT_FORMATS:
+        raise IaptError(f"--adapter {argument}: format is {options['format']!r}, expected {ONE_OF}")
     if "task" in options and not options["task"].isdecimal():
         raise IaptError(f"--adapter {argument}: task is {options['task']!r}, expected a number from 0")
     before, comma, after = rest.rpartition(",")

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 from iapt_export.contract.low_bits import AUTO, rounding_problems
+from iapt_export.contract.prompt_format import PromptFormat
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
 
 Device = Literal["cpu", "cuda"]
 Depth = Literal["quick", "standard", "full"]
-PeftFormat = Literal["plain", "chat"]
 Rational = Literal["function", "plugin"]
 MAX_DRAFTS = 15
 """Each drafted token is one more attention in every layer of the graph."""
@@ -68,9 +68,9 @@ class BuildRequest:
     """Tenants installed side by side."""
     drafts: Annotated[int, _TARGETS, Parameter(metavar="K")] = 0
     """For onnxruntime: let sessions verify up to K drafted tokens of a row in one step (serve --drafts); 3 is good."""
-    peft_prompt_format: Annotated[PeftFormat | None, _METHODS] = None
-    """How prompts are fed to adapters of stock PEFT, which do not say: as they are, or in the chat template; has to be
-    given where the tokenizer has one."""
+    peft_prompt_format: Annotated[PromptFormat | None, _METHODS] = None
+    """How prompts are fed to adapters of stock PEFT, which do not say: as they are (plain), with a line break behind
+    (newline), or in the chat template; has to be given where the tokenizer has one."""
     merge_lora: Annotated[bool, _METHODS] = False
     """Add the one LoRA adapter to the backbone's weights: no cost, but no other tenant."""
     fold_embeddings: Annotated[bool, _METHODS] = False

@@ -23,6 +23,7 @@ from iapt_export.contract.errors import BundleError
 from iapt_export.contract.graphs import step_graphs
 from iapt_export.contract.kinds import found_at
 from iapt_export.contract.low_bits import Rounding, rounding_of
+from iapt_export.contract.prompt_format import ONE_OF, PROMPT_FORMATS
 from iapt_export.contract.schema import parse_json, read_fields
 from iapt_export.contract.sizes import MOST, MOST_LAYERS, BackboneSizes
 from iapt_export.contract.tensors import LONGEST
@@ -38,7 +39,6 @@ HASH_FILE = "manifest.sha256"
 SIGNATURE_FILE = "manifest.sig"
 OUTSIDE_MANIFEST = (MANIFEST_FILE, HASH_FILE, SIGNATURE_FILE)
 """The files of a bundle that its manifest does not list."""
-PROMPT_FORMATS = ("chat", "plain")
 SCHEMA_VERSION = 2
 DOCUMENTATION = "docs/reference/files.md#a-bundle"
 READS_INSTRUCTION = "reads_instruction"
@@ -111,7 +111,7 @@ class TenantSpec:
     trained_config: dict[str, Any]
     """The settings that it was trained with."""
     prompt_format: str
-    """``chat`` or ``plain``, see the adapter."""
+    """One of `iapt_export.contract.prompt_format.PROMPT_FORMATS`."""
     labels: list[str] = field(default_factory=list)
     """The answers of a classification task; empty for free generation."""
     trained: str | None = None
@@ -123,7 +123,7 @@ class TenantSpec:
 
     def __post_init__(self) -> None:
         if self.prompt_format not in PROMPT_FORMATS:
-            raise BundleError(f"prompt_format is {self.prompt_format!r}, expected chat or plain")
+            raise BundleError(f"prompt_format is {self.prompt_format!r}, expected {ONE_OF}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from benchmarks.quality_plan import (
 )
 from benchmarks.quality_records import Cell, chosen_rates
 from benchmarks.quality_tables import average_ranks, difference_table, draw, main_cells, ranks, tables
-from examples.prepare_data import SYSTEM_MESSAGE, as_messages, as_prompt, make_splits
+from examples.prepare_data import SYSTEM_MESSAGE, as_instruction, as_messages, make_splits
 from trainers.methods.configs import METHOD_CONFIGS, method_name
 from trainers.training.evaluate import ClassificationReport, GenerationReport
 
@@ -81,7 +82,9 @@ def test_keys_are_unique_within_a_phase(name):
 
 
 def test_an_ablation_shares_the_main_comparisons_run():
-    shared = 0
+    formats, rates = ({run.key for run in runs_of(phase, SMALL, {})} for phase in ("formats", "second-rates"))
+    shared = len(formats & rates)
+    assert shared == 2, "the first seed at the centre, with a line break"
     for phase, (_, tasks) in ASKED.items():
         own = {run.key for run in runs_of("main", SMALL, {}) if run.label == "IAPT" and run.task in tasks}
         assert own <= {run.key for run in runs_of(phase, SMALL, {})}
@@ -157,8 +160,8 @@ def test_rows_become_messages_with_texts_cut():
     assert text.split() == ["word"] * (MAX_CHARACTERS // 5)
     free = json.loads(as_messages(json.dumps({"instruction": "Write.", "output": "x"}), MAX_CHARACTERS))
     assert free["messages"][1] == {"role": "user", "content": "Write."}
-    plain = json.loads(as_prompt(json.dumps(row), MAX_CHARACTERS))
-    assert plain == {"prompt": f"Good or bad?\n\n{text}\n", "completion": "good"}
+    other = json.loads(as_instruction(json.dumps(row), MAX_CHARACTERS))
+    assert other == {"instruction": f"Good or bad?\n\n{text}", "output": "good"}
 
 
 @pytest.fixture
@@ -178,9 +181,9 @@ def driver(tmp_path, monkeypatch):
         def execute(run, model, splits, say):
             if len(done) == fail_after:
                 raise KeyboardInterrupt
-            assert model == ("gemma.gguf" if run.backbone is GEMMA else str(quality.MODEL))
+            assert model == ("gemma.gguf" if run.backbone.name == GEMMA.name else str(quality.MODEL))
             rows = splits["train"].read_text(encoding="utf-8").splitlines()
-            assert ("prompt" in json.loads(rows[0])) == (run.backbone is GEMMA)
+            assert ("instruction" in json.loads(rows[0])) == (run.backbone.name == GEMMA.name)
             done.append(run)
             return fake_outcome(run)
 
@@ -215,15 +218,32 @@ def test_later_phases_wait_for_the_rates(driver):
 
 
 def test_the_second_backbone_has_runs_of_its_own(driver, capsys):
-    _, done = driver("--only", "second-rates", "second", second_model=False)
+    _, done = driver("--only", "formats", "second-rates", "second", second_model=False)
     assert done == []
     assert "second is left out; it needs --second-model, gemma-3-270m's" in capsys.readouterr().out
     _, done = driver("--only", "second-rates", "second", "--seeds", "2")
     assert done and all(run.backbone is GEMMA for run in done)
     trained = [run for run in done if run.phase == "second" and run.config is not None]
     assert len(trained) == len(SECOND) * len(SECOND_ON) * 2 and len(done) - len(trained) == len(SECOND) + len(SECOND_ON)
-    assert {run.train_config.prompt_format for run in trained} == {"plain"}  # this backbone has no chat template
+    assert {run.train_config.prompt_format for run in trained} == {"newline"}  # this backbone has no chat template
     assert not {run.key for run in trained} & {run.key for run in runs_of("main", BUDGETS["smoke"], {})}
+
+
+def test_the_formats_are_compared_on_the_second_backbone(driver, tmp_path):
+    _, done = driver("--only", "formats", "--seeds", "2")
+    assert Counter((run.train_config.prompt_format, run.config is None) for run in done) == {
+        ("plain", False): 4,
+        ("plain", True): 1,
+        ("newline", False): 4,
+        ("newline", True): 1,
+    }
+    budget = dataclasses.replace(BUDGETS["smoke"], seeds=2)
+    made = tables(budget, {record["key"]: record for record in read_records(tmp_path / "results.jsonl")})["formats"]
+    header, _, *lines = made.splitlines()
+    assert header == "|  | plain | newline |"
+    assert [line.split(" | ")[0] for line in lines] == ["| plain backbone, Gemma", "| IAPT, Gemma", "| LoRA, Gemma"]
+    _, more = driver("--only", "second-rates")
+    assert len(more) == len(SECOND) - 2, "the centre's runs are the same"
 
 
 def test_only_and_seeds_narrow_the_plan(driver):

@@ -27,9 +27,10 @@ int main(int, char** argv) {
     manifest.backbone.vocab_size = 1 << 20;
     manifest.backbone.max_positions = 4096;
     const iapt::TextCodec codec(argv[1], manifest);
-    made = {{"texts", Json::array()}, {"chats", Json::array()}, {"answers", Json::array()}};
+    made = {{"texts", Json::array()}, {"lines", Json::array()}, {"chats", Json::array()}, {"answers", Json::array()}};
     for (const auto& text : given.at("texts")) {
       made["texts"].push_back(result([&] { return Json{{"ids", codec.encode({{"user", text}}, "plain")}}; }));
+      made["lines"].push_back(result([&] { return Json{{"ids", codec.encode({{"user", text}}, "newline")}}; }));
     }
     for (const auto& chat : given.at("chats")) {
       std::vector<iapt::Message> messages;

@@ -52,7 +52,7 @@ def wanted(*argv: str | Path) -> str:
 )
 @pytest.mark.parametrize("tenant", TENANTS)
 def test_the_same_answers_as_python(tiny_build: TinyBuild, tenant: str, sampling: list[str]) -> None:
-    """``alpha`` and ``gamma`` take plain prompts, ``beta`` chat prompts; the rows' lengths differ."""
+    """``gamma`` takes prompts as they are, ``alpha`` with a line break, ``beta`` in a template; lengths differ."""
     prompts = [f"--prompt={text}" for text in (*PROMPTS[:3], MULTIBYTE)]
     flags = [tiny_build.bundle, f"--tenant={tenant}", *prompts, "--max-new-tokens=24", *sampling]
     expected = wanted(*flags)

@@ -74,14 +74,15 @@ def compare(folder: Path, tokenizer: Any, texts: list[str], *, must_read: bool) 
         assert not must_read, made
         assert "read" in made["error"]
         return
-    refused = 0
-    for text, found in zip(texts, made["texts"], strict=True):
-        if "error" in found:
-            refused += 1
-            assert found["error"].startswith("the text cannot be read as training did: ")
-        else:
-            assert found["ids"] == codec.encode(text, "plain"), text
-    assert refused < 0.75 * len(texts)
+    for prompt_format, all_found in (("plain", made["texts"]), ("newline", made["lines"])):
+        refused = 0
+        for text, found in zip(texts, all_found, strict=True):
+            if "error" in found:
+                refused += 1
+                assert found["error"].startswith("the text cannot be read as training did: ")
+            else:
+                assert found["ids"] == codec.encode(text, prompt_format), text
+        assert refused < 0.75 * len(texts), prompt_format
     assert [found["text"] for found in made["answers"]] == [codec.decode(ids) for ids in answers]
 
 

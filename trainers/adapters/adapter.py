@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.kinds import found_at
 from iapt_export.contract.low_bits import rounding_problems
+from iapt_export.contract.prompt_format import PromptFormat
 from iapt_export.contract.schema import read_object
 from iapt_export.contract.settings import choice_problems, config_from_dict, raise_problems, type_problems
 from iapt_export.contract.sizes import MOST, MOST_LAYERS
@@ -54,8 +55,9 @@ class AdapterConfig(Sizes):
     """The method's own fields: one of `trainers.methods.configs`."""
     revision: str | None = None
     """The backbone's hub commit, if known."""
-    prompt_format: Literal["chat", "plain"] = "plain"
-    """chat: the instruction is one user message in the tokenizer's chat template; plain: text as it is."""
+    prompt_format: PromptFormat = "plain"
+    """chat: the instruction is one user message in the tokenizer's chat template; plain: text as it is; newline: text
+    and a line break."""
     system_prompt: str | None = None
     """What all training examples began with; empty for no system prompt, None where they differ or it is not known."""
     eos_token_id: int | None = None
@@ -81,8 +83,6 @@ class AdapterConfig(Sizes):
         if self.peft_type != name:
             problems.append(f"peft_type={self.peft_type!r} is not the name of the method given, {name}")
         problems += rounding_problems(self.quantise, self.weights)
-        if self.prompt_format not in ("chat", "plain"):
-            problems.append(f"prompt_format={self.prompt_format!r} is not one of chat, plain")
         limits = {"hidden_size": (1, MOST), "num_layers": (1, MOST_LAYERS)}
         limits |= dict.fromkeys(("num_kv_heads", "head_dim", "value_dim", "vocab_size"), (0, MOST))
         for name, (least, most) in limits.items():

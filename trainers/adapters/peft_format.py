@@ -44,8 +44,8 @@ def adapter_from_peft(
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         backbone: what it was trained for; PEFT keeps no fingerprint, so only shapes can be checked.
-        prompt_format: ``plain`` or ``chat``, how it was fed; PEFT does not say. May be left out where the tokenizer has
-            no chat template.
+        prompt_format: ``plain``, ``newline`` or ``chat``, how it was fed; PEFT does not say. May be left out where
+            the tokenizer has no chat template.
         task: which task of a multitask prompt, from 0.
 
     Returns:
@@ -81,7 +81,7 @@ def _prompt_format(tokenizer: Any, prompt_format: Any, folder: Path) -> Any:
             f"tokenizer has a chat template; give --adapter {folder},format=chat if training used it, or "
             f"{folder},format=plain if prompts were text as it is (--peft-prompt-format for all adapters)"
         )
-    return resolve_prompt_format(tokenizer, prompt_format or "plain")
+    return resolve_prompt_format(tokenizer, prompt_format or "plain", continues=True)
 
 
 def peft_fields(method: Any, sizes: Sizes) -> dict[str, Any]:

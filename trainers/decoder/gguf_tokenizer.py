@@ -74,7 +74,7 @@ def gguf_tokenizer(file: GgufFile) -> Any:
         _start_text(tokenizer.backend_tokenizer, file)
     _check_words(tokenizer, file, words)
     if not tokenizer.chat_template:
-        logging.getLogger(__name__).warning("%s has no chat template; its prompts are plain text", file.path)
+        logging.getLogger(__name__).warning("%s has no chat template; its prompts go in as text", file.path.name)
     return tokenizer
 
 

@@ -6,24 +6,33 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeGuard
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.prompt_format import PromptFormat, before_answer
 
 Message = dict[str, str]
 """``{"role": ..., "content": ...}``"""
-PromptFormat = Literal["auto", "chat", "plain"]
+AskedFormat = Literal["auto", PromptFormat]
+"""A format, or the one that fits tokenizer and data."""
 
 
-def resolve_prompt_format(tokenizer: Any, prompt_format: PromptFormat) -> Any:
-    """Turn ``auto`` into ``chat`` or ``plain``.
+def resolve_prompt_format(tokenizer: Any, asked: AskedFormat, *, continues: bool) -> PromptFormat:
+    """Turn ``auto`` into ``chat``, where there is a template, or into ``plain`` or ``newline``.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        asked: what was asked for.
+        continues: whether answers go on from their prompts as they are; others begin on a line of their own, as an
+            answer right behind an instruction's last letter is no text that a model has read before.
 
     Raises:
         IaptError: ``chat`` was asked for and the tokenizer has no chat template.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    if prompt_format == "chat" and not has_template:
-        raise IaptError("prompt_format=chat needs a tokenizer with a chat template; this one has none, use plain")
-    if prompt_format == "auto":
-        return "chat" if has_template else "plain"
-    return prompt_format
+    if asked == "chat" and not has_template:
+        text = "prompt_format=chat needs a tokenizer with a chat template; this one has none, use newline or plain"
+        raise IaptError(text)
+    if asked == "auto":
+        return "chat" if has_template else "plain" if continues else "newline"
+    return asked
 
 
 def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_format: str) -> list[int]:
@@ -33,14 +42,15 @@ def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_for
         tokenizer: a transformers tokenizer.
         text: the user's text, or the messages before the answer.
         prompt_format: ``chat`` renders the chat template with the generation prompt and adds no further special
-            tokens; ``plain`` tokenises the text with the tokenizer's own special tokens (a BOS, where it has one).
+            tokens; the others tokenise the text with the tokenizer's own special tokens (a BOS, where it has one),
+            ``newline`` with a line break behind it.
 
     Returns:
         Ids, without padding.
 
     Raises:
-        IaptError: empty text, several messages in the plain format, no ids at all, or a template that refuses the
-            messages or cannot be rendered.
+        IaptError: empty text, several messages in a format without a template, no ids at all, or a template that
+            refuses the messages or cannot be rendered.
     """
     messages = [user_message(text)] if isinstance(text, str) else list(text)
     if not messages or not messages[-1]["content"].strip():
@@ -49,9 +59,11 @@ def format_instruction(tokenizer: Any, text: str | Sequence[Message], prompt_for
         rendered = _rendered(tokenizer, messages)
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     elif len(messages) > 1:
-        raise IaptError(f"{len(messages)} messages need a chat template; in the plain format give one user message")
+        raise IaptError(
+            f"{len(messages)} messages need a chat template; in the {prompt_format} format give one user message"
+        )
     else:
-        ids = tokenizer(messages[0]["content"])["input_ids"]
+        ids = tokenizer(before_answer(messages[0]["content"], prompt_format))["input_ids"]
     if not ids:
         raise IaptError(f"the prompt {messages[-1]['content']!r} has no tokens; give the model something to read")
     return list(ids)

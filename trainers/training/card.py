@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from iapt_export.contract.low_bits import in_words
+from iapt_export.contract.prompt_format import HOW
 from iapt_export.contract.settings import summary_of
 from trainers.adapters.adapter import EXAMPLES_FILE, AdapterConfig
 from trainers.methods.configs import DEFAULT_METHOD, flag_name
@@ -122,7 +123,8 @@ def _text(run: Run, has_prompts: bool) -> str:
         "## Use",
         f"```sh\niapt-export build --model {_relative(run.model_name)} --adapter {_relative(run.output)} "
         "--output bundle\n```",
-        f"Prompts are given in the `{run.adapter.prompt_format}` format, as in training."
+        f"Prompts are given as in training, in the `{run.adapter.prompt_format}` format "
+        f"({HOW[run.adapter.prompt_format]})."
         + (f" Each began with the system prompt {json.dumps(system, ensure_ascii=False)}." if system else ""),
     ]
     return "\n\n".join(parts) + "\n"

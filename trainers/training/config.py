@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.low_bits import Rounding, rounding_of, rounding_problems
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
-from trainers.decoder.instruction import PromptFormat
+from trainers.decoder.instruction import AskedFormat
 from trainers.methods.configs import IAPTConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -56,8 +56,8 @@ class TrainConfig:
     """Longer instructions lose the end of their input text; the chat template around it stays whole."""
     max_response_tokens: int = 256
     """Longer responses are cut, and then carry no end-of-sequence token. Labels are never cut."""
-    prompt_format: PromptFormat = "auto"
-    """chat: the instruction in the tokenizer's chat template; plain: text as it is; auto: chat where there is one."""
+    prompt_format: AskedFormat = "auto"
+    """How prompts are fed: in the chat template, as they are (plain), with a line break (newline); auto: by data."""
     task: Task = "auto"
     """classification scores the distinct responses as labels, generation measures loss; auto counts responses."""
     eval_file: str = ""

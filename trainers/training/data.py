@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
-from trainers.decoder.instruction import format_instruction, user_message
+from iapt_export.contract.prompt_format import PromptFormat
+from trainers.decoder.instruction import AskedFormat, format_instruction, resolve_prompt_format, user_message
 from trainers.training.config import Task
 from trainers.training.records import Example
 
@@ -43,6 +44,11 @@ def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None
         raise IaptError("the tokenizer names no eos_token, so no answer could end; set it in tokenizer_config.json")
     ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
     return ids if max_tokens is None else ids[:max_tokens]
+
+
+def format_of(tokenizer: Any, asked: AskedFormat, examples: Sequence[Example]) -> PromptFormat:
+    """How the prompts of examples are fed; see `resolve_prompt_format`."""
+    return resolve_prompt_format(tokenizer, asked, continues=all(example.continues for example in examples))
 
 
 def encode_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> list[int]:

@@ -33,6 +33,8 @@ class Example:
     """What it should answer."""
     keep: int = 0
     """Characters at the start of the last message that truncation must leave (the instruction before an input)."""
+    continues: bool = False
+    """Whether the answer goes on from the text as it is (a prompt with its completion), without a template."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -104,7 +106,7 @@ def example_of(record: Any) -> Example:
     if "messages" in record:
         return _from_messages(record["messages"])
     if "prompt" in record:
-        return Example((user_message(_text(record, "prompt")),), _text(record, "completion"))
+        return Example((user_message(_text(record, "prompt")),), _text(record, "completion"), continues=True)
     if "instruction" in record:
         instruction, response = _text(record, "instruction"), _text(record, "output")
         text = record.get("input")

@@ -19,13 +19,14 @@ from transformers import PrinterCallback, TrainerState, TrainingArguments, set_s
 from iapt_export.contract.disk import file_sha256, sync
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.places import check_outside_bundles
+from iapt_export.contract.prompt_format import HOW
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
 from trainers.adapters.directory import check_adapter_fits, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.family import check_family
 from trainers.decoder.importance import round_as_exported
 from trainers.decoder.insertion import sizes_of
-from trainers.decoder.instruction import padding_id, resolve_prompt_format
+from trainers.decoder.instruction import padding_id
 from trainers.decoder.method import Method
 from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import method_name
@@ -37,6 +38,7 @@ from trainers.training.data import (
     encode_examples,
     example_prompts,
     find_labels,
+    format_of,
     sample,
     shared_system_prompt,
     split_holdout,
@@ -170,7 +172,7 @@ def evaluate_adapter(
     backbone = _load(model_name, config)
     loaded = load_adapter(adapter, backbone) if adapter is not None else None
     examples = read_examples(data)
-    prompt_format = resolve_prompt_format(backbone.tokenizer, config.prompt_format)
+    prompt_format = format_of(backbone.tokenizer, config.prompt_format, examples)
     if loaded is not None:
         check_adapter_fits(loaded.config, backbone, str(adapter))
         labels, prompt_format = labels or loaded.config.labels, loaded.config.prompt_format
@@ -208,7 +210,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
         **asdict(sizes),
         method=method,
         revision=backbone.revision,
-        prompt_format=resolve_prompt_format(backbone.tokenizer, config.prompt_format),
+        prompt_format=format_of(backbone.tokenizer, config.prompt_format, examples),
         system_prompt=shared_system_prompt(training),
         eos_token_id=backbone.tokenizer.eos_token_id,
         labels=labels,
@@ -299,7 +301,7 @@ def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> t
         The state after the last step, and the seconds it took, those of resumed runs included.
     """
     count = sum(parameter.numel() for parameter in setup.method.parameters())
-    say(f"training {count:,} parameters on {len(setup.training):,} examples")
+    say(f"training {count:,} parameters on {len(setup.training):,} examples, {HOW[setup.adapter.prompt_format]}")
     checkpoint = newest_whole(setup.work, say) if setup.config.resume else None
     trainer.accelerator.wait_for_everyone()  # nobody removes what another is still looking at
     if trainer.is_world_process_zero():

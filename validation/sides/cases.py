@@ -239,7 +239,7 @@ def _asked(bundle: Path, manifest: BundleManifest) -> list[TenantSpec]:
 
 def _as_trained(codec: TextCodec, tenant: TenantSpec, text: str) -> list[int]:
     """A prompt's ids, after the system prompt that the tenant was trained with."""
-    if tenant.prompt_format == "plain" or not tenant.system_prompt:
+    if tenant.prompt_format != "chat" or not tenant.system_prompt:
         return codec.encode(text, tenant.prompt_format)
     return codec.encode(
         [{"role": "system", "content": tenant.system_prompt}, {"role": "user", "content": text}], "chat"

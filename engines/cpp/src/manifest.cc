@@ -124,8 +124,8 @@ TenantSpec read_tenant(const Json& json, const std::string& where, Problems& pro
   fields.read("trained", spec.trained, false);
   fields.read("examples", spec.examples, false);
   fields.refuse_unknown();
-  if (spec.prompt_format != "chat" && spec.prompt_format != "plain") {
-    fields.problem(".prompt_format is " + shown(spec.prompt_format) + ", expected chat or plain");
+  if (spec.prompt_format != "chat" && spec.prompt_format != "plain" && spec.prompt_format != "newline") {
+    fields.problem(".prompt_format is " + shown(spec.prompt_format) + ", expected chat, plain or newline");
   }
   return spec;
 }

@@ -135,7 +135,8 @@ std::vector<int64_t> TextCodec::encode(const std::vector<Message>& messages, con
   }
   // a template writes its special tokens itself
   const bool chat = prompt_format == "chat";
-  return ids_of(chat ? render(messages) : messages.back().content, !chat);
+  const std::string ending = prompt_format == "newline" ? "\n" : "";  // as Python's before_answer
+  return ids_of(chat ? render(messages) : messages.back().content + ending, !chat);
 }
 
 std::string TextCodec::render(const std::vector<Message>& messages, const std::string& date) const {

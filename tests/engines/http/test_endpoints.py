@@ -86,17 +86,19 @@ def test_a_conversation_is_that_of_the_session(server: Served, session: Session)
 def test_text_without_the_template_that_training_had_is_said_once(
     tiny_build: TinyBuild, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``beta`` was trained with a chat template; who sends token ids has made them, and the backbone takes any text."""
+    """``beta`` was trained with a chat template, ``alpha`` with a line break; token ids and the backbone have none."""
     with in_thread(tiny_build.bundle) as served, caplog.at_level(logging.WARNING):
-        for model, prompt in (("alpha", "a film"), ("model", "a film"), ("beta", [5, 6])):
+        for model, prompt in (("gamma", "a film"), ("model", "a film"), ("beta", [5, 6])):
             assert served.ask(TEXT, {"model": model, "prompt": prompt, "max_tokens": 1})[0] == 200
         assert served.ask(CHAT, {"model": "beta", "messages": said("a film"), "max_tokens": 1})[0] == 200
         assert caplog.messages == []
         for _ in range(2):
             assert served.ask(TEXT, {"model": "beta", "prompt": ["a film"], "max_tokens": 1})[0] == 200
+            assert served.ask(TEXT, {"model": "alpha", "prompt": ["a film"], "max_tokens": 1})[0] == 200
+    told = "; /v1/completions sends text as it is; its answers may be worse than those of /v1/chat/completions"
     assert caplog.messages == [
-        "tenant beta was trained with the chat template, and /v1/completions sends text as it is; its answers may be "
-        "worse than those of /v1/chat/completions"
+        f"tenant beta was trained with prompts in the tokenizer's chat template{told}",
+        f"tenant alpha was trained with a line break behind each prompt{told}",
     ]
 
 

@@ -80,9 +80,10 @@ def test_another_form_than_trainings_is_said_once(folder: Path, caplog: pytest.L
     assert "trained with the system prompt 'Be kind.', request 5 has no system prompt" in caplog.messages[1]
 
 
-def test_a_tenant_of_plain_text_takes_one_text(folder: Path) -> None:
-    codec, plain = TextCodec(folder), tenant(prompt_format="plain")
-    expected = codec.encode("the film", "plain")
+@pytest.mark.parametrize("prompt_format", ["plain", "newline"])
+def test_a_tenant_without_a_template_takes_one_text(folder: Path, prompt_format: str) -> None:
+    codec, plain = TextCodec(folder), tenant(prompt_format=prompt_format)
+    expected = codec.encode("the film\n" if prompt_format == "newline" else "the film", "plain")
     assert encode_request("request 0", Request("t", "the film"), plain, codec) == expected
     assert encode_request("request 0", Request("t", messages=TURNS[:1]), plain, codec) == expected
     for request in (Request("t", messages=TURNS), Request("t", "the film", system="Be kind.")):

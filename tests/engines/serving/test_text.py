@@ -17,6 +17,7 @@ from engines.serving.text import TextCodec
 from iapt_export.building.probes import make_probes
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.probes import Probes
+from iapt_export.contract.prompt_format import PROMPT_FORMATS
 from tests.tiny import tiny_tokenizer
 from trainers.decoder.instruction import format_instruction
 
@@ -48,7 +49,7 @@ def trainers_ids(tokenizer: Any, text: str, prompt_format: str) -> list[int]:
     return format_instruction(tokenizer, [{"role": "user", "content": text}], prompt_format)
 
 
-@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_equal_the_trainers(folder: Path, text: str, prompt_format: str) -> None:
     ids = TextCodec(folder).encode(text, prompt_format)
@@ -60,7 +61,7 @@ def test_ids_equal_the_trainers(folder: Path, text: str, prompt_format: str) -> 
 @given(text=st.text(min_size=1, max_size=60).filter(str.strip))
 def test_ids_equal_the_trainers_for_any_text(text: str) -> None:
     codec, tokenizer = _pair()
-    for prompt_format in ("plain", "chat"):
+    for prompt_format in PROMPT_FORMATS:
         assert codec.encode(text, prompt_format) == trainers_ids(tokenizer, text, prompt_format)
     assert codec.decode(codec.encode(text, "plain")) == tokenizer.decode(
         tokenizer(text)["input_ids"], skip_special_tokens=True
@@ -77,7 +78,7 @@ def _pair(made: list[Any] = []) -> list[Any]:  # noqa: B006  (one pair serves al
     return made
 
 
-@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
 def test_ids_equal_the_trainers_for_a_real_tokenizer(smollm2: Path, prompt_format: str) -> None:
     codec, tokenizer = TextCodec(smollm2), AutoTokenizer.from_pretrained(smollm2)
     for text in TEXTS:
@@ -225,7 +226,7 @@ def test_no_template_and_no_tokenizer(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\t"])
-@pytest.mark.parametrize("prompt_format", ["plain", "chat"])
+@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
 def test_empty_prompts(folder: Path, prompt: str, prompt_format: str) -> None:
     with pytest.raises(IaptError, match="the prompt is empty; expected an instruction of at least one word"):
         TextCodec(folder).encode(prompt, prompt_format)

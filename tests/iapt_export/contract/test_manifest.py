@@ -239,7 +239,10 @@ def test_another_kind_of_json(bundle: Path, data: bytes) -> None:
             lambda f: f["methods"][0]["weights"][0].update(dtype="fp8"),
             "dtype of query is 'fp8', expected one of int64, int32",
         ),
-        (lambda f: f["tenants"][0].update(prompt_format="html"), "prompt_format is 'html', expected chat or plain"),
+        (
+            lambda f: f["tenants"][0].update(prompt_format="html"),
+            "prompt_format is 'html', expected chat, plain or newline",
+        ),
         (lambda f: f["files"]["notes"].update(size_bytes=-1), "expected a SHA-256 in 64 hex digits and a size"),
         (lambda f: f["files"]["notes"].update(sha256="0"), "expected a SHA-256 in 64 hex digits and a size"),
         (lambda f: f["tenants"][0].update(name="movies"), "tenant movies is named twice"),

@@ -192,7 +192,7 @@ def test_half_precision_weights_are_read_as_fp32(folder: Path) -> None:
         ({"hidden_size": "32"}, "hidden_size='32' is not an integer from 1 to 16777216"),
         ({"linears": {"mlp": [1, 2, 3]}}, "linears={'mlp': (1, 2, 3)} does not give each name its inputs and outputs"),
         ({"linears": ["mlp"]}, "linears=['mlp'] does not give"),
-        ({"prompt_format": "xml"}, "prompt_format='xml' is not one of chat, plain"),
+        ({"prompt_format": "xml"}, "prompt_format='xml' is not one of chat, plain, newline"),
         ({"pooling": "median"}, "pooling='median' is not one of attention, mean, max"),
         ({"labels": 5}, "labels=5 is no list of texts"),
         ({"labels": [5]}, "labels=(5,) is no list of texts"),

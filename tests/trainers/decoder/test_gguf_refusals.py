@@ -163,7 +163,7 @@ def test_a_file_without_chat_template_says_so(tmp_path: Path, caplog: pytest.Log
         load_backbone(str(write(tmp_path / "tiny.gguf", TinyFile("llama"))))
     assert not caplog.messages
     load_backbone(str(write(tmp_path / "bare.gguf", TinyFile("llama", chat=False))))
-    assert "bare.gguf has no chat template; its prompts are plain text" in caplog.text
+    assert "bare.gguf has no chat template; its prompts go in as text" in caplog.text
 
 
 def test_loading_shows_no_progress_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,12 +21,13 @@ from trainers.training.data import (
     encode_response,
     example_prompts,
     find_labels,
+    format_of,
     pad_instructions,
     sample,
     shared_system_prompt,
     split_holdout,
 )
-from trainers.training.records import Example, read_examples
+from trainers.training.records import Example, example_of, read_examples
 
 CHAT = tiny_tokenizer()
 PLAIN = tiny_tokenizer(chat=False)
@@ -75,7 +76,7 @@ def test_three_kinds_of_record(tmp_path: Path) -> None:
     assert read_examples(path) == [
         Example((user,), "done", keep=4),
         Example(({"role": "user", "content": "Do"},), "done"),
-        Example(({"role": "user", "content": "Say"},), " it"),
+        Example(({"role": "user", "content": "Say"},), " it", continues=True),
         Example(tuple(turns[:2]), "a"),
     ]
 
@@ -125,11 +126,22 @@ def test_files_that_hold_no_data(tmp_path: Path) -> None:
 
 
 def test_prompt_formats() -> None:
-    assert resolve_prompt_format(CHAT, "auto") == "chat"
-    assert resolve_prompt_format(PLAIN, "auto") == "plain"
-    assert resolve_prompt_format(CHAT, "plain") == "plain"
-    with pytest.raises(IaptError, match="needs a tokenizer with a chat template; this one has none, use plain"):
-        resolve_prompt_format(PLAIN, "chat")
+    for continues in (True, False):
+        assert resolve_prompt_format(CHAT, "auto", continues=continues) == "chat"
+        for asked in ("plain", "newline"):
+            assert resolve_prompt_format(CHAT, asked, continues=continues) == asked
+        with pytest.raises(IaptError, match="needs a tokenizer with a chat template; this one has none, use newline"):
+            resolve_prompt_format(PLAIN, "chat", continues=continues)
+
+
+def test_without_a_template_an_answer_begins_on_its_own_line_unless_it_completes_a_prompt() -> None:
+    records = ({"prompt": "Say", "completion": " it"}, {"instruction": "Say", "output": "it"})
+    completion, answer = map(example_of, records)
+    assert format_of(PLAIN, "auto", [completion]) == "plain"
+    assert format_of(PLAIN, "auto", [answer]) == format_of(PLAIN, "auto", [completion, answer]) == "newline"
+    assert format_of(CHAT, "auto", [completion]) == "chat"
+    ids = [format_instruction(PLAIN, "is it?", form) for form in ("plain", "newline")]
+    assert [PLAIN.decode(each) for each in ids] == ["is it?", "is it?\n"]
 
 
 def test_chat_instruction_is_the_rendered_template() -> None:

@@ -16,7 +16,7 @@ from engines.serving.session import Request, Session
 from engines.serving.text import TextCodec
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import BundleManifest
-from tests.bundles import NEW_TOKENS, TENANTS, TinyBuild, session_over, tokens_of
+from tests.bundles import NEW_TOKENS, PROMPTED, TENANTS, TinyBuild, session_over, tokens_of
 from tests.graphs import flat, trained_prefill, trained_prompt, worst
 from tests.tiny import padded
 from trainers.adapters.directory import load_adapter
@@ -241,7 +241,7 @@ def test_prompts_mix_tenants_and_fill_up(tiny_build: TinyBuild, manifest: Bundle
     assert prompts == prompts_from_bundle(tiny_build.bundle, manifest, codec, 0, NEW_TOKENS)
     assert prompts != prompts_from_bundle(tiny_build.bundle, manifest, codec, 1, NEW_TOKENS)
     formats = {tenant.name: tenant.prompt_format for tenant in manifest.tenants}
-    assert set(formats.values()) == {"plain", "chat"}
+    assert formats == PROMPTED
     assert all(list(p.tokens) == codec.encode(p.text, formats[p.tenant]) for p in prompts)
 
 

@@ -29,7 +29,8 @@ class TextCodec {
   TextCodec& operator=(TextCodec&&) noexcept;
 
   bool has_chat_template() const;
-  // Token ids of an instruction; `chat` renders the chat template, `plain` takes the last message's text as it is.
+  // Token ids of an instruction; `chat` renders the chat template, `plain` takes the last message's text as it is,
+  // `newline` with a line break behind it.
   // Throws Error: the prompt is empty, the bundle has no chat template, the template refuses the conversation, or the
   // text holds what this program cannot read as training did.
   std::vector<int64_t> encode(const std::vector<Message>& messages, const std::string& prompt_format) const;
