@@ -119,6 +119,7 @@ def test_the_form_of_the_operator_is_told(tiny_build: TinyBuild, monkeypatch: py
         (["--max-new-tokens=9223372036854775807"], "needs 9223372036854775807 cache entries (4 prompt, 1 "),
         (["--temperature=-1"], "temperature -1 is negative; use 0 for greedy"),
         (["--top-p=0"], "top_p 0 is out of range; expected more than 0 and at most 1"),
+        (["--threads=-3"], "-3 threads; expected 0 or more"),
         (["--tokens=" + "5," * 97], "the prompt has 97 tokens; this bundle takes at most 96"),
     ],
 )
@@ -140,6 +141,7 @@ def test_bad_requests(tiny_build: TinyBuild, flags: list[str], text: str) -> Non
         ["--max-new-tokens=160"],
         ["--top-p=1.5"],
         ["--prompt= "],
+        ["--prompt=\u2003\x1c"],
         ["--prompt=" + "film " * 99],
     ],
     ids=str,
@@ -149,6 +151,15 @@ def test_the_same_refusals_as_python(tiny_build: TinyBuild, flags: list[str]) ->
     wanted, made = run("generate", *command).err, iapt_run(*command).stderr
     problem = wanted.removeprefix("iapt-export: error: ").split(";")[0].strip()  # remedies differ: pip or a linker
     assert made.startswith(f"iapt_run: error: {problem}"), (wanted, made)
+
+
+@needs_runner
+@needs_tokenizer
+@pytest.mark.parametrize("tenant", TENANTS)
+def test_a_prompt_that_is_no_utf_8(tiny_build: TinyBuild, tenant: str) -> None:
+    outcome = iapt_run(tiny_build.bundle, f"--tenant={tenant}", "--prompt=caf\udce9")  # the byte 0xe9
+    assert outcome.returncode == 1, outcome.stderr
+    assert "error: the text cannot be read as training did: it is not UTF-8" in outcome.stderr
 
 
 @needs_runner

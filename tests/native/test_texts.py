@@ -119,6 +119,16 @@ def test_equal_conversations_or_refused(name: str, tmp_path: Path) -> None:
         assert "error" in found or found["ids"] == probe.ids or DATE in found["text"]
 
 
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_conversation_with_a_zero_byte_is_refused_whole(role: str, tmp_path: Path) -> None:
+    """The library's template takes a C string, which would end at that byte, the user's words among what is lost."""
+    tokenizer = save(tmp_path, byte_level(), TEMPLATES["chatml"])
+    make_probes(tokenizer).save(tmp_path)
+    chat = [{"role": each, "content": "yes\0no" if each == role else "yes"} for each in ("system", "user")]
+    (found,) = read_texts(tmp_path, tokenizer.eos_token_id, chats=[chat])["chats"]
+    assert found["error"].startswith("the text cannot be read as training did: it holds a zero byte")
+
+
 def test_letters_that_are_their_own_normal_form() -> None:
     """C++ passes no letter on, in the name of normal form C, that NFC changes, reorders or composes with another."""
     source = (ROOT / "engines" / "cpp" / "src" / "utf8.cc").read_text(encoding="utf-8")

@@ -181,7 +181,7 @@ int main(int argc, char** argv) {
   int code = 0;
   try {
     run(arguments);
-  } catch (const iapt::Error& error) {
+  } catch (const std::exception& error) {
     std::cerr << "iapt_run: error: " << error.what() << "\n";
     code = 1;
   }

@@ -54,6 +54,7 @@ class OnnxRuntimeRunner final : public Runner {
     refuse_faulty();
     refuse_rounded_cache(graph);
     check_device(options.device);
+    if (options.threads < 0) throw Error(std::to_string(options.threads) + " threads; expected 0 or more");
     try {
       Ort::SessionOptions session;
       session.SetIntraOpNumThreads(options.threads > 0 ? options.threads : available_processors());

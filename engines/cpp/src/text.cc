@@ -96,6 +96,10 @@ void compare(const std::string& what, const T& expected, const T& found) {
               shown(expected) + " and is " + shown(found) + kRemedy);
 }
 
+void refuse(const std::string& why) {
+  if (!why.empty()) throw Error("the text cannot be read as training did: " + why + kRemedy);
+}
+
 }  // namespace
 
 struct TextCodec::Parts {
@@ -130,7 +134,7 @@ TextCodec& TextCodec::operator=(TextCodec&&) noexcept = default;
 bool TextCodec::has_chat_template() const { return parts_->chat_template.has_value(); }
 
 std::vector<int64_t> TextCodec::encode(const std::vector<Message>& messages, const std::string& prompt_format) const {
-  if (messages.empty() || messages.back().content.find_first_not_of(" \t\r\n\f\v") == std::string::npos) {
+  if (messages.empty() || is_blank(messages.back().content)) {
     throw Error("the prompt is empty; expected an instruction of at least one word");
   }
   // a template writes its special tokens itself
@@ -144,7 +148,10 @@ std::string TextCodec::render(const std::vector<Message>& messages, const std::s
     throw Error("the adapter expects chat prompts, but the bundle's tokenizer has no chat template");
   }
   auto conversation = nlohmann::ordered_json::array();  // a template may write a message's keys in their order
-  for (const auto& [role, content] : messages) conversation.push_back({{"role", role}, {"content", content}});
+  for (const auto& [role, content] : messages) {
+    refuse(damage(content));  // the template would get a part of it
+    conversation.push_back({{"role", role}, {"content", content}});
+  }
   return parts_->genai.render(prepared_template(*parts_->chat_template, parts_->special_tokens, date),
                               conversation.dump());
 }
@@ -152,8 +159,7 @@ std::string TextCodec::render(const std::vector<Message>& messages, const std::s
 std::string TextCodec::decode(const std::vector<int64_t>& tokens) const { return parts_->decoder.decode(tokens); }
 
 std::vector<int64_t> TextCodec::ids_of(const std::string& text, bool add_special_tokens) const {
-  const std::string refusal = parts_->tokenizer.refusal(text);
-  if (!refusal.empty()) throw Error("the text cannot be read as training did: " + refusal + kRemedy);
+  refuse(parts_->tokenizer.refusal(text));
   std::vector<int64_t> ids;
   for (const auto& piece : parts_->tokenizer.pieces(text)) {
     const auto more = parts_->genai.encode(piece, add_special_tokens && ids.empty());

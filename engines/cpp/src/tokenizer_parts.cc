@@ -108,8 +108,7 @@ void TokenizerParts::check_added_token(const Json& token, bool is_normalised) {
 }
 
 std::string TokenizerParts::refusal(const std::string& text) const {
-  if (replace_invalid_utf8(text) != text) return "it is not UTF-8";
-  if (text.find('\0') != std::string::npos) return "it holds a zero byte";
+  if (const std::string broken = damage(text); !broken.empty()) return broken;
   if (normalises_ && !is_surely_nfc(text)) {
     return "it may not be in Unicode's normal form C, into which the bundle's tokenizer brings it and this program "
            "does not";

@@ -150,4 +150,16 @@ bool is_space(uint32_t code) {
          code == 0x3000;
 }
 
+std::string damage(const std::string& text) {
+  if (replace_invalid_utf8(text) != text) return "it is not UTF-8";
+  if (text.find('\0') != std::string::npos) return "it holds a zero byte";
+  return "";
+}
+
+bool is_blank(const std::string& text) {
+  const auto codes = code_points(text);
+  return std::all_of(codes.begin(), codes.end(),
+                     [](uint32_t code) { return is_space(code) || (code >= 0x1c && code <= 0x1f); });
+}
+
 }  // namespace iapt

@@ -26,6 +26,11 @@ bool has_known_class(uint32_t code);
 bool is_number(uint32_t code);
 bool is_space(uint32_t code);
 
+// Why a text is none that C interfaces take whole: "it is not UTF-8" or "it holds a zero byte"; empty where it is.
+std::string damage(const std::string& text);
+// Whether a text has nothing but white space, as Python's str.isspace sees it.
+bool is_blank(const std::string& text);
+
 }  // namespace iapt
 
 #endif  // IAPT_SRC_UTF8_H_
