@@ -94,7 +94,7 @@ def machine() -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
-def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits: Mapping[str, Any]) -> None:
+def run_phase(phase: str, budget: Budget, arguments: argparse.Namespace, splits: Mapping[bool, Any]) -> None:
     """Do a phase's missing runs."""
     done = {record["key"]: record for record in read_records(arguments.results)}
     chosen = chosen_rates(budget, done)

@@ -118,6 +118,7 @@ SECOND = (
     ),
 )
 """The comparison on the second backbone."""
+NO_METHOD = Variant("plain backbone, Gemma", None, 0.0, backbone=GEMMA)
 FORMATS: tuple[PromptFormat, ...] = ("plain", "newline")
 FORMATTED = SECOND[:2]
 """Methods that are trained in each of `FORMATS`: does an answer want a line of its own, without a chat template?"""
@@ -316,15 +317,13 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
         return [run(TUNED_ON, v, 0, rate, "validation") for v in COMPARED[phase] for rate in rates(v, budget)]
     if phase == "formats":
         fed = [dataclasses.replace(GEMMA, prompt_format=form) for form in FORMATS]
-        plain = [Variant("plain backbone, Gemma", None, 0.0, backbone=backbone) for backbone in fed]
-        asked = [dataclasses.replace(variant, backbone=backbone) for variant in FORMATTED for backbone in fed]
-        untrained = [run(TUNED_ON, variant, 0, split="validation") for variant in plain]
-        return untrained + [run(TUNED_ON, v, seed, v.centre, "validation") for seed in seeds for v in asked]
+        untrained = [run(TUNED_ON, dataclasses.replace(NO_METHOD, backbone=b), 0, split="validation") for b in fed]
+        trained = [dataclasses.replace(variant, backbone=b) for variant in FORMATTED for b in fed]
+        return untrained + [run(TUNED_ON, v, seed, v.centre, "validation") for seed in seeds for v in trained]
     if phase == "main":
         return [run(task, v, seed) for seed in seeds for task in TASKS for v in VARIANTS]
     if phase == "second":
-        plain = Variant("plain backbone, Gemma", None, 0.0, backbone=GEMMA)
-        untrained = [run(task, plain, 0) for task in SECOND_ON]
+        untrained = [run(task, NO_METHOD, 0) for task in SECOND_ON]
         return untrained + [run(task, v, seed) for seed in seeds for task in SECOND_ON for v in SECOND]
     asked, tasks = ASKED[phase]
     rate = chosen.get(OWN.label, OWN.centre)

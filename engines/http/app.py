@@ -61,7 +61,7 @@ class Door:
     def card(self, name: str) -> dict[str, Any]:
         """A model as clients list it."""
         base = self.session.base
-        parent = base if name != base else None
+        parent = base if name != base or name in self.session.tenants else None
         return {"id": name, "object": "model", "created": self.started, "owned_by": "iapt-export", "parent": parent}
 
     async def body(self, request: Request) -> dict[str, Any]:

@@ -39,6 +39,11 @@ TokenId = Annotated[int, Field(ge=0)]
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
 
 def _wrong(param: str, text: str) -> RefusalError:
     """What fields say together, which pydantic would tell without a name."""
@@ -49,6 +54,7 @@ class StreamOptions(_Strict):
     """What a stream holds beside the answer."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(_Strict):
@@ -276,12 +282,4 @@ def read_body(body: bytes) -> dict[str, Any]:
         raise RefusalError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(content, dict):
         raise RefusalError(400, "the body is no JSON object", code="invalid_json")
-    content = {name: value for name, value in content.items() if value is not None}
-    if isinstance(content.get("messages"), list):
-        content["messages"] = [
-            {name: value for name, value in message.items() if value is not None}
-            if isinstance(message, dict)
-            else message
-            for message in content["messages"]
-        ]
     return {name: value for name, value in content.items() if not any(value == one for one in NEUTRAL.get(name, ()))}

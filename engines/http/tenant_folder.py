@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engines.http.refusals import RefusalError
 from engines.serving.session import Session
+from engines.serving.tenants import TenantsFullError
 from iapt_export.contract.errors import IaptError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -62,33 +63,33 @@ class TenantFolder:
         async with self._loading:
             while name not in self._session.tenants:
                 try:
-                    await self.load(name, f"{name}{SUFFIX}", replace=False)
+                    await self._install(name, f"{name}{SUFFIX}", replace=False)
                     self._found[name] = None
-                except IaptError as error:
-                    if error.code != "tenants_full":
-                        raise
-                    await self._make_room()
+                except TenantsFullError as error:
+                    await self._make_room(error.method)
         return True
 
-    async def _make_room(self) -> None:
-        """Take out the tenant that `find` installed and that was not asked for the longest time.
+    async def _make_room(self, method: str) -> None:
+        """Take out the tenant of a method that `find` installed and that was not asked for the longest time.
 
         Raises:
             RefusalError: all of them have requests, or there is none.
         """
         asked = {name for name, tenant in self._session.state().tenants.items() if tenant.running or tenant.waiting}
-        self._found = {name: None for name in self._found if name in self._session.tenants}
-        idle = next((name for name in self._found if name not in asked and not self._held[name]), None)
+        methods = {name: tenant.method for name, tenant in list(self._session.stepper.bank.tenants.items())}
+        self._found = {name: None for name in self._found if name in methods}
+        found = [name for name in self._found if methods[name] == method]
+        idle = next((name for name in found if name not in asked and not self._held[name]), None)
         if idle is None:
-            text = "all places for tenants are taken" + ("; try again later" if self._found else "")
-            raise RefusalError(503, text, param="model", code="tenants_full", retry=bool(self._found))
+            text = "all places for tenants are taken" + ("; try again later" if found else "")
+            raise RefusalError(503, text, param="model", code="tenants_full", retry=bool(found))
         del self._found[idle]
         with contextlib.suppress(IaptError):  # somebody took it out at this moment
             self._session.remove_tenant(idle)
         _log.info("tenant %s was taken out for another", idle)
 
     async def load(self, name: str, path: str, *, replace: bool) -> None:
-        """Install a tenant.
+        """Install a tenant, which then stays until it is taken out by name.
 
         Args:
             name: what to call it.
@@ -99,6 +100,11 @@ class TenantFolder:
             RefusalError: a name or a path that is not allowed, or no such file.
             IaptError: the file does not fit the bundle.
         """
+        async with self._loading:
+            await self._install(name, path, replace=replace)
+            self._found.pop(name, None)
+
+    async def _install(self, name: str, path: str, *, replace: bool) -> None:
         if not NAME.fullmatch(name):
             raise RefusalError(400, f"{name!r} is no name; expected letters, digits, . _ -", param="lora_name")
         file = await asyncio.to_thread(self._checked, path)

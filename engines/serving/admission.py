@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -17,7 +18,7 @@ from engines.serving.drafts import Drafter
 from engines.serving.entry import Entry
 from engines.serving.grammar import Grammar, GrammarCompiler
 from engines.serving.request import Request
-from engines.serving.sampling import Sampling
+from engines.serving.sampling import Sampling, is_whole
 from engines.serving.shaping import Shaping
 from engines.serving.stepper import Stepper
 from engines.serving.stop_texts import check_stops
@@ -64,6 +65,8 @@ class Admission:
             IaptError: it cannot be answered; the error names the field.
         """
         where = where or f"request {number}"
+        check_text_fields(where, request)
+        self._check_length(where, request, len(request.tokens))  # before each of a million is looked at
         check_fields(where, request)
         prompt = self._prompt(where, request, tenant)
         if request.max_new_tokens is None:
@@ -97,25 +100,26 @@ class Admission:
         for name, tokens in named.items():
             wrong = [token for token in tokens if not 0 <= token < size]
             if wrong:
-                raise IaptError(
-                    f"{where}: token id {wrong[0]} is out of range; the vocabulary has {size} entries", field=name
-                )
+                text = f"token id {shown(wrong[0])} is out of range; the vocabulary has {size} entries"
+                raise IaptError(f"{where}: {text}", field=name)
         return prompt
 
-    def _check_room(self, where: str, request: Request, tenant: Tenant, prompt: list[int]) -> None:
-        limits = self._manifest.ranges.sequence
-        read = "messages" if request.messages else "tokens" if request.tokens else "prompt"
-        if len(prompt) > limits.max:
+    def _check_length(self, where: str, request: Request, count: int) -> None:
+        longest = self._manifest.ranges.sequence.max
+        if count > longest:
             raise IaptError(
-                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at most {limits.max}",
+                f"{where}: the prompt has {count} tokens; this bundle takes at most {longest}",
                 code="context_length_exceeded",
-                field=read,
+                field=_read_from(request),
                 remedy="shorten it, or build with a larger --sequence",
             )
-        if len(prompt) < limits.min:
+
+    def _check_room(self, where: str, request: Request, tenant: Tenant, prompt: list[int]) -> None:
+        self._check_length(where, request, len(prompt))
+        if len(prompt) < (least := self._manifest.ranges.sequence.min):
             raise IaptError(
-                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at least {limits.min}",
-                field=read,
+                f"{where}: the prompt has {len(prompt)} tokens; this bundle takes at least {least}",
+                field=_read_from(request),
                 remedy="build with a smaller --sequence",
             )
         assert request.max_new_tokens is not None
@@ -159,7 +163,14 @@ class Admission:
                 "send none (only LoPA's may be computed by the client)",
                 field="soft_prompts",
             )
-        copied = cast(np.array(prompts), spec.dtype)
+        try:
+            given = np.array(prompts)
+            if given.dtype.kind in "cOSU":  # complex numbers would lose a part, texts would be read as numbers
+                raise TypeError(given.dtype)
+            copied = cast(given, spec.dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            what = f"{where}: soft_prompts is {shown(prompts)}, expected an array of numbers"
+            raise IaptError(what, field="soft_prompts") from error
         if list(copied.shape) != spec.shape[1:]:
             raise IaptError(
                 f"{where}: the sent prompts have shape {list(copied.shape)}, expected {spec.shape[1:]}",
@@ -171,6 +182,11 @@ class Admission:
                 field="soft_prompts",
             )
         return copied
+
+
+def _read_from(request: Request) -> str:
+    """The field that says what to read."""
+    return "messages" if request.messages else "tokens" if len(request.tokens) else "prompt"
 
 
 def check_are_requests(requests: Any) -> None:
@@ -218,25 +234,24 @@ def check_fields(where: str, request: Request) -> None:
     Raises:
         IaptError: what was expected, and what came.
     """
-    check_text_fields(where, request)
     check_stops(where, request)
 
     def refuse(name: str, text: str) -> None:
         raise IaptError(f"{where}: {text}", field=name)
 
     longest = request.max_new_tokens
-    if longest is not None and (not _is_whole(longest) or not 1 <= longest <= MAX_NEW_TOKENS):
-        limit = f"at most {MAX_NEW_TOKENS}" if _is_whole(longest) and longest > 0 else "at least 1"
+    if longest is not None and (not is_whole(longest) or not 1 <= longest <= MAX_NEW_TOKENS):
+        limit = f"at most {MAX_NEW_TOKENS}" if is_whole(longest) and longest > 0 else "at least 1"
         refuse("max_new_tokens", f"max_new_tokens is {shown(longest)}, expected {limit}, a whole number")
     for name in ("tokens", "stop_token_ids"):
-        strange = [token for token in getattr(request, name) if not _is_whole(token)]
+        strange = [token for token in getattr(request, name) if not is_whole(token)]
         if strange:
             refuse(name, f"{shown(strange[0])} is no token id; expected whole numbers")
-    if not _is_whole(request.min_tokens) or not 0 <= request.min_tokens <= (longest or request.min_tokens):
+    if not is_whole(request.min_tokens) or not 0 <= request.min_tokens <= (longest or request.min_tokens):
         refuse("min_tokens", f"min_tokens is {shown(request.min_tokens)}, expected 0 to max_new_tokens, a whole number")
-    if request.logprobs is not None and (not _is_whole(request.logprobs) or not 0 <= request.logprobs <= MAX_LOGPROBS):
+    if request.logprobs is not None and (not is_whole(request.logprobs) or not 0 <= request.logprobs <= MAX_LOGPROBS):
         refuse("logprobs", f"logprobs is {shown(request.logprobs)}, expected None, or 0 to {MAX_LOGPROBS}")
-    if not _is_whole(request.priority):
+    if not is_whole(request.priority):
         refuse("priority", f"priority is {shown(request.priority)}, expected a whole number")
     deadline = request.deadline_s
     if deadline is not None and not (isinstance(deadline, Real) and 0 < deadline <= MAX_DEADLINE_S):
@@ -247,9 +262,15 @@ def check_fields(where: str, request: Request) -> None:
         refuse("grammar", f"grammar is {type(request.grammar).__name__}, expected a Grammar")
     if request.grammar is not None and request.ignore_eos:
         refuse("ignore_eos", "an answer with a grammar ends where the grammar ends; leave out ignore_eos")
+    if request.grammar is not None and request.min_tokens:
+        refuse("min_tokens", "an answer with a grammar ends where the grammar ends; leave out min_tokens")
     if request.logits_hook is not None and not callable(request.logits_hook):
         refuse("logits_hook", f"logits_hook is {type(request.logits_hook).__name__}, expected a function")
 
 
-def _is_whole(value: object) -> bool:
-    return hasattr(value, "__index__")
+def work_of(request: Request) -> float:
+    """What `Admission.entry` has to read, in characters or ids; without end where a grammar has to be compiled."""
+    if request.grammar is not None:
+        return math.inf
+    read = len(request.prompt) + len(request.tokens) + sum(map(len, request.stop))
+    return read + sum(len(str(message)) for message in request.messages)

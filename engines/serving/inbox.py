@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,6 +57,14 @@ def loop_turn(entry: Entry, generation: Generation) -> tuple[Turn, asyncio.Futur
             loop.call_soon_threadsafe(done)
 
     return Turn(entry, generation, wake), future
+
+
+def patience(entry: Entry, timeout: float | None) -> float | None:
+    """Seconds to wait in line at most: ``timeout``, or what is left until the request's deadline; None for no end."""
+    left = entry.deadline - time.monotonic()
+    if left == math.inf:
+        return timeout
+    return max(0.0, left if timeout is None else min(left, timeout))
 
 
 class Inbox:
@@ -119,13 +129,18 @@ class Inbox:
                 self.lock.notify_all()
                 turn.wake()
 
-    def check_entered(self, turn: Turn) -> None:
-        """What comes of having waited in line.
+    def end_wait(self, turn: Turn) -> None:
+        """What comes of having waited in line: a request whose deadline has passed there ends as it does in the queue.
 
         Raises:
             QueueFullError: its turn has not come.
         """
-        if not turn.has_entered:
+        if not turn.has_entered and turn.entry.deadline <= time.monotonic():
+            self.line.remove(turn)
+            self._bank.release(turn.entry.tenant)
+            turn.entry.times.finished = time.monotonic()
+            turn.generation.give(turn.entry.end("deadline"))
+        elif not turn.has_entered:
             raise QueueFullError(
                 f"{self.max_waiting} requests are waiting already; try again later, or open the session with a larger "
                 "max_waiting",

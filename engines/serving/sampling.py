@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +60,7 @@ class Sampling:
                 raise _wrong(name, f"is {shown(value)}, expected a number")
         for name in ("seed", "top_k"):
             value = getattr(self, name)
-            if not hasattr(value, "__index__") or abs(value) > MAX_WHOLE:
+            if not is_whole(value) or abs(value) > MAX_WHOLE:
                 raise _wrong(name, f"is {shown(value)}, expected a whole number")
         if not isinstance(self.logit_bias, Mapping):
             raise _wrong("logit_bias", f"is {shown(self.logit_bias)}, expected token ids to numbers")
@@ -79,7 +81,7 @@ class Sampling:
             if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
                 raise _wrong(name, f"{getattr(self, name)} is out of range; expected {-MAX_PENALTY} to {MAX_PENALTY}")
         for token, bias in self.logit_bias.items():
-            if not hasattr(token, "__index__") or not (isinstance(bias, Real) and -MAX_BIAS <= bias <= MAX_BIAS):
+            if not is_whole(token) or not (isinstance(bias, Real) and -MAX_BIAS <= bias <= MAX_BIAS):
                 found = f"{shown(token)}: {shown(bias)}"
                 raise _wrong("logit_bias", f"{found} is out of range; expected token ids to -100 to 100")
 
@@ -87,6 +89,15 @@ class Sampling:
     def changes_logits(self) -> bool:
         """Whether logits depend on more than the model."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it stands for a whole number; NumPy's arrays have ``__index__`` and most of them raise in it."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:

@@ -22,11 +22,11 @@ from typing import Unpack
 
 from engines.runner import Activated
 from engines.serving.account import Share
-from engines.serving.admission import Admission, check_are_requests, check_is_request
+from engines.serving.admission import Admission, check_are_requests, check_is_request, work_of
 from engines.serving.entry import Entry
 from engines.serving.generation import AtError, Generation, in_order_of_arrival, in_order_of_requests
 from engines.serving.grammar import Grammar
-from engines.serving.inbox import Inbox, Turn, loop_turn, thread_turn
+from engines.serving.inbox import Inbox, Turn, loop_turn, patience, thread_turn
 from engines.serving.loading import open_stepper
 from engines.serving.own_process import OwnCondition
 from engines.serving.request import Answer, Item, Request, Token
@@ -40,8 +40,8 @@ from iapt_export.contract.integrity import Checks, open_manifest
 from iapt_export.contract.manifest import BundleManifest, TargetSpec
 
 MAX_WAITING = 256
-INLINE_CHARACTERS = 4000
-"""Longer texts are encoded in another thread than an event loop's, which they would hold up for milliseconds."""
+INLINE_WORK = 4000
+"""What has more to read is checked and encoded in another thread than an event loop's, which it would hold up."""
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class Session(Activated):
             entry = self._admission.entry(request, number, place.tenant)
             place.turn, entered = thread_turn(entry, Generation(entry, self._wake))
             if not self._enter(place.turn):
-                entered.wait(timeout)
+                entered.wait(patience(entry, timeout))
             return self._leave_line(place.turn)
 
     async def submit_async(self, request: Request, number: int = 0, *, timeout: float | None = None) -> Generation:
@@ -262,15 +262,14 @@ class Session(Activated):
         """
         check_is_request(request, f"request {number}", self.stepper.bank.tenants)
         with self._inbox.place(request.tenant, self._check_taking) as place:
-            size = len(request.prompt) + sum(len(str(message)) for message in request.messages)
-            if size > INLINE_CHARACTERS or request.grammar is not None:
+            if work_of(request) > INLINE_WORK:
                 entry = await asyncio.to_thread(self._admission.entry, request, number, place.tenant)
             else:
                 entry = self._admission.entry(request, number, place.tenant)
             place.turn, entered = loop_turn(entry, Generation(entry, self._wake))
             if not self._enter(place.turn):
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(entered, timeout)
+                    await asyncio.wait_for(entered, patience(entry, timeout))
             return self._leave_line(place.turn)
 
     def check(self, request: Request, where: str) -> None:
@@ -340,7 +339,7 @@ class Session(Activated):
         with self._lock:
             if not turn.has_entered:
                 self._check_open()
-            self._inbox.check_entered(turn)
+            self._inbox.end_wait(turn)
             return turn.generation
 
     @property
@@ -361,7 +360,11 @@ class Session(Activated):
                     self._hand_out(entry, item)
         except BaseException as error:
             ended = IaptError(f"its thread was ended by {type(error).__name__}", code="session_failed")
-            failure = self._failure = error if isinstance(error, Exception) else ended
+            self._failure = error if isinstance(error, Exception) else ended
+            # no fault of the requests under way; what a defect says is for the log
+            why = f": {error}" if isinstance(error, IaptError) else "; its log says why"
+            failure = IaptError(f"the session has failed{why}", code="session_failed")
+            failure.__cause__ = self._failure
             _log.exception("the session has failed and serves no more")
         self._scheduler.finish()
         with self._lock:

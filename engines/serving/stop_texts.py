@@ -6,6 +6,7 @@ ends with, so a character is looked at once and nothing is searched again.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -46,11 +47,11 @@ def check_stops(where: str, request: Request) -> None:
         refuse("stop_token_ids", f"{count} stop token ids are given, expected at most {MAX_STOP_IDS}")
 
 
-class StopTexts:
-    """Where an answer that comes in pieces holds one of some texts first."""
+class Automaton:
+    """What of some texts an answer ends with, a state for each beginning; read-only once it is built."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Build the automaton; time and memory follow the number of characters.
+        """Build it; time and memory follow the number of characters.
 
         Args:
             texts: not empty, each of a character or more.
@@ -58,45 +59,31 @@ class StopTexts:
         self._next: dict[tuple[int, str], int] = {}
         self._shorter = [0]
         """State to that of the longest proper end of it which begins a text, too."""
-        self._depth = [0]
-        self._found = [0]
+        self.depth = [0]
+        """State to how many characters it stands for."""
+        self.found = [0]
         """State to the length of the longest text that it ends with; 0 for none."""
         for text in texts:
             self._add(text)
         self._link()
-        self._state = self._seen = 0
 
-    @property
-    def held(self) -> int:
-        """Characters at the end of the answer that a stop text may begin with."""
-        return self._depth[self._state]
-
-    def find(self, added: str) -> int | None:
-        """Look at the next piece of the answer.
-
-        Returns:
-            Where in the whole answer the first of the stop texts begins that end within this piece.
-        """
-        first = None
-        for character in added:
-            self._state = self._step(self._state, character)
-            self._seen += 1
-            if length := self._found[self._state]:
-                begin = self._seen - length
-                first = begin if first is None else min(first, begin)
-        return first
+    def step(self, state: int, character: str) -> int:
+        """The state behind one more character; 0 is the first."""
+        while (following := self._next.get((state, character))) is None and state:
+            state = self._shorter[state]
+        return following or 0
 
     def _add(self, text: str) -> None:
         state = 0
         for character in text:
             following = self._next.get((state, character))
             if following is None:
-                following = self._next[state, character] = len(self._depth)
+                following = self._next[state, character] = len(self.depth)
                 self._shorter.append(0)
-                self._depth.append(self._depth[state] + 1)
-                self._found.append(0)
+                self.depth.append(self.depth[state] + 1)
+                self.found.append(0)
             state = following
-        self._found[state] = self._depth[state]
+        self.found[state] = self.depth[state]
 
     def _link(self) -> None:
         """Find each state's shorter one, the near ones first."""
@@ -107,12 +94,45 @@ class StopTexts:
         while waiting:
             state = waiting.popleft()
             for character, following in children.get(state, ()):
-                shorter = self._step(self._shorter[state], character) if state else 0
+                shorter = self.step(self._shorter[state], character) if state else 0
                 self._shorter[following] = shorter
-                self._found[following] = max(self._found[following], self._found[shorter])
+                self.found[following] = max(self.found[following], self.found[shorter])
                 waiting.append(following)
 
-    def _step(self, state: int, character: str) -> int:
-        while (following := self._next.get((state, character))) is None and state:
-            state = self._shorter[state]
-        return following or 0
+
+_automata: weakref.WeakValueDictionary[tuple[str, ...], Automaton] = weakref.WeakValueDictionary()
+"""Those of answers under way: the answers of one request, and of requests with equal stop texts, share theirs."""
+
+
+class StopTexts:
+    """Where an answer that comes in pieces holds one of some texts first."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Begin an answer.
+
+        Args:
+            texts: not empty, each of a character or more.
+        """
+        key = tuple(texts)
+        self._automaton = _automata.get(key) or _automata.setdefault(key, Automaton(key))
+        self._state = self._seen = 0
+
+    @property
+    def held(self) -> int:
+        """Characters at the end of the answer that a stop text may begin with."""
+        return self._automaton.depth[self._state]
+
+    def find(self, added: str) -> int | None:
+        """Look at the next piece of the answer.
+
+        Returns:
+            Where in the whole answer the first of the stop texts begins that end within this piece.
+        """
+        first = None
+        for character in added:
+            self._state = self._automaton.step(self._state, character)
+            self._seen += 1
+            if length := self._automaton.found[self._state]:
+                begin = self._seen - length
+                first = begin if first is None else min(first, begin)
+        return first

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,15 @@ class NewTenant:
     """``METHOD.TENSOR`` to this tenant's entry, in the type that the graphs take."""
 
 
+class TenantsFullError(IaptError):
+    """A method has as many tenants as the bundle takes."""
+
+    def __init__(self, method: str, *args: object, **fields: Any) -> None:
+        """Say of which method."""
+        super().__init__(*args, **fields)
+        self.method = method
+
+
 class TenantBank:
     """The stacked weights, and which entry is whose; entries of removed tenants are used again."""
 
@@ -90,6 +100,7 @@ class TenantBank:
                 self._enter(spec, -1)
         self.base = _base(bundle, manifest)
         """The backbone alone; None where a tenant is merged into its weights."""
+        self._names_of_base = (manifest.backbone.served_name, manifest.backbone.name_or_path)
 
     def get(self, name: str) -> Tenant:
         """The tenant of that name; the backbone alone for an empty one or its own.
@@ -99,7 +110,7 @@ class TenantBank:
         """
         if name in self.tenants:
             return self.tenants[name]
-        if self.base is not None and name in ("", self.base.name, self.manifest.backbone.name_or_path):
+        if self.base is not None and name in ("", *self._names_of_base):
             return self.base
         known = ", ".join(self.tenants) or "none"
         text = f"tenant {name!r} is not in this bundle; its tenants are {known}"
@@ -119,10 +130,12 @@ class TenantBank:
 
         Raises:
             IaptError: the file is for another backbone or a method that the bundle lacks, holds other tensors or
-                NaN, or was trained with another end token.
+                NaN, was trained with another end token, or would be called as the backbone is.
         """
         card, tensors = read_tenant_file(path)
         chosen = name or card.name
+        if self.base is not None and chosen in self._names_of_base:
+            raise IaptError(f"{chosen!r} is the name under which the backbone answers; give the tenant another one")
         if card.fingerprint != self.manifest.backbone.fingerprint:
             raise IaptError(
                 f"{path} was made for another backbone ({card.backbone}); this bundle's is "
@@ -157,7 +170,8 @@ class TenantBank:
             replace: take the place of a tenant of that name; its requests under way keep the old weights.
 
         Raises:
-            IaptError: the name is taken, or the method's stack is full.
+            IaptError: the name is taken.
+            TenantsFullError: the method's stack is full.
         """
         if new.name in self.tenants and not replace:
             raise IaptError(f"tenant {new.name!r} is installed already; remove it first, or replace it")
@@ -250,7 +264,8 @@ class TenantBank:
         if len(entries) >= limit:
             leaving = sum(tenant is not None and tenant.removed for tenant in entries)
             remedy = f"wait for the requests of {leaving} removed ones" if leaving else "remove one"
-            raise IaptError(
+            raise TenantsFullError(
+                method,
                 f"method {method} is full: this bundle takes {limit} tenants of it",
                 code="tenants_full",
                 remedy=f"{remedy}, or build with a larger --tenants",
@@ -288,9 +303,7 @@ class TenantBank:
 def _base(bundle: Path, manifest: BundleManifest) -> Tenant | None:
     if not manifest.serves_backbone:
         return None
-    named = manifest.backbone.name_or_path
-    is_hub_id = named.count("/") == 1 and named[0] not in "/.~"
-    return Tenant(named if is_hub_id else Path(named).name, None, -1, 0, base_format(bundle), "none")
+    return Tenant(manifest.backbone.served_name, None, -1, 0, base_format(bundle), "none")
 
 
 def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:

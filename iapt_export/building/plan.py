@@ -13,7 +13,7 @@ from torch import Tensor
 from iapt_export.building.adapter_argument import parse_adapters
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.low_bits import DEQUANTISED, QUANTISED, Rounding, rounding_of
-from iapt_export.contract.manifest import Range, Ranges
+from iapt_export.contract.manifest import Range, Ranges, served_name
 from iapt_export.contract.types import FLOATS, OPSETS
 from iapt_export.graphs.installed import Installed, deploy, install
 from trainers.adapters.adapter import Adapter
@@ -218,10 +218,12 @@ def load_tenants(
             needed where the tokenizer has a chat template.
 
     Raises:
-        IaptError: a bad adapter, one for another backbone, or a repeated name.
+        IaptError: a bad adapter, one for another backbone, or a name that another one or the backbone has.
     """
     tenants: dict[str, Adapter] = {}
     for name, (path, options) in parse_adapters(arguments).items():
+        if name == served_name(backbone.name_or_path):
+            raise IaptError(f"the adapter {path} is called {name!r}, as the backbone is; give it a name: NAME={path}")
         prompt_format = options.get("format", peft_prompt_format)
         task = int(options["task"]) if "task" in options else None
         adapter = load_adapter(path, backbone, peft_prompt_format=prompt_format, peft_task=task)

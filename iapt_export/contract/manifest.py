@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from iapt_export.contract.disk import file_sha256 as file_sha256
@@ -49,6 +49,12 @@ SENT_PROMPTS = "prompts"
 """``METHOD.prompts [B, P, D]`` is the input of a method whose prompts are computed before prefill."""
 
 
+def served_name(name_or_path: str) -> str:
+    """What a backbone is called where it answers: its hub id, or the last folder of its path."""
+    is_hub_id = name_or_path.count("/") == 1 and not name_or_path.startswith(("/", ".", "~"))
+    return name_or_path if is_hub_id else PurePath(name_or_path).name
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec(BackboneSizes):
     """The frozen language model of a bundle."""
@@ -63,6 +69,11 @@ class BackboneSpec(BackboneSizes):
     max_positions: int
     eos_token_ids: list[int]
     pad_token_id: int
+
+    @property
+    def served_name(self) -> str:
+        """What it is called where it answers."""
+        return served_name(self.name_or_path)
 
     def __post_init__(self) -> None:
         limits = {item.name: MOST for item in dataclasses.fields(BackboneSizes)}

@@ -222,6 +222,12 @@ def test_what_is_not_supported_is_refused_with_its_name(
 
 def test_fields_that_ask_for_nothing_are_taken(server: Served) -> None:
     nothing = {"tools": None, "tool_choice": "none", "user": "me", "metadata": {"a": "b"}, "store": False, "n": 1}
+    schema = {"name": "one", "description": None, "schema": {"enum": ["yes"]}, "strict": None}
+    nothing["response_format"] = {"type": "json_schema", "json_schema": schema}
+    nothing["messages"] = [{"role": "user", "content": "yes", "name": None}]
+    nothing |= {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}}
+    assert events(server.ask(CHAT, {"model": "alpha", "max_tokens": 9, **nothing})[1])[-1] == "[DONE]"
+    nothing = {"tools": None, "stream_options": None, "response_format": {"type": "text", "json_schema": None}}
     status, found, _ = server.ask(CHAT, {"model": "alpha", "messages": said("yes"), "max_tokens": 3, **nothing})
     assert status == 200 and found["choices"]
 

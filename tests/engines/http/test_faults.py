@@ -98,7 +98,7 @@ def test_what_fails_after_the_first_token_is_an_event(server: Served, monkeypatc
     monkeypatch.setattr(server.session.stepper, "step", fail_later)
     status, text, _ = server.ask(TEXT, long(stream=True))
     found = events(text)
-    assert status == 200 and "event: error" in text and found[-1]["error"]["code"] == "internal_error"
+    assert status == 200 and "event: error" in text and found[-1]["error"]["code"] == "session_failed"
     assert "device" not in json.dumps(found[-1]), "what a defect says is for the log"
 
 

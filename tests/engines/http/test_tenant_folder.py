@@ -15,7 +15,8 @@ from tests.bundles import TENANTS, TinyBuild
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from tests.engines.http.served import TEXT, Served, in_thread
+from engines.http.access import Access
+from tests.engines.http.served import ADMIN, TEXT, Served, in_thread
 
 NAMES = [f"new{number}" for number in range(6)]
 
@@ -26,7 +27,7 @@ def server(tiny_build: TinyBuild, tmp_path: Path) -> Iterator[Served]:
     for number, name in enumerate(NAMES):
         source = tiny_build.bundle / "tenants" / f"{TENANTS[number % 3]}.safetensors"
         shutil.copy(source, tmp_path / f"{name}.safetensors")
-    with in_thread(tiny_build.bundle, folder=tmp_path) as served:
+    with in_thread(tiny_build.bundle, access=Access(None, "let me in"), folder=tmp_path) as served:
         yield served
 
 
@@ -82,6 +83,41 @@ def test_many_clients_of_more_tenants_than_places(server: Served) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(until_answered, range(60)))
+
+
+def test_one_that_was_loaded_by_name_is_not_taken_out_again(server: Served) -> None:
+    """Else the next request for it would be answered by the file of its name, which may be an older version."""
+    assert server.session is not None
+    wanted = [asked(server, name)[1]["choices"][0]["text"] for name in TENANTS]
+    server.session.remove_tenant("gamma")
+    assert [asked(server, name)[1]["choices"][0]["text"] for name in ("new0", "new1")] == wanted[:2]
+    newer = {"lora_name": "new0", "lora_path": "new2.safetensors", "load_inplace": True}
+    assert server.ask("/v1/load_lora_adapter", newer, **ADMIN)[0] == 200
+    for name, answer in (("new1", wanted[1]), ("new0", wanted[2]), ("new4", wanted[1]), ("new0", wanted[2])):
+        assert asked(server, name)[1]["choices"][0]["text"] == answer
+    assert models(server) == ["alpha", "beta", "new0", "new4", "model"]
+
+
+def test_room_is_made_among_tenants_of_the_method_that_is_full(
+    server: Served, tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This bundle has one method; the tenant on demand is told to be of another one, whose places are no help."""
+    assert server.session is not None
+    assert asked(server, "new0")[0] == 200
+    monkeypatch.setattr(server.session.stepper.bank.tenants["new0"], "method", "other")
+    status, found, headers = asked(server, "new1")
+    assert (status, found["error"]["code"]) == (503, "tenants_full") and "retry-after" not in headers
+    monkeypatch.undo()
+    assert "new0" in models(server)
+
+
+def test_no_tenant_takes_the_backbones_name(server: Served) -> None:
+    wanted = asked(server, "model")[1]["choices"][0]["text"]
+    status, found, _ = server.ask(
+        "/v1/load_lora_adapter", {"lora_name": "model", "lora_path": "new0.safetensors"}, **ADMIN
+    )
+    assert status == 400 and "'model' is the name under which the backbone answers" in found["error"]["message"]
+    assert asked(server, "model")[1]["choices"][0]["text"] == wanted
 
 
 def test_what_is_full_is_said_without_flags(server: Served, tiny_build: TinyBuild) -> None:

@@ -21,7 +21,7 @@ import engines.serving.scheduler
 from engines.onnxruntime.runner import OnnxRuntimeRunner
 from engines.serving.in_place_stepper import InPlaceStepper
 from engines.serving.sampling import Sampling, choose
-from engines.serving.session import Request, Session
+from engines.serving.session import Answer, Grammar, Request, Session
 from engines.serving.tenants import read_tenant_file
 from engines.serving.text import TextCodec
 from iapt_export.contract.errors import IaptError, QueueFullError
@@ -129,6 +129,14 @@ def test_nothing_of_a_failed_row_stays_in_the_cache(session: Session, monkeypatc
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"tokens": (5, 1.5)}, "1.5 is no token id; expected whole numbers"),
         ({"tokens": ("yes",)}, "'yes' is no token id"),
+        ({"tokens": np.array([[5, 6]])}, r"array\(\[5, 6\]\) is no token id"),
+        ({"tokens": (10**5000,)}, "token id int that cannot be shown is out of range"),
+        ({"tokens": [0.5] * 10**6}, "the prompt has 1000000 tokens; this bundle takes at most 96"),
+        ({"max_new_tokens": np.array([2, 3])}, r"max_new_tokens is array\(\[2, 3\]\), expected at least 1"),
+        (
+            {"grammar": Grammar(choice=["a"]), "min_tokens": 2, "ignore_eos": False},
+            "ends where the grammar ends; leave out min_tokens",
+        ),
     ],
 )
 def test_fields_that_no_session_can_serve(session: Session, fields: dict[str, Any], text: str) -> None:
@@ -142,6 +150,22 @@ def test_the_queue_moves_on_as_rows_take_from_it(tiny_build: TinyBuild) -> None:
     with Session.open(tiny_build.bundle, verify=False, max_waiting=1) as session:
         hold(session)
         until(lambda: session.stepper.num_rows == session.stepper.max_rows)
+
+
+def test_a_deadline_counts_in_line_as_well(tiny_build: TinyBuild) -> None:
+    async def asked(session: Session) -> Answer:
+        return await (await session.submit_async(dataclasses.replace(request(), deadline_s=0.2))).wait()
+
+    with Session.open(tiny_build.bundle, verify=False, max_waiting=1) as session:
+        hold(session)
+        start = time.monotonic()
+        answers = [session.submit(dataclasses.replace(request(), deadline_s=0.2)).result(), asyncio.run(asked(session))]
+        assert time.monotonic() - start < 10
+        assert [(answer.finish_reason, answer.tokens) for answer in answers] == [("deadline", [])] * 2
+        with pytest.raises(QueueFullError):
+            session.submit(dataclasses.replace(request(), deadline_s=60), timeout=0.1)
+        assert not session._inbox.line
+    assert {tenant.users for tenant in session.stepper.bank.tenants.values()} == {0}
 
 
 def test_a_queue_for_nobody_is_refused(tiny_build: TinyBuild) -> None:

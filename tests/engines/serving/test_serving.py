@@ -158,8 +158,9 @@ def test_a_failing_step_is_told_to_everyone(session: Session, monkeypatch: pytes
         raise IaptError("the device is gone")
 
     monkeypatch.setattr(session.stepper, "step", fail)
-    with pytest.raises(IaptError, match="the device is gone"):
+    with pytest.raises(IaptError, match="the session has failed: the device is gone") as caught:
         running.result()
+    assert caught.value.code == "session_failed", "the request was right, and another session may answer it"
     with pytest.raises(IaptError, match="the session has failed and serves no more: the device is gone"):
         session.submit(request(0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -36,6 +37,16 @@ def test_any_pieces_give_what_searching_all_gives(stops: list[str], pieces: list
         if cut is not None:
             return
         assert finder.held == held
+
+
+def test_answers_with_equal_stop_texts_share_what_is_built_for_them() -> None:
+    """Else one request for 64 answers with the longest stop text that there may be holds a server up for seconds."""
+    first, *others = (StopTexts(("END", "x" * 1000)) for _ in range(64))
+    assert all(each._automaton is first._automaton for each in others)
+    assert first.find("EN") is None and others[0].find("x END") == 2 and first.find("D") == 0
+    built = weakref.ref(first._automaton)
+    del first, others
+    assert built() is None, "kept no longer than an answer needs it"
 
 
 @pytest.mark.parametrize("stops", [["x" * 20_000], [f"stop text {number:08d}" for number in range(1_500)]])

@@ -211,6 +211,18 @@ def test_prompts_that_the_client_computed(build: TinyBuild, session: Session, ba
     assert tokens_of(session, [other])[0] != wanted != tokens_of(session, [lacking])[0]
 
 
+@pytest.mark.parametrize(
+    "sent",
+    ["abc", [[1.0, 2.0], [3.0]], object(), [[10**400] * 32] * 6, np.ones((6, 32), complex)],
+    ids=["text", "ragged", "object", "too large", "complex"],
+)
+def test_prompts_that_are_no_numbers_leave_the_others_alone(session: Session, sent: Any) -> None:
+    good, bad = (Request("taste", tokens=(5, 9), max_new_tokens=2, soft_prompts=prompts) for prompts in (None, sent))
+    answers = list(session.generate([good, bad, good], raised="never"))
+    assert [len(answer.tokens) for answer in answers] == [2, 0, 2]
+    assert "soft_prompts is" in str(answers[1].error) and "expected an array of numbers" in str(answers[1].error)
+
+
 def test_a_client_without_torch_computes_them_as_the_docs_say(build: TinyBuild, session: Session) -> None:
     (recipe,) = re.findall(r"```python\n(.*?)```", METHODS_PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     ids = session.codec.encode(TEXTS[1], "plain")

@@ -186,6 +186,8 @@ def test_two_tenants_of_one_name(tiny_build: TinyBuild, backbone: Backbone) -> N
     folder = tiny_build.adapters["alpha"]
     with pytest.raises(IaptError, match="two adapters are called 'alpha'; tell them apart with --adapter NAME=DIR"):
         load_tenants([str(folder), f"alpha={tiny_build.adapters['beta']}"], backbone)
+    with pytest.raises(IaptError, match="is called 'model', as the backbone is; give it a name: NAME="):
+        load_tenants([f"model={folder}"], backbone)
 
 
 @pytest.mark.parametrize(
