@@ -216,19 +216,18 @@ def _others_inside(path: Path) -> dict[str, str]:
 def _said_by_build(path: Path, model: str) -> str:
     """What `build` says of an adapter and a backbone, whose weights are not read."""
     from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
+    from trainers.adapters.peft_format import format_question
     from trainers.decoder.backbone import load_tokenizer
 
     try:
         backbone = _outline_of(model)
-        adapter = load_adapter(path, backbone)
+        adapter = load_adapter(path, backbone, peft_prompt_format="plain")
         check_adapter_fits(adapter.config, backbone, str(path))
-        asks = adapter.from_peft and getattr(load_tokenizer(model), "chat_template", None)
+        question = format_question(load_tokenizer(model), path) if adapter.from_peft else ""
     except IaptError as error:
         return f"refused: {error}"
     said = f"supported as {adapter.config.peft_type}"
-    if asks:
-        said += f"; say how prompts were fed: --adapter {path},format=chat or {path},format=plain"
-    return "; ".join(filter(None, (said, doubt_of_backbone(adapter, backbone))))
+    return "; ".join(filter(None, (said, question and f"it {question}", doubt_of_backbone(adapter, backbone))))
 
 
 def _outline_of(model: str) -> Backbone:

@@ -13,7 +13,7 @@ from typing import Any
 from docstring_parser import parse_from_object
 
 from iapt_export.contract.manifest import BundleManifest
-from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.contract.tenant_card import SCHEMA_VERSIONS, TenantCard
 from trainers.adapters.adapter import METHOD_FIELD, PEFT_TYPES, AdapterConfig
 from trainers.methods.configs import METHOD_CONFIGS
 
@@ -74,7 +74,7 @@ def _object(cls: type[Any], definitions: dict[str, Schema], without: tuple[str, 
             continue
         shape = _of_type(hints[item.name], definitions)
         if item.name == "schema_version":
-            shape = {"const": item.default}
+            shape = {"enum": list(SCHEMA_VERSIONS)} if cls is TenantCard else {"const": item.default}
         properties[item.name] = {**shape, **({"description": told[item.name]} if item.name in told else {})}
         is_optional = (item.default, item.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
         if not is_optional or item.name == "schema_version":

@@ -125,7 +125,7 @@ def tiny_adapter(seed: int, method: Any = METHOD, fingerprint: str = "tiny", **f
         SIZES, **{name: fields[name] for name in ("hidden_size", "num_layers") if name in fields}
     )
     config = AdapterConfig(
-        base_model_name_or_path="tiny",
+        base_model_name_or_path="model",
         backbone_fingerprint=fingerprint,
         method=method,
         **{**dataclasses.asdict(sizes), "prompt_format": "chat" if seed % 2 else "plain", **fields},

@@ -52,7 +52,7 @@ def parse_adapter(argument: str) -> tuple[str, Path, dict[str, str]]:
     before, comma, after = rest.rpartition(",")
     if comma and not Path(rest.partition("=")[2] or rest).exists():
         raise IaptError(
-            f"--adapter {argument}: {after!r} is no setting; expected DIR,format=chat, DIR,format=plain or DIR,task=0, "
+            f"--adapter {argument}: {after!r} is no setting; expected DIR,format=chat (plain, newline) or DIR,task=0, "
             f"without spaces, and --adapter once for each adapter, {before} first"
         )
     given, equals, folder = rest.partition("=")

@@ -214,7 +214,7 @@ def load_tenants(
         arguments: as on the command line; the folder's name is the tenant's unless one is given. Behind a folder of
             stock PEFT may stand what it does not say: ``DIR,format=chat``, ``DIR,task=0``.
         backbone: a `trainers.decoder.backbone.Backbone`.
-        peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain`` or ``chat``;
+        peft_prompt_format: how prompts are fed to adapters that stock PEFT wrote, ``plain``, ``newline`` or ``chat``;
             needed where the tokenizer has a chat template.
 
     Raises:

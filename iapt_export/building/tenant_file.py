@@ -32,7 +32,7 @@ def write_tenant_file(
         bundle: the bundle that shall serve it, or any with the same backbone and method.
         output: a safetensors file.
         load_backbone: gives the bundle's backbone; called where what is shipped has to be computed.
-        peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain`` or ``chat``;
+        peft_prompt_format: how prompts are fed to an adapter that stock PEFT wrote, ``plain``, ``newline`` or ``chat``;
             needed where the tokenizer has a chat template.
 
     Returns:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.manifest import BundleManifest, MethodSpec, TenantSpec
+from iapt_export.contract.prompt_format import ONE_OF, PROMPT_FORMATS
 from iapt_export.contract.schema import parse_json, read_fields
 
 CARD_KEY = "iapt_tenant"
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""2 is that of prompts which versions that read 1 alone would feed in another way."""
 OLDER: dict[str, dict[str, Any]] = {"IAPT": {"normalize": False}}
 """Form to the fields that it got later, with what files that lack them mean, as `trainers.methods.configs` has it."""
 
@@ -34,7 +36,7 @@ class TenantCard:
     trained_form: str
     """The method that it was trained with."""
     prompt_format: str
-    """``chat`` or ``plain``."""
+    """One of `iapt_export.contract.prompt_format.PROMPT_FORMATS`."""
     system_prompt: str | None = None
     """What all of its training examples began with; empty for none, None where they differ or did not say."""
     eos_token_id: int | None = None
@@ -42,7 +44,13 @@ class TenantCard:
     labels: list[str] = field(default_factory=list)
     prompt_length: int | None = None
     """Cache entries that its prompts take, as its method's in the bundle; None in files of older versions."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.prompt_format not in PROMPT_FORMATS:
+            raise BundleError(f"prompt_format is {self.prompt_format!r}, expected {ONE_OF}")
+        if self.prompt_format == "newline" and self.schema_version == 1:
+            object.__setattr__(self, "schema_version", 2)
 
     def fits(self, form: str, config: Mapping[str, Any]) -> bool:
         """Whether a bundle's method computes what this tenant needs; how weights were found does not count."""
@@ -90,10 +98,10 @@ class TenantCard:
                 "tenants/NAME.safetensors"
             ) from error
         version = fields.get("schema_version") if isinstance(fields, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in SCHEMA_VERSIONS:
             raise IaptError(
                 f"{where}: the tenant card's schema_version is {version!r}, this version of iapt-export reads "
-                f"{SCHEMA_VERSION}; write the file again"
+                f"{' and '.join(map(str, SCHEMA_VERSIONS))}; write the file again"
             )
         problems: list[str] = []
         card: TenantCard = read_fields(cls, fields, "tenant card", problems)

@@ -76,7 +76,7 @@ def test_an_adapter_for_another_backbone(tiny_build: TinyBuild, tmp_path: Path) 
     other = save_tiny_adapter(tmp_path / "other", 0, "feedfeedfeedfeed", METHOD, hidden_size=64)
     outcome = build_with(tiny_build, other, tmp_path / "bundle")
     assert outcome.code == 1
-    assert "was trained for tiny, not for" in outcome.err
+    assert "was trained for model, not for" in outcome.err
     assert "hidden size is 64 in the adapter and 32 in the backbone; fingerprint is feedfeedfeedfeed" in outcome.err
     assert "Give its own backbone with --model" in outcome.err
 
@@ -301,7 +301,7 @@ def test_damaged_bundles(tiny_bundle: Path, command: str, damage: Callable[[Path
             ["--tenant=alpha", "--prompt=" + "the film " * 200],
             "tokens; this bundle takes at most 96 (shorten it, or build",
         ),
-        (["--tenant=alpha", "--prompt=yes", "--max-new-tokens=999"], "cache entries (4 prompt, 2 instruction"),
+        (["--tenant=alpha", "--prompt=yes", "--max-new-tokens=999"], "cache entries (4 prompt, 3 instruction"),
         (["--tenant=alpha", "--prompt=yes", "--max-new-tokens=0"], "max_new_tokens is 0, expected at least 1"),
         (["--tenant=alpha", "--prompt=yes", "--temperature=-1"], "temperature -1.0 is negative; use 0 for greedy"),
         (["--tenant=alpha", "--prompt=yes", "--top-p=0"], "top_p 0.0 is out of range"),

@@ -70,9 +70,9 @@ def desk(tiny_build: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         ([*BUILD, "--adapter=alpha", "--adapter=alpha=lora"], "two adapters are called 'alpha'; tell them apart with"),
         ([*BUILD, "--adapter=x="], "--adapter x=: the folder is empty; expected DIR or NAME=DIR"),
-        ([*BUILD, "--adapter=lora, format=chat"], "' format=chat' is no setting; expected DIR,format=chat, DIR,format"),
+        ([*BUILD, "--adapter=lora, format=chat"], "' format=chat' is no setting; expected DIR,format=chat (plain, "),
         ([*BUILD, "--adapter=lora,fromat=chat"], "'fromat=chat' is no setting"),
-        ([*BUILD, "--adapter=alpha,lora"], "'lora' is no setting; expected DIR,format=chat, DIR,format=plain or DIR,"),
+        ([*BUILD, "--adapter=alpha,lora"], "'lora' is no setting; expected DIR,format=chat (plain, newline) or DIR,"),
         ([*BUILD, "--adapter=alpha", "--cache=reviews.csv"], "a file stands where a folder belongs; give another path"),
         (
             [*BUILD, "--adapter=alpha"],

@@ -13,7 +13,7 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.inspection import describe
 from tests.bundles import NUM_LAYERS, TENANTS, TinyBuild, run, save_tiny_adapter
 from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
-from tests.tiny import save_tiny_backbone, tiny_llama
+from tests.tiny import save_tiny_backbone, tiny_llama, tiny_tokenizer
 from tests.trainers.adapters.test_peft_format import stock
 from tests.trainers.decoder.gguf_files import TinyFile, write
 from trainers.decoder.backbone import config_fingerprint, load_backbone
@@ -86,10 +86,16 @@ def test_an_adapter_of_stock_peft(model: Path, tmp_path: Path) -> None:
     assert (found["kind"], found["peft_type"], found["r"]) == ("adapter of stock PEFT", "LORA", 2)
     assert sorted(found["target_modules"]) == ["down_proj", "q_proj"]
     assert found["build"].startswith("not checked") and "--model" in found["build"]
-    asked = f"; say how prompts were fed: --adapter {lora},format=chat or {lora},format=plain"
-    assert inspected(lora, f"--model={model}")["build"] == "supported as LORA" + asked
+    found = inspected(lora, f"--model={model}")["build"]
+    assert found.startswith("supported as LORA; it was written by stock PEFT, which does not say how prompts were fed")
+    assert f"give --adapter {lora},format=chat if training used it, or {lora},format=plain if" in found
     no_chat = save_tiny_backbone(tmp_path / "plain", tiny_llama(num_hidden_layers=NUM_LAYERS), chat=False)
     assert inspected(lora, f"--model={no_chat}")["build"] == "supported as LORA"
+    tiny_tokenizer().save_pretrained(lora)  # as TRL does, with the chat template that it trained with
+    found = inspected(lora, f"--model={no_chat}")["build"]
+    assert found.startswith(
+        "supported as LORA; it was saved with a chat template, which this backbone's tokenizer lacks"
+    )
     prompt = save_stock(tmp_path / "prompt", "PromptTuningConfig", {"num_virtual_tokens": 4})
     found = inspected(prompt, f"--model={model}")
     assert (found["build"].partition(";")[0], found["num_virtual_tokens"]) == ("supported as PROMPT_TUNING", 4)
@@ -103,7 +109,7 @@ def test_an_adapter_of_stock_peft_that_names_another_backbone(tmp_path: Path, ca
         folder = save_stock(tmp_path / f"of {name}".replace("/", " "))
         path = folder / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": name}), "utf-8")
-        words = f"{folder} was trained for {name}, and {model} is given: their shapes agree, and that is all"
+        words = f"{folder} was trained for {name}, and {model} is given: their sizes agree, and that is all"
         assert (words in inspected(folder, f"--model={model}")["build"]) == doubtful
         caplog.clear()
         load_tenants([f"a={folder}"], backbone)
@@ -184,7 +190,7 @@ def test_adapters_of_several_names_in_one_folder(model: Path, tmp_path: Path) ->
     ):
         outcome = run(*argv)
         assert outcome.code == 1 and wanted in outcome.err and outcome.err.count("\n") <= 3, outcome.err
-    assert inspected(folder / "tone", f"--model={model}")["build"].startswith("supported as LORA; say how prompts")
+    assert inspected(folder / "tone", f"--model={model}")["build"].startswith("supported as LORA; it was written by")
     made.save_pretrained(folder)
     inside = ", ".join(f"--adapter {folder / name}" for name in ("tone", "topic"))
     assert inspected(folder)["also_inside"] == inside and "also_inside" not in inspected(folder / "tone")

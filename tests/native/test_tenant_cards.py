@@ -58,7 +58,7 @@ def refusals(bundle: Path) -> list[str]:
         ({"colour": 3}, "no valid tenant card: tenant card.colour is not a known field"),
         ({"backbone": ...}, "no valid tenant card: tenant card.backbone is missing"),
         ({"eos_token_id": 2**70}, "no valid tenant card"),
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
     ],
 )
 def test_a_card_that_contradicts_the_manifest_is_refused(tiny_bundle: Path, fields: dict[str, Any], text: str) -> None:

@@ -73,8 +73,8 @@ def load_adapter(
     Args:
         folder: the directory.
         backbone: what the adapter is for; needed for a directory that stock PEFT wrote.
-        peft_prompt_format: how prompts are fed to an adapter of stock PEFT, ``plain`` or ``chat``; ours say it
-            themselves. Needed where the tokenizer has a chat template.
+        peft_prompt_format: how prompts are fed to an adapter of stock PEFT: ``plain``, ``newline`` or ``chat``; ours
+            say it themselves. Needed where the tokenizer has a chat template.
         peft_task: which task of stock PEFT's multitask prompt, from 0.
 
     Raises:
@@ -118,15 +118,15 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
 
 
 def doubt_of_backbone(adapter: Adapter, backbone: Backbone) -> str:
-    """What should be known of an adapter of stock PEFT that names another backbone; empty where nothing is in doubt.
+    """What should be known of an adapter that names another backbone; empty where nothing is in doubt.
 
-    PEFT records a name and no fingerprint, so that weights of the same shapes are taken for those it was trained on.
-    The same weights have many names, so it is no refusal.
+    Only sizes and settings can be compared, so that other weights of the same architecture are taken for those it was
+    trained on. The same weights have many names, so it is no refusal.
     """
     theirs, ours = adapter.config.base_model_name_or_path, backbone.name_or_path
-    if not adapter.from_peft or Path(theirs).name.lower() == Path(ours).name.lower():
+    if Path(theirs).name.lower() == Path(ours).name.lower():
         return ""
     return (
-        f"{adapter.path} was trained for {theirs}, and {ours} is given: their shapes agree, and that is all that can "
+        f"{adapter.path} was trained for {theirs}, and {ours} is given: their sizes agree, and that is all that can "
         "be checked; if these are other weights, its answers are wrong"
     )

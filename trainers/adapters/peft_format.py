@@ -1,12 +1,14 @@
 """Adapter directories of stock PEFT, read and written in its own layout; see `trainers.adapters.peft_forms`.
 
-PEFT records neither a fingerprint of the backbone nor a chat template: shapes are checked against the backbone that
-is given, and the prompt format is "plain" unless the user says otherwise. In a padded batch PEFT's forward counts
-padding as positions and ours does not, so the two agree where padding stands on the right or not at all.
+PEFT records neither a fingerprint of the backbone nor how prompts were fed: shapes are checked against the backbone
+that is given, and the prompt format is "plain" where no tokenizer has a chat template and the user says nothing. In a
+padded batch PEFT's forward counts padding as positions and ours does not, so the two agree where padding stands on the
+right or not at all.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.schema import read_object
 from iapt_export.contract.settings import raise_problems
 from trainers.adapters.adapter import Adapter, AdapterConfig, read_fields, read_tensors
 from trainers.adapters.peft_forms import PREFIX_FORM, PROMPT_FORM, PeftForm, check_tensors
@@ -75,13 +78,45 @@ def adapter_from_peft(
 
 def _prompt_format(tokenizer: Any, prompt_format: Any, folder: Path) -> Any:
     """What was said; text as it is where there is nothing to choose. A wrong guess would answer worse in silence."""
-    if prompt_format is None and getattr(tokenizer, "chat_template", None):
-        raise IaptError(
-            f"{folder} was written by stock PEFT, which does not say how prompts were fed, and this backbone's "
-            f"tokenizer has a chat template; give --adapter {folder},format=chat if training used it, or "
-            f"{folder},format=plain if prompts were text as it is (--peft-prompt-format for all adapters)"
+    if prompt_format is None and (question := format_question(tokenizer, folder)):
+        raise IaptError(f"{folder} {question}")
+    theirs, ours = _saved_template(folder), getattr(tokenizer, "chat_template", None)
+    if prompt_format == "chat" and theirs and ours and theirs.strip() != str(ours).strip():
+        logging.getLogger(__name__).warning(
+            "%s was saved with another chat template than the backbone's, which is used; answers may be worse", folder
         )
     return resolve_prompt_format(tokenizer, prompt_format or "plain", continues=True)
+
+
+def format_question(tokenizer: Any, folder: Path) -> str:
+    """What has to be said of how prompts were fed to an adapter of stock PEFT; empty where there is nothing to choose.
+
+    Args:
+        tokenizer: the backbone's.
+        folder: the adapter's.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return (
+            "was written by stock PEFT, which does not say how prompts were fed, and the backbone's tokenizer has "
+            f"a chat template; give --adapter {folder},format=chat if training used it, or {folder},format=plain if "
+            "prompts were text as it is, format=newline with a line break behind (--peft-prompt-format for all)"
+        )
+    if _saved_template(folder):
+        return (
+            "was saved with a chat template, which this backbone's tokenizer lacks; save the adapter's tokenizer into "
+            f"the backbone's folder, or give --adapter {folder},format=plain if training did not use it"
+        )
+    return ""
+
+
+def _saved_template(folder: Path) -> str:
+    """The chat template of a tokenizer that was saved beside an adapter, as TRL does; empty where there is none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    settings = folder / "tokenizer_config.json"
+    found = read_object(settings, "save the tokenizer again").get("chat_template") if settings.is_file() else None
+    return found if isinstance(found, str) else ""
 
 
 def peft_fields(method: Any, sizes: Sizes) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class TrainConfig:
     logging_steps: int = 10
     """Report loss and learning rate every so many steps."""
     report_to: str = "none"
-    """Experiment tracker of the Hugging Face Trainer: tensorboard, wandb, mlflow, none, ..."""
+    """Experiment tracker of the Hugging Face Trainer: tensorboard (logs go to OUTPUT.runs), wandb, mlflow, none."""
     precision: Precision = "fp32"
     """fp32, or bf16 for the backbone and the products (the adapter's weights stay fp32)."""
     weights: Weights = "fp32"

@@ -133,7 +133,9 @@ def _csv_rows(
         raise IaptError(f"{source}:1: the header names {', '.join(doubles)} twice; give each column its own name")
     if unused := [name for name in header if name not in wanted.values()]:
         notes[f"left out: the columns {', '.join(unused)}"] += 1
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # as the header has it: a space behind a delimiter is no part of a cell, and a quote behind it opens one
+    spaced = f"{delimiter} " in text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     next(reader)
     while True:
         before = reader.line_num + 1
@@ -155,7 +157,8 @@ def _csv_rows(
 
 def _header(text: str, delimiter: str) -> list[str]:
     try:
-        return [name.strip() for name in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        return [name.strip() for name in next(reader, [])]
     except csv.Error:
         return []
 

@@ -47,8 +47,19 @@ def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None
 
 
 def format_of(tokenizer: Any, asked: AskedFormat, examples: Sequence[Example]) -> PromptFormat:
-    """How the prompts of examples are fed; see `resolve_prompt_format`."""
-    return resolve_prompt_format(tokenizer, asked, continues=all(example.continues for example in examples))
+    """How the prompts of examples are fed; see `resolve_prompt_format`.
+
+    Raises:
+        IaptError: the examples' forms ask for different formats, and nobody said which.
+    """
+    count = sum(example.continues for example in examples)
+    found = resolve_prompt_format(tokenizer, asked, continues=count == len(examples))
+    if asked == "auto" and found != "chat" and 0 < count < len(examples):
+        raise IaptError(
+            f"{count} records are prompts with completions and {len(examples) - count} have another form; without a "
+            "chat template only the others get a line break behind: say prompt_format=plain or newline"
+        )
+    return found
 
 
 def encode_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> list[int]:
@@ -91,6 +102,45 @@ def encode_examples(
         response = encode_response(tokenizer, example.response, max_response)
         items.append({"input_ids": instruction + response, "instruction_length": len(instruction)})
     return items
+
+
+def check_rows(items: Sequence[Item], tokenizer: Any, model: Any, num_slots: int) -> None:
+    """Refuse rows that the backbone's tables do not hold, before a step meets one of them.
+
+    Args:
+        items: encoded examples.
+        tokenizer: the backbone's.
+        model: the backbone.
+        num_slots: what an adapter puts before each row.
+
+    Raises:
+        IaptError: a token or a position that the backbone has no entry for.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    for number, item in enumerate(items):
+        highest, length = max(item["input_ids"]), num_slots + len(item["input_ids"])
+        if highest >= config.vocab_size:
+            raise IaptError(
+                f"{tokenizer.convert_ids_to_tokens(highest)!r} is token {highest}, and the backbone's table has "
+                f"{config.vocab_size} entries; its tokenizer had tokens added: resize the table, or leave them out"
+            )
+        if length > positions:
+            raise IaptError(
+                f"example {number} has {length} tokens, {num_slots} of them the adapter's, and the backbone "
+                f"{positions} positions; lower max_instruction_tokens or max_response_tokens"
+            )
+
+
+def check_labels(examples: Sequence[Example], labels: Sequence[str], what: str) -> None:
+    """Refuse examples whose response is none of the labels, where there are labels.
+
+    Raises:
+        IaptError: ``what``, with the first five.
+    """
+    strange = sorted({example.response for example in examples} - set(labels)) if labels else []
+    if strange:
+        raise IaptError(f"{what}: {', '.join(strange[:5])}")
 
 
 def collate(items: Sequence[Item], pad_token_id: int) -> dict[str, Tensor]:
@@ -174,7 +224,7 @@ def example_prompts(
     Args:
         tokenizer: the backbone's.
         examples: held-out ones.
-        prompt_format: ``chat`` or ``plain``.
+        prompt_format: ``chat``, ``plain`` or ``newline``.
         max_tokens: longer instructions are cut as in training.
         count: how many at most.
     """

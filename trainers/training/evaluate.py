@@ -120,7 +120,7 @@ class Evaluation:
     labels: tuple[str, ...]
     """Answers to choose from; empty measures the loss of free answers."""
     prompt_format: str
-    """``chat`` or ``plain``."""
+    """``chat``, ``plain`` or ``newline``."""
     config: TrainConfig
     """For its limits and ``eval_batch_size``."""
 

@@ -23,6 +23,7 @@ from trainers.adapters.adapter import Adapter, AdapterConfig
 from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.decoder.method import Method, rows_of
 from trainers.methods.rational import COEFFICIENTS
+from trainers.training.config import TrainConfig
 from trainers.training.evaluate import response_loss
 from trainers.training.work import UNFINISHED, place_checkpoint, write_seconds
 
@@ -30,6 +31,39 @@ MEGABATCH = 50
 """Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
 KEPT_CHECKPOINTS = 2
 """One more than is needed, should the newest be damaged."""
+
+
+def arguments_of(config: TrainConfig, work: Path) -> TrainingArguments:
+    """The Trainer's settings for a run that keeps its checkpoints in ``work``."""
+    return TrainingArguments(
+        output_dir=str(work),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 without a GPU is refused
+        seed=config.seed,
+        data_seed=config.seed,
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 class DivergedError(IaptError):

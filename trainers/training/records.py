@@ -19,6 +19,8 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.schema import parse_json
 from trainers.decoder.instruction import Message, user_message
 
+UNREAD = ("system", "history", "tools", "functions", "images", "audios", "videos")
+"""Fields of other tools' records that change what their models see; what else stands in a record is about it."""
 MAX_PROBLEMS = 10
 """Bad records that one error lists; the rest is counted."""
 
@@ -74,7 +76,7 @@ def _conversion(path: Path, lines: Sequence[str]) -> str:
         form = "csv"
     elif '"conversations"' in start or any('"conversations"' in line for line in lines[:MAX_PROBLEMS]):
         form = "sharegpt"
-    elif start.startswith("["):
+    elif start.startswith("[") or ('"instruction"' in start and ('"system"' in start or '"history"' in start)):
         form = "alpaca"
     else:
         return ""
@@ -103,6 +105,8 @@ def example_of(record: Any) -> Example:
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, this is {type(record).__name__}")
+    if dropped := [name for name in UNREAD if not _is_nothing(record.get(name))]:
+        raise ValueError(f"its {' and '.join(dropped)} would not be read; put what the model shall see into messages")
     if "messages" in record:
         return _from_messages(record["messages"])
     if "prompt" in record:
@@ -130,10 +134,16 @@ def _from_messages(messages: Any) -> Example:
         if message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"message {index} has role {message.get('role')!r}, expected system, user or assistant")
         _text(message, "content")
+        if dropped := [name for name in message if name not in ("role", "content") and not _is_nothing(message[name])]:
+            raise ValueError(f"message {index} has {', '.join(dropped)}, which is not read; expected role and content")
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         raise ValueError("'messages' does not end with a user message and the assistant's answer to it")
     turns = tuple({"role": message["role"], "content": message["content"]} for message in messages[:-1])
     return Example(turns, messages[-1]["content"])
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _text(record: dict[str, Any], field: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 
 from iapt_export.contract.disk import file_sha256, sync
 from iapt_export.contract.errors import IaptError
@@ -34,6 +34,8 @@ from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import Run, write_card
 from trainers.training.config import TrainConfig, TrainRequest
 from trainers.training.data import (
+    check_labels,
+    check_rows,
     collate,
     encode_examples,
     example_prompts,
@@ -45,7 +47,15 @@ from trainers.training.data import (
 )
 from trainers.training.evaluate import Evaluation, Report, beside_backbone, evaluate
 from trainers.training.finished import TrainResult, find_finished
-from trainers.training.loop import AdapterTrainer, EpochSampler, Progress, PromptTuned, check_tracker, freeze
+from trainers.training.loop import (
+    AdapterTrainer,
+    EpochSampler,
+    Progress,
+    PromptTuned,
+    arguments_of,
+    check_tracker,
+    freeze,
+)
 from trainers.training.records import Example, read_examples
 from trainers.training.work import (
     FINISHED,
@@ -122,6 +132,8 @@ def train(
     record = record_of(request)
     output = Path(request.output)
     check_outside_bundles(output, "the output")
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise IaptError(f"the output {output} is where this command runs, or above it; give a folder of its own")
     try:
         with only_run(output):
             return find_finished(request, record, say) or _train(request, record, say, command)
@@ -170,13 +182,16 @@ def evaluate_adapter(
     """
     config = config or TrainConfig()
     backbone = _load(model_name, config)
-    loaded = load_adapter(adapter, backbone) if adapter is not None else None
+    asked = None if config.prompt_format == "auto" else config.prompt_format
+    loaded = load_adapter(adapter, backbone, peft_prompt_format=asked) if adapter is not None else None
     examples = read_examples(data)
-    prompt_format = format_of(backbone.tokenizer, config.prompt_format, examples)
-    if loaded is not None:
+    if loaded is None:
+        prompt_format = format_of(backbone.tokenizer, config.prompt_format, examples)
+    else:
         check_adapter_fits(loaded.config, backbone, str(adapter))
         labels, prompt_format = labels or loaded.config.labels, loaded.config.prompt_format
     labels = tuple(labels) or find_labels(examples, config.task)
+    check_labels(examples, labels, f"{data} has responses that are none of the labels")
     examples = sample(examples, config.max_eval_examples, config.seed)
     task = Evaluation(backbone.tokenizer, examples, tuple(labels), prompt_format, config)
     if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
@@ -192,9 +207,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
     labels = find_labels(examples, config.task)
     if config.eval_file:
         training, held_out = examples, read_examples(config.eval_file)
-        strange = sorted({example.response for example in held_out} - set(labels)) if labels else []
-        if strange:
-            raise IaptError(f"{config.eval_file} has responses that the training data lacks: {', '.join(strange[:5])}")
+        check_labels(held_out, labels, f"{config.eval_file} has responses that the training data lacks")
     else:
         training, held_out = split_holdout(examples, config.holdout, config.seed)
     backbone = _load(model_name, config)
@@ -210,7 +223,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
         **asdict(sizes),
         method=method,
         revision=backbone.revision,
-        prompt_format=format_of(backbone.tokenizer, config.prompt_format, examples),
+        prompt_format=format_of(backbone.tokenizer, config.prompt_format, [*training, *held_out]),
         system_prompt=shared_system_prompt(training),
         eos_token_id=backbone.tokenizer.eos_token_id,
         labels=labels,
@@ -231,14 +244,15 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         max_instruction=config.max_instruction_tokens,
         max_response=None if setup.adapter.labels else config.max_response_tokens,
     )
-    items, eval_items = encode(setup.training), encode(setup.evaluation) if config.eval_steps else None
+    items, held_out = encode(setup.training), encode(setup.evaluation)
+    check_rows([*items, *held_out], tokenizer, setup.backbone.model, setup.method.num_slots)
     if config.start == "backbone":
         first = items[0]
         setup.method.start(setup.backbone.model, tokenizer, first["input_ids"][: first["instruction_length"]])
     learning = getattr(setup.adapter.method, "coefficients", "joint")
     if learning == "frozen":
         freeze(setup.method)
-    arguments = _arguments(setup)
+    arguments = arguments_of(config, setup.work)
     chunk = arguments.train_batch_size * config.gradient_accumulation * arguments.world_size
     sampler = EpochSampler(
         [len(item["input_ids"]) for item in items],
@@ -253,45 +267,12 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         model=PromptTuned(setup.backbone.model, setup.method),
         args=arguments,
         train_dataset=items,
-        eval_dataset=eval_items,
+        eval_dataset=held_out if config.eval_steps else None,
         data_collator=functools.partial(collate, pad_token_id=padding_id(tokenizer, setup.adapter.vocab_size)),
         callbacks=[Progress(say)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _arguments(setup: Setup) -> TrainingArguments:
-    config = setup.config
-    return TrainingArguments(
-        output_dir=str(setup.work),
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        eval_strategy="steps" if config.eval_steps else "no",
-        eval_steps=config.eval_steps or None,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        report_to=config.report_to,
-        bf16=config.precision == "bf16",
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 without a GPU is refused
-        seed=config.seed,
-        data_seed=config.seed,
-        disable_tqdm=True,
-        prediction_loss_only=True,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
 
 
 def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> tuple[TrainerState, float]:

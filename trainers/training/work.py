@@ -182,6 +182,10 @@ def publish(work: Path, output: Path) -> None:
 
     The checkpoints go first: while there is one, and no finished adapter, the run counts as unfinished.
     """
+    for folder in (work / TRACKED).glob("*"):  # TensorBoard's, a folder a start
+        kept_logs = output.with_name(output.name + ".runs")
+        kept_logs.mkdir(exist_ok=True)
+        os.replace(folder, kept_logs / folder.name)
     for checkpoint in checkpoints(work):
         shutil.rmtree(checkpoint)
     if output.exists():

@@ -287,7 +287,7 @@ def test_a_replaced_tenant_changes_for_new_requests_only(
         ({"fingerprint": "other", "backbone": "big-model"}, "was made for another backbone (big-model); this bundle's"),
         ({"config": {"bottleneck": 3}}, 'this bundle has no method IAPT with {"bottleneck": 3}, so its graphs cannot'),
         ({"form": "LAMP"}, "this bundle has no method LAMP with"),
-        ({"schema_version": 9}, "the tenant card's schema_version is 9, this version of iapt-export reads 1"),
+        ({"schema_version": 9}, "the tenant card's schema_version is 9, this version of iapt-export reads 1 and 2"),
         ({"labels": "yes"}, "has no valid tenant card: tenant card.labels is 'yes', expected list"),
     ],
 )

@@ -240,7 +240,7 @@ def test_an_adapter_for_another_backbone(tmp_path: Path, backbone: Backbone) -> 
     folder = save_tiny_adapter(tmp_path / "other", 0, "another", num_layers=NUM_LAYERS + 1)
     with pytest.raises(IaptError) as caught:
         load_tenants([str(folder)], backbone)
-    assert "other was trained for tiny, not for " in str(caught.value)
+    assert "other was trained for model, not for " in str(caught.value)
     assert "number of layers is 3 in the adapter and 2 in the backbone; fingerprint is another" in str(caught.value)
 
 

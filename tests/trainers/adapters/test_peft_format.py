@@ -190,6 +190,23 @@ def test_a_prompt_format_has_to_be_said_where_there_is_a_choice(tmp_path: Path) 
     assert load_adapter(tmp_path, backbone_of(tiny_llama())).config.prompt_format == "plain"
 
 
+def test_a_chat_template_saved_beside_an_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """TRL and LLaMA-Factory save the tokenizer with it: prompts went through it, whatever the backbone has."""
+    stock(tiny_llama, "PromptTuningConfig", PROMPT).save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.save_pretrained(tmp_path)
+    plain, chat = (Backbone(tiny_llama(), tiny_tokenizer(chat=chat), "tiny") for chat in (False, True))
+    with pytest.raises(IaptError, match=r"was saved with a chat template, which this backbone's tokenizer lacks; save"):
+        load_adapter(tmp_path, plain)
+    assert load_adapter(tmp_path, plain, peft_prompt_format="plain").config.prompt_format == "plain"
+    assert load_adapter(tmp_path, chat, peft_prompt_format="chat").config.prompt_format == "chat"
+    assert "another chat template" not in caplog.text
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_adapter(tmp_path, chat, peft_prompt_format="chat").config.prompt_format == "chat"
+    assert f"{tmp_path} was saved with another chat template than the backbone's" in caplog.text
+
+
 def test_a_chat_format_needs_a_chat_template(tmp_path: Path) -> None:
     stock(tiny_llama, "PromptTuningConfig", PROMPT).save_pretrained(tmp_path)
     plain = Backbone(tiny_llama(), tiny_tokenizer(chat=False), "tiny")

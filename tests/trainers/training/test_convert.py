@@ -40,6 +40,9 @@ def converted(tmp_path: Path, text: str, form: Any, **settings: Any) -> tuple[li
             {},
             [{"instruction": "do", "input": "", "output": "done"}],
         ),
+        ('prompt, completion\n"is it, really?", "yes"\n', {}, [{"prompt": "is it, really?", "completion": "yes"}]),
+        ('"prompt", "completion"\na, b\n', {}, [{"prompt": "a", "completion": "b"}]),
+        ("prompt,completion\na, b\n", {}, [{"prompt": "a", "completion": " b"}]),
         ('prompt,completion\n"a ""b""\nnext",c\n', {}, [{"prompt": 'a "b"\nnext', "completion": "c"}]),
         (
             "text,label\nfine,yes\n",

@@ -97,6 +97,15 @@ def test_three_kinds_of_record(tmp_path: Path) -> None:
         ({"messages": ["a", "b"]}, "message 0 is str, expected an object with role and content"),
         ({"messages": [{"role": "robot", "content": "x"}] * 2}, "message 0 has role 'robot', expected system, user"),
         ({"messages": [{"role": "user", "content": "x"}] * 2}, "does not end with a user message and the assistant's"),
+        ({"instruction": "x", "output": "y", "system": "Be kind."}, "its system would not be read; put what the model"),
+        (
+            {"prompt": "x", "completion": "y", "tools": [{}], "history": [["a", "b"]]},
+            "its history and tools would not be",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]},
+            "message 1 has weight, which is not read; expected role and content",
+        ),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "'content' is missing"),
     ],
 )
@@ -138,8 +147,12 @@ def test_without_a_template_an_answer_begins_on_its_own_line_unless_it_completes
     records = ({"prompt": "Say", "completion": " it"}, {"instruction": "Say", "output": "it"})
     completion, answer = map(example_of, records)
     assert format_of(PLAIN, "auto", [completion]) == "plain"
-    assert format_of(PLAIN, "auto", [answer]) == format_of(PLAIN, "auto", [completion, answer]) == "newline"
-    assert format_of(CHAT, "auto", [completion]) == "chat"
+    assert format_of(PLAIN, "auto", [answer]) == format_of(PLAIN, "newline", [completion, answer]) == "newline"
+    assert format_of(CHAT, "auto", [completion]) == format_of(CHAT, "auto", [completion, answer]) == "chat"
+    with pytest.raises(
+        IaptError, match=r"1 records are prompts with completions and 2 have another form; .* say prompt_f"
+    ):
+        format_of(PLAIN, "auto", [completion, answer, answer])
     ids = [format_instruction(PLAIN, "is it?", form) for form in ("plain", "newline")]
     assert [PLAIN.decode(each) for each in ids] == ["is it?", "is it?\n"]
 

@@ -119,7 +119,7 @@ def test_directory_holds_the_adapter_and_its_card(backbone: str, data: Path, tmp
     scores = json.loads((tmp_path / "a" / "evaluation.json").read_text(encoding="utf-8"))
     assert isinstance(result.report, ClassificationReport)
     assert scores["adapter"]["accuracy"] == result.report.accuracy
-    assert lines[0] == f"training {count:,} parameters on 36 examples"
+    assert lines[0] == f"training {count:,} parameters on 36 examples, prompts in the tokenizer's chat template"
     assert any(line.startswith("step 6/6  loss ") and "s/step" in line for line in lines)
     assert lines[-1].startswith(f"wrote {tmp_path / 'a'}: accuracy")
 
@@ -209,7 +209,7 @@ def test_generation_data_and_plain_format(data: Path, tmp_path: Path) -> None:
     assert isinstance(result.report, GenerationReport)
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     assert "| the backbone alone |" in card
-    assert "`plain` format" in card
+    assert "in the `newline` format (a line break behind each prompt)." in card
     assert load_adapter(tmp_path / "a").config.labels == ()
 
 
@@ -226,6 +226,8 @@ def test_separate_evaluation_file(backbone: str, data: Path, tmp_path: Path) -> 
     held_out.write_text('{"instruction": "joy?", "output": "perhaps"}\n', encoding="utf-8")
     with pytest.raises(IaptError, match="has responses that the training data lacks: perhaps"):
         run(backbone, data, tmp_path / "b", eval_file=str(held_out))
+    with pytest.raises(IaptError, match="has responses that are none of the labels: perhaps"):
+        evaluate_adapter(backbone, tmp_path / "a", held_out, RUN)
 
 
 def test_evaluation_runs_where_training_does(
