@@ -218,12 +218,15 @@ def _said_by_build(path: Path, model: str) -> str:
     from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
     from trainers.adapters.peft_format import format_question
     from trainers.decoder.backbone import load_tokenizer
+    from trainers.decoder.instruction import resolve_prompt_format
 
     try:
         backbone = _outline_of(model)
         adapter = load_adapter(path, backbone, peft_prompt_format="plain")
         check_adapter_fits(adapter.config, backbone, str(path))
-        question = format_question(load_tokenizer(model), path) if adapter.from_peft else ""
+        tokenizer = load_tokenizer(model)
+        question = format_question(tokenizer, path) if adapter.from_peft else ""
+        resolve_prompt_format(tokenizer, adapter.config.prompt_format, continues=True)
     except IaptError as error:
         return f"refused: {error}"
     said = f"supported as {adapter.config.peft_type}"

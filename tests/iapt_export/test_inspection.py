@@ -138,6 +138,10 @@ def test_an_adapter_of_ours_and_a_backbone(model: Path, tmp_path: Path) -> None:
     mine, other = (save_tiny_adapter(tmp_path / text, 0, text) for text in (fingerprint, "other"))
     assert "build" not in describe(mine)
     assert describe(mine, str(model))["build"] == "supported as IAPT"
+    chat = save_tiny_adapter(tmp_path / "chat", 1, fingerprint)
+    no_chat = save_tiny_backbone(tmp_path / "no-chat" / "model", tiny_llama(num_hidden_layers=NUM_LAYERS), chat=False)
+    assert describe(chat, str(model))["build"] == "supported as IAPT"
+    assert describe(chat, str(no_chat))["build"].startswith("refused: prompt_format=chat needs a tokenizer with a chat")
     (mine / "examples.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b\u2028c"}\n', "utf-8")
     assert describe(mine)["example_prompts"].startswith("2 in examples.jsonl, which build compares")
     (mine / "examples.jsonl").unlink()

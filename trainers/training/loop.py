@@ -25,7 +25,7 @@ from trainers.decoder.method import Method, rows_of
 from trainers.methods.rational import COEFFICIENTS
 from trainers.training.config import TrainConfig
 from trainers.training.evaluate import response_loss
-from trainers.training.work import UNFINISHED, place_checkpoint, write_seconds
+from trainers.training.work import UNFINISHED, differences, place_checkpoint, write_seconds
 
 MEGABATCH = 50
 """Batches among which examples are sorted by length: enough to save padding, few enough to stay random."""
@@ -285,9 +285,9 @@ class AdapterTrainer(Trainer):
             IaptError: it is of another run.
         """
         adapter = load_adapter(checkpoint)
-        if adapter.config != self.adapter:
+        if differs := differences(vars(adapter.config), vars(self.adapter)):
             raise IaptError(
-                f"{checkpoint} was written by a run with other settings or another backbone; "
+                f"{checkpoint} was written by a run with other settings or another backbone ({differs}); "
                 "resume with the same settings, or delete the folder and start anew"
             )
         return adapter
