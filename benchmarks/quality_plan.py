@@ -120,6 +120,7 @@ SECOND = (
 """The comparison on the second backbone."""
 NO_METHOD = Variant("plain backbone, Gemma", None, 0.0, backbone=GEMMA)
 FORMATS: tuple[PromptFormat, ...] = ("plain", "newline")
+FORMAT_SEEDS = 3
 FORMATTED = SECOND[:2]
 """Methods that are trained in each of `FORMATS`: does an answer want a line of its own, without a chat template?"""
 
@@ -319,7 +320,7 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
         fed = [dataclasses.replace(GEMMA, prompt_format=form) for form in FORMATS]
         untrained = [run(TUNED_ON, dataclasses.replace(NO_METHOD, backbone=b), 0, split="validation") for b in fed]
         trained = [dataclasses.replace(variant, backbone=b) for variant in FORMATTED for b in fed]
-        return untrained + [run(TUNED_ON, v, seed, v.centre, "validation") for seed in seeds for v in trained]
+        return untrained + [run(TUNED_ON, v, n, v.centre, "validation") for n in range(FORMAT_SEEDS) for v in trained]
     if phase == "main":
         return [run(task, v, seed) for seed in seeds for task in TASKS for v in VARIANTS]
     if phase == "second":
