@@ -146,7 +146,7 @@ cpp: venv $(ONNXRUNTIME_INCLUDE_DIR)/onnxruntime_c_api.h $(NATIVE)/json/nlohmann
 	cmake --build build/cpp-sanitize --parallel 2 --target fuzz_files
 
 torture: venv  ## kill builds and trainings, feed mutated files: a minute or two (TORTURE_ARGS= for an hour)
-	$(BIN)/python -m benchmarks.torture $(TORTURE_ARGS)
+	$(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 fuzz:  ## damage the kept corpus and feed it to the C++ readers, under the sanitizers (FUZZ_SECONDS=60)
 	@test -x $(FUZZER) || { echo "$(FUZZER) is missing: make cpp"; exit 1; }

@@ -295,7 +295,9 @@ def test_what_is_not_run_is_there_with_its_flags() -> None:
             text += "".join(path.read_text(encoding="utf-8") for path in (ROOT / words[0]).parent.glob("*.py"))
             assert all(flag in text for flag in flags_in(words)), (page, words)
         elif words[:2] == ["python", "-m"]:
-            text = (ROOT / f"{words[2].replace('.', '/')}.py").read_text(encoding="utf-8")
+            place = ROOT / words[2].replace(".", "/")
+            file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+            text = file.read_text(encoding="utf-8")
             assert all(flag in text for flag in flags_in(words[3:])), (page, words)
         elif words[0] == "build/install/bin/iapt_run":
             assert all(flag in program for flag in flags_in(words)), (page, words)

@@ -25,7 +25,7 @@ from engines.serving.chat_template import ChatTemplate
 from engines.serving.sampling import Sampling
 from engines.serving.tenants import read_tenant_file
 from engines.serving.text import TextCodec
-from engines.tensorrt.engine_info import EngineInfo
+from engines.tensorrt.engine_info import EngineInfo, EngineTensor, ProfileShape
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.integrity import open_manifest
 from iapt_export.contract.manifest import BundleManifest
@@ -48,6 +48,18 @@ CPU_SECONDS = 1.0
 LONGEST_SECONDS = 60
 BOS = {"bos_token": "<s>"}
 TALK = [{"role": "user", "content": "hello there"}]
+ENGINE = EngineInfo(
+    target="tensorrt-rtx",
+    runtime_version="1.7.1.116",
+    compute_capability="8.9",
+    source_sha256="0" * 64,
+    sha256="1" * 64,
+    size_bytes=64,
+    seconds=1.5,
+    inputs=[EngineTensor("input_ids", "int64", [-1, -1])],
+    outputs=[EngineTensor("logits", "fp16", [-1, 1, 320])],
+    profiles=[{"input_ids": ProfileShape([1, 1], [2, 16], [8, 96])}],
+)
 GROWTH_MIB = 64.0
 
 

@@ -1,7 +1,7 @@
 """Kills, mutated inputs, Python beside C++, a hostile request, and a load with tenants that come and go; a tiny model.
 
-    python -m benchmarks.torture --output torture.json     # what docs/security.md shows; about an hour
-    python -m benchmarks.torture --short                   # what CI runs: a minute or two
+    python -m tests.torture --output torture.json     # what docs/security.md shows; about an hour
+    python -m tests.torture --short                   # what CI runs: a minute or two
 
 With --output the figures are kept as JSON after every few kills or inputs, and a run that was cut goes on from there.
 Exits 1 where anything was lost, half-valid or wrong.
@@ -27,12 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import torture_inputs, torture_kills
-from benchmarks.torture_inputs import GROWTH_MIB
 from engines.serving.admission import MAX_LOGPROBS
 from engines.serving.sampling import Sampling
 from engines.serving.session import Request, Session
-from engines.tensorrt.engine_info import EngineInfo, EngineTensor, ProfileShape
 from iapt_export import BuildRequest, build
 from iapt_export.building import layout
 from iapt_export.building.stage_cache import content_key
@@ -43,23 +40,13 @@ from tests.bundles import METHOD, NEW_TOKENS, RANGES, save_tiny_inputs
 from tests.engines.serving.soak import soak
 from tests.native import differential
 from tests.tiny import tiny_llama
+from tests.torture import killed, mutated
+from tests.torture.mutated import GROWTH_MIB
 from tests.trainers.decoder.fp8_files import save_fp8
 from trainers.decoder.backbone import load_backbone
 from trainers.training.config import TrainRequest
 from trainers.training.train import train
 
-ENGINE = EngineInfo(
-    target="tensorrt-rtx",
-    runtime_version="1.7.1.116",
-    compute_capability="8.9",
-    source_sha256="0" * 64,
-    sha256="1" * 64,
-    size_bytes=64,
-    seconds=1.5,
-    inputs=[EngineTensor("input_ids", "int64", [-1, -1])],
-    outputs=[EngineTensor("logits", "fp16", [-1, 1, 320])],
-    profiles=[{"input_ids": ProfileShape([1, 1], [2, 16], [8, 96])}],
-)
 READY = "ready"
 """Stands in a base that is whole, and says of which code."""
 BATCH = 500
@@ -74,7 +61,7 @@ ALLOWED_MS = 0.5
 def main() -> None:
     """Run what is asked for."""
     if os.environ.get("OMP_NUM_THREADS") != "1":  # a forked child would wait for threads that it does not have
-        again = [sys.executable, "-m", "benchmarks.torture", *sys.argv[1:]]
+        again = [sys.executable, "-m", "tests.torture", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, "OMP_NUM_THREADS": "1"})
     asked = _asked()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -155,7 +142,7 @@ def prepare_base(base: Path) -> None:
     lines = [{"instruction": "joy?", "input": f"film {i}", "output": "yes" if i % 2 else "no"} for i in range(20)]
     (base / "joy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for name, seed in (("trained-old", 1), ("trained", 0)):
-        config = dataclasses.replace(torture_kills.TRAINING, seed=seed)
+        config = dataclasses.replace(killed.TRAINING, seed=seed)
         train(TrainRequest(str(model), base / "joy.jsonl", base / name, METHOD, config), say=lambda _: None)
     (base / READY).write_text(_code(), encoding="utf-8")
 
@@ -168,22 +155,22 @@ def kills(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) 
         faults = [fault for row in rows.values() for fault in row["faults"]]
         return {"kills": sum(row["kills"] for row in rows.values()), "of": rows, "faults": faults}
 
-    for scenario in torture_kills.scenarios(base):
-        tally = torture_kills.Tally(**rows.get(scenario.name, {"name": scenario.name}))
+    for scenario in killed.scenarios(base):
+        tally = killed.Tally(**rows.get(scenario.name, {"name": scenario.name}))
 
-        def keep(tally: torture_kills.Tally) -> None:
+        def keep(tally: killed.Tally) -> None:
             rows[tally.name] = dataclasses.asdict(tally)
             say(told())
 
         folder, most, seconds = work / scenario.name, round(asked.kills * scenario.share), asked.kill_seconds
-        torture_kills.torment(scenario, folder, seconds, most, asked.seed, tally=tally, keep=keep)
+        killed.torment(scenario, folder, seconds, most, asked.seed, tally=tally, keep=keep)
         print(f"  {tally}", flush=True)
     return told()
 
 
 def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say) -> dict[str, Any]:
     """Mutated files for every reader, and bundles with changed bytes."""
-    rows = {row["name"]: torture_inputs.Findings(**row) for row in before.get("readers", ())}
+    rows = {row["name"]: mutated.Findings(**row) for row in before.get("readers", ())}
 
     def told() -> dict[str, Any]:
         faults = [fault for row in rows.values() for fault in (*row.raw, *(() if asked.short else row.slow))]
@@ -192,15 +179,15 @@ def inputs(asked: Any, base: Path, work: Path, before: dict[str, Any], say: Say)
         readers = [dataclasses.asdict(row) for row in rows.values()]
         return {"inputs": sum(row.inputs for row in rows.values()), "readers": readers, "faults": faults}
 
-    engine = dataclasses.asdict(ENGINE)
-    known = torture_inputs.readers(base / "proven", base / "alpha", base / "model", base / "fp8", engine)
+    engine = dataclasses.asdict(mutated.ENGINE)
+    known = mutated.readers(base / "proven", base / "alpha", base / "model", base / "fp8", engine)
     whole = sum(reader.share for reader in known)
     for reader in known:
-        found = rows.setdefault(reader.name, torture_inputs.Findings(reader.name))
+        found = rows.setdefault(reader.name, mutated.Findings(reader.name))
         wanted = round(asked.inputs * reader.share / whole)
         while found.inputs < wanted:
             count = min(BATCH, wanted - found.inputs)
-            torture_inputs.torment(reader, work, count, asked.seed + found.inputs, found)
+            mutated.torment(reader, work, count, asked.seed + found.inputs, found)
             say(told())
         print(f"  {found}", flush=True)
     return told()
