@@ -20,7 +20,6 @@ from iapt_export.building.footprint import Load
 from iapt_export.contract.errors import IaptError, ParityError, explain
 from iapt_export.contract.integrity import open_manifest
 from iapt_export.contract.manifest import BundleManifest
-from iapt_export.contract.places import check_outside_bundles
 from iapt_export.contract.prompt_format import PromptFormat
 from iapt_export.flags import FLAT, Answering, Backbone, Choice, Common, Comparison, Keeping, Measuring, Serving
 from iapt_export.progress import Steps, large_imports, listening
@@ -201,8 +200,7 @@ def validate(
         from validation.reporting.summary import failure, summary
         from validation.validate import compared_targets, loader_for, validate_bundle
 
-    check_folders(asked.junit)
-    check_outside_bundles(asked.report, "--report")
+    check_folders(asked.junit, report=asked.report)
     # what is no bundle, or cannot be run there, is refused in one line before the backbone is loaded
     compared_targets(BundleManifest.load(bundle), asked.runner or "", asked.device)
     with Steps(quiet=common.quiet) as steps:
@@ -214,10 +212,10 @@ def validate(
         how = (depth, asked.case, asked.bisect, not asked.no_peft_check, asked.runner or "")
         settings = Settings(asked.seed, asked.new_tokens, asked.device, *how)
         found = validate_bundle(bundle, manifest, loaded, settings, steps)
+    show_report(common.json, found, summary)  # first, so that it is not lost where writing fails
     if asked.junit:
         write_junit(found, asked.junit)
     where = write_report(found, asked.report) if asked.report else None
-    show_report(common.json, found, summary)
     if where and not common.quiet:
         print(f"report: {where}", file=sys.stderr)
     if found.verdict != "pass":
@@ -390,7 +388,7 @@ def doctor(
     common: Common = Common(),
 ) -> None:
     """Show what this machine can build and run, and how to get what is missing."""
-    from engines.doctor import diagnose, model_finding, table
+    from engines.doctor import MISSING, diagnose, model_finding, table
 
     findings = diagnose()
     if model:
@@ -398,3 +396,5 @@ def doctor(
 
         findings.append(model_finding(model, describe_model(model)))
     show(common.json, [dataclasses.asdict(finding) for finding in findings], table(findings))
+    if model and findings[-1].status == MISSING:
+        raise IaptError(f"{model} cannot be used: {findings[-1].detail}")

@@ -68,6 +68,8 @@ def describe_model(name: str) -> dict[str, Any]:
     from trainers.decoder.insertion import sizes_of
 
     try:
+        if (Path(name) / MANIFEST_FILE).is_file():
+            raise IaptError(f"{name} is a bundle, which holds no weights to train or build with; give its backbone")
         model = load_outline(name)
         family, sizes = check_family(model, name), sizes_of(model)
     except IaptError as error:

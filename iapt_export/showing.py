@@ -27,11 +27,21 @@ from iapt_export.contract.places import check_outside_bundles
 from trainers.methods.configs import of_another
 
 
-def check_folders(*paths: Path | None) -> None:
-    """Refuse files that cannot be written, or would damage a bundle, before the work whose result they are to hold."""
+def check_folders(*paths: Path | None, report: Path | None = None) -> None:
+    """Refuse files that cannot be written, or would damage a bundle, before the work whose result they are to hold.
+
+    Args:
+        paths: of files.
+        report: a folder, which may not be there yet.
+    """
+    check_outside_bundles(report, "--report")
+    if report and report.exists() and not report.is_dir():
+        raise IaptError(f"--report {report} is a file; expected a folder to write into")
     for path in paths:
         if path and not path.parent.is_dir():
             raise IaptError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        if path and path.is_dir():
+            raise IaptError(f"{path} cannot be written: it is a folder; expected a file")
         check_outside_bundles(path, "the file")
 
 

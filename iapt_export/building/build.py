@@ -7,7 +7,6 @@ Beside the command line and the plan, this is the one file that may look into ev
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from engines.tensorrt.builder import engine_from_onnx
 from engines.tensorrt.engine_info import EngineInfo
 from engines.tensorrt.flavour import runtime_version
 from iapt_export.building import layout as layout
+from iapt_export.building.backbones import Backbones
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.jobs import (
     BuildPlan,
@@ -46,11 +46,11 @@ from iapt_export.contract.manifest import BundleManifest, TargetSpec, file_sha25
 from iapt_export.contract.settings import computing_fields
 from iapt_export.graphs.export import export_graphs
 from iapt_export.graphs.save import WEIGHTS_FILE
-from trainers.decoder.backbone import Backbone, load_backbone
+from trainers.decoder.backbone import Backbone
 from trainers.decoder.importance import importance_of, load_importance, save_importance, uses_importance
 from trainers.decoder.rounded import Importance
-from trainers.decoder.stored import is_outline, load_mapped, outline_of
-from trainers.decoder.streamed import copies_compared, has_room_for, streamed
+from trainers.decoder.stored import is_outline
+from trainers.decoder.streamed import streamed
 from trainers.methods.forms import form_name
 from validation.judging.compare import Settings, depth_for
 from validation.reporting.report import write_report
@@ -91,7 +91,7 @@ def build(
 
 def _build(request: BuildRequest, on_step: OnStep, say: Callable[[str], None]) -> BundleManifest:
     on_step(f"loading {request.model}")
-    backbones = _Backbones(request)
+    backbones = Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
     if request.quantise == AUTO:
         plan = _searched(plan, backbones, on_step, say)
@@ -125,7 +125,7 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
     """
     check_request(request)
     on_step(f"reading {request.model}")
-    backbones = _Backbones(request)
+    backbones = Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
     if request.quantise == AUTO:
         rivals = _rivals(plan, backbones.outline("fp32"))
@@ -139,7 +139,7 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
     return _outlook(plan, backbones.outline("fp32"))
 
 
-def _searched(plan: BuildPlan, backbones: _Backbones, on_step: OnStep, say: Callable[[str], None]) -> BuildPlan:
+def _searched(plan: BuildPlan, backbones: Backbones, on_step: OnStep, say: Callable[[str], None]) -> BuildPlan:
     """The plan with weights stored as ``--quantise auto`` finds best, or found for the same build before."""
     rivals = _rivals(plan, backbones.outline("fp32"))
 
@@ -195,67 +195,11 @@ def _sign(bundle: Path, request: BuildRequest) -> None:
         sign(bundle, Path(request.sign))
 
 
-class _Backbones:
-    """The backbone in the type that a stage needs; only one is in memory at a time.
-
-    Loaded again rather than cast: transformers keeps rotary frequencies in fp32, a cast would not.
-    """
-
-    def __init__(self, request: BuildRequest) -> None:
-        self._request = request
-        self._dtype = ""
-        self._backbone: Backbone | None = None
-        self._mapped: Backbone | None = None
-        self._outlines: dict[str, Backbone | None] = {}
-        # these compute with the weights before the graphs are written
-        self._is_outlined = not (request.merge_lora or request.fold_embeddings)
-
-    def load(self, dtype: str) -> Backbone:
-        """The backbone as PyTorch computes with it."""
-        if self._backbone is None or dtype != self._dtype:
-            self.drop()
-            self._dtype = dtype
-            self._backbone = load_backbone(self._request.model, dtype=dtype, **self._options())
-        return self._backbone
-
-    def outline(self, dtype: str) -> Backbone:
-        """The backbone for all but computing with it: its weights stay in their files where that can be."""
-        if self._backbone is not None and dtype == self._dtype:
-            return self._backbone
-        if self._is_outlined and self._mapped is None:
-            self._mapped = load_mapped(self._request.model, **self._options())
-        if self._mapped is not None and dtype not in self._outlines:
-            self._outlines[dtype] = outline_of(self._mapped, dtype)
-        made = self._outlines.get(dtype)
-        if made is None:
-            self._is_outlined = False
-            return self.load(dtype)
-        if self._backbone is not None:
-            self.drop()
-        return made
-
-    def to_compare(self, targets: list[TargetPlan]) -> Backbone:
-        """The backbone in fp32 for the proof: in memory, or `streamed` where that is too small."""
-        outline = self.outline("fp32")
-        copies = copies_compared(target.rounding for target in targets)
-        if self._is_outlined and not has_room_for(outline.model, copies):
-            return dataclasses.replace(outline, model=streamed(outline.model))
-        return self.load("fp32")
-
-    def _options(self) -> dict[str, Any]:
-        return {"revision": self._request.revision, "trust_remote_code": self._request.trust_remote_code}
-
-    def drop(self) -> None:
-        """Let go of what `load` loaded."""
-        self._backbone = None
-        gc.collect()  # modules refer to each other, so counting references frees nothing
-
-
 def _graph_key(job: GraphJob, plan: BuildPlan) -> dict[str, Any]:
     """Everything that decides a job's ONNX graphs."""
     installed, merged = plan.tenants.installed, plan.tenants.merged
     return {
-        "backbone": [plan.backbone.fingerprint, plan.backbone.weights_sha256],
+        "backbone": [plan.texts[layout.MODEL_CONFIG], plan.backbone.weights_sha256],
         "methods": [[item.name, form_name(item.stacked), computing_fields(item.stacked.config)] for item in installed],
         "merged": layout.adapter_hashes(plan.tenants.adapters) if merged else None,
         "variant": job.variant,
@@ -265,7 +209,7 @@ def _graph_key(job: GraphJob, plan: BuildPlan) -> dict[str, Any]:
     }
 
 
-def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnStep) -> Path:
+def _export(job: GraphJob, plan: BuildPlan, backbones: Backbones, on_step: OnStep) -> Path:
     """The folder with a job's ONNX graphs."""
     installed, merged = plan.tenants.installed, plan.tenants.merged
 
@@ -279,9 +223,10 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
                 dtype=job.target.graph_dtype,
                 opset=job.target.opset,
                 names=job.names,
-                serving=dataclasses.replace(job.serving, importance=_importance(job, plan, model, on_step)),
+                serving=dataclasses.replace(job.serving, importance=_importance(job, plan, backbones, on_step)),
                 on_step=lambda text: on_step(f"{job.variant}: {text}"),
             )
+        backbones.check_unchanged()
 
     folder, is_found = run_stage(plan.cache, f"graphs-{job.variant}", _graph_key(job, plan), make)
     if is_found:
@@ -289,8 +234,9 @@ def _export(job: GraphJob, plan: BuildPlan, backbones: _Backbones, on_step: OnSt
     return folder
 
 
-def _importance(job: GraphJob, plan: BuildPlan, model: Any, on_step: OnStep) -> Importance:
+def _importance(job: GraphJob, plan: BuildPlan, backbones: Backbones, on_step: OnStep) -> Importance:
     """What a job's weights and cache are rounded by, measured once for a backbone; nothing where none of them is."""
+    model = backbones.outline(job.target.graph_dtype).model
     if not uses_importance(model, job.target.rounding):
         return {}
     cache = _rounds_cache(job)
@@ -299,6 +245,7 @@ def _importance(job: GraphJob, plan: BuildPlan, model: Any, on_step: OnStep) -> 
         on_step("measuring how much each input of a matrix counts" + (", and the cache" if cache else ""))
         found = importance_of(streamed(model) if is_outline(model) else model, cache=cache)
         save_importance(found, set(found), folder)
+        backbones.check_unchanged()
 
     return load_importance(run_stage(plan.cache, *_importance_stage(job, plan), make)[0])
 

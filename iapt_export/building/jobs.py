@@ -45,10 +45,11 @@ from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
 from iapt_export.graphs.table import graph_specs
-from trainers.adapters.adapter import Adapter, read_fields
+from trainers.adapters.adapter import EXAMPLES_FILE, Adapter, read_fields
 from trainers.decoder.backbone import Backbone
 from trainers.decoder.family import Family, check_family
 from trainers.decoder.rounded import rounded_weights
+from validation.sides.cases import check_room, read_examples
 
 LOGGER = logging.getLogger("iapt_export")
 NOT_IN_KEY = (
@@ -103,6 +104,8 @@ class BuildPlan:
     """Target to the interfaces of the graphs that it can use."""
     graphs: list[GraphJob]
     engines: list[EngineJob]
+    texts: dict[str, str]
+    """The backbone's configuration and tokenizer, see `layout.text_hashes`."""
     key: str
     """Equal keys mean equal bundles."""
 
@@ -166,7 +169,10 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     family = check_family(backbone.model, request.model)
     _check_targets(request, targets, family, backbone)
     adapters = load_tenants(request.adapters, backbone, request.peft_prompt_format)
-    _check_text(backbone, adapters)
+    texts = _check_text(backbone, adapters)
+    for adapter in adapters.values():
+        if request.prove and adapter.path and (examples := adapter.path / EXAMPLES_FILE).is_file():
+            read_examples(examples)
     tenants = plan_tenants(
         adapters,
         backbone.model,
@@ -176,6 +182,8 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
     )
     most = layout.max_positions(backbone.model)
     check_ranges(ranges, tenants.num_slots, most, len(adapters), tenants.fewest)
+    if request.prove:
+        check_room(ranges, tenants.num_slots, request.new_tokens)
     spec = layout.backbone_spec(backbone, adapters.values())  # reads all weights, a minute for 7 billion
     specs = {}
     for target in targets:
@@ -200,7 +208,8 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
             if target.name in TENSORRT
             for name in layout.engine_graphs(specs[target.name])
         ],
-        key=_key(request, targets, ranges, spec, adapters),
+        texts=texts,
+        key=_key(request, targets, ranges, spec, adapters, texts),
     )
 
 
@@ -220,7 +229,7 @@ def stored_as(plan: BuildPlan, quantise: str) -> BuildPlan:
         request=request,
         targets=targets,
         graphs=_graph_jobs(targets, plan.specs, plan.ranges, request),
-        key=_key(request, targets, plan.ranges, plan.backbone, plan.tenants.adapters),
+        key=_key(request, targets, plan.ranges, plan.backbone, plan.tenants.adapters, plan.texts),
     )
 
 
@@ -230,6 +239,7 @@ def _key(
     ranges: Ranges,
     spec: BackboneSpec,
     adapters: dict[str, Adapter],
+    texts: dict[str, str],
 ) -> str:
     """Of everything that a bundle depends on."""
     settings = {name: value for name, value in vars(request).items() if name not in NOT_IN_KEY}
@@ -237,7 +247,7 @@ def _key(
         "targets": [dataclasses.asdict(target) for target in targets],
         **dataclasses.asdict(ranges),
     }
-    return content_key(layout.build_inputs(spec, adapters, settings))
+    return content_key(layout.build_inputs(spec, adapters, settings) | {"texts": texts})
 
 
 def _specs_of(target: TargetPlan, specs: dict[str, GraphSpec]) -> dict[str, GraphSpec]:
@@ -249,8 +259,8 @@ def _specs_of(target: TargetPlan, specs: dict[str, GraphSpec]) -> dict[str, Grap
     return {name: specs[name] for name in layout.engine_graphs(specs)}
 
 
-def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
-    """Refuse, before the export, a tokenizer or a template with which the bundle could not be served."""
+def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> dict[str, str]:
+    """Refuse, before the export, a tokenizer or a template with which the bundle could not be served; hash them."""
     with tempfile.TemporaryDirectory() as folder:
         layout.place_tokenizer(backbone, Path(folder))
         codec = TextCodec(Path(folder))
@@ -260,6 +270,7 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> None:
         ] or [Tenant(backbone.name_or_path, None, -1, 0, base_format(Path(folder)), "none")]
         for tenant in tenants:
             encode_request(f"tenant {tenant.name}", Request(tenant.name, "Hello"), tenant, codec)
+        return layout.text_hashes(Path(folder))
 
 
 def tell_of_other_weights(plan: BuildPlan) -> None:

@@ -18,7 +18,7 @@ from iapt_export import __version__
 from iapt_export.building.plain_tenant import new_card
 from iapt_export.building.plan import TenantPlan
 from iapt_export.building.probes import make_probes
-from iapt_export.building.stage_cache import STAGE_FILE, place
+from iapt_export.building.stage_cache import place, stage_files
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.graphs import ENCODER, KINDS, VERIFY, step_graphs
 from iapt_export.contract.integrity import verify_files
@@ -36,6 +36,7 @@ from iapt_export.contract.manifest import (
     file_sha256,
     write_atomically,
 )
+from iapt_export.contract.probes import PROBES_FILE
 from iapt_export.contract.sizes import BackboneSizes
 from iapt_export.contract.tenant_card import TenantCard
 from iapt_export.graphs.export import PASSES_FILE
@@ -198,11 +199,10 @@ def save_tenant(tensors: dict[str, Tensor], path: Path, card: TenantCard | None 
 
 
 def place_files(source: Path, bundle: Path) -> None:
-    """Bring a finished stage's files into the bundle."""
+    """Bring a finished stage's files into the bundle, and nothing that others left beside them."""
     bundle.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.name not in (STAGE_FILE, PASSES_FILE):
-            place(path, bundle)
+    for name in sorted(stage_files(source) - {PASSES_FILE}):
+        place(source / name, bundle)
 
 
 def pass_notes(graphs: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -218,6 +218,21 @@ def place_tokenizer(backbone: Any, bundle: Path) -> None:
     if backbone.tokenizer is not None:
         backbone.tokenizer.save_pretrained(bundle)
         make_probes(backbone.tokenizer).save(bundle)
+
+
+MODEL_CONFIG = "config.json"
+
+
+def text_hashes(folder: Path) -> dict[str, str]:
+    """File to SHA-256 of what `place_tokenizer` wrote into an empty folder, so that a change of any is a change.
+
+    The backbone's fingerprint has of its configuration what an adapter must agree with; what it computes depends on
+    more, such as an epsilon or an activation. The type in which weights happen to be loaded is left out.
+    """
+    found = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != PROBES_FILE}
+    config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+    told = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype", "_name_or_path")}
+    return found | {MODEL_CONFIG: hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
 
 def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpec]:

@@ -174,9 +174,18 @@ def bytes_per_second(cache: Path, name: str) -> float | None:
     return rates[max(rates)] if rates else None
 
 
+def stage_files(folder: Path) -> set[str]:
+    """The names of a finished stage's own files."""
+    return set(_hashes(folder))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return dict(parse_json((folder / STAGE_FILE).read_bytes())["files"])
+
+
 def _is_whole(folder: Path) -> bool:
     try:
-        hashes = dict(parse_json((folder / STAGE_FILE).read_bytes())["files"])
+        hashes = _hashes(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in hashes.items())

@@ -114,6 +114,17 @@ def test_doctor() -> None:
     assert "onnxruntime" in shown.out
 
 
+def test_results_that_cannot_be_written_are_refused_before_a_comparison(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for flags, text in (
+        (("--junit", tmp_path), "cannot be written: it is a folder; expected a file"),
+        (("--report", tmp_path / "file"), "is a file; expected a folder to write into"),
+    ):
+        outcome = run("validate", tiny_build.bundle, "--quick", *flags)
+        assert outcome.code == 1 and text in outcome.err and "loading" not in outcome.err, outcome.err
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 def test_train_then_build_then_generate(tiny_build: TinyBuild, tmp_path: Path) -> None:
     """The whole path on one page: an adapter trained by the command is one that the other commands take."""
     data = tmp_path / "data.jsonl"

@@ -112,7 +112,7 @@ def test_a_build_proves_with_what_memory_there_is(
         used.append(streamed.streamed(model, *args))
         return used[-1]
 
-    monkeypatch.setattr("iapt_export.building.build.streamed", noting)
+    monkeypatch.setattr("iapt_export.building.backbones.streamed", noting)
     monkeypatch.setattr(streamed, "free_memory", lambda: 0)
     request = tiny_build.request(tmp_path / "bundle", depth="quick")
     assert iapt_export.build(request).parity.verdict == "pass" and len(used) == 1

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.method import Method, Weights
@@ -146,7 +147,8 @@ def initial_prefix(length: int, backbone: Any, tokenizer: Any, instruction: list
     """
     text = tokenizer(INITIAL_TEXT, add_special_tokens=False)["input_ids"] or instruction
     ids = (instruction[:1] + text * (length // len(text) + 1))[:length]
-    cache = backbone(input_ids=torch.tensor([ids], device=backbone.device), use_cache=True).past_key_values
+    cache = DynamicCache()  # of the model's own making, a layer with a window would keep no more than that
+    backbone(input_ids=torch.tensor([ids], device=backbone.device), past_key_values=cache, use_cache=True)
     sides = [[layer.keys[0], layer.values[0]] for layer in cache.layers]
     widest = max(side.shape[-1] for side in sides[0])
     sides = [[nn.functional.pad(side, (0, widest - side.shape[-1])) for side in pair] for pair in sides]

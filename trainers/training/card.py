@@ -58,6 +58,8 @@ class Run:
     """The adapter directory as it was asked for."""
     command: str | None = None
     """The command to show; None puts it together from the settings."""
+    seen: int = 0
+    """Of the examples to evaluate on, those that were trained on."""
 
 
 def write_card(folder: Path, run: Run) -> None:
@@ -108,7 +110,7 @@ def _text(run: Run, has_prompts: bool) -> str:
         "## Data",
         f"Training: `{_relative(run.data)}`, {run.training_size:,} examples. Evaluation: `{source}`"
         + (f", {run.report.count:,} examples" if run.report else "")
-        + ", none of them seen in training."
+        + _overlap(run)
         + (f"\n\n{run.config.data_note}" if run.config.data_note else ""),
         *([PROMPTS_NOTE] if has_prompts else []),
         "## Training",
@@ -128,6 +130,17 @@ def _text(run: Run, has_prompts: bool) -> str:
         + (f" Each began with the system prompt {json.dumps(system, ensure_ascii=False)}." if system else ""),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _examples(run: Run) -> str:
+    assert run.report is not None
+    return f"{run.report.count:,} {'' if run.seen else 'held-out '}examples"
+
+
+def _overlap(run: Run) -> str:
+    if not run.seen:
+        return ", none of them seen in training."
+    return f". **{run.seen:,} of them were trained on as well**, so the scores say less of texts that it has not seen."
 
 
 def _weights(run: Run) -> str:
@@ -177,7 +190,7 @@ def _results(run: Run) -> str:
             *([f"| zero-shot (the backbone alone, same prompt) | {zero_shot:.3f} |"] if zero_shot is not None else []),
             f"| always the most frequent label | {run.report.majority_accuracy:.3f} |",
             "",
-            f"On {run.report.count:,} held-out examples. The answer is the label with the highest likelihood, "
+            f"On {_examples(run)}. The answer is the label with the highest likelihood, "
             "its end-of-sequence token included.",
             "",
             "| label | recall |\n|---|---|",
@@ -190,7 +203,7 @@ def _results(run: Run) -> str:
     for name, report in (("this adapter", run.report), ("the backbone alone", run.baseline)):
         if report is not None and not isinstance(report, ClassificationReport):
             rows.append(f"| {name} | {report.loss:.4f} | {report.perplexity:.2f} |")
-    return "\n".join([*rows, "", f"On {run.report.count:,} held-out examples."])
+    return "\n".join([*rows, "", f"On {_examples(run)}."])
 
 
 def _curve(history: list[tuple[int, float]]) -> str:

@@ -152,6 +152,9 @@ def _csv_rows(
         elif cells:
             row = dict(zip(header, cells, strict=True))
             record = {name: row[column] for name, column in wanted.items()}
+            if asked.instruction and not record["input"].strip():  # nothing but the question, which is everybody's
+                problems.append(f"{source}:{before}: '{wanted['input']}' is empty")
+                continue
             yield f"{source}:{before}", {"instruction": asked.instruction, **record} if asked.instruction else record
 
 

@@ -214,6 +214,12 @@ def split_holdout(examples: Sequence[Example], share: float, seed: int) -> tuple
     return training, [examples[index] for index in held]
 
 
+def count_seen(training: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """How many examples to evaluate on have an instruction that is trained on as well."""
+    trained = {_key(example) for example in training}
+    return sum(_key(example) in trained for example in held_out)
+
+
 def example_prompts(
     tokenizer: Any, examples: Sequence[Example], prompt_format: str, max_tokens: int, count: int
 ) -> list[str]:

@@ -93,9 +93,18 @@ class PromptTuned(nn.Module):
         self.method = method
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, instruction_mask: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        instruction_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Mean loss per response token of one batch (int64 ``[B, T]`` each, see `trainers.training.data.collate`)."""
+        """Loss per response token of one batch (int64 ``[B, T]`` each, see `trainers.training.data.collate`).
+
+        Of several that make one step, ``num_items_in_batch`` says how many tokens they have together, so that the step
+        is that of one large batch.
+        """
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -103,7 +112,7 @@ class PromptTuned(nn.Module):
             "labels": labels,
         }
         loss, tokens = response_loss(self.backbone, rows_of(self.method), batch)
-        return {"loss": loss / tokens}
+        return {"loss": loss / (tokens if num_items_in_batch is None else num_items_in_batch)}
 
     def train(self, mode: bool = True) -> PromptTuned:
         """Switch the method's mode; the backbone stays in evaluation mode, without dropout."""
@@ -188,7 +197,7 @@ class AdapterTrainer(Trainer):
         self.adapter = adapter
         self.sampler = sampler
         self.method: Method = self.accelerator.unwrap_model(self.model).method
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True
         self.is_saving = False
         self.began = time.monotonic()
         self.earlier_seconds = 0.0

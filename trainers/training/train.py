@@ -37,6 +37,7 @@ from trainers.training.data import (
     check_labels,
     check_rows,
     collate,
+    count_seen,
     encode_examples,
     example_prompts,
     find_labels,
@@ -95,6 +96,8 @@ class Setup:
     """``OUTPUT.training``, see `trainers.training.work`."""
     record: dict[str, Any]
     """The run's settings, by which its checkpoints and its adapter are known."""
+    seen: int = 0
+    """Of ``evaluation``, examples that are trained on as well, which only a file of its own can have."""
 
     @property
     def staged(self) -> Path:
@@ -232,7 +235,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
     )
     held_out = sample(held_out, config.max_eval_examples, config.seed)
     work = work_folder(Path(request.output))
-    return Setup(backbone, training, held_out, adapter, module, config, work, record)
+    return Setup(backbone, training, held_out, adapter, module, config, work, record, count_seen(training, held_out))
 
 
 def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
@@ -283,6 +286,8 @@ def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> t
     """
     count = sum(parameter.numel() for parameter in setup.method.parameters())
     say(f"training {count:,} parameters on {len(setup.training):,} examples, {HOW[setup.adapter.prompt_format]}")
+    if setup.seen:
+        say(f"{setup.seen:,} of {len(setup.evaluation):,} examples to evaluate on are trained on as well")
     checkpoint = newest_whole(setup.work, say) if setup.config.resume else None
     trainer.accelerator.wait_for_everyone()  # nobody removes what another is still looking at
     if trainer.is_world_process_zero():
@@ -358,6 +363,7 @@ def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str
         baseline=result.baseline,
         output=str(result.output),
         command=command,
+        seen=setup.seen,
     )
     write_card(setup.staged, run)
     outcome = {"steps": result.steps, "history": result.history, "examples_sha256": prompts_sha256}

@@ -112,7 +112,7 @@ def compare_rows(case: str, truth: Truth, tokens: list[int], logits: list[np.nda
         errors.judge("decode logits", case, "fp32", judged(figures[1:], "fp32"))
     excused = same is not None and truth.margins[same] < tie_margin(truth)
     detail = "" if same is None else f"first other token at step {same}" + (", a tie" if excused else "")
-    measured = {"identical": float(same is None or excused), "rows": 1.0, "excused": float(excused)}
+    measured = {"identical": float(same is None or excused), "answered": 1.0, "rows": 1.0, "excused": float(excused)}
     errors.judge("greedy tokens", case, "fp32", {**measured, "tokens": float(len(tokens))}, detail)
 
 
@@ -232,11 +232,12 @@ def compare_tokens(session: Session, truths: list[Truth], answers: Answers, erro
     excused = sum(row.excused for row in rows)
     measured = {
         "identical": (identical + excused) / len(rows),
+        "answered": 1 - len(answers.failures) / len(rows),
         "rows": float(len(rows)),
         "excused": float(excused),
         "tokens": float(sum(len(row.reference) for row in rows)),
     }
-    detail = "; ".join([f"{identical} of {len(rows)} rows identical, {excused} excused as ties", *answers.failures[:1]])
+    detail = "; ".join([f"{identical} of {len(rows)} rows identical, {excused} excused as ties", *answers.failures])
     errors.judge("greedy tokens", f"{len(rows)} prompts, mixed batches", session.target.dtype, measured, detail)
     return rows
 

@@ -73,6 +73,7 @@ _TAIL = "half again or more: the tail is long, so this finds gross faults; typic
 _TIES = "near ties change sides under rounding"
 
 TABLE = (
+    Tolerance("greedy tokens", ANY, "answered", 1.0, "a prompt of a tenant's own that gets no answer is no rounding"),
     Tolerance("refusal", ANY, "refused", 1.0, "what is out of range must be refused in words, never answered"),
     Tolerance(
         "generator",
@@ -161,7 +162,7 @@ TABLE = (
 
 
 def tolerance(stage: str, dtype: str) -> Tolerance | None:
-    """The limit for a stage and dtype; None where a stage is reported but not judged (greedy tokens below fp32).
+    """The limit for a stage and dtype; None where it has none of its own (greedy tokens below fp32).
 
     Raises:
         IaptError: no such stage or dtype.

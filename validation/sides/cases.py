@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engines.serving.text import TextCodec, base_format
 from iapt_export.contract.errors import BundleError, IaptError
-from iapt_export.contract.manifest import BundleManifest, TenantSpec
+from iapt_export.contract.manifest import BundleManifest, Ranges, TenantSpec
 from iapt_export.contract.schema import parse_json
 
 MIN_PROMPTS = 24
@@ -199,6 +199,23 @@ def own_prompts(
     ]
 
 
+def check_room(ranges: Ranges, num_slots: int, new_tokens: int) -> None:
+    """Refuse ranges in which no prompt of any length has room for its answer, before anything is exported.
+
+    Raises:
+        IaptError: what to change.
+    """
+    if _longest(ranges, num_slots, min(new_tokens, QUICK_TOKENS)) < 1:
+        raise IaptError(
+            f"--past {ranges.past.max} leaves no room for a prompt to compare, beside {num_slots} prompt rows and its "
+            "answer; raise it, or lower --new-tokens"
+        )
+
+
+def _longest(ranges: Ranges, num_slots: int, new_tokens: int) -> int:
+    return min(ranges.sequence.max, ranges.past.max - num_slots - new_tokens + 1)
+
+
 def _fitting(
     manifest: BundleManifest, codec: TextCodec, tenant: TenantSpec, texts: list[str], new_tokens: int
 ) -> list[Prompt]:
@@ -207,7 +224,7 @@ def _fitting(
     Raises:
         BundleError: none is short enough, so that the tenant would go uncompared.
     """
-    longest = min(manifest.ranges.sequence.max, manifest.ranges.past.max - manifest.num_slots - new_tokens + 1)
+    longest = _longest(manifest.ranges, manifest.num_slots, new_tokens)
     tokenised = [Prompt(tenant.name, text, tuple(_as_trained(codec, tenant, text))) for text in texts]
     fitting = [prompt for prompt in tokenised if len(prompt.tokens) <= longest]
     if not fitting:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from iapt_export.building import layout as layout
-from iapt_export.building.stage_cache import content_key
+from iapt_export.building.stage_cache import content_key, run_stage
 from iapt_export.contract.disk import file_sha256
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest, Parity
@@ -167,11 +167,12 @@ def test_a_manifest_says_what_was_measured(tiny_build: TinyBuild) -> None:
     assert {"iapt-export", "torch", "transformers", "onnx", "onnxruntime"} <= set(manifest.versions)
 
 
-def test_placing_leaves_a_stages_record_behind(tmp_path: Path) -> None:
-    (tmp_path / "stage").mkdir()
-    for name in ("prefill.onnx", "stage.json"):
-        (tmp_path / "stage" / name).write_text(name)
-    layout.place_files(tmp_path / "stage", tmp_path / "bundle" / "engines" / "x")
+def test_placing_leaves_behind_what_is_no_stages_result(tmp_path: Path) -> None:
+    """Its record, and what file systems and their tools put beside: a server of files, a desktop."""
+    stage, _ = run_stage(tmp_path, "graphs", {}, lambda folder: (folder / "prefill.onnx").write_text("graph"))
+    (stage / ".nfs0001").write_text("junk")
+    (stage / "@eaDir").mkdir()
+    layout.place_files(stage, tmp_path / "bundle" / "engines" / "x")
     assert [path.name for path in (tmp_path / "bundle/engines/x").iterdir()] == ["prefill.onnx"]
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from iapt_export.contract.errors import IaptError
-from tests.tiny import save_tiny_backbone, tiny_gpt2
+from tests.families import tiny_family
+from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_tokenizer
 from tests.trainers.runs import run
+from trainers.adapters.directory import load_adapter
+from trainers.methods.configs import PromptTuningConfig
+from trainers.methods.prefix_tuning import initial_prefix
 from trainers.training.work import FINISHED, TRACKED, publish, work_folder
 
 
@@ -65,3 +70,36 @@ def test_a_trackers_logs_outlive_the_run(tmp_path: Path) -> None:
         "first": "first",
         "second": "second",
     }
+
+
+def test_examples_that_are_trained_on_are_not_called_held_out(backbone: str, data: Path, tmp_path: Path) -> None:
+    run(backbone, data, tmp_path / "a", eval_file=str(data))
+    run(backbone, data, tmp_path / "b")
+    card, other = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in "ab")
+    assert "8 examples. **8 of them were trained on as well**" in card and "held-out" not in card.split("## Data")[0]
+    assert "none of them seen in training" in other and "trained on as well" not in other
+
+
+def test_batches_summed_into_one_step_are_one_large_batch(backbone: str, tmp_path: Path) -> None:
+    """Answers differ in length: a mean of the batches' means would let the tokens of short ones weigh more."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"instruction": f"the film {n}", "output": "joy " * (1 + 5 * (n % 4))} for n in range(24)]
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    fields = {"task": "generation", "max_steps": 1, "warmup_steps": 0}
+    whole, parts = (
+        run(
+            backbone, data, tmp_path / f"{size}", PromptTuningConfig(prompt_length=4), batch_size=size, **fields, **more
+        )
+        for size, more in ((8, {}), (1, {"gradient_accumulation": 8}))
+    )
+    assert parts.history[0][1] == pytest.approx(whole.history[0][1], rel=1e-4)
+    first, second = (load_adapter(tmp_path / name).tensors["prompt"] for name in "81")
+    assert ((first - second).abs() > 1e-4).float().mean() < 0.02, "Adam moves each entry by its gradient's sign"
+
+
+def test_a_prefix_may_be_longer_than_a_window() -> None:
+    """transformers' own cache of a layer with a window, here of 8, forgets what stands before it."""
+    model = tiny_family("mistral")
+    short, long = (initial_prefix(length, model, tiny_tokenizer(), [5, 6, 7]) for length in (6, 20))
+    assert long.shape == (*short.shape[:3], 20, short.shape[4])
+    torch.testing.assert_close(long[:, :, :, :6], short)

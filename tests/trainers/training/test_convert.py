@@ -55,6 +55,15 @@ def test_csv(tmp_path: Path, text: str, settings: Any, records: Any) -> None:
     assert converted(tmp_path, text, "csv", **settings) == (records, Converted(len(records), ()))
 
 
+def test_an_empty_cell_beside_a_question_for_all_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "given"
+    source.write_text('text,label\n"a\nb",pos\n ,neg\n', encoding="utf-8")
+    how = {"column": ("input=text", "output=label"), "instruction": QUESTION}
+    with pytest.raises(IaptError, match="given:4: 'text' is empty"):
+        convert(source, Conversion(format="csv", output=tmp_path / "made.jsonl", **how))
+    assert not (tmp_path / "made.jsonl").exists()
+
+
 def test_columns_that_are_left_out_are_named(tmp_path: Path) -> None:
     _, done = converted(tmp_path, "id,prompt,completion,date\n1,a,b,c\n", "csv")
     assert done.notes == ("left out: the columns id, date",)

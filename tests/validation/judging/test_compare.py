@@ -24,7 +24,7 @@ from tests.validation.sabotage import SABOTAGES, one_weight
 from trainers.decoder.backbone import load_backbone
 from validation.judging import stages
 from validation.judging.compare import Settings, compare_target, measure_truth
-from validation.judging.stages import judged, tie_margin
+from validation.judging.stages import Answers, Errors, compare_tokens, judged, tie_margin
 from validation.judging.tolerances import tolerances
 from validation.sides.cases import Prompt
 from validation.sides.reference import Reference
@@ -268,6 +268,22 @@ def test_excused_rows_are_counted_and_listed(tiny_build: TinyBuild, backbone: An
     assert check.detail == "22 of 24 rows identical, 1 excused as ties"
     assert [row.excused for row in result.tokens if row.first_divergence is not None] == [True, False]
     assert result.status == "fail"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+def test_a_prompt_that_gets_no_answer_fails_in_every_type(tiny_build: TinyBuild, backbone: Any, dtype: str) -> None:
+    """No limit of rounding holds it: logits of a prompt of the tenant's own that overflow, say."""
+    manifest = BundleManifest.load(tiny_build.bundle)
+    reference = Reference(tiny_build.bundle, manifest, backbone)
+    truths = measure_truth(tiny_build.bundle, manifest, reference, Settings(0, NEW_TOKENS), lambda _: None).prompts
+    with Session.open(tiny_build.bundle) as session:
+        session.target = dataclasses.replace(session.target, dtype=dtype)
+        for failures in ([], ["request 3 failed: its logits hold NaN or infinity"]):
+            errors = Errors()
+            compare_tokens(session, truths, Answers([list(truth.free) for truth in truths], failures), errors)
+            (check,) = errors.checks
+            assert check.passed == (not failures) and check.measured["answered"] == 1 - len(failures) / 24
+            assert check.detail.endswith("; ".join(["0 excused as ties", *failures]))
 
 
 def test_a_prompt_list_that_does_not_fit(tiny_build: TinyBuild) -> None:

@@ -1,0 +1,90 @@
+"""What a build is made of: whatever of its sources changes, the next build sees it, and none keeps half of a change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from iapt_export import build
+from iapt_export.building.build import foresee
+from iapt_export.contract.errors import IaptError
+from tests.bundles import TinyBuild
+
+
+@pytest.fixture
+def made(tiny_build: TinyBuild, tmp_path: Path) -> TinyBuild:
+    """A build of its own, with copies of the model and one adapter; nothing is proven, so that it takes seconds."""
+    model = Path(shutil.copytree(tiny_build.model, tmp_path / "model"))
+    adapter = Path(shutil.copytree(tiny_build.adapters["gamma"], tmp_path / "gamma"))
+    return TinyBuild(model, {"gamma": adapter}, tmp_path / "cache", tmp_path / "bundle")
+
+
+def change_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+def epsilons(bundle: Path) -> set[float]:
+    graph = onnx.load(bundle / "prefill.onnx", load_external_data=False).graph
+    return {round(a.f, 8) for node in graph.node for a in node.attribute if a.name == "epsilon"}
+
+
+def test_a_changed_configuration_is_another_graph(made: TinyBuild, tmp_path: Path) -> None:
+    """An adapter's fingerprint has no epsilon and no activation; what the graphs compute depends on them."""
+    build(made.request(made.bundle, tenants="1:1:4", prove=False))
+    assert 0.25 not in epsilons(made.bundle)
+    change_json(made.model / "config.json", rms_norm_eps=0.25)
+    build(made.request(tmp_path / "other", tenants="1:1:4", prove=False))
+    assert 0.25 in epsilons(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_a_changed_text_is_another_bundle_of_the_same_graphs(made: TinyBuild, name: str) -> None:
+    request = made.request(made.bundle, tenants="1:1:4", prove=False)
+    keys, stages = [], []
+    for change in (False, False, True):
+        if change and name.endswith(".jinja"):
+            path = made.model / name
+            path.write_text(path.read_text(encoding="utf-8").replace("You help.", "You are new."), encoding="utf-8")
+        elif change:
+            fields = {"top_k": 7} if name.startswith("generation") else {"model_max_length": 77}
+            change_json(made.model / name, **fields)
+        keys.append(build(request).build_key)
+        stages.append(sorted(path.name for path in made.cache.glob("graphs-*")))
+    assert keys[0] == keys[1] != keys[2]
+    assert stages[0] == stages[2] and len(stages[0]) == 1
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime:int4"])
+def test_weights_that_change_during_a_build_leave_no_stage(made: TinyBuild, target: str) -> None:
+    path = made.model / "model.safetensors"
+    honest = path.read_bytes()
+    changed = {name: tensor * 1.5 for name, tensor in load_file(path).items()}
+
+    def meanwhile(step: str, *_: Any) -> None:
+        if step == "looking for an up-to-date bundle":
+            save_file(changed, made.model / "new", {"format": "pt"})
+            os.replace(made.model / "new", path)
+
+    request = made.request(made.bundle, tenants="1:1:4", prove=False, targets=[target])
+    with pytest.raises(IaptError, match=r"model.safetensors of .* changed during the build; build again"):
+        build(request, on_step=meanwhile)
+    assert not made.bundle.exists() and not list(made.cache.glob("*-*"))
+    path.write_bytes(honest)
+    assert build(request).targets
+
+
+def test_prompts_that_cannot_be_compared_are_refused_by_a_dry_run(made: TinyBuild) -> None:
+    request = made.request(made.bundle, tenants="1:1:4")
+    (made.adapters["gamma"] / "examples.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(IaptError, match=r"gamma/examples.jsonl:1: expected a JSON object like"):
+        foresee(request)
+    (made.adapters["gamma"] / "examples.jsonl").unlink()
+    with pytest.raises(IaptError, match=r"--past 11 leaves no room for a prompt to compare, beside 4 prompt rows and"):
+        foresee(made.request(made.bundle, tenants="1:1:4", sequence="1:1:4", past="1:5:11"))
