@@ -168,6 +168,7 @@ def _of_model(path: str, load: Load) -> list[Share]:
     import torch
 
     from iapt_export.building.build_request import BuildRequest
+    from iapt_export.building.layout import max_positions
     from iapt_export.building.plan import TENSORRT, parse_range, plan_targets
     from trainers.decoder.backbone import load_outline
     from trainers.decoder.family import check_family
@@ -177,9 +178,10 @@ def _of_model(path: str, load: Load) -> list[Share]:
     (target,) = plan_targets([load.target] if load.target else [], None, None, load.quantise)
     model = load_outline(path)
     family, shape = check_family(model, path), sizes_of(model)
+    longest = max_positions(model) - 1
     sizes = {
         "batch": load.batch or parse_range(BuildRequest.batch, "batch").max,
-        "past": load.past or parse_range(BuildRequest.past, "past").max,
+        "past": load.past or min(parse_range(BuildRequest.past, "past").max, longest),
         "tenants": load.tenants or 1,
     }
     width = FLOAT_BYTES[target.graph_dtype]
@@ -189,6 +191,8 @@ def _of_model(path: str, load: Load) -> list[Share]:
     with torch.device("meta"):
         module = method(config_of(load.method)(), shape)
         shipped = module if module.is_encoder else module.deployed()
+    if not shipped.num_slots < sizes["past"] <= longest:
+        raise IaptError(f"--past {sizes['past']} cannot be built: expected {shipped.num_slots + 1} to {longest}")
     each = width * sum(parameter.numel() for parameter in shipped.parameters())
     count, size = model_weights(model, target.rounding, width)
     stored = f"in {target.dtype}" if target.rounding else f"· {width}"

@@ -50,7 +50,9 @@ def test_the_verdict_on_a_model(name: str, tmp_path: Path) -> None:
     made.config.save_pretrained(tmp_path)
     found = inspected(tmp_path)
     assert (found["kind"], found["verdict"]) == ("model", WORDS[expected])
-    doctor = json.loads(run("doctor", f"--model={tmp_path}", "--json").out)[-1]
+    outcome = run("doctor", f"--model={tmp_path}", "--json")
+    doctor = json.loads(outcome.out)[-1]
+    assert outcome.code == (expected == REFUSED)
     assert (doctor["name"], doctor["kind"]) == (f"serve {tmp_path}", "ability")
     assert (doctor["status"] == "missing") == (expected == REFUSED) and (doctor["status"] == "ok") == (
         expected == IN_PLACE
@@ -131,6 +133,12 @@ def test_an_adapter_of_stock_peft_that_build_refuses(model: Path, tmp_path: Path
     assert inspected(tmp_path / "biased", f"--model={narrow}")["build"].startswith("refused: ")
     (narrow / "config.json").write_text("{}", "utf-8")
     assert inspected(tmp_path / "biased", f"--model={narrow}")["build"].startswith("refused: ")
+
+
+def test_a_bundle_is_no_model(tiny_build: TinyBuild) -> None:
+    """It carries its backbone's configuration."""
+    outcome = run("doctor", f"--model={tiny_build.bundle}")
+    assert outcome.code == 1 and "is a bundle, which holds no weights to train or build with" in outcome.err
 
 
 def test_an_adapter_of_ours_and_a_backbone(model: Path, tmp_path: Path) -> None:

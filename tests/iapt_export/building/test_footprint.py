@@ -157,6 +157,15 @@ def test_a_bundle_takes_what_a_session_holds(tiny_build: TinyBuild) -> None:
     assert one["tenants of iapt"] == found["tenants of iapt"] // 3 * 4
 
 
+def test_what_cannot_be_built_is_refused(tiny_build: TinyBuild) -> None:
+    """The tiny backbone has 256 positions, and IAPT takes 4 of a row's entries."""
+    cache = next(share for share in plan_memory(str(tiny_build.model), Load()) if share.name == "KV cache")
+    assert "255 entries" in cache.formula
+    for past in (2, 4, 256):
+        with pytest.raises(IaptError, match=f"--past {past} cannot be built: expected 5 to 255"):
+            plan_memory(str(tiny_build.model), Load(past=past))
+
+
 def test_what_a_bundle_cannot_serve_is_refused(tiny_build: TinyBuild) -> None:
     for load, message in (
         (Load(batch=9), "--batch 9 is more than the bundle's 8; build it again with --batch 9"),
