@@ -19,7 +19,14 @@ from validation.judging.generators import compare_generator
 from validation.judging.metrics import HISTOGRAM_EDGES
 from validation.judging.result import TargetResult
 from validation.judging.stages import Answers as Answers
-from validation.judging.stages import Errors, answer_freely, compare_refusal, compare_steps, compare_tokens
+from validation.judging.stages import (
+    Errors,
+    answer_freely,
+    compare_refusal,
+    compare_steps,
+    compare_tokens,
+    judge_tenants,
+)
 from validation.sides.cases import (
     MIN_PROMPTS,
     QUICK_PROMPTS,
@@ -224,6 +231,7 @@ def compare_target(
             compare_refusal(session, generated, errors)
         else:
             compare_steps(session, generated.name, rows, errors)
+    judge_tenants(target.dtype, errors)
     passed = all(check.passed for check in errors.checks)
     return TargetResult(
         name=result_name(session),

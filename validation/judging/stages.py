@@ -44,6 +44,8 @@ class Errors:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1))
     tenants: list[str] = field(default_factory=list)
     """Whose rows the next checks are of."""
+    of_tenant: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """The figures of every step of a tenant's rows, whatever they shared a batch with."""
 
     def feed(self, tenants: Iterable[str]) -> None:
         """Say whose rows the next checks are of."""
@@ -81,6 +83,8 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
             figures = judged(decoded, dtype) | {"step": float(worst)}
             errors.judge("decode logits", case, dtype, figures, f"worst at step {worst}")
             _compare_cache(step, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
+    for place, figures in enumerate(every):
+        errors.of_tenant.setdefault(rows[place % len(rows)].tenant, []).append(figures)
     compared = float(len(every))
     if dtype in OUTLIERS and compared < COMPARED_FOR_A_SHARE:
         return
@@ -89,8 +93,22 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
     detail = "" if other is None else f"first other token at step {other}"
     errors.judge("top-1 agreement", case, dtype, agreement, detail)
     if tolerances("typical logits", dtype):
-        typical = {name: float(np.median([each[name] for each in every])) for name in ("relative", "kl")}
-        errors.judge("typical logits", case, dtype, typical | {"compared": compared}, "median over rows and steps")
+        errors.judge("typical logits", case, dtype, _typical(every), "median over rows and steps")
+
+
+def judge_tenants(dtype: str, errors: Errors) -> None:
+    """Judge what is typical of each tenant, so that one that rounding spoils does not hide among the others' rows."""
+    if len(errors.of_tenant) < 2 or not tolerances("typical logits", dtype):
+        return
+    for tenant, every in errors.of_tenant.items():
+        if len(every) >= COMPARED_FOR_A_SHARE:
+            errors.feed([tenant])
+            errors.judge("typical logits", f"every row of {tenant or BACKBONE}", dtype, _typical(every), "median")
+
+
+def _typical(every: list[dict[str, float]]) -> dict[str, float]:
+    typical = {name: float(np.median([each[name] for each in every])) for name in ("relative", "kl")}
+    return typical | {"compared": float(len(every))}
 
 
 def compare_rows(case: str, truth: Truth, tokens: list[int], logits: list[np.ndarray], errors: Errors) -> None:

@@ -24,7 +24,7 @@ from tests.validation.sabotage import SABOTAGES, one_weight
 from trainers.decoder.backbone import load_backbone
 from validation.judging import stages
 from validation.judging.compare import Settings, compare_target, measure_truth
-from validation.judging.stages import Answers, Errors, compare_tokens, judged, tie_margin
+from validation.judging.stages import Answers, Errors, compare_tokens, judge_tenants, judged, tie_margin
 from validation.judging.tolerances import tolerances
 from validation.sides.cases import Prompt
 from validation.sides.reference import Reference
@@ -268,6 +268,24 @@ def test_excused_rows_are_counted_and_listed(tiny_build: TinyBuild, backbone: An
     assert check.detail == "22 of 24 rows identical, 1 excused as ties"
     assert [row.excused for row in result.tokens if row.first_divergence is not None] == [True, False]
     assert result.status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "others", "count", "judged_alone"),
+    [("int8", 200, 64, True), ("int8", 200, 63, False), ("int8", 0, 64, False), ("fp32", 200, 64, False)],
+)
+def test_a_tenant_that_rounding_spoils_does_not_hide_among_others(
+    dtype: str, others: int, count: int, judged_alone: bool
+) -> None:
+    """The median over everybody's rows is as good as ever; one tenant by itself would be refused, as it is here."""
+    figures = {"good": [{"relative": 0.03, "kl": 1e-3}] * others, "bad": [{"relative": 0.11, "kl": 1e-3}] * count}
+    errors = Errors(of_tenant={name: each for name, each in figures.items() if each})
+    judge_tenants(dtype, errors)
+    found = {check.case: (check.passed, check.tenants) for check in errors.checks}
+    expected = {"every row of good": (True, ["good"]), "every row of bad": (False, ["bad"])}
+    if not judged_alone:
+        expected.pop("every row of bad")
+    assert found == (expected if others and dtype == "int8" else {})
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
