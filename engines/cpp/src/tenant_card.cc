@@ -52,7 +52,8 @@ Json read_card(const std::map<std::string, std::string>& metadata, const std::st
     if (const Json* field = fields.find(name, false); field != nullptr && !field->is_null()) fields.read(name, number);
   }
   fields.refuse_unknown();
-  if (problems.empty() && (version < 1 || version > kCardVersion)) problems.push_back("it is of another schema_version");
+  if (problems.empty() && (version < 1 || version > kCardVersion))
+    problems.push_back("it is of another schema_version");
   if (!problems.empty()) throw Error(path + " has no valid tenant card: " + joined(problems, "; "));
   return card;
 }
