@@ -65,8 +65,7 @@ struct TenantSpec {
   std::optional<std::string> method;  // none where it is merged into the backbone's weights
   std::optional<std::string> path;
   std::string trained_form;
-  std::string
-      prompt_format;  // chat, plain or newline; empty for the backbone: chat where the bundle has a chat template
+  std::string prompt_format;  // chat, plain or newline; empty for the backbone: chat where there is a chat template
   std::vector<std::string> labels;
   std::optional<std::string> trained, examples;  // files that validation alone opens
   // what all of its training examples began with; empty for none, nothing where they differ or did not say
