@@ -322,7 +322,7 @@ def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
     for image in ("main", "ablations", "rational"):
         assert (tmp_path / "images" / f"results-{image}.png").stat().st_size > 5000
     page_with(page, ["rates", "other"])
-    with pytest.raises(SystemExit, match=r"differ in the tables ablations .*, differences, other, rational"):
+    with pytest.raises(SystemExit, match=r"differ in the tables ablations .*, differences, formats, other, rational"):
         quality.main(words)
 
 
