@@ -18,7 +18,14 @@ from safetensors import SafetensorError, safe_open
 from engines.runner import Arrays, numpy_type
 from engines.serving.text import base_format
 from iapt_export.contract.errors import BundleError, IaptError
-from iapt_export.contract.manifest import TENANT_INDEX, BundleManifest, MethodSpec, TargetSpec, TenantSpec
+from iapt_export.contract.manifest import (
+    TENANT_INDEX,
+    BundleManifest,
+    MethodSpec,
+    TargetSpec,
+    TenantSpec,
+    served_name,
+)
 from iapt_export.contract.tenant_card import TenantCard
 from iapt_export.contract.weights_header import read_header
 
@@ -100,7 +107,7 @@ class TenantBank:
                 self._enter(spec, -1)
         self.base = _base(bundle, manifest)
         """The backbone alone; None where a tenant is merged into its weights."""
-        self._names_of_base = (manifest.backbone.served_name, manifest.backbone.name_or_path)
+        self._names_of_base = (served_name(manifest.backbone.name_or_path), manifest.backbone.name_or_path)
 
     def get(self, name: str) -> Tenant:
         """The tenant of that name; the backbone alone for an empty one or its own.
@@ -303,7 +310,7 @@ class TenantBank:
 def _base(bundle: Path, manifest: BundleManifest) -> Tenant | None:
     if not manifest.serves_backbone:
         return None
-    return Tenant(manifest.backbone.served_name, None, -1, 0, base_format(bundle), "none")
+    return Tenant(served_name(manifest.backbone.name_or_path), None, -1, 0, base_format(bundle), "none")
 
 
 def read_tenant_file(path: Path) -> tuple[TenantCard, Arrays]:

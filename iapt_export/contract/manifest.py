@@ -70,11 +70,6 @@ class BackboneSpec(BackboneSizes):
     eos_token_ids: list[int]
     pad_token_id: int
 
-    @property
-    def served_name(self) -> str:
-        """What it is called where it answers."""
-        return served_name(self.name_or_path)
-
     def __post_init__(self) -> None:
         limits = {item.name: MOST for item in dataclasses.fields(BackboneSizes)}
         for name, most in (limits | {"num_layers": MOST_LAYERS, "max_positions": LONGEST}).items():
