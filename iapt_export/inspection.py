@@ -63,7 +63,7 @@ def describe_model(name: str) -> dict[str, Any]:
     Returns:
         ``verdict`` is ``supported``, ``supported by portable graphs only`` or ``refused``, the last with a ``reason``.
     """
-    from trainers.decoder.backbone import load_outline
+    from trainers.decoder.backbone import load_outline, load_tokenizer
     from trainers.decoder.family import check_family
     from trainers.decoder.insertion import sizes_of
 
@@ -72,6 +72,7 @@ def describe_model(name: str) -> dict[str, Any]:
             raise IaptError(f"{name} is a bundle, which holds no weights to train or build with; give its backbone")
         model = load_outline(name)
         family, sizes = check_family(model, name), sizes_of(model)
+        load_tokenizer(name)
     except IaptError as error:
         return {"kind": "model", "verdict": "refused", "reason": str(error)}
     config = model.config.get_text_config()

@@ -36,8 +36,8 @@ class Load:
     """As build takes it, such as onnxruntime:int8; without it, a bundle's first, or onnxruntime:fp32."""
     quantise: Annotated[str, Parameter(metavar="KEY=N,...")] = ""
     """As build takes it; a bundle says it itself."""
-    method: Annotated[Literal[tuple(map(flag_name, METHOD_CONFIGS))], Parameter(metavar="NAME")] = DEFAULT_METHOD  # type: ignore[valid-type]
-    """What the tenants of a model will be, with its default settings; a bundle says it itself."""
+    method: Annotated[Literal[tuple(map(flag_name, METHOD_CONFIGS))] | None, Parameter(metavar="NAME")] = None  # type: ignore[valid-type]
+    """What the tenants of a model will be, with its default settings; without it, iapt. A bundle says it itself."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def _of_bundle(bundle: Path, load: Load) -> list[Share]:
     target = manifest.target(name)
     if dtype not in ("", target.dtype):
         raise IaptError(f"{bundle} was built for {name}:{target.dtype}, not for {name}:{dtype}")
-    if load.quantise:
-        raise IaptError(f"--quantise is for a model, and {bundle} is a bundle, which says it itself; leave it out")
+    for flag, value in (("--quantise", load.quantise), ("--method", load.method)):
+        if value:
+            raise IaptError(f"{flag} is for a model, and {bundle} is a bundle, which says it itself; leave it out")
     sizes = {
         "batch": load.batch or manifest.ranges.batch.max,
         "past": load.past or manifest.ranges.past.max,
@@ -187,9 +188,10 @@ def _of_model(path: str, load: Load) -> list[Share]:
     width = FLOAT_BYTES[target.graph_dtype]
     cached = CACHE_BYTES[(target.rounding and target.rounding.cache_type) or target.graph_dtype]
     entry = sum(shape.cache_widths) * shape.num_layers * shape.num_kv_heads * cached
-    method = METHODS[next(name for name in METHOD_CONFIGS if flag_name(name) == load.method)]
+    name = load.method or DEFAULT_METHOD
+    method = METHODS[next(each for each in METHOD_CONFIGS if flag_name(each) == name)]
     with torch.device("meta"):
-        module = method(config_of(load.method)(), shape)
+        module = method(config_of(name)(), shape)
         shipped = module if module.is_encoder else module.deployed()
     if not shipped.num_slots < sizes["past"] <= longest:
         raise IaptError(f"--past {sizes['past']} cannot be built: expected {shipped.num_slots + 1} to {longest}")
@@ -201,7 +203,7 @@ def _of_model(path: str, load: Load) -> list[Share]:
         Share("weights", engines * size, f"{held}{count:,} parameters {stored}", "nothing else"),
         _cache(entry, sizes, shipped.num_slots, copies=1 if family.in_place else 2),
         Share(
-            f"tenants of {load.method}",
+            f"tenants of {name}",
             sizes["tenants"] * each,
             f"{sizes['tenants']} · {each:,}",
             "tenants, not with rows",

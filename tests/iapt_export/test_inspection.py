@@ -48,6 +48,7 @@ def test_the_verdict_on_a_model(name: str, tmp_path: Path) -> None:
     expected, *_ = FAMILIES[name]
     made = tiny_family(name)
     made.config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     found = inspected(tmp_path)
     assert (found["kind"], found["verdict"]) == ("model", WORDS[expected])
     outcome = run("doctor", f"--model={tmp_path}", "--json")
@@ -80,6 +81,14 @@ def test_models_of_other_kinds_of_files(tmp_path: Path) -> None:
     for text in ("{", "[]", "{}", '{"model_type": "none such"}', '{"model_type": "llama", "num_attention_heads": 0}'):
         (folder / "config.json").write_text(text, "utf-8")
         assert inspected(folder)["verdict"] == "refused", text
+
+
+def test_a_model_whose_text_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", TinyFile("llama", {"tokenizer.ggml.pre": "deepseek-llm"}))
+    assert "splits text in the way 'deepseek-llm'" in inspected(path)["reason"]
+    tiny_family("llama").config.save_pretrained(tmp_path / "bare")
+    found = inspected(tmp_path / "bare")
+    assert found["verdict"] == "refused" and "tokenizer" in found["reason"]
 
 
 def test_an_adapter_of_stock_peft(model: Path, tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict
 
     if Path(source).is_dir():
         read_checkpoint(Path(source))
+    tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code, **options)  # before the weights: cheaper
     model, info = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
@@ -294,7 +295,7 @@ def _load_folder(source: str, dtype: Any, trust_remote_code: bool, options: dict
         **options,
     )
     check_loading(info, source)
-    return model, _load_tokenizer(source, trust_remote_code=trust_remote_code, **options)
+    return model, tokenizer
 
 
 def _load_tokenizer(source: str, **options: Any) -> Any:

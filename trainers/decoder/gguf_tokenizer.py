@@ -64,7 +64,16 @@ def gguf_tokenizer(file: GgufFile) -> Any:
                 f"{file.path} names {place} as its {name} token, and has {len(words)} words; "
                 "download or convert it again"
             )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers has no class of its own for it, and its panics are no Exception
+        reason = str(error).strip().partition("\n")[0]
+        raise IaptError(
+            f"{file.path} has words, merges or scores of which no tokenizer can be made ({reason}); download or "
+            "convert it again, or give the model's Hugging Face folder"
+        ) from error
     _drop_additions(tokenizer, len(words))
     if kind == "gpt2":
         _split_words(tokenizer.backend_tokenizer, pre)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.settings import computing_fields
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.decoder.insertion import decoder_layers, linear_layers
 from trainers.decoder.method import Method, Weights
@@ -92,11 +93,9 @@ class LoRA(Method):
         highest = max(config.rank for config in configs)
         if rank is not None and rank < highest:
             raise IaptError(f"a LoRA adapter has rank {highest}, more than --max-lora-rank {rank}; raise that")
-        changed = [frozenset(targets(config.target_modules, sizes)) for config in configs]
-        own = {(type(each), each.rank, each.scaling, names) for each, names in zip(configs, changed, strict=True)}
-        if len(own) == 1 and rank in (None, highest):
+        if len({(type(each), computing_fields(each)) for each in configs}) == 1 and rank in (None, highest):
             return None
-        names = frozenset.union(*changed)
+        names = frozenset.union(*(frozenset(targets(config.target_modules, sizes)) for config in configs))
         chosen = tuple(name for name in sizes.linears if name in names)
         kind = DoRAConfig if DoRAConfig in map(type, configs) else LoRAConfig
         return kind(rank=rank or highest, alpha=rank or highest, target_modules=chosen)

@@ -79,10 +79,8 @@ def fit_instruction(tokenizer: Any, example: Example, prompt_format: str, max_to
     ids = format_instruction(tokenizer, example.messages, prompt_format)
     text = example.messages[-1]["content"]
     while len(ids) > max_tokens:
-        pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        surplus = len(ids) - max_tokens
         # Cutting may change how the remaining end is split, hence the loop; it ends since text gets shorter.
-        text = text[: pieces[-surplus][0]].rstrip() if surplus < len(pieces) else ""
+        text = text[: _end_before(tokenizer, text, len(ids) - max_tokens)].rstrip()
         if len(text) < max(example.keep, 1):
             raise IaptError(
                 f"max_instruction_tokens={max_tokens} leaves no room for the input: template and instruction of "
@@ -90,6 +88,14 @@ def fit_instruction(tokenizer: Any, example: Example, prompt_format: str, max_to
             )
         ids = format_instruction(tokenizer, (*example.messages[:-1], user_message(text)), prompt_format)
     return text, ids
+
+
+def _end_before(tokenizer: Any, text: str, surplus: int) -> int:
+    """Where the last ``surplus`` tokens of a text begin; 0 where it has no more."""
+    if not tokenizer.is_fast:  # tells no offsets; a character has four bytes at most, so this cuts no more than asked
+        return max(0, len(text) - max(1, surplus // 4))
+    pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return int(pieces[-surplus][0]) if surplus < len(pieces) else 0
 
 
 def encode_examples(

@@ -74,7 +74,7 @@ def find_finished(request: TrainRequest, record: dict[str, Any], say: Callable[[
                 f"{work} was written by a run with other settings: {told}; resume with the same settings, or delete "
                 "the folder and start anew"
             )
-    elif config.resume and stands and read_record(output).get("settings") == record:
+    elif config.resume and stands and not differences(read_record(output).get("settings") or {}, record):
         if int(os.environ.get("RANK", "0")) == 0:
             shutil.rmtree(work, ignore_errors=True)  # what a run that was killed at its very end had still to remove
         say(f"{output} is finished and stays as it is; --overwrite without --resume trains it again")

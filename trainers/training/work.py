@@ -11,6 +11,7 @@ Every step leaves one of these states, so a kill at any point loses no more than
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -38,6 +39,9 @@ STATE_PARTS = ("optimizer", "scheduler", "rng_state")
 """How the names of the Trainer's other files begin; their ends depend on how the processes share the work."""
 CHECKPOINT = "checkpoint-"
 UNFINISHED, FINISHED, REPLACED = "unfinished", "finished", "replaced"
+MODEL_FILES = "model_files"
+HASHED = {"data": "data file", "eval_file": "eval_file", MODEL_FILES: "model in the same place"}
+"""What a record has the hash of, in words."""
 TRACKED = "runs"
 """Where the Trainer lets TensorBoard write."""
 WITHOUT_EFFECT = {
@@ -86,7 +90,16 @@ def record_of(request: TrainRequest) -> dict[str, Any]:
         del settings["quantise"]  # as earlier versions wrote it
     model = config.base_model_name or request.model
     record = {"model": model, "method": method_name(request.method), **asdict(request.method), **settings, **hashes}
+    if files := _model_files(Path(request.model)):
+        record[MODEL_FILES] = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
     return dict(json.loads(json.dumps(record)))
+
+
+def _model_files(path: Path) -> list[Path]:
+    """What a local backbone is read from; nothing of one of the hub, which its revision tells."""
+    if path.is_file():
+        return [path]
+    return sorted(each for each in path.glob("*") if each.suffix in (".safetensors", ".gguf", ".json"))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -107,8 +120,10 @@ def write_record(folder: Path, settings: dict[str, Any], **outcome: Any) -> None
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The settings in which two runs differ, in words; empty where they agree."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    hashed = {"data", "eval_file"} & set(names)
-    told = [f"another {name} file" if name == "data" else "another eval_file" for name in sorted(hashed)]
+    if MODEL_FILES not in there and MODEL_FILES in names:  # of a version that did not look at them
+        names.remove(MODEL_FILES)
+    hashed = HASHED.keys() & set(names)
+    told = [f"another {HASHED[name]}" for name in sorted(hashed)]
     told += [f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names if name not in hashed]
     return ", ".join(told)
 

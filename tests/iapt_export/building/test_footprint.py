@@ -171,6 +171,8 @@ def test_what_a_bundle_cannot_serve_is_refused(tiny_build: TinyBuild) -> None:
         (Load(batch=9), "--batch 9 is more than the bundle's 8; build it again with --batch 9"),
         (Load(tenants=5), "--tenants 5 is more than the bundle's 4"),
         (Load(target="tensorrt"), "target 'tensorrt' is not in this bundle"),
+        (Load(quantise="block=64"), "--quantise is for a model, and "),
+        (Load(method="lora"), "--method is for a model, and "),
         (Load(target="onnxruntime:int8"), "was built for onnxruntime:fp32, not for onnxruntime:int8"),
     ):
         with pytest.raises(IaptError, match=message):

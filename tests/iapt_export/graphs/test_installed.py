@@ -23,6 +23,7 @@ from iapt_export.graphs.installed import (
 from tests.bundles import METHOD, NUM_LAYERS, random_method, tiny_adapter
 from tests.graphs import stacked_feeds
 from tests.tiny import tiny_llama
+from trainers.decoder.insertion import sizes_of
 from trainers.methods.configs import (
     ADePTConfig,
     DePTConfig,
@@ -34,6 +35,7 @@ from trainers.methods.configs import (
 )
 from trainers.methods.iapt import IAPT
 from trainers.methods.lopa import LoPA, SentPrompt
+from trainers.methods.lora import LoRA
 from trainers.methods.rational import rational
 
 PROMPT = PromptTuningConfig(prompt_length=4)
@@ -117,6 +119,14 @@ def test_tenants_of_different_methods(model: Any, case: str) -> None:
     methods, owner = installed(model, *configs)
     assert owner == names
     assert [item.name for item in methods] == list(dict.fromkeys(names))
+
+
+def test_loras_of_one_effect_share_a_stack_however_they_are_spelt(model: Any) -> None:
+    spelt = [LoRAConfig(rank=4, alpha=8), LoRAConfig(rank=4, alpha=4, rslora=True)]
+    config: Any = LoRA.stack_config(spelt, sizes_of(model))
+    methods = [LoRA(each, sizes_of(model)).in_stack(config, sizes_of(model)) for each in spelt]
+    assert [each.config for each in methods] == [config, config]
+    assert config.scaling == 1 and LoRA.stack_config(spelt[:1] * 2, sizes_of(model)) is None
 
 
 def test_folded_offsets_are_a_table(model: Any) -> None:

@@ -102,6 +102,10 @@ REFUSED = {
     "no way of splitting": (TinyFile("llama", {"tokenizer.ggml.pre": None}), "splits text in the way 'none'"),
     "kind of words": (TinyFile("llama", {"tokenizer.ggml.model": "rwkv"}), "a tokenizer of the kind 'rwkv' with 320"),
     "no words": (TinyFile("llama", {"tokenizer.ggml.tokens": None}), "of the kind 'gpt2' with 0 words"),
+    "merges of other words": (
+        TinyFile("llama", {"tokenizer.ggml.merges": ["qqqq zzzz"]}),
+        "has words, merges or scores of which no tokenizer can be made (",
+    ),
     "end token": (
         TinyFile("llama", {"tokenizer.ggml.eos_token_id": 400}),
         "names 400 as its eos token, and has 320",

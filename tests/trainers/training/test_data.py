@@ -207,6 +207,33 @@ def test_truncation_cuts_the_input_and_nothing_else() -> None:
     assert text.startswith(shown.split(head)[1].removesuffix(tail))
 
 
+class WithoutOffsets:
+    """A tokenizer in Python, which says no offsets: transformers' own raise `NotImplementedError` for them."""
+
+    is_fast = False
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        assert "return_offsets_mapping" not in options
+        return self._of(*given, **options)
+
+
+@pytest.mark.parametrize("text", ["the film is a quiet joy from the first scene to the last " * 4, "Ω漢字😀 " * 40])
+def test_a_tokenizer_without_offsets_cuts_as_much(text: str) -> None:
+    example = Example(({"role": "user", "content": f"What?\n\n{text}"},), "yes", keep=7)
+    limit = len(encode_instruction(CHAT, example, "chat", 10_000)) - 30
+    wanted = encode_instruction(CHAT, example, "chat", limit)
+    cut = encode_instruction(WithoutOffsets(CHAT), example, "chat", limit)
+    assert limit - 4 <= len(cut) <= limit
+    shared = sum(1 for mine, other in zip(cut, wanted, strict=False) if mine == other)
+    assert shared >= min(len(cut), len(wanted)) - 12  # all but the template's end and a character
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

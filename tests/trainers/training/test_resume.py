@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 import shutil
 from pathlib import Path
@@ -186,6 +187,23 @@ def test_another_run_is_not_gone_on_with(backbone: str, data: Path, tmp_path: Pa
         IaptError, match=r"was written by a run with other settings or another backbone \(.* there, .* here\)"
     ):
         run(backbone, data, cut, dataclasses.replace(METHOD, bias=False), resume=True, **FIELDS)
+
+
+def test_another_model_in_the_same_place_is_another_run(backbone: str, data: Path, tmp_path: Path) -> None:
+    """By its files: neither its path nor the name that goes into the adapter tells."""
+    model = tmp_path / "model"
+    shutil.copytree(backbone, model)
+    config: dict[str, Any] = {"base_model_name": "the/model", "max_steps": 1}
+    run(str(model), data, tmp_path / "a", **config)
+    assert run(str(model), data, tmp_path / "a", resume=True, **config).steps == 1
+    weights_file = model / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"@")
+    with pytest.raises(IaptError, match=r"finished adapter of other settings \(another model in the same place\)"):
+        run(str(model), data, tmp_path / "a", resume=True, **config)
+    record = json.loads((tmp_path / "a" / RECORD_FILE).read_text(encoding="utf-8"))
+    del record["settings"]["model_files"]  # as versions wrote it that did not look
+    (tmp_path / "a" / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
+    assert run(str(model), data, tmp_path / "a", resume=True, **config).steps == 1
 
 
 def test_checkpoints_are_not_put_among_others_files(backbone: str, data: Path, tmp_path: Path) -> None:
