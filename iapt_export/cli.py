@@ -209,7 +209,7 @@ def validate(
         steps(f"loading {backbone.model or manifest.backbone.name_or_path}")
         loaded = load_backbone_of(bundle, manifest.backbone, **vars(backbone), load=loader_for(manifest))
         depth = "quick" if asked.quick else "full"
-        how = (depth, asked.case, asked.bisect, not asked.no_peft_check, asked.runner or "")
+        how = (depth, asked.case, asked.bisect, not asked.no_peft_check, asked.runner or "", tuple(asked.adapters))
         settings = Settings(asked.seed, asked.new_tokens, asked.device, *how)
         found = validate_bundle(bundle, manifest, loaded, settings, steps)
     show_report(common.json, found, summary)  # first, so that it is not lost where writing fails

@@ -7,6 +7,7 @@ in the dataclasses that Python callers fill as well.
 import dataclasses
 import itertools
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -98,6 +99,8 @@ class Comparison:
     """Where ONNX Runtime runs."""
     no_peft_check: bool = False
     """Leave out the comparison with PEFT itself, which is made where it is installed and has the tenant's method."""
+    adapters: Annotated[Sequence[str], Parameter(("--adapter", "-a"), metavar="[NAME=]DIR")] = ()
+    """Compare this adapter in the place of the bundle's tenants, as the tenant command ships it; repeatable."""
     runner: Annotated[Literal["openvino"] | None, Parameter(metavar="R")] = None
     """Run the portable graphs in another runtime, openvino, instead of the bundle's targets."""
 

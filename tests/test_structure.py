@@ -48,7 +48,7 @@ DOORS = {
     "iapt_export.contract": "disk errors graphs integrity kinds low_bits manifest places probes prompt_format "
     "resources schema settings sizes tenant_card types weights_header",
     "iapt_export.graphs": "export installed interface ops passes save table",
-    "iapt_export.building": "build build_request footprint layout stage_cache tenant_file",
+    "iapt_export.building": "build build_request footprint layout plan stage_cache tenant_file",
     "engines.onnxruntime": "cores devices runner",
     "engines.openvino": "runner",
     "engines.tensorrt": "builder engine_info flavour runner",

@@ -32,6 +32,7 @@ from validation.judging.peft import compare_peft
 from validation.judging.result import Report, TargetResult
 from validation.judging.tolerances import rows_for
 from validation.locating.locate import look_inside
+from validation.newcomers import newcomers
 from validation.sides.engine_graphs import graph_runners, graphs_folder
 from validation.sides.peft_side import PeftFolder, peft_version
 from validation.sides.portable import portable_runners, portable_target
@@ -69,8 +70,25 @@ def validate_bundle(
         The report; its verdict is ``fail`` when any check fails, or when no target at all could be run.
 
     Raises:
-        IaptError: the backbone is another one, or the example prompts cannot be read.
+        IaptError: the backbone is another one, the example prompts cannot be read, or an adapter of the settings is
+            none for this bundle.
     """
+    if settings.adapters:
+        with newcomers(settings.adapters, bundle, manifest, backbone) as (others, folders):
+            return _report(bundle, others, backbone, settings, on_step, name, folders, graph_folders)
+    return _report(bundle, manifest, backbone, settings, on_step, name, peft_folders, graph_folders)
+
+
+def _report(
+    bundle: Path,
+    manifest: BundleManifest,
+    backbone: Any,
+    settings: Settings,
+    on_step: OnStep,
+    name: str,
+    peft_folders: Mapping[str, PeftFolder] | None,
+    graph_folders: Sequence[Path],
+) -> Report:
     targets = compared_targets(manifest, settings.runner, settings.device)
     open_graphs = portable_runners if settings.runner else functools.partial(open_runners, device=settings.device)
 
@@ -118,7 +136,8 @@ def validate_bundle(
         command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
         f"--seed {settings.seed} --new-tokens {settings.new_tokens}"
         + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else "")
-        + (f" --runner {settings.runner}" if settings.runner else ""),
+        + (f" --runner {settings.runner}" if settings.runner else "")
+        + "".join(f" --adapter {adapter}" for adapter in settings.adapters),
         depth=f"case {settings.case}" if settings.case else settings.depth,
     )
 

@@ -172,17 +172,26 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneS
         (bundle / TENANTS_FOLDER / f"{name}.{EXAMPLES_FILE}").write_bytes(examples.read_bytes())
     else:
         examples = None
-    return TenantSpec(
-        name=name,
+    return new_tenant(
+        name,
+        adapter,
         method=owner,
         path=f"{TENANTS_FOLDER}/{name}.safetensors" if shipped else None,
+        trained=f"{TENANTS_FOLDER}/{TRAINED_FOLDER}/{name}.safetensors" if trained else None,
+        examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
+    )
+
+
+def new_tenant(name: str, adapter: Adapter, **places: str | None) -> TenantSpec:
+    """What a manifest says of an adapter as a tenant, given its method and its files."""
+    return TenantSpec(
+        name=name,
         trained_form=adapter.config.peft_type,
         trained_config=dataclasses.asdict(adapter.config.method),
-        trained=f"{TENANTS_FOLDER}/{TRAINED_FOLDER}/{name}.safetensors" if trained else None,
         prompt_format=adapter.config.prompt_format,
         system_prompt=adapter.config.system_prompt,
         labels=list(adapter.config.labels),
-        examples=f"{TENANTS_FOLDER}/{name}.{EXAMPLES_FILE}" if examples else None,
+        **places,  # type: ignore[arg-type]
     )
 
 

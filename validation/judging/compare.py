@@ -73,6 +73,8 @@ class Settings:
     """Hold the reference against PEFT itself where a tenant's method is PEFT's and PEFT is installed."""
     runner: str = ""
     """``openvino``: compare the portable graphs there, and nothing else; empty compares the bundle's targets."""
+    adapters: tuple[str, ...] = ()
+    """What is compared in the place of the bundle's own tenants, see `validation.newcomers`."""
 
     @property
     def is_quick(self) -> bool:
