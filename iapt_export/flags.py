@@ -227,6 +227,8 @@ class Serving(_Running):
     """At SIGTERM, how long /ready says no before the server stops listening."""
     drain: Annotated[float, Parameter(metavar="SECONDS")] = 60.0
     """At SIGTERM, how long answers under way may take."""
+    stuck_after: Annotated[float, Parameter(metavar="SECONDS")] = 600.0
+    """A step that takes longer hangs, and /health says 503; raise it where a slow machine reads long texts."""
     no_verify: bool = False
     """Do not check the files' hashes at the start."""
 

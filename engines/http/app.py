@@ -34,6 +34,8 @@ PAGE_MAY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 VERSION = version_of("iapt-export")
+STUCK_AFTER_S = 600.0
+"""A step that takes longer hangs: reading the longest instructions in the largest batch may take minutes on a CPU."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Door:
     telemetry: Telemetry
     max_body_bytes: int
     is_draining: bool = False
+    stuck_after_s: float = STUCK_AFTER_S
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
     told: set[str] = dataclasses.field(default_factory=set)
     """Tenants of which `tell_form` has spoken."""
@@ -220,9 +223,9 @@ def _add_watching(app: FastAPI, door: Door) -> None:
     @app.get("/health")
     async def health() -> Response:
         state = door.session.state()
-        return JSONResponse(
-            {"status": state.status, "failure": state.failure}, status_code=200 if state.is_healthy else 503
-        )
+        problem = state.problem(door.stuck_after_s)
+        found = {"status": state.status, "failure": state.failure or problem}
+        return JSONResponse(found, status_code=503 if problem else 200)
 
     @app.get("/ready")
     async def ready() -> Response:

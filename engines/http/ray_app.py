@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from engines.http.access import Access
-from engines.http.app import Door, make_app
+from engines.http.app import STUCK_AFTER_S, Door, make_app
 from engines.http.telemetry import Telemetry
 from engines.http.tenant_folder import TenantFolder
 from engines.serving.session import Session
@@ -69,9 +69,8 @@ class SessionReplica:
 
     def check_health(self) -> None:
         """Ray asks this all the time, and replaces a replica that raises."""
-        state = self._session.state()
-        if not state.is_healthy:
-            raise RuntimeError(f"the session is {state.status}: {state.failure}")
+        if problem := self._session.state().problem(STUCK_AFTER_S):
+            raise RuntimeError(problem)
 
 
 def replica_app() -> FastAPI:

@@ -16,7 +16,7 @@ from types import FrameType
 import uvicorn
 
 from engines.http.access import Access
-from engines.http.app import Door, make_app
+from engines.http.app import STUCK_AFTER_S, Door, make_app
 from engines.http.telemetry import Telemetry
 from engines.http.tenant_folder import TenantFolder
 from engines.serving.session import Session
@@ -52,13 +52,16 @@ class ServerConfig:
     """How long ``/ready`` says no before the server stops listening, so that a balancer sees it."""
     drain_s: float = 60.0
     """How long streams under way may take at the end."""
+    stuck_after_s: float = STUCK_AFTER_S
+    """A step that takes longer hangs: ``/health`` says so, for whoever restarts the server."""
     log_level: str = "info"
     """Of uvicorn's own lines."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT:
             raise IaptError(f"port {self.port} is no port; expected 1 to {MAX_PORT}, or 0 for a free one")
-        for name, seconds in (("ready_delay", self.ready_delay_s), ("drain", self.drain_s)):
+        seconds_of = {"ready_delay": self.ready_delay_s, "drain": self.drain_s, "stuck_after": self.stuck_after_s}
+        for name, seconds in seconds_of.items():
             if not 0 <= seconds <= MAX_SECONDS:
                 raise IaptError(f"{name} is {seconds} seconds; expected 0 to {MAX_SECONDS}")
         if not re.fullmatch("([a-zA-Z_:][a-zA-Z0-9_:]*)?", self.metrics_prefix):
@@ -127,7 +130,8 @@ def serve(session: Session, config: ServerConfig) -> None:
     check_place(config.host, config.port)
     access = Access.read(config.keys, config.admin_token)
     telemetry = Telemetry(session, config.metrics_prefix)
-    door = Door(session, access, TenantFolder(session, config.tenants), telemetry, config.max_body_bytes)
+    folder = TenantFolder(session, config.tenants)
+    door = Door(session, access, folder, telemetry, config.max_body_bytes, stuck_after_s=config.stuck_after_s)
     if config.tenants is None:
         access.check_tenants(door.models)
     settings = uvicorn.Config(

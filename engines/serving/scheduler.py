@@ -55,6 +55,13 @@ class Scheduler:
         """Those whose instructions are being read beside the running rows."""
         self.drafting = Drafting()
         self._reading: BesideReading | None = None
+        self._began: float | None = None
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step under way has taken; 0 between steps. Any thread may ask."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def has_work(self) -> bool:
@@ -71,6 +78,13 @@ class Scheduler:
         Yields:
             Each request with its token, its end where it was cancelled or is late, or its failure.
         """
+        self._began = time.monotonic()
+        try:
+            yield from self._step()
+        finally:
+            self._began = None
+
+    def _step(self) -> Iterator[tuple[Entry, Item]]:
         yield from self._dropped()
         if self._reading is not None and (self._reading.is_done or not self.running):
             yield from self._joined(self._reading.result())

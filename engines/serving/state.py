@@ -44,11 +44,20 @@ class SessionState:
     """Drafted tokens that steps have verified since the session opened."""
     accepted_tokens: int = 0
     """Those of them that were right, each a token without a step of its own."""
+    step_seconds: float = 0.0
+    """How long the step under way has taken; one that does not come back, as from a device that hangs, says nothing
+    else."""
 
     @property
     def is_healthy(self) -> bool:
         """Whether requests are being answered."""
         return self.status in ("serving", "draining")
+
+    def problem(self, stuck_after_s: float) -> str | None:
+        """Why no request is answered; None where they are."""
+        if self.is_healthy and self.step_seconds > stuck_after_s:
+            return f"a step has taken {self.step_seconds:.0f} s, and more than {stuck_after_s:.0f} mean that it hangs"
+        return None if self.is_healthy else f"the session is {self.status}: {self.failure}"
 
 
 def state_of(
@@ -74,4 +83,5 @@ def state_of(
         },
         drafted_tokens=scheduler.drafting.drafted,
         accepted_tokens=scheduler.drafting.accepted,
+        step_seconds=scheduler.step_seconds,
     )

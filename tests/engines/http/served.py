@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 
 from engines.http.access import Access
-from engines.http.app import Door, make_app
+from engines.http.app import STUCK_AFTER_S, Door, make_app
 from engines.http.server import KEEP_ALIVE_SECONDS
 from engines.http.telemetry import Telemetry
 from engines.http.tenant_folder import TenantFolder
@@ -100,11 +100,17 @@ def in_process(bundle: Path, *flags: str, before: str = "") -> Iterator[Served]:
 
 @contextlib.contextmanager
 def in_thread(
-    bundle: Path, *, access: Access | None = None, folder: Path | None = None, max_waiting: int = 256
+    bundle: Path,
+    *,
+    access: Access | None = None,
+    folder: Path | None = None,
+    max_waiting: int = 256,
+    stuck_after_s: float = STUCK_AFTER_S,
 ) -> Iterator[Served]:
     """The same endpoints over a session that the test holds."""
     with Session.open(bundle, verify=False, max_waiting=max_waiting, threads=1) as session:
-        door = Door(session, access or Access(), TenantFolder(session, folder), Telemetry(session, "vllm:"), 1 << 20)
+        told = (TenantFolder(session, folder), Telemetry(session, "vllm:"))
+        door = Door(session, access or Access(), *told, 1 << 20, stuck_after_s=stuck_after_s)
         config = uvicorn.Config(
             make_app(door), port=0, log_level="critical", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
         )

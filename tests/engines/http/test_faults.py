@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from engines.serving.session import Request, Session
 from iapt_export.contract.errors import IaptError
 from tests.engines.http.served import (
     ADMIN,
+    SECONDS,
     TEXT,
     Served,
     events,
@@ -53,6 +57,25 @@ def slowed(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0
     assert served.session is not None
     step = served.session.stepper.step
     monkeypatch.setattr(served.session.stepper, "step", lambda tokens: (time.sleep(seconds), step(tokens))[1])
+
+
+def test_a_step_that_hangs_is_no_health(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that does not come back: the thread lives, and nothing is answered."""
+    go_on = threading.Event()
+    with in_thread(tiny_build.bundle, stuck_after_s=0.2) as server, contextlib.closing(socket.socket()) as client:
+        assert server.session is not None
+        step = server.session.stepper.step
+        monkeypatch.setattr(server.session.stepper, "step", lambda tokens: (go_on.wait(SECONDS), step(tokens))[1])
+        assert server.ask("/health")[0] == 200
+        server.open(TEXT, long(tokens=3), client)
+        deadline = time.monotonic() + SECONDS
+        while (found := server.ask("/health"))[0] == 200:
+            assert time.monotonic() < deadline
+        assert found[1]["status"] == "serving" and "mean that it hangs" in found[1]["failure"]
+        assert server.state()["step_seconds"] > 0.2
+        go_on.set()
+        server.wait_until_idle()
+        assert server.ask("/health")[:2] == (200, {"status": "serving", "failure": None})
 
 
 def test_clients_that_leave_free_their_rows_at_once(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +154,7 @@ def test_loading_needs_the_token(server: Served, tiny_build: TinyBuild) -> None:
     [
         ({"drain_s": -1.0}, "drain is -1.0 seconds; expected 0 to 86400"),
         ({"drain_s": float("nan")}, "drain is nan seconds"),
+        ({"stuck_after_s": -0.5}, "stuck_after is -0.5 seconds"),
         ({"ready_delay_s": float("inf")}, "ready_delay is inf seconds"),
         ({"metrics_prefix": "my app:"}, "no metric's name begins with 'my app:'; expected letters"),
         ({"metrics_prefix": "1"}, "no metric's name begins with '1'"),
