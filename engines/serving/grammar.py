@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from engines.serving.fixed_text import problem_of, problem_of_text
 from iapt_export.contract.errors import IaptError, NotRunnableError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
@@ -16,8 +18,14 @@ LEXER_FUEL = 50_000
 """What a grammar may cost at first, and again for each token, because the other rows wait while it says which tokens
 fit: about 50 ms once, where llguidance's own limits let ``(a{1000}){1000}`` take two seconds. A schema of 250 keys with
 patterns stays below."""
-WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How JSON is written: in one line, as Python does. Where white space is free, small models write it without end."""
+WRITTEN = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+"""How JSON is written: in one line, as Python does. Where white space is free, small models write it without end. No
+``\\u``, with which a name could be written twice: the second is no property to the grammar, but one to a reader."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class GrammarCompiler:
                 field="grammar",
             ) from error
         self._vocabulary = vocabulary
+        fields = json.loads(tokenizer)
+        special = [re.escape(token["content"]) for token in fields.get("added_tokens") or () if token["special"]]
+        self._special = re.compile("|".join(special) or "(?!)")
+        self._drops_space = _drops_space(fields.get("decoder"))
         if not ends:
             raise _wrong("this bundle has no end token, so an answer of a form could not end")
         try:
@@ -96,23 +108,46 @@ class GrammarCompiler:
         Raises:
             IaptError: the grammar is not valid, or says what llguidance does not support.
         """
-        from llguidance import LLMatcher, LLParserLimits, grammar_from
+        from llguidance import LLMatcher, LLParserLimits
 
         try:
-            if grammar.regex is not None:
-                text = grammar_from("regex", grammar.regex)
-            elif grammar.choice:
-                text = grammar_from("lark", "start: " + " | ".join(json.dumps(each) for each in grammar.choice))
-            else:
-                schema = {"type": "object"} if grammar.json_object else dict(grammar.json_schema or {})
-                text = grammar_from("json_schema", json.dumps({**schema, "x-guidance": WRITTEN}))
-        except ValueError as error:
+            self._check(grammar)
+            text = self._text_of(grammar)
+        except (ValueError, RecursionError) as error:
             raise _wrong(_in_a_line(str(error))) from error
         limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, step_lexer_fuel=LEXER_FUEL)
         found = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         if found.is_error():
             raise _wrong(_in_a_line(found.get_error()))
         return Matcher(found, self._vocabulary)
+
+    def _check(self, grammar: Grammar) -> None:
+        if grammar.json_schema is not None:
+            problem = problem_of(json.loads(json.dumps(grammar.json_schema)), self._special)
+        else:
+            texts = [grammar.regex.replace("\\", "")] if grammar.regex else grammar.choice
+            problem = next(filter(None, (problem_of_text(text, self._special) for text in texts)), None)
+        if problem:
+            raise _wrong(problem)
+
+    def _text_of(self, grammar: Grammar) -> str:
+        """The grammar as llguidance takes it.
+
+        Where the tokenizer's decoder drops an answer's first space, as Llama 2's does, one stands before choices and
+        regular expressions: an answer's first token has one there, and the text that is told is what was asked for.
+        """
+        from llguidance import grammar_from
+
+        if grammar.choice:
+            rules = " | ".join(json.dumps(each) for each in grammar.choice)
+        elif grammar.regex is not None:
+            made = json.loads(grammar_from("regex", grammar.regex))
+            rules = made["grammars"][0]["lark_grammar"].removeprefix("start: ")
+        else:
+            schema = {"type": "object"} if grammar.json_object else dict(grammar.json_schema or {})
+            return str(grammar_from("json_schema", json.dumps({**schema, "x-guidance": WRITTEN})))
+        start = 'start: " " answer\nanswer: ' if self._drops_space else "start: "
+        return str(grammar_from("lark", start + rules))
 
 
 class Matcher:
@@ -164,6 +199,16 @@ class Matcher:
         self._is_filled = False
         if not self._matcher.consume_token(token):
             raise _wrong(_in_a_line(self._matcher.get_error()))
+
+
+def _drops_space(decoder: Any) -> bool:
+    """Whether a decoder of ``tokenizer.json`` takes the first space from a text."""
+    steps = (decoder or {}).get("decoders", [decoder or {}])
+    return any(
+        (step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0)
+        or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
 
 
 def _in_a_line(text: str) -> str:
