@@ -10,7 +10,7 @@ from typing import Any
 
 from engines.http.replies import Form
 from engines.serving.request import Token
-from engines.serving.text import HALF_CHARACTER, TextCodec
+from engines.serving.text import TextCodec
 
 _json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` makes one for each call
 LEAST_LOGPROB = -9999.0
@@ -84,19 +84,18 @@ class ChatForm(_Written):
         return {"content": content, "refusal": None}
 
     def _score(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.text_of(token)
-        known = None if HALF_CHARACTER in text else list(text.encode())
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
+        known = self._codec.bytes_of(token)
+        return {
+            "token": self.text_of(token),
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": None if known is None else list(known),
+        }
 
 
 class CompletionForm(_Written):
     """``/v1/completions``."""
 
     kind = chunk_kind = "text_completion"
-
-    def __init__(self, codec: TextCodec, model: str, prefix: str, *, logprobs: bool) -> None:
-        super().__init__(codec, model, prefix, logprobs=logprobs)
-        self._offsets: dict[int, int] = {}
 
     def begin(self, choice: int) -> str:
         """See `Form`."""
@@ -107,34 +106,30 @@ class CompletionForm(_Written):
         text = "".join(token.text for token in tokens) + rest
         if not text and reason is None and not (tokens and self._logprobs):
             return ""
-        return self.event(choice, f'"text": {_json(text)}', self._scores(choice, tokens), reason)
+        return self.event(choice, f'"text": {_json(text)}', self._scores(tokens), reason)
 
     def whole(self, tokens: Sequence[Sequence[Token]], texts: Sequence[str], reasons: Sequence[str]) -> dict[str, Any]:
         """See `Form`."""
         choices = [
-            {"index": index, "text": text, "logprobs": self._scores(index, of), "finish_reason": reason}
+            {"index": index, "text": text, "logprobs": self._scores(of), "finish_reason": reason}
             for index, (of, text, reason) in enumerate(zip(tokens, texts, reasons, strict=True))
         ]
         return self._head | {"object": self.kind, "choices": choices}
 
-    def _scores(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _scores(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._logprobs or not tokens:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets.get(choice, 0))
-            self._offsets[choice] = offsets[-1] + len(token.text)
         return {
             "tokens": [self.text_of(token.token) for token in tokens],
             "token_logprobs": [max(token.logprob or 0.0, LEAST_LOGPROB) for token in tokens],
             "top_logprobs": [self._likeliest(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [token.text_offset for token in tokens],
         }
 
     def _likeliest(self, token: Token) -> dict[str, float]:
-        """By text; of tokens with the same text, such as halves of characters, the likelier one has it."""
+        """The likeliest and the chosen one, by text, which of several the likelier has: half characters read alike."""
         found: dict[str, float] = {}
-        for each, value in token.top_logprobs:
+        for each, value in dict([*token.top_logprobs, (token.token, token.logprob or 0.0)]).items():
             text = self.text_of(each)
             found[f"token_id:{each}" if text in found else text] = max(value, LEAST_LOGPROB)
         return found

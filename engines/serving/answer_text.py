@@ -19,10 +19,20 @@ class AnswerText:
         self._stream = codec.stream()
         self._stops = StopTexts(stop) if stop else None
         self._said: list[str] = []
+        self._length = 0
         self._held = ""
         """The end of what was said that was not handed out."""
         self._out = 0
         """Characters that were handed out."""
+
+    @property
+    def length(self) -> int:
+        """Characters that were said, those that were not handed out included."""
+        return self._length
+
+    def offset_of(self, token: int, before: int) -> int:
+        """Where the last token's own text begins, given the length before it; text that waited for it stands before."""
+        return max(before, self._length - len(self._codec.decode([token])))
 
     def add(self, tokens: Sequence[int], *, may_stop: bool) -> tuple[str, bool]:
         """Take in the last token.
@@ -38,6 +48,7 @@ class AnswerText:
         if not added:
             return "", False
         self._said.append(added)
+        self._length += len(added)
         if self._stops is None:
             self._out += len(added)
             return added, False

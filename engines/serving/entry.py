@@ -91,11 +91,14 @@ class Entry:
         self.tokens.append(token)
         if shaping is not None:
             shaping.took(token)
+        before = self._text.length if self._text else 0
         text, reason = self._text_and_reason(token)
         step = len(self.tokens) - 1
         if request.logprobs is None:
             return Token(self.number, step, token, text, reason)
-        return Token(self.number, step, token, text, reason, *log_probabilities(logits, token, request.logprobs))
+        scores = log_probabilities(logits, token, request.logprobs)
+        offset = self._text.offset_of(token, before) if self._text else 0
+        return Token(self.number, step, token, text, reason, *scores, text_offset=offset)
 
     def end(self, reason: str) -> Ended:
         """End it between two tokens, with the text that was held back."""
@@ -105,8 +108,10 @@ class Entry:
         reason, may_stop = self._reason(token), len(self.tokens) >= self.request.min_tokens
         if self._text is None:
             return "", reason
-        if reason == "stop" and token in self.request.stop_token_ids:  # whose text is no part of the answer
-            return self._text.rest(self.tokens[:-1], may_stop=may_stop)[0], reason
+        if reason == "eos" or (reason == "stop" and token in self.request.stop_token_ids):
+            # what ends an answer is no part of it, also where its token is not a special one
+            rest, stopped = self._text.rest(self.tokens[:-1], may_stop=may_stop)
+            return rest, "stop" if stopped else reason
         added, stopped = self._text.add(self.tokens, may_stop=may_stop)
         if reason is not None and not stopped:
             rest, stopped = self._text.rest(self.tokens, may_stop=may_stop)

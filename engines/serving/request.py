@@ -71,6 +71,8 @@ class Token:
     """Natural logarithm of the probability that the model gave it, before any setting of `Sampling`; if asked for."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """Token ids and log-probabilities of the likeliest."""
+    text_offset: int = 0
+    """Characters of the answer before it, those included that may be of a stop text; with log-probabilities alone."""
 
 
 @dataclass(frozen=True)

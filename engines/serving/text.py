@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from iapt_export.contract.schema import read_object
 TOKENIZER_FILE = "tokenizer.json"
 HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What bytes that are no character yet decode to."""
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_LETTERS = {chr(byte): byte for byte in _PRINTED} | {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
+"""How byte-level vocabularies, since GPT-2's, write each byte."""
 
 
 class TextCodec:
@@ -104,6 +109,19 @@ class TextCodec:
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; special tokens are left out, unless they are asked for."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """What a token adds to a text in UTF-8, also where that is no whole character; None where nothing says it."""
+        text = self.decode([token], special=True)
+        if HALF_CHARACTER not in text:
+            return text.encode()
+        piece = self._tokenizer.id_to_token(token) or ""
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(match[1])
+        if not all(letter in BYTE_LETTERS for letter in piece):
+            return None
+        found = bytes(BYTE_LETTERS[letter] for letter in piece)
+        return found if found.decode(errors="replace") == text else None
 
     def stream(self) -> TextStream:
         """The text of one answer, token by token."""

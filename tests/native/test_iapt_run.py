@@ -14,10 +14,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from engines.cuda.driver import find_driver
+from engines.serving.session import Request, Session
 from engines.serving.tenants import read_tenant_file
+from iapt_export.building.probes import make_probes
 from tests.bundles import PROMPTS, TENANTS, TinyBuild, change_manifest, rehash, run
 from tests.graphs import with_engine_graphs
 from tests.native.built import FUZZER, RUNNER, TENSORRT_RUNNER, TOKENIZER, needs_fuzzer, needs_runner, needs_tokenizer
+from tests.native.tokenizers_of import gemma, save
 from trainers.decoder.backbone import load_backbone
 
 MULTIBYTE = "quiet joy — é 日本語 🎉"
@@ -82,9 +85,54 @@ def test_one_prompt_streams_text(tiny_build: TinyBuild) -> None:
 
 
 @needs_runner
-def test_token_ids_need_no_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from engines.serving.session import Request, Session
+@needs_tokenizer
+def test_characters_of_several_tokens_are_cut_as_python_cuts_them(tiny_bundle: Path) -> None:
+    """Over a tokenizer that spells in bytes, of which a run with half a character at its end decodes to none at all."""
+    (tiny_bundle / "chat_template.jinja").unlink()
+    make_probes(save(tiny_bundle, gemma())).save(tiny_bundle)
+    rehash(tiny_bundle)
+    prompts, steps = ("🫨", "𠮷𓀀", "ꦲꦏ", "🪿𠮷"), range(2, 40)
+    with Session.open(tiny_bundle) as session:
+        requests = [Request("gamma", text, max_new_tokens=number) for text in prompts for number in steps]
+        expected = [answer.text for answer in sorted(session.generate(requests), key=lambda answer: answer.index)]
+    given = [f"--prompt={text}" for text in prompts]
+    found = [answers(tiny_bundle, "--tenant=gamma", f"--max-new-tokens={number}", *given) for number in steps]
+    assert [rows[place]["text"] for place in range(len(prompts)) for rows in found] == expected
+    cut = [text for text in expected if "\ufffd" not in text]
+    assert len(set(cut)) > 5 and any(any(ord(letter) > 127 for letter in text) for text in expected)
 
+
+@needs_runner
+@needs_tokenizer
+def test_the_text_of_what_ends_an_answer_is_no_part_of_it(tiny_bundle: Path) -> None:
+    """Also where the end token is none that the tokenizer leaves out."""
+    asked = Request("gamma", "the film", max_new_tokens=10)
+    with Session.open(tiny_bundle) as session:
+        (whole,) = session.generate([asked])
+        place = next(n for n, token in enumerate(whole.tokens) if n > 2 and session.codec.decode([token]).isalpha())
+        end, before = whole.tokens[place], session.codec.decode(whole.tokens[:place])
+    backbone = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))["backbone"]
+    change_manifest(tiny_bundle, backbone=backbone | {"eos_token_ids": [*backbone["eos_token_ids"], end]})
+    with Session.open(tiny_bundle) as session:
+        (answer,) = session.generate([asked])
+    assert (answer.finish_reason, answer.tokens, answer.text) == ("eos", whole.tokens[: place + 1], before)
+    (made,) = answers(tiny_bundle, "--tenant=gamma", "--prompt=the film", "--max-new-tokens=10")
+    assert (made["tokens"], made["text"]) == (answer.tokens, before)
+
+
+@needs_runner
+@needs_tokenizer
+def test_a_value_may_look_like_a_flag(tiny_build: TinyBuild) -> None:
+    flags = [tiny_build.bundle, "--tenant", "beta", "--max-new-tokens=4"]
+    for given in (["--prompt", "-- x = 3"], ["--prompt=--note=--json"]):
+        made = iapt_run(*flags, *given)
+        assert made.stdout == run("generate", *flags, *given).out and made.returncode == 0, made.stderr
+    refused = iapt_run(*flags, "--prompt=yes", "--json=no")
+    assert refused.returncode != 0 and "--json takes no value" in refused.stderr and not refused.stdout
+
+
+@needs_runner
+def test_token_ids_need_no_tokenizer(tiny_build: TinyBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with Session.open(tiny_build.bundle) as session:
         requests = [Request("beta", tokens=tokens, max_new_tokens=9) for tokens in ((5, 6, 7), (9,))]
         expected = [answer.tokens for answer in sorted(session.generate(requests), key=lambda answer: answer.index)]

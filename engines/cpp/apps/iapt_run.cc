@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <sstream>
+#include <utility>
 
 #include "iapt/session.h"
 
@@ -62,20 +63,20 @@ T number(const std::string& flag, const std::string& text) {
 
 Arguments parse(int argc, char** argv) {
   Arguments found;
-  std::vector<std::string> words;
-  for (int i = 1; i < argc; ++i) {  // --flag=value is --flag value
-    const std::string word = argv[i];
+  for (int i = 1; i < argc; ++i) {
+    std::string word = argv[i];
+    std::optional<std::string> given;  // of --flag=value; a value of its own may begin with -- and hold a =
     const auto equals = word.rfind("--", 0) == 0 ? word.find('=') : std::string::npos;
-    words.push_back(word.substr(0, equals));
-    if (equals != std::string::npos) words.push_back(word.substr(equals + 1));
-  }
-  for (size_t i = 0; i < words.size(); ++i) {
-    const std::string& word = words[i];
+    if (equals != std::string::npos) {
+      given = word.substr(equals + 1);
+      word.resize(equals);
+    }
     if (word == "--drafts")
       wrong("--drafts is for iapt-export; this program takes a token a step, with the same answer");
-    const auto value = [&]() -> const std::string& {
-      if (++i == words.size()) wrong(word + " needs a value");
-      return words[i];
+    const auto value = [&]() -> std::string {
+      if (given) return *std::exchange(given, std::nullopt);
+      if (++i == argc) wrong(word + " needs a value");
+      return argv[i];
     };
     if (word == "--help") {
       std::cout << kHelp;
@@ -99,6 +100,7 @@ Arguments parse(int argc, char** argv) {
     else if (word.rfind("--", 0) == 0) wrong("unknown flag " + word);
     else if (found.bundle.empty()) found.bundle = word;
     else wrong("unexpected argument " + word);
+    if (given) wrong(word + " takes no value");
   }
   if (found.bundle.empty()) wrong("BUNDLE is needed");
   if (found.prompts.empty() == found.tokens.empty()) wrong("either --prompt or --tokens is needed");

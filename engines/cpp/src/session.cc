@@ -6,6 +6,23 @@
 #include "stepper.h"
 
 namespace iapt {
+namespace {
+
+const std::string kHalfCharacter = "\xef\xbf\xbd";  // what bytes that are no character yet decode to
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// A UTF-8 text without its first characters, as many as another text has.
+std::string behind(const std::string& text, const std::string& other) {
+  const auto begins = [](char byte) { return (static_cast<unsigned char>(byte) & 0xC0) != 0x80; };
+  auto left = std::count_if(other.begin(), other.end(), begins);
+  const auto found = std::find_if(text.begin(), text.end(), [&](char byte) { return begins(byte) && left-- == 0; });
+  return {found, text.end()};
+}
+
+}  // namespace
 
 struct Session::Row {
   size_t index;  // the request's number
@@ -161,20 +178,26 @@ Token Session::advance(Row& row, int64_t step, int64_t token) {
     reason = "length";
   }
   row.done = !reason.empty();
-  return Token{row.index, step, token, new_text(row, row.done), reason};
+  std::vector<int64_t> said = row.tokens;
+  if (reason == "eos") said.pop_back();  // whose text, where it is no special token, is no part of the answer
+  return Token{row.index, step, token, new_text(row, said, row.done), reason};
 }
 
 // What the latest token adds; a character whose bytes are not all there yet waits for the next token.
-std::string Session::new_text(Row& row, bool is_final) {
+std::string Session::new_text(Row& row, const std::vector<int64_t>& said, bool is_final) {
   const TextCodec* text = codec();
   if (text == nullptr) return "";
-  const std::string whole = text->decode(row.tokens);
-  const std::string replacement = "\xef\xbf\xbd";
-  const bool incomplete = whole.size() >= replacement.size() &&
-                          whole.compare(whole.size() - replacement.size(), replacement.size(), replacement) == 0;
-  if ((incomplete && !is_final) || whole.size() < row.text.size()) return "";
-  std::string added = whole.substr(row.text.size());
-  row.text = whole;
+  std::string whole = text->decode(said);
+  const bool is_half = ends_with(whole, kHalfCharacter);
+  std::string added;
+  if (whole.compare(0, row.text.size(), row.text) == 0) {
+    if (is_half && !is_final) return "";
+    added = whole.substr(row.text.size());
+  } else {  // a run of bytes that was a character, and with half of another behind it is none
+    while (ends_with(whole, kHalfCharacter)) whole.resize(whole.size() - kHalfCharacter.size());
+    added = behind(whole, row.text);
+  }
+  row.text += added;
   return added;
 }
 

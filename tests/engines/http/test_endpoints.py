@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from tests.bundles import TENANTS, TinyBuild
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from engines.serving.text import TextCodec
 from tests.engines.http.served import CHAT, TEXT, Served, events, in_process, in_thread
+from tests.native.tokenizers_of import SPECIAL, byte_level, gemma, save
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
@@ -128,6 +131,45 @@ def test_tokens_of_the_same_text_keep_their_log_probabilities(server: Served) ->
     for likeliest in found["choices"][0]["logprobs"]["top_logprobs"]:
         assert len(likeliest) == 20 and any(re.fullmatch(r"token_id:\d+", name) for name in likeliest)
         assert list(likeliest.values()) == sorted(likeliest.values(), reverse=True)
+
+
+def test_log_probabilities_tell_where_tokens_stand_and_what_bytes_they_are(server: Served) -> None:
+    """Also while text waits for what may be a stop text, and of half characters."""
+    asked = {"model": "alpha", "prompt": "yes", "max_tokens": 40, "logprobs": 1, "temperature": 2, "seed": 3}
+    (plain,) = server.ask(TEXT, asked)[1]["choices"]
+    starts = sorted({plain["text"][place : place + 3] for place in range(5, 20)})
+    (held,) = server.ask(TEXT, {**asked, "stop": [f"{start}never" for start in starts[:4]]})[1]["choices"]
+    assert held["text"] == plain["text"] and held["logprobs"] == plain["logprobs"]
+    offsets, pieces = plain["logprobs"]["text_offset"], plain["logprobs"]["tokens"]
+    for offset, piece in zip(offsets, pieces, strict=True):
+        assert "\ufffd" in piece or piece in SPECIAL or plain["text"][offset:].startswith(piece)
+    assert offsets == sorted(offsets) and len(set(offsets)) > 10
+    likeliest = plain["logprobs"]["top_logprobs"]
+    chosen = plain["logprobs"]["token_logprobs"]
+    assert all(value in each.values() for each, value in zip(likeliest, chosen, strict=True))
+    assert 2 in {len(each) for each in likeliest} <= {1, 2}, "the likeliest, and the chosen one where it is another"
+    (alone,) = server.ask(TEXT, {**asked, "logprobs": 0})[1]["choices"]
+    assert [list(each.values()) for each in alone["logprobs"]["top_logprobs"]] == [
+        [value] for value in alone["logprobs"]["token_logprobs"]
+    ]
+    body = {**asked, "messages": said("yes"), "logprobs": True}
+    del body["prompt"]
+    (chat,) = server.ask(CHAT, body)[1]["choices"]
+    content = chat["logprobs"]["content"]
+    assert any("\ufffd" in each["token"] for each in content) and all(each["bytes"] for each in content)
+    said_bytes = bytes(byte for each in content if each["token"] not in SPECIAL for byte in each["bytes"])
+    assert said_bytes.decode(errors="replace") == chat["message"]["content"]
+
+
+@pytest.mark.parametrize("make", [byte_level, gemma])
+def test_bytes_of_tokens(make: Any, tmp_path: Path) -> None:
+    save(tmp_path, make())
+    codec = TextCodec(tmp_path)
+    for text in ("é 日本 🫨🫨", "film 𠮷"):
+        ids = codec.encode(f"x{text}", "plain")
+        found = [codec.bytes_of(each) for each in ids]
+        assert None not in found
+        assert b"".join(each for each in found if each).decode().endswith(text)
 
 
 def test_answers_of_a_form(server: Served) -> None:

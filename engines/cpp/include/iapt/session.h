@@ -79,7 +79,7 @@ class Session {
   void run(Row* rows, size_t count, const std::function<void(const Token&)>& on_token);
   static int64_t next_token(Row& row, const std::vector<float>& logits);
   Token advance(Row& row, int64_t step, int64_t token);
-  std::string new_text(Row& row, bool is_final);
+  std::string new_text(Row& row, const std::vector<int64_t>& said, bool is_final);
   const TextCodec* codec();
 
   std::filesystem::path bundle_;
