@@ -56,9 +56,10 @@ def execute(run: Run, model: str, splits: Mapping[str, Path], say: Callable[[str
     """
     from trainers.training.config import TrainRequest
     from trainers.training.data import find_labels
+    from trainers.training.evaluate_adapter import evaluate_adapter
     from trainers.training.loop import DivergedError
     from trainers.training.records import read_examples
-    from trainers.training.train import evaluate_adapter, train
+    from trainers.training.train import train
 
     config = run.train_config
     if run.config is None:

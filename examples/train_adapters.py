@@ -23,7 +23,8 @@ from prepare_data import prepare  # noqa: E402
 from iapt_export.contract.errors import IaptError  # noqa: E402
 from trainers.adapters.adapter import EXAMPLES_FILE  # noqa: E402
 from trainers.training.config import TrainConfig, TrainRequest  # noqa: E402
-from trainers.training.train import evaluate_adapter, train  # noqa: E402
+from trainers.training.evaluate_adapter import evaluate_adapter  # noqa: E402
+from trainers.training.train import train  # noqa: E402
 
 BACKBONE = ".cache/smollm2-135m-instruct"
 COMMON = TrainConfig(

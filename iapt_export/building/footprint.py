@@ -169,10 +169,9 @@ def _of_model(path: str, load: Load) -> list[Share]:
     import torch
 
     from iapt_export.building.build_request import BuildRequest
-    from iapt_export.building.layout import max_positions
     from iapt_export.building.plan import TENSORRT, parse_range, plan_targets
     from trainers.decoder.backbone import load_outline
-    from trainers.decoder.family import check_family
+    from trainers.decoder.family import check_family, max_positions
     from trainers.decoder.insertion import sizes_of
     from trainers.methods.forms import METHODS
 

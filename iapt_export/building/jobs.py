@@ -47,7 +47,7 @@ from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
 from iapt_export.graphs.table import graph_specs
 from trainers.adapters.adapter import EXAMPLES_FILE, Adapter, read_fields
 from trainers.decoder.backbone import Backbone
-from trainers.decoder.family import Family, check_family
+from trainers.decoder.family import Family, check_family, max_positions
 from trainers.decoder.rounded import rounded_weights
 from validation.sides.cases import check_room, read_examples
 
@@ -180,7 +180,7 @@ def plan_build(request: BuildRequest, backbone: Backbone) -> BuildPlan:
         fold_embeddings=request.fold_embeddings,
         max_lora_rank=request.max_lora_rank,
     )
-    most = layout.max_positions(backbone.model)
+    most = max_positions(backbone.model)
     check_ranges(ranges, tenants.num_slots, most, len(adapters), tenants.fewest)
     if request.prove:
         check_room(ranges, tenants.num_slots, request.new_tokens)

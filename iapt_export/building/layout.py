@@ -44,7 +44,7 @@ from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.interface import weight_specs
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
-from trainers.decoder.family import check_family
+from trainers.decoder.family import max_positions
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import is_token_id, padding_id
 from trainers.decoder.stored import is_outline, stored_weight
@@ -108,12 +108,6 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
         max_positions=max_positions(backbone.model),
         **{item.name: getattr(sizes, item.name) for item in dataclasses.fields(BackboneSizes)},
     )
-
-
-def max_positions(model: Any) -> int:
-    """The most entries that a row of a backbone can have, prompts included; reads no weights."""
-    config = model.config.get_text_config()
-    return check_family(model).max_positions or getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def weights_sha256(model: Any) -> str:

@@ -217,7 +217,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask: Any,
+    attention_mask: Any,  # none: see `in_place_attention`; some families pass it by name
     scaling: float | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:

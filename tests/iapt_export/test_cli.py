@@ -194,7 +194,7 @@ def test_the_backbones_revision_and_code_reach_the_loader(monkeypatch: pytest.Mo
         asked.update(arguments, name=name)
         raise IaptError("stop here")
 
-    monkeypatch.setattr("trainers.training.train.load_backbone", load)
+    monkeypatch.setattr("trainers.training.evaluate_adapter.load_backbone", load)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f'{{"prompt": "{i}", "completion": "yes"}}\n' for i in range(20)), encoding="utf-8")
     places = [f"--data={data}", f"--output={tmp_path / 'a'}"]

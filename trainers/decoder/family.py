@@ -29,6 +29,11 @@ OTHER_RULE, BOTH_WAYS = 0, -2
 """Stand for a mask that is neither causal nor a window, and for one that sees later tokens."""
 PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj"}
 """Families whose code attends by itself, and whose rows are tested not to depend on padding."""
+UNTRACEABLE = {
+    "doge": "torch.export takes its code for rows of one length alone, and graphs are for all",
+    "afmoe": "the graphs that are made of its code do not compute what PyTorch computes, as a build's proof would find",
+}
+"""Families of which a trial without data does not tell that no graphs can be made, with the reason."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers whose cache is keys and values alone."""
 ENCODER_AND_DECODER = "it is an encoder and a decoder; only decoders are"
@@ -132,6 +137,12 @@ def check_family(model: Any, name: str = "") -> Family:
     return family
 
 
+def max_positions(model: Any) -> int:
+    """The most entries that a row of a backbone can have, prompts included; reads no weights."""
+    config = model.config.get_text_config()
+    return check_family(model).max_positions or getattr(config, "max_position_embeddings", None) or 2**31
+
+
 def _examined(model: Any) -> Family:
     if reason := _told_by_configuration(model):
         return Family(refusal=reason)
@@ -204,6 +215,8 @@ def _told_by_configuration(model: Any) -> str:
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         return ENCODER_AND_DECODER
+    if reason := UNTRACEABLE.get(config.model_type):
+        return reason
     kinds = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
     if getattr(model, "_is_stateful", False) or kinds:
         what = ", ".join(sorted(kinds)) or "a recurrent state"
@@ -212,6 +225,8 @@ def _told_by_configuration(model: Any) -> str:
     ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
     if any("dynamic" in str(rope.get("rope_type")) for rope in ropes):
         return "its rotary factors change with the longest row (dynamic NTK); a rope_type of linear or yarn does not"
+    if len(ropes) > 1 and any(rope.get("rope_type") == "longrope" for rope in ropes):
+        return "its rotary factors change with the longest row (longrope) in some kinds of layers, and not in others"
     return ""
 
 

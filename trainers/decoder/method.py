@@ -37,8 +37,8 @@ class Method(nn.Module):
     """A method's trained tensors and what they do. Subclasses say which (`shapes`) and override the hooks."""
 
     config: Any
-    decayed: ClassVar[tuple[str, ...]] = ()
-    """Parameters that weight decay acts on."""
+    decayed: tuple[str, ...] = ()
+    """Parameters that weight decay acts on: matrices that are multiplied, no prompts, biases or coefficients."""
     learning_rate: ClassVar[float] = 3e-3
     """Peak learning rate of AdamW where the user names none."""
     in_decode: bool = False

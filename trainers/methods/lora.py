@@ -48,6 +48,10 @@ class LoRA(Method):
     in_decode = True
     is_mergeable = True
 
+    def __init__(self, config: Any, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.decayed = tuple(self.shapes(config, sizes))
+
     @staticmethod
     def shapes(config: Any, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """See `trainers.decoder.method.Method.shapes`.

@@ -33,6 +33,7 @@ class PrefixTuning(Method):
     """
 
     config: PrefixTuningConfig
+    decayed = ("hidden_weight", "output_weight")
     learning_rate = 1e-2
 
     @staticmethod

@@ -49,7 +49,7 @@ class TrainConfig:
     scheduler: Scheduler = "linear"
     """How the learning rate falls after the warm-up: linear or cosine to zero, or constant."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """AdamW's weight decay, of an adapter's matrices; no prompts, biases or coefficients are decayed."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     max_instruction_tokens: int = 512

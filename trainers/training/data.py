@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.prompt_format import PromptFormat
+from trainers.decoder.family import max_positions
 from trainers.decoder.instruction import AskedFormat, format_instruction, resolve_prompt_format, user_message
 from trainers.training.config import Task
 from trainers.training.records import Example
@@ -122,8 +123,7 @@ def check_rows(items: Sequence[Item], tokenizer: Any, model: Any, num_slots: int
     Raises:
         IaptError: a token or a position that the backbone has no entry for.
     """
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    config, positions = model.config.get_text_config(), max_positions(model)
     for number, item in enumerate(items):
         highest, length = max(item["input_ids"]), num_slots + len(item["input_ids"])
         if highest >= config.vocab_size:

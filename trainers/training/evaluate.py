@@ -154,14 +154,20 @@ def evaluate(model: Any, method: Method | None, task: Evaluation, say: Callable[
         method = copy.deepcopy(method).to(device=model.device, dtype=model.dtype).eval()
     scorer = Scorer(model, pad, rows_of(method), config.eval_batch_size)
     progress = None if say is None else _tenths(say)
-    limits = (config.max_instruction_tokens, None if task.labels else config.max_response_tokens)
-    items = encode_examples(tokenizer, task.examples, task.prompt_format, *limits)
+    items = encoded(task)
     if not task.labels:
         return evaluate_generation(scorer, items, progress)
     labels = {label: encode_response(tokenizer, label) for label in task.labels}
     instructions = [item["input_ids"][: item["instruction_length"]] for item in items]
     answers = [task.labels.index(example.response) for example in task.examples]
     return evaluate_classification(scorer, instructions, answers, labels, progress)
+
+
+def encoded(task: Evaluation) -> list[Item]:
+    """The examples as token ids, cut to the settings' lengths; labels are not cut."""
+    config = task.config
+    limits = (config.max_instruction_tokens, None if task.labels else config.max_response_tokens)
+    return encode_examples(task.tokenizer, task.examples, task.prompt_format, *limits)
 
 
 def _tenths(say: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -24,6 +24,7 @@ from trainers.adapters.directory import load_adapter, save_adapter
 from trainers.decoder.method import Method, rows_of
 from trainers.methods.rational import COEFFICIENTS
 from trainers.training.config import TrainConfig
+from trainers.training.data import IGNORED
 from trainers.training.evaluate import response_loss
 from trainers.training.work import UNFINISHED, differences, place_checkpoint, write_seconds
 
@@ -204,6 +205,13 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """A batch's loss, weighed so that the mean over rows, which the Trainer takes, is that over response tokens."""
+        loss, logits, labels = super().prediction_step(model, inputs, *arguments, **named)
+        lengths = [len(item["input_ids"]) - item["instruction_length"] for item in self.eval_dataset]
+        of_batch = (inputs["labels"] != IGNORED).sum() / len(inputs["labels"])
+        return loss * of_batch.to(loss.device) * len(lengths) / sum(lengths), logits, labels
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, one parameter group for each pair of learning rate and weight decay that the method asks for."""

@@ -8,12 +8,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, TrainerState, set_seed
 
 from iapt_export.contract.disk import file_sha256, sync
@@ -21,14 +20,11 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.places import check_outside_bundles
 from iapt_export.contract.prompt_format import HOW
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, AdapterConfig
-from trainers.adapters.directory import check_adapter_fits, load_adapter
-from trainers.decoder.backbone import Backbone, load_backbone
-from trainers.decoder.family import check_family
-from trainers.decoder.importance import round_as_exported
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import Backbone
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import padding_id
 from trainers.decoder.method import Method
-from trainers.decoder.rounded import rounded_weights
 from trainers.methods.configs import method_name
 from trainers.methods.forms import METHODS, new_method
 from trainers.training.card import Run, write_card
@@ -47,6 +43,7 @@ from trainers.training.data import (
     split_holdout,
 )
 from trainers.training.evaluate import Evaluation, Report, beside_backbone, evaluate
+from trainers.training.evaluate_adapter import load_as_trained_on
 from trainers.training.finished import TrainResult, find_finished
 from trainers.training.loop import (
     AdapterTrainer,
@@ -160,48 +157,6 @@ def _train(
     return result
 
 
-def evaluate_adapter(
-    model_name: str,
-    adapter: str | Path | None,
-    data: str | Path,
-    config: TrainConfig | None = None,
-    *,
-    labels: Sequence[str] = (),
-    say: Callable[[str], None] | None = None,
-) -> Report:
-    """Evaluate an adapter directory, or the plain backbone, the way `train` does at its end.
-
-    Args:
-        model_name: the backbone.
-        adapter: adapter directory, ours or stock PEFT's; None for the plain backbone.
-        data: JSONL file.
-        config: ``max_eval_examples``, ``eval_batch_size``, ``max_instruction_tokens``, ``prompt_format``,
-            ``precision``, ``weights``, ``quantise`` and ``seed`` count.
-        labels: answers to choose from; empty takes the adapter's, or else the data's.
-        say: takes progress lines; silent if None.
-
-    Raises:
-        IaptError: bad data or adapter, or an adapter for another backbone.
-    """
-    config = config or TrainConfig()
-    backbone = _load(model_name, config)
-    asked = None if config.prompt_format == "auto" else config.prompt_format
-    loaded = load_adapter(adapter, backbone, peft_prompt_format=asked) if adapter is not None else None
-    examples = read_examples(data)
-    if loaded is None:
-        prompt_format = format_of(backbone.tokenizer, config.prompt_format, examples)
-    else:
-        check_adapter_fits(loaded.config, backbone, str(adapter))
-        labels, prompt_format = labels or loaded.config.labels, loaded.config.prompt_format
-    labels = tuple(labels) or find_labels(examples, config.task)
-    check_labels(examples, labels, f"{data} has responses that are none of the labels")
-    examples = sample(examples, config.max_eval_examples, config.seed)
-    task = Evaluation(backbone.tokenizer, examples, tuple(labels), prompt_format, config)
-    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        backbone.model.to(device)  # where the Trainer would put it
-    return evaluate(backbone.model, loaded.module() if loaded else None, task, say)
-
-
 def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
     """Read the data before the backbone: its errors are the more frequent ones."""
     model_name, method, config = request.model, request.method, request.config
@@ -213,12 +168,17 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
         check_labels(held_out, labels, f"{config.eval_file} has responses that the training data lacks")
     else:
         training, held_out = split_holdout(examples, config.holdout, config.seed)
-    backbone = _load(model_name, config)
+    backbone = load_as_trained_on(model_name, config)
     if backbone.tokenizer is None:
         raise IaptError(f"the backbone {model_name} has no tokenizer; training needs one")
     set_seed(config.seed)
     sizes = sizes_of(backbone.model)
     module = new_method(method, sizes)
+    if config.weight_decay and not set(module.decayed) & set(module.state_dict()):
+        raise IaptError(
+            f"weight_decay={config.weight_decay} acts on an adapter's matrices, and {method_name(method)} with these "
+            "settings has a prompt alone, which is not decayed; leave it out"
+        )
     sizes = replace(sizes, linears={name: sizes.linears[name] for name in module.linear_names})
     adapter = AdapterConfig(
         base_model_name_or_path=config.base_model_name or model_name,
@@ -317,7 +277,7 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     """Score the adapter as it was saved, and the plain backbone."""
     config, backbone = setup.config, setup.backbone
     if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
-        backbone = _load(backbone.name_or_path, config)
+        backbone = load_as_trained_on(backbone.name_or_path, config)
     task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
     method = load_adapter(setup.staged).module()
     say(f"evaluating the adapter on {len(setup.evaluation)} examples")
@@ -371,17 +331,3 @@ def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str
     sync(setup.staged)
     os.replace(setup.staged, setup.work / FINISHED)
     publish(setup.work, result.output)
-
-
-def _load(name: str, config: TrainConfig) -> Backbone:
-    options: dict[str, Any] = {"revision": config.revision or None, "trust_remote_code": config.trust_remote_code}
-    backbone = load_backbone(name, dtype=config.precision, **options)
-    check_family(backbone.model, name)
-    if config.rounding:
-        if not rounded_weights(backbone.model, config.rounding):
-            raise IaptError(
-                f"--weights {config.weights} rounds matrices whose inputs fill blocks of {config.rounding.block}, and "
-                f"{name} has none; leave it out"
-            )
-        round_as_exported(backbone.model, config.rounding)
-    return backbone

@@ -8,11 +8,13 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AfmoeConfig,
     AutoModelForCausalLM,
     BertConfig,
     BlenderbotConfig,
     BltConfig,
     DogeConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -187,10 +189,24 @@ def test_a_decoder_without_layers_is_refused():
     assert family_of(model).refusal == "its configuration says that it has no layers"
 
 
-def test_a_mask_that_is_given_by_name_is_read():
-    """Doge and AFMoE call their attention with ``attention_mask=``."""
-    model = small(DogeConfig, intermediate_size=96, num_key_value_heads=2)
-    assert "missing 1 required positional argument" not in family_of(model).refusal
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(DogeConfig, "for rows of one length alone"), (AfmoeConfig, "do not compute what PyTorch computes")],
+)
+def test_what_no_trial_tells_is_refused_beforehand(kind, reason):
+    model = small(kind, intermediate_size=96, num_key_value_heads=2)
+    assert reason in family_of(model).refusal
+
+
+def test_longrope_in_some_layers_alone_is_refused():
+    """Its factors are kept where all layers have them; here PyTorch's would follow the longest row."""
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    long |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    fields = {"head_dim": 16, "intermediate_size": 96, "num_key_value_heads": 1, "sliding_window": 8}
+    fields["layer_types"] = ["sliding_attention", "full_attention"]
+    model = small(Gemma3TextConfig, **fields, rope_parameters={"full_attention": long, "sliding_attention": plain})
+    assert "(longrope) in some kinds of layers, and not in others" in family_of(model).refusal
 
 
 def test_longrope_keeps_the_factors_of_the_original_length():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from transformers import AutoTokenizer
 from iapt_export.contract.errors import IaptError
 from tests.families import tiny_family
 from tests.tiny import save_tiny_backbone, tiny_gpt2, tiny_tokenizer
-from tests.trainers.runs import run
+from tests.trainers.runs import RUN, run
 from trainers.adapters.directory import load_adapter
-from trainers.methods.configs import PromptTuningConfig
+from trainers.methods.configs import LoRAConfig, PrefixTuningConfig, PromptTuningConfig
 from trainers.methods.prefix_tuning import initial_prefix
+from trainers.training.evaluate_adapter import evaluate_adapter
 from trainers.training.work import FINISHED, TRACKED, publish, work_folder
 
 
@@ -43,6 +45,44 @@ def test_rows_that_the_backbones_tables_do_not_hold_are_refused_before_the_first
     tokenizer.save_pretrained(folder)
     with pytest.raises(IaptError, match=r"'<new>' is token \d+, and the backbone's table has \d+ entries"):
         run(str(folder), strange, tmp_path / "a", **asked)
+
+
+def test_rows_beyond_longropes_first_factors_are_refused(data: Path, tmp_path: Path) -> None:
+    """The configuration says 256 positions, of which the backbone computes 32 as transformers does."""
+    folder = save_tiny_backbone(tmp_path / "phi3", tiny_family("phi3-longrope"))
+    asked = {"max_instruction_tokens": 60, "max_steps": 1}
+    refused = r"example 0 has \d+ tokens, 4 of them the adapter's, and the backbone 32 positions"
+    with pytest.raises(IaptError, match=refused):
+        run(str(folder), data, tmp_path / "a", **asked)
+    with pytest.raises(IaptError, match=refused.replace(", 4 of", ", 0 of")):
+        evaluate_adapter(str(folder), None, data, dataclasses.replace(RUN, **asked))
+
+
+def test_weight_decay_that_would_do_nothing_is_refused(backbone: str, data: Path, tmp_path: Path) -> None:
+    for method in (PromptTuningConfig(), PrefixTuningConfig()):
+        with pytest.raises(IaptError, match=r"weight_decay=0\.1 acts on .* matrices, and P.* has a prompt alone"):
+            run(backbone, data, tmp_path / "a", method, weight_decay=0.1)
+    ends = []
+    for method, steps in ((LoRAConfig(), 2), (PrefixTuningConfig(projection=True, projection_width=8), 1)):
+        for decay in (0.0, 5.0):
+            run(backbone, data, tmp_path / f"{len(ends)}", method, weight_decay=decay, max_steps=steps, warmup_steps=0)
+            ends.append(load_adapter(tmp_path / f"{len(ends)}").tensors)
+    for plain, decayed in (ends[:2], ends[2:]):
+        changed = {name for name in plain if not torch.equal(plain[name], decayed[name])}
+        assert changed == {name for name in plain if name.endswith(("__A", "__B", "_weight"))}
+
+
+def test_an_adapters_own_settings_are_told_or_kept(
+    backbone: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(backbone, data, tmp_path / "a", weights="int8")
+    own = dataclasses.replace(RUN, weights="int8")
+    caplog.clear()
+    assert evaluate_adapter(backbone, tmp_path / "a", data, own).count > 0 and not caplog.messages
+    evaluate_adapter(backbone, tmp_path / "a", data, RUN)
+    assert "weights='int8', quantise='' takes its own" in caplog.text and result.report
+    with pytest.raises(IaptError, match="prompt_format is 'plain', and the adapter was trained with 'chat'"):
+        evaluate_adapter(backbone, tmp_path / "a", data, dataclasses.replace(own, prompt_format="plain"))
 
 
 def test_an_output_around_the_working_folder_is_refused(

@@ -29,9 +29,10 @@ from trainers.training.card import EXPLAINED
 from trainers.training.config import TrainRequest
 from trainers.training.data import split_holdout
 from trainers.training.evaluate import ClassificationReport, GenerationReport
+from trainers.training.evaluate_adapter import evaluate_adapter
 from trainers.training.loop import AdapterTrainer, EpochSampler, PromptTuned
 from trainers.training.records import read_examples
-from trainers.training.train import evaluate_adapter, train
+from trainers.training.train import train
 from trainers.training.work import SECONDS_FILE
 from validation.sides.cases import read_examples as read_prompts
 
@@ -203,6 +204,28 @@ def test_other_settings(backbone: str, data: Path, tmp_path: Path, fields: dict[
     assert all(torch.isfinite(tensor).all() for tensor in load_adapter(tmp_path / "a").tensors.values())
 
 
+def test_the_evaluation_loss_is_that_of_the_report_in_any_batch(backbone: str, tmp_path: Path) -> None:
+    """Long and short answers, whose tokens count alike."""
+    answers = ("yes", "a quiet joy from the first scene to the last " * 3)
+    rows = [{"instruction": f"the film {number}", "output": answers[number % 2]} for number in range(14)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for size in (1, 3, 64):
+        lines: list[str] = []
+        fields = {
+            "task": "generation",
+            "eval_steps": 2,
+            "max_steps": 2,
+            "eval_file": str(data),
+            "eval_batch_size": size,
+        }
+        config = dataclasses.replace(RUN, **fields)
+        result = train(TrainRequest(backbone, data, tmp_path / f"{size}", METHOD, config), say=lines.append)
+        (told,) = [float(line.split("evaluation loss ")[1]) for line in lines if "evaluation loss" in line]
+        assert isinstance(result.report, GenerationReport)
+        assert told == pytest.approx(result.report.loss, abs=2e-4)
+
+
 def test_generation_data_and_plain_format(data: Path, tmp_path: Path) -> None:
     folder = save_tiny_backbone(tmp_path / "gpt2", tiny_gpt2(), chat=False)
     result = run(str(folder), data, tmp_path / "a", task="generation", gradient_accumulation=2, baseline=True)
@@ -360,6 +383,8 @@ def test_start_at_the_sink(make: Any) -> None:
 def test_backbone_without_tokenizer(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainers.decoder.backbone import Backbone
 
-    monkeypatch.setattr("trainers.training.train.load_backbone", lambda name, **_: Backbone(tiny_llama(), None, name))
+    monkeypatch.setattr(
+        "trainers.training.evaluate_adapter.load_backbone", lambda name, **_: Backbone(tiny_llama(), None, name)
+    )
     with pytest.raises(IaptError, match="the backbone bare has no tokenizer; training needs one"):
         run("bare", data, tmp_path / "a")

@@ -35,8 +35,9 @@ from trainers.methods.forms import METHODS
 from trainers.methods.iapt import IAPT
 from trainers.training.config import TrainRequest
 from trainers.training.evaluate import ClassificationReport
+from trainers.training.evaluate_adapter import evaluate_adapter
 from trainers.training.loop import AdapterTrainer, PromptTuned
-from trainers.training.train import evaluate_adapter, train
+from trainers.training.train import train
 
 OTHER_METHODS = [
     *(cls() for cls in METHOD_CONFIGS.values() if cls is not IAPTConfig),
