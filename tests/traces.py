@@ -49,7 +49,7 @@ class SharedTraces:
         if not is_plain(backbone):
             return trace_graph(name, backbone, installed, spec, opset)
         fields = {
-            "backbone": [type(backbone).__qualname__, configuration(backbone), tensors_sha256(backbone)],
+            "backbone": [str(type(backbone)), configuration(backbone), tensors_sha256(backbone)],
             "methods": [[item.name, *map(described, (item.method, item.encoder))] for item in installed],
             "spec": dataclasses.asdict(spec),
             "opset": opset,

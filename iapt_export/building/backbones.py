@@ -14,7 +14,7 @@ from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.stored import load_mapped, outline_of
 from trainers.decoder.streamed import copies_compared, has_room_for, streamed
 
-READ = {".safetensors", ".json", ".gguf", ".jinja", ".model"}
+READ = {".safetensors", ".json", ".gguf", ".jinja", ".model", ".py"}
 """Ends of the names of a model's files that decide what is built."""
 
 

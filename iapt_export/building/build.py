@@ -30,7 +30,6 @@ from iapt_export.building.jobs import (
     check_request,
     plan_build,
     stored_as,
-    tell_of_other_weights,
 )
 from iapt_export.building.outlook import Outlook as Outlook
 from iapt_export.building.outlook import outlook_of
@@ -39,6 +38,7 @@ from iapt_export.building.plan import TENSORRT, TargetPlan, onnx_variant
 from iapt_export.building.rounding_choice import Search, candidates
 from iapt_export.building.rounding_search import ask_pytorch, check_searchable, machine, measure, searched_target
 from iapt_export.building.stage_cache import in_use, made_stage, run_stage
+from iapt_export.building.telling import tell_of_generation_settings, tell_of_other_weights
 from iapt_export.contract.errors import ParityError
 from iapt_export.contract.integrity import sign
 from iapt_export.contract.low_bits import AUTO
@@ -93,9 +93,10 @@ def _build(request: BuildRequest, on_step: OnStep, say: Callable[[str], None]) -
     on_step(f"loading {request.model}")
     backbones = Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
+    tell_of_generation_settings(backbones.outline("fp32"))
     if request.quantise == AUTO:
         plan = _searched(plan, backbones, on_step, say)
-    tell_of_other_weights(plan)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters)
     on_step("looking for an up-to-date bundle")
     if layout.is_current(plan.output, plan.key):
         _sign(plan.output, request)
@@ -127,13 +128,14 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
     on_step(f"reading {request.model}")
     backbones = Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
+    tell_of_generation_settings(backbones.outline("fp32"))
     if request.quantise == AUTO:
         rivals = _rivals(plan, backbones.outline("fp32"))
         search = Search.found(made_stage(plan.cache, *_search_stage(rivals)))
         if search is None:
             return _outlook(plan, backbones.outline("fp32"), rivals)
         plan = stored_as(plan, search.chosen)
-    tell_of_other_weights(plan)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters)
     if layout.is_current(plan.output, plan.key):
         return Outlook([], [], f"{plan.output} is up to date: nothing to do")
     return _outlook(plan, backbones.outline("fp32"))
@@ -199,7 +201,10 @@ def _graph_key(job: GraphJob, plan: BuildPlan) -> dict[str, Any]:
     """Everything that decides a job's ONNX graphs."""
     installed, merged = plan.tenants.installed, plan.tenants.merged
     return {
-        "backbone": [plan.texts[layout.MODEL_CONFIG], plan.backbone.weights_sha256],
+        "backbone": [
+            *(plan.texts[name] for name in (layout.MODEL_CONFIG, layout.MODEL_CODE) if name in plan.texts),
+            plan.backbone.weights_sha256,
+        ],
         "methods": [[item.name, form_name(item.stacked), computing_fields(item.stacked.config)] for item in installed],
         "merged": layout.adapter_hashes(plan.tenants.adapters) if merged else None,
         "variant": job.variant,

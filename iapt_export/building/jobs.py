@@ -6,7 +6,6 @@ Like the build itself, this file may look into every room; nothing but the build
 from __future__ import annotations
 
 import dataclasses
-import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from iapt_export.building.stage_cache import content_key, default_cache
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS, VERIFY
 from iapt_export.contract.integrity import load_private_key
-from iapt_export.contract.low_bits import AUTO, in_words, rounding_of
+from iapt_export.contract.low_bits import AUTO, rounding_of
 from iapt_export.contract.manifest import BackboneSpec, GraphSpec, Ranges
 from iapt_export.graphs.export import Serving
 from iapt_export.graphs.passes.use_tensor_scatter import SCATTER_OPSET
@@ -51,7 +50,6 @@ from trainers.decoder.family import Family, check_family, max_positions
 from trainers.decoder.rounded import rounded_weights
 from validation.sides.cases import check_room, read_examples
 
-LOGGER = logging.getLogger("iapt_export")
 NOT_IN_KEY = (
     "model",
     "revision",
@@ -270,24 +268,7 @@ def _check_text(backbone: Backbone, adapters: dict[str, Adapter]) -> dict[str, s
         ] or [Tenant(backbone.name_or_path, None, -1, 0, base_format(Path(folder)), "none")]
         for tenant in tenants:
             encode_request(f"tenant {tenant.name}", Request(tenant.name, "Hello"), tenant, codec)
-        return layout.text_hashes(Path(folder))
-
-
-def tell_of_other_weights(plan: BuildPlan) -> None:
-    """Note which adapters were trained on others than a target serves: each answers best on its own."""
-    for target in plan.targets:
-        settings = target.rounding.of_weights if target.rounding else ""
-        served = (target.dtype if target.rounding else "fp32", settings)
-        flags = f"--weights {served[0]}" + (f" --quantise {settings}" if settings else "")
-        # training rounds to int8 and int4 as ONNX Runtime's quantiser does
-        those = "nearly those" if target.rounding and target.rounding.grid == "integers" else "those"
-        for name, adapter in plan.tenants.adapters.items():
-            trained = (adapter.config.weights, adapter.config.quantise)
-            if trained != served:
-                LOGGER.warning(
-                    "tenant %s was trained on %s weights, and %s serves %s; train %s trains on %s",
-                    *(name, in_words(*trained), target.name, in_words(*served), flags, those),
-                )
+        return layout.text_hashes(Path(folder), backbone.model)
 
 
 def _check_targets(request: BuildRequest, targets: list[TargetPlan], family: Family, backbone: Backbone) -> None:

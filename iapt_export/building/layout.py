@@ -44,7 +44,7 @@ from iapt_export.graphs.installed import Installed
 from iapt_export.graphs.interface import weight_specs
 from iapt_export.graphs.ops import DOMAIN, DOMAIN_VERSION
 from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, Adapter
-from trainers.decoder.family import max_positions
+from trainers.decoder.family import max_positions, remote_code_sha256
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import is_token_id, padding_id
 from trainers.decoder.stored import is_outline, stored_weight
@@ -52,6 +52,7 @@ from trainers.methods.forms import form_name
 
 TENANTS_FOLDER = "tenants"
 TRAINED_FOLDER = "trained"
+MODEL_CODE = "code"
 WEIGHTS_SHA256 = "weights_sha256"
 """Attribute of an outline: what `weights_sha256` found."""
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,16 +227,18 @@ def place_tokenizer(backbone: Any, bundle: Path) -> None:
 MODEL_CONFIG = "config.json"
 
 
-def text_hashes(folder: Path) -> dict[str, str]:
+def text_hashes(folder: Path, model: Any) -> dict[str, str]:
     """File to SHA-256 of what `place_tokenizer` wrote into an empty folder, so that a change of any is a change.
 
     The backbone's fingerprint has of its configuration what an adapter must agree with; what it computes depends on
-    more, such as an epsilon or an activation. The type in which weights happen to be loaded is left out.
+    more, such as an epsilon or an activation. The type in which weights happen to be loaded is left out. A model whose
+    code came with it has that as well, as `MODEL_CODE`.
     """
     found = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != PROBES_FILE}
     config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     told = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype", "_name_or_path")}
-    return found | {MODEL_CONFIG: hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
+    found[MODEL_CONFIG] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return found | ({MODEL_CODE: code} if (code := remote_code_sha256(model)) else {})
 
 
 def engine_specs(specs: dict[str, GraphSpec], target: str) -> dict[str, GraphSpec]:

@@ -9,16 +9,21 @@ whether its code attends by itself. Nothing is loaded and nothing computed.
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DynamicCache
+from transformers.dynamic_module_utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.masking_utils import AttentionMaskInterface
 
+from iapt_export.contract.disk import file_sha256
 from iapt_export.contract.errors import IaptError
 from trainers.decoder.attention import Options, read_options, real_rotations, traceable_experts, use_own_attention
 
@@ -117,7 +122,8 @@ def family_of(model: Any) -> Family:
         model: a causal LM of transformers; it is not changed.
     """
     fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_ARCHITECTURE}
-    key = f"{type(model).__module__}.{type(model).__qualname__} {json.dumps(fields, default=str)}"
+    code = remote_code_sha256(model)
+    key = f"{type(model).__module__}.{type(model).__qualname__} {code} {json.dumps(fields, default=str)}"
     if key not in _known:
         with torch.device("meta"):
             trial_model = type(model)(copy.deepcopy(model.config)).eval()
@@ -135,6 +141,15 @@ def check_family(model: Any, name: str = "") -> Family:
     if family.refusal:
         raise IaptError(f"{name or model.config.model_type} is not supported: {family.refusal}")
     return family
+
+
+def remote_code_sha256(model: Any) -> str:
+    """SHA-256 over the files of a model whose code came with it; empty for transformers' own."""
+    kinds = (type(model), type(model.config))
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME]
+    folders = {Path(inspect.getfile(kind)).parent for kind in own}
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else ""
 
 
 def max_positions(model: Any) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
-from iapt_export.building.jobs import plan_build, tell_of_other_weights
+from iapt_export.building.jobs import plan_build
 from iapt_export.building.plan import (
     TargetPlan,
     check_device,
@@ -20,6 +21,7 @@ from iapt_export.building.plan import (
     plan_targets,
     plan_tenants,
 )
+from iapt_export.building.telling import tell_of_generation_settings, tell_of_other_weights
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import Range, Ranges
 from tests.bundles import METHOD, NUM_LAYERS, TinyBuild, save_tiny_adapter
@@ -220,9 +222,23 @@ def test_other_weights_than_those_of_training_are_said(
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     coarse = save_tiny_adapter(tmp_path / "coarse", 0, backbone.fingerprint, weights="int4")
     request = tiny_build.request(tmp_path / "out", "alpha", targets=[target])
-    tell_of_other_weights(plan_build(dataclasses.replace(request, adapters=[*request.adapters, coarse]), backbone))
+    plan = plan_build(dataclasses.replace(request, adapters=[*request.adapters, coarse]), backbone)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters)
     warnings = [record.message for record in caplog.records if record.name == "iapt_export"]
     assert warnings == [f"tenant {text}"]
+
+
+def test_generation_settings_that_no_session_applies_are_said(
+    backbone: Backbone, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.0, suppress_tokens=[])
+    monkeypatch.setattr(backbone.model, "generation_config", sampled)
+    tell_of_generation_settings(backbone)
+    assert not caplog.messages, "how to sample is a request's to say"
+    changed = GenerationConfig(repetition_penalty=1.1, bad_words_ids=[[5]], num_beams=3, eos_token_id=1)
+    monkeypatch.setattr(backbone.model, "generation_config", changed)
+    tell_of_generation_settings(backbone)
+    assert "if it can: repetition_penalty=1.1, num_beams=3, bad_words_ids=[[5]]" in caplog.text
 
 
 def test_training_rounds_to_the_very_floats_that_are_served(

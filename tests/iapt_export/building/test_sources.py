@@ -12,6 +12,7 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engines.serving.session import Request, Session
 from iapt_export import build
 from iapt_export.building.build import foresee
 from iapt_export.contract.errors import IaptError
@@ -88,3 +89,33 @@ def test_prompts_that_cannot_be_compared_are_refused_by_a_dry_run(made: TinyBuil
     (made.adapters["gamma"] / "examples.jsonl").unlink()
     with pytest.raises(IaptError, match=r"--past 11 leaves no room for a prompt to compare, beside 4 prompt rows and"):
         foresee(made.request(made.bundle, tenants="1:1:4", sequence="1:1:4", past="1:5:11"))
+
+
+CODE = """from transformers import LlamaForCausalLM
+
+
+class MyForCausalLM(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * SCALE
+        return out
+"""
+
+
+@pytest.mark.thorough
+def test_a_models_own_code_is_part_of_what_is_built(
+    made: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights and configuration stay; graphs of before would be served under the proof of before."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    change_json(made.model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_my.MyForCausalLM"})
+    request = made.request(made.bundle, tenants="1:1:4", prove=False, trust_remote_code=True)
+    keys, answers = [], []
+    for scale in ("1.0", "-1.0", "-1.0"):
+        (made.model / "modeling_my.py").write_text(CODE.replace("SCALE", scale), encoding="utf-8")
+        keys.append(build(request).build_key)
+        with Session.open(made.bundle, allow_unproven=True) as session:
+            asked = Request("gamma", tokens=(5, 6, 7), max_new_tokens=4, ignore_eos=True)
+            answers.append(next(iter(session.generate([asked]))).tokens)
+    assert keys[0] != keys[1] == keys[2]
+    assert answers[0] != answers[1] == answers[2]
