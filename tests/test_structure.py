@@ -57,7 +57,7 @@ DOORS = {
     "engines.http": "server",
     "engines.triton": "repository",
     "validation.sides": "cases engine_graphs peft_side portable recording reference rounding stepping taps truth",
-    "validation.judging": "compare engine_interface metrics peft result tolerances",
+    "validation.judging": "compare engine_interface metrics peft result shipped tolerances",
     "validation.locating": "locate",
     "validation.reporting": "junit report summary",
 }

@@ -30,6 +30,7 @@ from validation.judging.compare import (
 from validation.judging.engine_interface import check_built_engines
 from validation.judging.peft import compare_peft
 from validation.judging.result import Report, TargetResult
+from validation.judging.shipped import compare_shipped
 from validation.judging.tolerances import rows_for
 from validation.locating.locate import look_inside
 from validation.newcomers import newcomers
@@ -117,6 +118,8 @@ def _report(
                 same = dataclasses.replace(target, name=f"graphs of {target.name} in onnxruntime")
                 results.append(_with_rounded(open_graphs_of, same, target, reference, settings, on_step))
     ran = [result for result in results if result.status in ("pass", "fail")]
+    shipped = compare_shipped(reference, on_step) if settings.wants(PROMPTS) else None
+    results += [shipped] if shipped else []
     if settings.peft_check and truths.prompts:
         peft = compare_peft(reference, truths.prompts, peft_folders, on_step)
         results += [peft] if peft else []

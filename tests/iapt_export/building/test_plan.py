@@ -246,7 +246,8 @@ def test_training_rounds_to_the_very_floats_that_are_served(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     chosen: dict[str, Any] = {"targets": ["tensorrt-rtx:nvfp4"], "compute_capability": "12.1"}
-    tell_of_other_weights(plan_build(tiny_build.request(tmp_path / "out", "alpha", **chosen), backbone))
+    plan = plan_build(tiny_build.request(tmp_path / "out", "alpha", **chosen), backbone)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters)
     assert [record.message for record in caplog.records if record.name == "iapt_export"] == [
         "tenant alpha was trained on fp32 weights, and tensorrt-rtx serves nvfp4; train --weights nvfp4 trains on those"
     ]
