@@ -25,7 +25,7 @@ WRITTEN = {
     "json_allowed_escapes": 'nrbtf\\"',
 }
 """How JSON is written: in one line, as Python does. Where white space is free, small models write it without end. No
-``\\u``, with which a name could be written twice: the second is no property to the grammar, but one to a reader."""
+``\\u``: a text is written in one way, so that names which are equal to a reader are equal to the grammar."""
 
 
 @dataclass(frozen=True)
