@@ -264,7 +264,7 @@ def serve(bundle: BundleFolder, /, *, asked: Serving = Serving(), common: Common
     from engines.serving.session import Session, Share
 
     places = (asked.host, asked.port, asked.keys, asked.tenants, asked.admin_token, asked.metrics_prefix)
-    waits = {"ready_delay_s": asked.ready_delay, "drain_s": asked.drain, "stuck_after_s": asked.stuck_after}
+    waits: Any = {"ready_delay_s": asked.ready_delay, "drain_s": asked.drain, "stuck_after_s": asked.stuck_after}
     config = server.ServerConfig(*places, **waits, log_level="error" if common.quiet else "info")
     settings: dict[str, Any] = {"max_waiting": asked.max_waiting, "threads": asked.threads, "drafts": asked.drafts}
     settings |= {**asked.checks, "verify": not asked.no_verify}

@@ -186,7 +186,7 @@ def new_tenant(name: str, adapter: Adapter, **places: str | None) -> TenantSpec:
         prompt_format=adapter.config.prompt_format,
         system_prompt=adapter.config.system_prompt,
         labels=list(adapter.config.labels),
-        **places,  # type: ignore[arg-type]
+        **places,
     )
 
 

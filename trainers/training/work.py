@@ -90,8 +90,8 @@ def record_of(request: TrainRequest) -> dict[str, Any]:
         del settings["quantise"]  # as earlier versions wrote it
     model = config.base_model_name or request.model
     record = {"model": model, "method": method_name(request.method), **asdict(request.method), **settings, **hashes}
-    if files := _model_files(Path(request.model)):
-        record[MODEL_FILES] = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    if of_model := _model_files(Path(request.model)):
+        record[MODEL_FILES] = hashlib.sha256("".join(map(file_sha256, of_model)).encode()).hexdigest()
     return dict(json.loads(json.dumps(record)))
 
 
