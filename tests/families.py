@@ -226,4 +226,7 @@ def tiny_family(name: str, seed: int = 0, layers: int = 2) -> Any:
     for path, buffer in model.named_buffers():
         if path.endswith("e_score_correction_bias"):  # zeros in a new model, which would leave a mistake unseen
             buffer.normal_(0, 0.5)
+    for path, parameter in model.named_parameters():
+        if path.endswith("router.gate.weight") and not parameter.any():  # zeros let all experts tie, in any order
+            torch.nn.init.normal_(parameter, std=0.2)
     return model

@@ -34,11 +34,8 @@ OTHER_RULE, BOTH_WAYS = 0, -2
 """Stand for a mask that is neither causal nor a window, and for one that sees later tokens."""
 PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj"}
 """Families whose code attends by itself, and whose rows are tested not to depend on padding."""
-UNTRACEABLE = {
-    "doge": "torch.export takes its code for rows of one length alone, and graphs are for all",
-    "afmoe": "the graphs that are made of its code do not compute what PyTorch computes, as a build's proof would find",
-}
-"""Families of which a trial without data does not tell that no graphs can be made, with the reason."""
+UNTRACEABLE = {"doge"}
+"""Families whose code torch.export specialises to rows of one length, which a trial without data does not tell."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers whose cache is keys and values alone."""
 ENCODER_AND_DECODER = "it is an encoder and a decoder; only decoders are"
@@ -230,8 +227,8 @@ def _told_by_configuration(model: Any) -> str:
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         return ENCODER_AND_DECODER
-    if reason := UNTRACEABLE.get(config.model_type):
-        return reason
+    if config.model_type in UNTRACEABLE:
+        return "torch.export takes its code for rows of one length alone, and graphs are for all"
     kinds = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
     if getattr(model, "_is_stateful", False) or kinds:
         what = ", ".join(sorted(kinds)) or "a recurrent state"

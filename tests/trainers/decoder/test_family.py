@@ -189,13 +189,15 @@ def test_a_decoder_without_layers_is_refused():
     assert family_of(model).refusal == "its configuration says that it has no layers"
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [(DogeConfig, "for rows of one length alone"), (AfmoeConfig, "do not compute what PyTorch computes")],
-)
-def test_what_no_trial_tells_is_refused_beforehand(kind, reason):
-    model = small(kind, intermediate_size=96, num_key_value_heads=2)
-    assert reason in family_of(model).refusal
+def test_a_mask_that_is_given_by_name_is_read():
+    """AFMoE calls its attention with ``attention_mask=``."""
+    model = small(AfmoeConfig, intermediate_size=96, num_key_value_heads=2, head_dim=16, num_dense_layers=1)
+    assert family_of(model).refusal == ""
+
+
+def test_what_torch_export_cannot_follow_is_refused_beforehand():
+    model = small(DogeConfig, intermediate_size=96, num_key_value_heads=2)
+    assert "for rows of one length alone" in family_of(model).refusal
 
 
 def test_longrope_in_some_layers_alone_is_refused():
