@@ -129,6 +129,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "biogpt": (IN_PLACE, "BioGpt", LLAMA),
     "persimmon": (IN_PLACE, "Persimmon", LLAMA),
     "bitnet": (IN_PLACE, "BitNet", LLAMA),
+    "afmoe": (
+        IN_PLACE,
+        "Afmoe",
+        LLAMA | NARROW | ALTERNATING | EXPERTS | {"num_dense_layers": 1},
+    ),
     "gemma3-multimodal": (
         IN_PLACE,
         "Gemma3",
@@ -155,6 +160,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 8, "no_rope_layers": [1, 0]}
         | {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
     ),
+    "doge": (REFUSED, "Doge", LLAMA | {"num_experts": 4}),
     "llama-dynamic": (REFUSED, "Llama", LLAMA | rope("dynamic")),
     "opt-350m-like": (REFUSED, "OPT", LLAMA | {"ffn_dim": 96, "word_embed_proj_dim": 32}),
     "gpt_neo": (

@@ -17,7 +17,7 @@ from engines.serving.session import Request, Session, Token
 from iapt_export import BuildRequest, build
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import RANGES, random_method
-from tests.families import FAMILIES, IN_PLACE, LLAMA, REFUSED, tiny_family
+from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
 from tests.tiny import save_tiny_backbone
 from tests.trainers.adapters.test_peft_format import stock
 from trainers.adapters.adapter import AdapterConfig
@@ -202,11 +202,7 @@ def engines_of(bundle: Path, report: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.thorough
-def test_a_mask_that_is_given_by_name_is_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As AFMoE does, of which ``docs/models.md`` has no row."""
-    fields = LLAMA | {"head_dim": 16, "num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
-    fields |= {"moe_intermediate_size": 32, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-    monkeypatch.setitem(FAMILIES, "afmoe", (IN_PLACE, "Afmoe", fields))
+def test_a_mask_that_is_given_by_name_is_read_in_place(tmp_path: Path) -> None:
     assert served_and_compared("afmoe", tmp_path) < LIMIT
 
 

@@ -8,12 +8,10 @@ import peft
 import pytest
 import torch
 from transformers import (
-    AfmoeConfig,
     AutoModelForCausalLM,
     BertConfig,
     BlenderbotConfig,
     BltConfig,
-    DogeConfig,
     Gemma3TextConfig,
     LlamaConfig,
     T5Config,
@@ -41,6 +39,7 @@ REASONS = {
     "llama-dynamic": "dynamic NTK",
     "opt-350m-like": "32 wide and its layers 64",
     "gpt_neo": "attends by itself",
+    "doge": "for rows of one length alone",
     "lfm2": "other state than keys and values (conv)",
     "mamba": "other state than keys and values",
     "falcon_h1": "other state than keys and values",
@@ -187,17 +186,6 @@ def test_a_decoder_without_layers_is_refused():
         model = small(LlamaConfig, intermediate_size=96)
         model.config.num_hidden_layers = 0
     assert family_of(model).refusal == "its configuration says that it has no layers"
-
-
-def test_a_mask_that_is_given_by_name_is_read():
-    """AFMoE calls its attention with ``attention_mask=``."""
-    model = small(AfmoeConfig, intermediate_size=96, num_key_value_heads=2, head_dim=16, num_dense_layers=1)
-    assert family_of(model).refusal == ""
-
-
-def test_what_torch_export_cannot_follow_is_refused_beforehand():
-    model = small(DogeConfig, intermediate_size=96, num_key_value_heads=2)
-    assert "for rows of one length alone" in family_of(model).refusal
 
 
 def test_longrope_in_some_layers_alone_is_refused():
