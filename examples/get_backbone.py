@@ -91,7 +91,7 @@ def convert(parts: Sequence[Path], output: Path) -> None:
     working = Path(tempfile.mkdtemp(prefix=f"{output.name}.", suffix=".tmp", dir=output.parent))
     try:
         working.chmod(0o755)  # mkdtemp makes it private, a cache need not be
-        whole = working / "whole.gguf"
+        whole = working / f"{output.name}.gguf"  # a name that means something where it is told
         with whole.open("wb") as target:
             for part in parts:
                 with part.open("rb") as stream:
