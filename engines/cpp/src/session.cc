@@ -2,15 +2,16 @@
 
 #include <algorithm>
 #include <limits>
+#include <string_view>
 
 #include "stepper.h"
 
 namespace iapt {
 namespace {
 
-const std::string kHalfCharacter = "\xef\xbf\xbd";  // what bytes that are no character yet decode to
+constexpr std::string_view kHalfCharacter = "\xef\xbf\xbd";  // what bytes that are no character yet decode to
 
-bool ends_with(const std::string& text, const std::string& end) {
+bool ends_with(std::string_view text, std::string_view end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
