@@ -94,7 +94,11 @@ def deploy(adapter: Adapter, backbone: Any, *, fold_embeddings: bool = False) ->
         backbone: the backbone's transformers model.
         fold_embeddings: ship what changes embeddings alone as one embedding table for each tenant.
     """
-    module = adapter.module()
+    return as_deployed(adapter.module(), backbone, fold_embeddings=fold_embeddings)
+
+
+def as_deployed(module: Method, backbone: Any, *, fold_embeddings: bool = False) -> Method:
+    """`deploy` for a method that is at hand."""
     if fold_embeddings and module.folded_form:
         table = backbone.get_input_embeddings()
         # through the module and not its weight, because some backbones scale what it returns
