@@ -83,38 +83,41 @@ class Variant:
     is_matched: bool = True
     """Whether its parameters are meant to come near the backbone's `BackbonePlan.num_parameters`."""
     backbone: BackbonePlan = SMOLLM2
+    further: tuple[int, ...] = ()
+    """Powers of 3 beyond budget ``small``'s rates that are tried too, since the best of those lay at their edge."""
 
 
 IAPT = configs.IAPTConfig(bottleneck=45)
 OWN = Variant("IAPT", IAPT, 3e-3)
 VARIANTS = (
     OWN,
-    Variant("LoRA", configs.LoRAConfig(rank=1, alpha=2.0), 1e-3),
+    Variant("LoRA", configs.LoRAConfig(rank=1, alpha=2.0), 1e-3, further=(2,)),
     Variant("P-tuning v2", configs.PrefixTuningConfig(prompt_length=5), 1e-2),
-    Variant("ADePT", configs.ADePTConfig(prompt_length=20, bottleneck=39), 3e-2),
-    Variant("DePT", configs.DePTConfig(prompt_length=20, rank=70, max_length=MAX_TOKENS), 3e-2),
+    Variant("ADePT", configs.ADePTConfig(prompt_length=20, bottleneck=39), 3e-2, further=(-2,)),
+    Variant("DePT", configs.DePTConfig(prompt_length=20, rank=70, max_length=MAX_TOKENS), 3e-2, further=(2,)),
     Variant("LoPA", configs.LoPAConfig(prompt_length=10, rank=4, head_width=14), 1e-3),
-    Variant("LAMP (our reading)", configs.LAMPConfig(init_length=100, rank=85, window=5), 3e-3),
+    Variant("LAMP (our reading)", configs.LAMPConfig(init_length=100, rank=85, window=5), 3e-3, further=(2,)),
     Variant("Prompt tuning, 4 tokens", configs.PromptTuningConfig(prompt_length=4), 1e-2, is_matched=False),
     Variant("Prompt tuning, 32 tokens", configs.PromptTuningConfig(prompt_length=32), 1e-2, is_matched=False),
 )
 """The main comparison. The last two have IAPT's number of soft tokens, and 8 times that."""
 
 SECOND = (
-    Variant("IAPT, Gemma", configs.IAPTConfig(bottleneck=47), 3e-3, backbone=GEMMA),
+    Variant("IAPT, Gemma", configs.IAPTConfig(bottleneck=47), 3e-3, backbone=GEMMA, further=(-2,)),
     Variant(
         "LoRA, Gemma",
         configs.LoRAConfig(rank=1, alpha=2.0, target_modules=("q_proj", "k_proj", "v_proj")),
         1e-3,
         backbone=GEMMA,
     ),
-    Variant("P-tuning v2, Gemma", configs.PrefixTuningConfig(prompt_length=7), 1e-2, backbone=GEMMA),
+    Variant("P-tuning v2, Gemma", configs.PrefixTuningConfig(prompt_length=7), 1e-2, backbone=GEMMA, further=(2,)),
     Variant(
         "Prompt tuning, 32 tokens, Gemma",
         configs.PromptTuningConfig(prompt_length=32),
         1e-2,
         is_matched=False,
         backbone=GEMMA,
+        further=(2,),
     ),
 )
 """The comparison on the second backbone."""
@@ -293,9 +296,11 @@ def changed_fields(config: Any) -> dict[str, Any]:
 
 
 def rates(variant: Variant, budget: Budget) -> tuple[float, ...]:
-    """The learning rates that are tried for a method: as many for each, around its centre."""
+    """The learning rates tried for a method, ascending: as many for each around its centre, and its further ones."""
     middle = budget.num_rates // 2
-    return tuple(float(f"{variant.centre * 3.0 ** (index - middle):.3g}") for index in range(budget.num_rates))
+    powers = {index - middle for index in range(budget.num_rates)}
+    powers |= set(variant.further) if budget.name == "small" else set()
+    return tuple(float(f"{variant.centre * 3.0**power:.3g}") for power in sorted(powers))
 
 
 def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run]:

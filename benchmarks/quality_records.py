@@ -29,7 +29,7 @@ def rate_scores(variant: Variant, budget: Budget, records: Records) -> dict[floa
 def chosen_rates(budget: Budget, records: Records) -> dict[str, float]:
     """Label of a variant to the rate with the best validation accuracy, once all its rates were tried.
 
-    Among equals the one nearest to the middle wins, and of two equally near the smaller; the smallest where all
+    Among equals the one nearest to the centre wins, and of two equally near the smaller; the smallest where all
     diverged.
     """
     missing = {run.label for phase in COMPARED for run in runs_of(phase, budget, {}) if run.key not in records}
@@ -39,7 +39,8 @@ def chosen_rates(budget: Budget, records: Records) -> dict[str, float]:
         good = {rate: value for rate, value in rate_scores(variant, budget, records).items() if value is not None}
         if variant.label not in missing:
             equals = [rate for rate, value in good.items() if value == max(good.values())] or [order[0]]
-            chosen[variant.label] = min(equals, key=lambda rate: (abs(order.index(rate) - len(order) // 2), rate))
+            middle = order.index(variant.centre)
+            chosen[variant.label] = min(equals, key=lambda rate: (abs(order.index(rate) - middle), rate))
     return chosen
 
 

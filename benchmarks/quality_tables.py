@@ -179,7 +179,8 @@ def rate_table(budget: Budget, records: Records, variants: Sequence[Variant]) ->
             text = f"{rate:.2g}: {'–' if value is None else f'{value * 100:.1f}'}"
             row.append(f"**{text}**" if chosen.get(variant.label) == rate else text)
         rows.append(row)
-    return table(["method", *["rate: accuracy"] * budget.num_rates], rows)
+    most = max(len(row) for row in rows)
+    return table(["method", *["rate: accuracy"] * (most - 1)], [row + [""] * (most - len(row)) for row in rows])
 
 
 def ablation_table(phase: str, name: str, budget: Budget, records: Records) -> str:

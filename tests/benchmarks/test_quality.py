@@ -108,9 +108,20 @@ def test_budgets_are_matched_where_claimed():
 def test_every_method_tries_as_many_rates():
     for budget in BUDGETS.values():
         for variant in (*VARIANTS, *SECOND):
-            tried = rates(variant, budget)
+            tried = rates(dataclasses.replace(variant, further=()), budget)
             assert len(set(tried)) == budget.num_rates
             assert tried[budget.num_rates // 2] == variant.centre
+
+
+def test_rates_beyond_an_edge_are_tried_where_they_are_asked_for():
+    further = dataclasses.replace(VARIANTS[0], centre=1e-3, further=(2, -2))
+    assert rates(further, SMALL) == (0.000111, 0.000333, 0.001, 0.003, 0.009)
+    assert rates(further, BUDGETS["smoke"]) == (0.001,)
+
+
+def test_rates_tie_towards_the_centre():
+    lopsided = next(variant for variant in VARIANTS if variant.further == (2,))
+    assert chosen_rates(SMALL, fake_records(phases=["rates"]))[lopsided.label] == lopsided.centre
 
 
 def test_the_best_validation_accuracy_chooses_the_rate():
