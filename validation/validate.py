@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,21 @@ def _report(
         environment=environment(settings.device) | {"backbone": how_computed(reference.model)},
         tolerances=rows_for({result.dtype for result in results}),
         targets=results,
-        command=f"iapt-export validate {name} --model {manifest.backbone.name_or_path} "
-        f"--seed {settings.seed} --new-tokens {settings.new_tokens}"
-        + (f" --case {settings.case}" if settings.case else " --quick" if settings.is_quick else "")
-        + (f" --runner {settings.runner}" if settings.runner else "")
-        + "".join(f" --adapter {adapter}" for adapter in settings.adapters),
+        command=command_again(name, manifest.backbone.name_or_path, settings),
         depth=f"case {settings.case}" if settings.case else settings.depth,
     )
+
+
+def command_again(bundle: str, model: str, settings: Settings) -> str:
+    """What a shell takes to compare as much once more; all cases where a build chose among them by itself."""
+    words = ["iapt-export", "validate", bundle, "--model", model]
+    words += ["--seed", str(settings.seed), "--new-tokens", str(settings.new_tokens)]
+    words += ["--case", settings.case] if settings.case else ["--quick"] if settings.is_quick else []
+    words += ["--device", settings.device] if settings.device != "cpu" else []
+    words += ["--runner", settings.runner] if settings.runner else []
+    words += [] if settings.peft_check else ["--no-peft-check"]
+    words += [word for adapter in settings.adapters for word in ("--adapter", adapter)]
+    return shlex.join(words)
 
 
 def loader_for(manifest: BundleManifest) -> Callable[..., Backbone]:
