@@ -91,7 +91,7 @@ IAPT = configs.IAPTConfig(bottleneck=45)
 OWN = Variant("IAPT", IAPT, 3e-3)
 VARIANTS = (
     OWN,
-    Variant("LoRA", configs.LoRAConfig(rank=1, alpha=2.0), 1e-3, further=(2,)),
+    Variant("LoRA", configs.LoRAConfig(rank=1, alpha=2.0), 1e-3, further=(2, 3)),
     Variant("P-tuning v2", configs.PrefixTuningConfig(prompt_length=5), 1e-2),
     Variant("ADePT", configs.ADePTConfig(prompt_length=20, bottleneck=39), 3e-2, further=(-2,)),
     Variant("DePT", configs.DePTConfig(prompt_length=20, rank=70, max_length=MAX_TOKENS), 3e-2, further=(2,)),
@@ -110,7 +110,7 @@ SECOND = (
         1e-3,
         backbone=GEMMA,
     ),
-    Variant("P-tuning v2, Gemma", configs.PrefixTuningConfig(prompt_length=7), 1e-2, backbone=GEMMA, further=(2,)),
+    Variant("P-tuning v2, Gemma", configs.PrefixTuningConfig(prompt_length=7), 1e-2, backbone=GEMMA, further=(2, 3)),
     Variant(
         "Prompt tuning, 32 tokens, Gemma",
         configs.PromptTuningConfig(prompt_length=32),

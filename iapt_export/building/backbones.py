@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+from iapt_export.building.adapter_argument import parse_adapters
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.plan import TargetPlan
 from iapt_export.contract.errors import IaptError
@@ -14,8 +15,10 @@ from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.stored import load_mapped, outline_of
 from trainers.decoder.streamed import copies_compared, has_room_for, streamed
 
-READ = {".safetensors", ".json", ".gguf", ".jinja", ".model", ".py"}
-"""Ends of the names of a model's files that decide what is built."""
+READ = {".safetensors", ".json", ".jsonl", ".gguf", ".jinja", ".model", ".py"}
+"""Ends of the names of a model's or an adapter's files that decide what is built."""
+Stamps = dict[str, tuple[int, int, int]]
+"""File to its number, size and time of change."""
 
 
 class Backbones:
@@ -30,7 +33,7 @@ class Backbones:
         self._backbone: Backbone | None = None
         self._mapped: Backbone | None = None
         self._outlines: dict[str, Backbone | None] = {}
-        self._stamps = file_stamps(Path(request.model))
+        self._stamps = self._file_stamps()
         # these compute with the weights before the graphs are written
         self._is_outlined = not (request.merge_lora or request.fold_embeddings)
 
@@ -59,15 +62,22 @@ class Backbones:
         return made
 
     def check_unchanged(self) -> None:
-        """Refuse to keep what was made of files that another program changed meanwhile, under the hash of the first.
+        """Refuse to keep what was made of files that another program changed meanwhile, under the hash of others.
+
+        Files of the adapters count as well: they are loaded once, and hashed later.
 
         Raises:
             IaptError: which they are.
         """
-        now = file_stamps(Path(self._request.model))
-        if changed := sorted(name for name in {**self._stamps, **now} if self._stamps.get(name) != now.get(name)):
-            text = f"{', '.join(changed[:5])} of {self._request.model} changed during the build; build again"
-            raise IaptError(text)
+        now = self._file_stamps()
+        for folder, before in self._stamps.items():
+            changed = sorted(name for name in before | now[folder] if before.get(name) != now[folder].get(name))
+            if changed:
+                raise IaptError(f"{', '.join(changed[:5])} of {folder} changed during the build; build again")
+
+    def _file_stamps(self) -> dict[Path, Stamps]:
+        adapters = (path for path, _ in parse_adapters(self._request.adapters).values())
+        return {folder: file_stamps(folder) for folder in (Path(self._request.model), *adapters)}
 
     def to_compare(self, targets: list[TargetPlan]) -> Backbone:
         """The backbone in fp32 for the proof: in memory, or `streamed` where that is too small."""
@@ -86,8 +96,8 @@ class Backbones:
         gc.collect()  # modules refer to each other, so counting references frees nothing
 
 
-def file_stamps(model: Path) -> dict[str, tuple[int, int, int]]:
-    """What tells that a local model's files are those of before: file to its number, size and time of change."""
+def file_stamps(model: Path) -> Stamps:
+    """What tells that the files of a local model or an adapter are those of before."""
     files = sorted(path for path in model.iterdir() if path.suffix in READ) if model.is_dir() else [model]
     states = {path.name: path.stat() for path in files if path.is_file()}
     return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -78,18 +79,19 @@ def build(
 
     Raises:
         IaptError: bad input, or something that cannot be built here.
-        ParityError: what was built does not compute what PyTorch computes; nothing stands at the output then.
+        ParityError: what was built does not compute what PyTorch computes; it is not written to the output.
     """
     check_request(request)  # the plan does it again; here, so that it is refused before the backbone is loaded
-    with claimed(Path(request.output)), in_use(cache_of(request)):
+    with claimed(Path(request.output)) as place, in_use(cache_of(request)):
         try:
-            return _build(request, on_step, say)
+            return _build(request, place, on_step, say)
         except OSError as error:
             error.filename = error.filename or request.output  # not every library says which file it was
             raise
 
 
-def _build(request: BuildRequest, on_step: OnStep, say: Callable[[str], None]) -> BundleManifest:
+def _build(request: BuildRequest, place: Path, on_step: OnStep, say: Callable[[str], None]) -> BundleManifest:
+    """`build` at a place that is held for it."""
     on_step(f"loading {request.model}")
     backbones = Backbones(request)
     plan = plan_build(request, backbones.outline("fp32"))
@@ -98,19 +100,22 @@ def _build(request: BuildRequest, on_step: OnStep, say: Callable[[str], None]) -
         plan = _searched(plan, backbones, on_step, say)
     tell_of_other_weights(plan.targets, plan.tenants.adapters)
     on_step("looking for an up-to-date bundle")
-    if layout.is_current(plan.output, plan.key):
-        _sign(plan.output, request)
-        return BundleManifest.load(plan.output)
+    backbones.check_unchanged()  # since before anything was read; the key has hashes of what stands there now
+    if layout.is_current(place, plan.key, request.sign):
+        return BundleManifest.load(place)
     _outlook(plan, backbones.outline("fp32")).check()
     graphs = {job.variant: _export(job, plan, backbones, on_step) for job in plan.graphs}
-    with temporary_folder(plan.output) as bundle:
+    with temporary_folder(place) as bundle:
         targets = [_target(target, plan, graphs[target.variant], bundle, on_step) for target in plan.targets]
         manifest = _lay_out(plan, targets, graphs, backbones.outline("fp32"), bundle)
         if request.prove:
             compared = backbones.to_compare(plan.targets)
             manifest = _prove(plan, bundle, manifest, compared, list(graphs.values()), on_step)
-        _sign(bundle, request)
-        publish(bundle, plan.output)
+        backbones.check_unchanged()
+        if request.sign:
+            sign(bundle, Path(request.sign))
+        publish(bundle, place)
+    shutil.rmtree(_failed_report(place), ignore_errors=True)  # of a build before, which says that this one failed
     return manifest
 
 
@@ -136,7 +141,7 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
             return _outlook(plan, backbones.outline("fp32"), rivals)
         plan = stored_as(plan, search.chosen)
     tell_of_other_weights(plan.targets, plan.tenants.adapters)
-    if layout.is_current(plan.output, plan.key):
+    if layout.is_current(plan.output, plan.key, request.sign):
         return Outlook([], [], f"{plan.output} is up to date: nothing to do")
     return _outlook(plan, backbones.outline("fp32"))
 
@@ -192,9 +197,8 @@ def _depth(plan: BuildPlan, backbone: Backbone) -> str:
     return plan.request.depth or depth_for(backbone.model)
 
 
-def _sign(bundle: Path, request: BuildRequest) -> None:
-    if request.sign:
-        sign(bundle, Path(request.sign))
+def _failed_report(place: Path) -> Path:
+    return place.with_name(f"{place.name}-failed-report")
 
 
 def _graph_key(job: GraphJob, plan: BuildPlan) -> dict[str, Any]:
@@ -336,7 +340,7 @@ def _prove(
     # how long it took is not part of what was built: equal inputs give equal bytes
     report = dataclasses.replace(report, targets=[dataclasses.replace(t, seconds=0.0) for t in report.targets])
     if report.verdict != "pass":
-        where = write_report(report, output.with_name(f"{output.name}-failed-report"))
+        where = write_report(report, _failed_report(output))
         raise ParityError(f"{failure(report)}. Nothing was written to {output}; the report is {where}")
     on_step("writing the report")
     write_report(report, bundle)

@@ -21,7 +21,7 @@ from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import place, stage_files
 from iapt_export.contract.errors import BundleError
 from iapt_export.contract.graphs import ENCODER, KINDS, VERIFY, step_graphs
-from iapt_export.contract.integrity import verify_files
+from iapt_export.contract.integrity import is_signed_with, verify_files
 from iapt_export.contract.manifest import (
     OUTSIDE_MANIFEST,
     TENANT_INDEX,
@@ -158,7 +158,7 @@ def _place_tenant(name: str, plan: TenantPlan, bundle: Path, backbone: BackboneS
     if owner is not None:
         shipped = plan.shipped[name]
         save_tenant(shipped, bundle / TENANTS_FOLDER / f"{name}.safetensors", tenant_card(name, plan, backbone))
-    trained = shipped is None or not _are_equal(shipped, adapter.tensors)
+    trained = shipped is None or not are_equal(shipped, adapter.tensors)
     if trained:
         (bundle / TENANTS_FOLDER / TRAINED_FOLDER).mkdir(exist_ok=True)
         save_tenant(adapter.tensors, bundle / TENANTS_FOLDER / TRAINED_FOLDER / f"{name}.safetensors")
@@ -190,7 +190,8 @@ def new_tenant(name: str, adapter: Adapter, **places: str | None) -> TenantSpec:
     )
 
 
-def _are_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+def are_equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether two have the same tensors under the same names."""
     return some.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in some.items())
 
 
@@ -350,8 +351,11 @@ def build_inputs(spec: BackboneSpec, tenants: dict[str, Adapter], settings: dict
     }
 
 
-def is_current(bundle: Path, build_key: str) -> bool:
-    """Whether a whole, proven bundle with this key stands there already."""
+def is_current(bundle: Path, build_key: str, sign: str | Path | None) -> bool:
+    """Whether a whole, proven bundle with this key stands there already, signed where that is asked for.
+
+    Hashes and the key say nothing of who wrote them, so one without the signature is not signed now but built again.
+    """
     try:
         manifest = BundleManifest.load(bundle)
         if manifest.build_key != build_key or manifest.parity.verdict != "pass":
@@ -359,7 +363,7 @@ def is_current(bundle: Path, build_key: str) -> bool:
         verify_files(bundle, manifest)
     except BundleError:
         return False
-    return True
+    return not sign or is_signed_with(bundle, Path(sign))
 
 
 def versions() -> dict[str, str]:

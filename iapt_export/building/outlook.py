@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from iapt_export.building.footprint import model_weights
-from iapt_export.building.plan import onnx_variant
+from iapt_export.building.layout import are_equal
+from iapt_export.building.plan import TenantPlan, onnx_variant
 from iapt_export.building.stage_cache import bytes_per_second, made_stage
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import KINDS
@@ -142,7 +143,7 @@ def outlook_of(
         Stage(f"engine-{job.target}-{job.name}", False, size) for job, size in zip(plan.engines, sizes, strict=True)
     ]
     shipped = next(job for job in plan.graphs if job.variant == onnx_variant(plan.targets))
-    tenants = sum(tensor.nbytes for adapter in plan.tenants.adapters.values() for tensor in adapter.tensors.values())
+    tenants = tenant_bytes(plan.tenants)
     cached = sum(stage.bytes or 0 for stage in stages if not stage.is_made)
     bundle = graph_bytes(shipped, plan, model) + sum(sizes) + tenants
     disk = [(plan.cache, cached, "--cache"), (plan.output, bundle, "--output")]
@@ -154,6 +155,16 @@ def outlook_of(
     proof = f"comparison with PyTorch: {depth}; {how}" if plan.request.prove else "no comparison with PyTorch"
     searched = sum(graph_bytes(job, plan, model) for job, _ in (*jobs, *others)) if others else 0
     return Outlook(stages, [*_disk_needs(disk), _memory_need(plan, model, searched, has_gpu=has_gpu)], proof)
+
+
+def tenant_bytes(tenants: TenantPlan) -> int:
+    """What the tenants' files take, in fp32: as graphs take them, and as they were trained where that is another."""
+    size = 0
+    for name, adapter in tenants.adapters.items():
+        shipped = tenants.shipped.get(name, {})
+        written = [shipped, {} if shipped and are_equal(shipped, adapter.tensors) else adapter.tensors]
+        size += sum(FLOAT_BYTES["fp32"] * tensor.numel() for tensors in written for tensor in tensors.values())
+    return size
 
 
 def graph_bytes(job: Any, plan: Any, model: Any) -> int:
@@ -205,7 +216,8 @@ def _memory_need(plan: Any, model: Any, searched: int, *, has_gpu: bool) -> Need
         sessions.append(RESTORED_BYTES * sum(parameter.numel() for parameter in model.parameters()))
     session = max(max(sessions, default=0) if plan.request.prove else 0, searched)
     remedy = "stop other programs, take a smaller type (--target onnxruntime:int4), or a machine with more"
-    return Need("memory", RUNTIME_BYTES + max(writing, session), free_memory(), remedy)
+    tenants = sum(tensor.nbytes for tensors in plan.tenants.shipped.values() for tensor in tensors.values())
+    return Need("memory", RUNTIME_BYTES + tenants + max(writing, session), free_memory(), remedy)
 
 
 def _size(count: int | None) -> str:

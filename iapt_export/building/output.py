@@ -131,9 +131,15 @@ def temporary_folder(final: Path) -> Iterator[Path]:
 def publish(built: Path, output: Path) -> None:
     """Put a finished bundle into its place, whose lock the caller holds; one that stood there is removed afterwards.
 
+    What came to stand there since `check_output` is looked at once more, and left alone as it would have been then.
+
     A kill at any moment leaves the old bundle or the new one. Where the file system cannot let two folders change
     places, a kill between two renames leaves none, and the next build of it puts the old one back.
     """
+    if output.is_symlink():
+        raise IaptError(f"--output {output} has become a link during the build; nothing was changed. Remove it")
+    if output.exists():
+        _check_replaceable(output)
     sync(built)
     if not output.is_dir() or not any(output.iterdir()):
         os.replace(built, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,13 @@ from trainers.adapters.adapter import (
     WEIGHTS_FILE,
     AdapterConfig,
     backbone_problems,
+    doubt_of_name,
     is_stock_peft,
     read_adapter_config,
     read_fields,
 )
 
+LOGGER = logging.getLogger("iapt_export")
 Arrays = dict[str, np.ndarray]
 
 
@@ -54,6 +57,8 @@ def plain_tenant(adapter: str, manifest: BundleManifest) -> tuple[TenantCard, Ar
     if options:
         raise IaptError(f"--adapter {adapter}: {folder} was not written by stock PEFT and says all of this itself")
     _check_backbone(config, manifest.backbone, str(folder))
+    if doubt := doubt_of_name(str(folder), config.base_model_name_or_path, manifest.backbone.name_or_path):
+        LOGGER.warning("%s", doubt)
     card = new_card(name, config, manifest.backbone, config.peft_type, config.method)
     taking = [method for method in stacks if card.fits(method.form, method.config)]
     if not taking:

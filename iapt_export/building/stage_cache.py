@@ -89,7 +89,11 @@ def run_stage(cache: Path, name: str, inputs: dict[str, Any], make: Callable[[Pa
         shutil.rmtree(folder, ignore_errors=True)
         with temporary_folder(folder) as temporary:
             started = time.monotonic()
-            make(temporary)
+            try:
+                make(temporary)
+            except OSError as error:
+                error.filename = error.filename or str(folder)  # not every library says which file it was
+                raise
             seconds = round(time.monotonic() - started, 3)
             hashes = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
             record = {"inputs": inputs, "files": hashes, "seconds": seconds}

@@ -10,7 +10,9 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,8 @@ except ImportError:  # Windows; only what builds and trains takes locks
 
 _CLONE = 0x40049409
 """``FICLONE`` of Linux: a file that shares another's blocks until one of them is written (btrfs, XFS)."""
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+"""The name of a file that `write_atomically` had begun when its process was killed."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
@@ -108,10 +112,13 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file under a temporary name, flush it to disk, then rename it into place.
+
+    The name is this call's own, so that of several who write one file the last wins, each time with a whole file.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, whatever the length of the file's own name
     try:
-        with temporary.open("wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

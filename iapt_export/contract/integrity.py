@@ -147,6 +147,17 @@ def check_signature(bundle: Path, key: Path) -> None:
         ) from error
 
 
+def is_signed_with(bundle: Path, key: Path) -> bool:
+    """Whether a bundle's manifest carries the signature that `sign` would write.
+
+    Raises:
+        IaptError: ``key`` is no private key.
+    """
+    path = bundle / SIGNATURE_FILE
+    signature = load_private_key(key).sign((bundle / MANIFEST_FILE).read_bytes())  # ed25519 has one for each message
+    return path.is_file() and path.read_bytes().strip() == base64.b64encode(signature)
+
+
 def load_private_key(key: Path) -> Ed25519PrivateKey:
     """A private key to `sign` with; loaded before a build, so that a wrong one is found then.
 

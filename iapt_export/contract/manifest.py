@@ -293,9 +293,10 @@ class BundleManifest:
             raise BundleError(f"{path} is not JSON: {error}; build the bundle again") from error
         version = fields.get("schema_version") if isinstance(fields, dict) else None
         if version != SCHEMA_VERSION:
+            is_older = isinstance(version, int) and version < SCHEMA_VERSION
             raise BundleError(
                 f"{path}: schema_version is {version!r}, this version of iapt-export reads {SCHEMA_VERSION}; "
-                "upgrade iapt-export, or build the bundle again"
+                + ("build the bundle again" if is_older else "upgrade iapt-export, or build the bundle again")
             )
         problems: list[str] = []
         manifest: BundleManifest = read_fields(cls, fields, "manifest", problems)

@@ -105,6 +105,25 @@ def is_in_peft(form: str, value_dim: int) -> bool:
     return form in PEFT_TYPES and not (form == "PREFIX_TUNING" and value_dim)
 
 
+def doubt_of_name(adapter: str, theirs: str, ours: str) -> str:
+    """What should be known of an adapter whose backbone has another name; empty where nothing is in doubt.
+
+    Only sizes and settings can be compared, so that other weights of the same architecture are taken for those it was
+    trained on. The same weights have many names, so it is no refusal.
+
+    Args:
+        adapter: what to call it.
+        theirs: the backbone that it was trained for.
+        ours: the one that is given.
+    """
+    if Path(theirs).name.lower() == Path(ours).name.lower():
+        return ""
+    return (
+        f"{adapter} was trained for {theirs}, and {ours} is given: their sizes agree, and that is all that can be "
+        "checked; if these are other weights, its answers are wrong"
+    )
+
+
 def backbone_problems(adapter: AdapterConfig, theirs: tuple[int, int, str], where: str) -> list[str]:
     """What tells a backbone from the one that an adapter was trained for, a line each.
 

@@ -24,6 +24,7 @@ from trainers.adapters.adapter import (
     Adapter,
     AdapterConfig,
     backbone_problems,
+    doubt_of_name,
     is_stock_peft,
     read_adapter_config,
     read_fields,
@@ -118,15 +119,5 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
 
 
 def doubt_of_backbone(adapter: Adapter, backbone: Backbone) -> str:
-    """What should be known of an adapter that names another backbone; empty where nothing is in doubt.
-
-    Only sizes and settings can be compared, so that other weights of the same architecture are taken for those it was
-    trained on. The same weights have many names, so it is no refusal.
-    """
-    theirs, ours = adapter.config.base_model_name_or_path, backbone.name_or_path
-    if Path(theirs).name.lower() == Path(ours).name.lower():
-        return ""
-    return (
-        f"{adapter.path} was trained for {theirs}, and {ours} is given: their sizes agree, and that is all that can "
-        "be checked; if these are other weights, its answers are wrong"
-    )
+    """What should be known of an adapter that names another backbone; empty where nothing is in doubt."""
+    return doubt_of_name(str(adapter.path), adapter.config.base_model_name_or_path, backbone.name_or_path)

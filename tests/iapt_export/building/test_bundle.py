@@ -214,16 +214,16 @@ def test_the_build_key_covers_what_went_in(tiny_build: TinyBuild, tmp_path: Path
 
 def test_when_a_bundle_is_current(tiny_bundle: Path, tmp_path: Path) -> None:
     manifest = BundleManifest.load(tiny_bundle)
-    assert layout.is_current(tiny_bundle, manifest.build_key)
-    assert not layout.is_current(tiny_bundle, "another key")
-    assert not layout.is_current(tmp_path / "nothing", manifest.build_key)
+    assert layout.is_current(tiny_bundle, manifest.build_key, None)
+    assert not layout.is_current(tiny_bundle, "another key", None)
+    assert not layout.is_current(tmp_path / "nothing", manifest.build_key, None)
     for verdict in ("fail", "not run"):
         dataclasses.replace(manifest, parity=Parity(verdict)).save(tiny_bundle)
-        assert not layout.is_current(tiny_bundle, manifest.build_key)
+        assert not layout.is_current(tiny_bundle, manifest.build_key, None)
     manifest.save(tiny_bundle)
-    assert layout.is_current(tiny_bundle, manifest.build_key)
+    assert layout.is_current(tiny_bundle, manifest.build_key, None)
     (tiny_bundle / "decode.onnx").write_bytes(b"")
-    assert not layout.is_current(tiny_bundle, manifest.build_key)
+    assert not layout.is_current(tiny_bundle, manifest.build_key, None)
 
 
 def test_an_exports_versions_are_those_of_the_packages_that_it_uses() -> None:

@@ -13,15 +13,20 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import iapt_export
+from iapt_export import build
 from iapt_export.building import build as building
 from iapt_export.building import outlook
+from iapt_export.building.build import foresee
 from iapt_export.building.jobs import GraphJob
 from iapt_export.building.outlook import graph_bytes
 from iapt_export.building.plan import TargetPlan
 from iapt_export.contract.errors import IaptError
 from iapt_export.graphs.export import Serving
-from tests.bundles import TinyBuild, run
+from tests.bundles import TinyBuild, run, save_tiny_adapter
+from trainers.adapters.directory import load_adapter
 from trainers.decoder import streamed
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import ADePTConfig
 
 SMALL = {"free_disk": lambda _: 5000, "free_memory": lambda: 400 * 10**6}
 
@@ -50,6 +55,18 @@ def test_a_dry_run_knows_what_is_made(tiny_build: TinyBuild, tmp_path: Path) -> 
     other = building.foresee(tiny_build.request(tmp_path / "other", "alpha", past="1:8:140"))
     (stage,) = other.stages
     assert not stage.is_made and stage.bytes is not None and stage.seconds is not None, "as quickly as the one before"
+
+
+def test_folded_tables_are_foreseen(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    fingerprint = load_backbone(str(tiny_build.model)).fingerprint
+    adapters = {f"a{n}": save_tiny_adapter(tmp_path / f"a{n}", n, fingerprint, ADePTConfig()) for n in range(8)}
+    made = TinyBuild(tiny_build.model, adapters, tmp_path / "cache", tmp_path / "bundle")
+    request = made.request(made.bundle, tenants="1:8:8", fold_embeddings=True, prove=False)
+    (disk,) = (need.needed for need in foresee(request).needs if need.what.startswith("disk"))
+    build(request)
+    kept = [path for folder in (made.bundle, made.cache) for path in folder.rglob("*") if path.is_file()]
+    written = sum(path.stat().st_size for path in kept if path.suffix in (".safetensors", ".data"))
+    assert disk == pytest.approx(written, rel=0.1)
 
 
 @pytest.mark.parametrize("short", SMALL)
@@ -96,7 +113,8 @@ def test_graphs_with_rounded_weights_take_what_is_restored_of_them(
     (*_, memory) = building.foresee(tiny_build.request(tmp_path / "out", targets=["tensorrt-rtx:int4"])).needs
     sizes = [item.numel() for item in AutoModelForCausalLM.from_pretrained(tiny_build.model).parameters()]
     expected = int(outlook.IN_HAND * 4 * max(sizes)) if has_gpu else 13 * sum(sizes)
-    assert memory.needed == outlook.RUNTIME_BYTES + expected
+    tenants = [tensor for path in tiny_build.adapters.values() for tensor in load_adapter(path).tensors.values()]
+    assert memory.needed == outlook.RUNTIME_BYTES + expected + sum(tensor.nbytes for tensor in tenants)
 
 
 def test_what_graphs_take_is_what_was_written_for_that_shape() -> None:

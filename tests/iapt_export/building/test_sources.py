@@ -10,13 +10,17 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from engines.serving.session import Request, Session
 from iapt_export import build
 from iapt_export.building.build import foresee
 from iapt_export.contract.errors import IaptError
-from tests.bundles import TinyBuild
+from tests.bundles import METHOD, TinyBuild, save_tiny_adapter
+from trainers.adapters.directory import load_adapter
+from trainers.decoder.backbone import load_backbone
+from trainers.methods.configs import LoRAConfig
 
 
 @pytest.fixture
@@ -79,6 +83,55 @@ def test_weights_that_change_during_a_build_leave_no_stage(made: TinyBuild, targ
     assert not made.bundle.exists() and not list(made.cache.glob("*-*"))
     path.write_bytes(honest)
     assert build(request).targets
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_that_is_trained_anew_during_a_build(made: TinyBuild, merged: bool) -> None:
+    """Its tensors were loaded before, and its hash would be the new one's: the bundle and the stage of another."""
+    fingerprint = load_backbone(str(made.model)).fingerprint
+    config = LoRAConfig(rank=2) if merged else METHOD
+    save_tiny_adapter(made.adapters["gamma"], 1, fingerprint, config)
+    past = {"past": "1:64:160"} if merged else {}
+    request = made.request(made.bundle, tenants="1:1:4", prove=False, merge_lora=merged, **past)
+
+    def meanwhile(step: str, *_: Any) -> None:
+        if step == "looking for an up-to-date bundle":
+            save_tiny_adapter(made.adapters["gamma"], 2, fingerprint, config)
+
+    with pytest.raises(
+        IaptError, match=r"adapter_model.safetensors.* of .*gamma changed during the build; build again"
+    ):
+        build(request, on_step=meanwhile)
+    assert not made.bundle.exists() and not list(made.cache.glob("*-*"))
+    build(request)
+    shipped = load_file(made.bundle / ("tenants/trained/gamma.safetensors" if merged else "tenants/gamma.safetensors"))
+    trained = load_adapter(made.adapters["gamma"]).tensors
+    assert shipped.keys() == trained.keys() and all(torch.equal(shipped[name], trained[name]) for name in trained)
+
+
+def test_what_comes_to_stand_at_the_output_during_a_build_stays(made: TinyBuild) -> None:
+    def meanwhile(step: str, *_: Any) -> None:
+        if step == "looking for an up-to-date bundle":
+            made.bundle.mkdir()
+            (made.bundle / "notes.txt").write_text("mine")
+
+    with pytest.raises(IaptError, match="exists and is not a bundle; nothing was changed"):
+        build(made.request(made.bundle, tenants="1:1:4", prove=False), on_step=meanwhile)
+    assert [path.name for path in made.bundle.iterdir()] == ["notes.txt"]
+
+
+def test_a_link_that_comes_to_stand_at_the_output_leads_nowhere(made: TinyBuild, tmp_path: Path) -> None:
+    """The bundle that it leads to is not held by this build."""
+    build(made.request(tmp_path / "other", tenants="1:1:4", prove=False))
+    before = (tmp_path / "other/manifest.json").read_bytes()
+
+    def meanwhile(step: str, *_: Any) -> None:
+        if step == "looking for an up-to-date bundle":
+            made.bundle.symlink_to(tmp_path / "other")
+
+    with pytest.raises(IaptError, match=r"has become a link during the build; nothing was changed"):
+        build(made.request(made.bundle, tenants="1:1:3", prove=False), on_step=meanwhile)
+    assert made.bundle.is_symlink() and (tmp_path / "other/manifest.json").read_bytes() == before
 
 
 def test_prompts_that_cannot_be_compared_are_refused_by_a_dry_run(made: TinyBuild) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from engines.serving.session import Session
 from engines.serving.tenants import read_tenant_file
+from iapt_export import build
 from iapt_export.building.layout import method_spec, tenant_card
 from iapt_export.building.plain_tenant import plain_tenant
 from iapt_export.building.plan import load_tenants, plan_tenants
@@ -23,7 +25,7 @@ from iapt_export.contract.tenant_card import OLDER, TenantCard
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
 from tests.engines.serving.test_serving import request
 from trainers.decoder.backbone import config_fingerprint, load_backbone
-from trainers.methods.configs import METHOD_CONFIGS, IAPTConfig, PromptTuningConfig
+from trainers.methods.configs import METHOD_CONFIGS, ADePTConfig, IAPTConfig, PromptTuningConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = {
@@ -187,6 +189,34 @@ def test_a_method_that_the_bundle_lacks(
     outcome = run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={tmp_path / 'x.safetensors'}")
     assert outcome.code == 1 and text in outcome.err and "build a bundle with an adapter of that kind" in outcome.err
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_that_names_another_backbone_is_told(
+    tiny_build: TinyBuild, tmp_path: Path, fingerprint: str
+) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", 5, fingerprint)
+    path = adapter / "adapter_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": "some/other"}
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    outcome = run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={tmp_path / 'x.safetensors'}")
+    assert outcome.code == 0 and "was trained for some/other" in outcome.err
+    assert "if these are other weights, its answers are wrong" in outcome.err
+
+
+def test_a_tenant_is_not_computed_with_other_weights(tiny_build: TinyBuild, tmp_path: Path, fingerprint: str) -> None:
+    """A folded table depends on the backbone's embeddings, which may have been trained since."""
+    model = Path(shutil.copytree(tiny_build.model, tmp_path / "model"))
+    adapters = {name: save_tiny_adapter(tmp_path / name, 5, fingerprint, ADePTConfig()) for name in ("one", "late")}
+    made = TinyBuild(model, adapters, tiny_build.cache, tmp_path / "bundle")
+    build(made.request(made.bundle, "one", tenants="1:1:4", fold_embeddings=True, prove=False))
+    words = ("tenant", adapters["late"], f"--bundle={made.bundle}", f"--output={tmp_path / 'late.safetensors'}")
+    assert run(*words).code == 0
+    (tmp_path / "late.safetensors").unlink()
+    weights = model / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    outcome = run(*words)
+    assert outcome.code == 1 and "has the architecture but not the weights of" in outcome.err
+    assert not (tmp_path / "late.safetensors").exists()
 
 
 def test_an_adapter_of_another_backbone(tiny_build: TinyBuild, tmp_path: Path) -> None:

@@ -20,6 +20,22 @@ from iapt_export.contract.manifest import write_atomically
 ROOT = Path(module.__file__).parents[2]
 
 
+def test_two_who_write_one_file_write_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins before the first has renamed its own."""
+    path, sync, seen = tmp_path / "file", os.fsync, []
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        write_atomically(path, b"second")
+        seen.append(path.read_bytes())
+        assert all(module.TEMPORARY.fullmatch(other.name) for other in tmp_path.iterdir() if other != path)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomically(path, b"the first")
+    assert seen == [b"second"] and path.read_bytes() == b"the first"
+    assert [other.name for other in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_lock_keeps_others_away_and_leaves_no_file(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with locked(lock, "taken"), pytest.raises(IaptError, match="taken"), locked(lock, "taken"):

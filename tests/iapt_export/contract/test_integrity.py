@@ -6,6 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -15,13 +16,15 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from engines.serving.session import Session
 from iapt_export import build
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.integrity import check_signature, load_private_key, open_manifest, sign
 from iapt_export.contract.manifest import BundleManifest, Parity
-from tests.bundles import TinyBuild, run, seal
+from tests.bundles import TinyBuild, rehash, run, seal
 from trainers.adapters.directory import load_adapter, save_adapter
 
 
@@ -29,6 +32,28 @@ def refusal(bundle: Path, **checks: object) -> str:
     with pytest.raises(IaptError) as caught:
         open_manifest(bundle, **checks)  # type: ignore[arg-type]
     return str(caught.value)
+
+
+def test_only_what_this_build_made_is_signed(tiny_build: TinyBuild, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    """Whoever may write the folder can make a bundle that is up to date by its own words."""
+    request = tiny_build.request(tmp_path / "bundle", "gamma", tenants="1:1:4", depth="quick", sign=str(keys[0]))
+    build(request)
+    path = request.output / "tenants/gamma.safetensors"
+    honest = path.read_bytes()
+    with safe_open(path, "numpy") as file:
+        card, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    path.write_bytes(save({name: array * np.float32(-3) for name, array in tensors.items()}, card))
+    rehash(request.output)
+    assert "is not signed by" in refusal(request.output, trust=keys[1])
+    build(request)
+    open_manifest(request.output, trust=keys[1])
+    assert path.read_bytes() == honest
+    steps: list[str] = []
+    build(request, lambda step, *_: steps.append(step))
+    assert steps[-1] == "looking for an up-to-date bundle", "signed by this key, it is up to date"
+    (request.output / "manifest.sig").unlink()
+    build(request)
+    check_signature(request.output, keys[1])
 
 
 @pytest.fixture
