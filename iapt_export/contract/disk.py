@@ -10,12 +10,11 @@ import ctypes
 import errno
 import hashlib
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from iapt_export.contract.errors import IaptError
 
@@ -26,8 +25,6 @@ except ImportError:  # Windows; only what builds and trains takes locks
 
 _CLONE = 0x40049409
 """``FICLONE`` of Linux: a file that shares another's blocks until one of them is written (btrfs, XFS)."""
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
-"""The name of a file that `write_atomically` had begun when its process was killed."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
@@ -114,18 +111,36 @@ def file_sha256(path: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, then rename it into place.
 
-    The name is this call's own, so that of several who write one file the last wins, each time with a whole file.
+    Of several who write one file at once each waits for the one before. The name is always the same, so that the next
+    who writes the file takes away what a killed one left.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short, whatever the length of the file's own name
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with _only_writer(temporary) as stream:
+            try:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.replace(temporary, path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary name, which is ours
+
+
+@contextmanager
+def _only_writer(path: Path) -> Iterator[BinaryIO]:
+    """An empty file that nobody else who asks here writes; where there are no locks, others may."""
+    while True:
+        with path.open("ab") as stream:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+            if fcntl is None or _is_still(path, stream.fileno()):
+                stream.truncate(0)
+                yield stream
+                return
 
 
 def sync(folder: Path) -> None:

@@ -23,8 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iapt_export.contract.disk import TEMPORARY, file_sha256, locked, sync, sync_folder, write_atomically
+from iapt_export.contract.disk import locked, sync, sync_folder
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.manifest import file_sha256, write_atomically
 from iapt_export.contract.schema import parse_json
 from trainers.adapters.directory import load_adapter
 from trainers.methods.configs import method_name
@@ -137,10 +138,9 @@ def foreign_files(work: Path) -> list[str]:
     """What no run of ours or of an experiment tracker has put there, by name."""
     if not work.exists():
         return []
-    own = {RECORD_FILE, UNFINISHED, FINISHED, REPLACED, TRACKED, *(path.name for path in checkpoints(work))}
-    if not work.is_dir():
-        return [work.name]
-    return sorted(path.name for path in work.iterdir() if path.name not in own and not TEMPORARY.fullmatch(path.name))
+    own = {RECORD_FILE, RECORD_FILE + ".tmp", UNFINISHED, FINISHED, REPLACED, TRACKED}
+    own |= {checkpoint.name for checkpoint in checkpoints(work)}
+    return sorted({path.name for path in work.iterdir()} - own) if work.is_dir() else [work.name]
 
 
 def is_unfinished(work: Path) -> bool:

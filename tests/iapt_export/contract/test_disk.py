@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,20 @@ ROOT = Path(module.__file__).parents[2]
 
 
 def test_two_who_write_one_file_write_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second begins before the first has renamed its own."""
-    path, sync, seen = tmp_path / "file", os.fsync, []
+    """The second begins before the first has renamed its own, and waits for that."""
+    path, sync = tmp_path / "file", os.fsync
+    second = threading.Thread(target=write_atomically, args=(path, b"2nd"))
 
     def meanwhile(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", sync)
-        write_atomically(path, b"second")
-        seen.append(path.read_bytes())
-        assert all(module.TEMPORARY.fullmatch(other.name) for other in tmp_path.iterdir() if other != path)
+        second.start()
+        second.join(0.2)
+        assert second.is_alive() and not path.exists()
 
     monkeypatch.setattr(os, "fsync", meanwhile)
     write_atomically(path, b"the first")
-    assert seen == [b"second"] and path.read_bytes() == b"the first"
-    assert [other.name for other in tmp_path.iterdir()] == ["file"]
+    second.join(20)
+    assert path.read_bytes() == b"2nd" and [other.name for other in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_lock_keeps_others_away_and_leaves_no_file(tmp_path: Path) -> None:
