@@ -90,7 +90,7 @@ class Door:
         """
         self.access.check(request.headers.get("authorization"), model)
         with self.folder.holding(model):
-            if model not in self.models and not await self.folder.find(model):
+            if not await self.folder.find(model) and model not in self.models:
                 raise RefusalError(404, f"there is no model {model!r}", param="model", code="model_not_found")
             yield
 

@@ -20,7 +20,18 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_BYTES = 1 << 30
 SUFFIX = ".safetensors"
 
+Stamp = tuple[int, int, int]
+"""What tells a file from the one that stood there before: its number, size and time of change."""
 _log = logging.getLogger(__name__)
+
+
+def _stamp_of(path: Path) -> Stamp | None:
+    """None where there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return (state.st_ino, state.st_size, state.st_mtime_ns) if stat.S_ISREG(state.st_mode) else None
 
 
 class TenantFolder:
@@ -31,8 +42,8 @@ class TenantFolder:
         self._session = session
         self._folder = None if folder is None else folder.resolve()
         self._loading = asyncio.Lock()
-        self._found: dict[str, None] = {}
-        """Tenants that `find` installed; those asked last stand last."""
+        self._found: dict[str, Stamp] = {}
+        """Tenants that `find` installed, to the file that was read last; those asked last stand last."""
         self._held: Counter[str] = Counter()
         """Tenants whose requests are on their way into the session."""
 
@@ -52,22 +63,41 @@ class TenantFolder:
     async def find(self, name: str) -> bool:
         """Install the tenant of that name if the folder has it, in the place of an idle one where there is no other.
 
+        One that was found before is read again where its file is another now. Where that fails it stays what it was,
+        and a warning says so: a file may be in the middle of being copied.
+
         Raises:
             RefusalError: its file is none that may be read, or no place is free.
             IaptError: its file does not fit the bundle.
         """
         if self._folder is None or not NAME.fullmatch(name):
             return False
-        if not await asyncio.to_thread((self._folder / f"{name}{SUFFIX}").is_file):
-            return False
+        if name in self._session.tenants and name not in self._found:  # the bundle's own, or loaded by name
+            return True
+        stamp = await asyncio.to_thread(_stamp_of, self._folder / f"{name}{SUFFIX}")
+        if stamp is None:
+            return name in self._session.tenants
         async with self._loading:
+            if name in self._session.tenants and self._found.get(name, stamp) != stamp:
+                await self._renew(name, stamp)
             while name not in self._session.tenants:
                 try:
                     await self._install(name, f"{name}{SUFFIX}", replace=False)
-                    self._found[name] = None
+                    self._found[name] = stamp
                 except TenantsFullError as error:
                     await self._make_room(error.method)
         return True
+
+    async def _renew(self, name: str, stamp: Stamp) -> None:
+        """Put another file in the place of a tenant; its requests under way keep the old weights."""
+        try:
+            await self._install(name, f"{name}{SUFFIX}", replace=True)
+            _log.info("tenant %s was read again, because its file is another now", name)
+        except TenantsFullError:
+            return  # requests hold all places, its own among them; the next request tries again
+        except (IaptError, RefusalError) as error:
+            _log.warning("tenant %s goes on with the file of before, because the new one is refused: %s", name, error)
+        self._found[name] = stamp
 
     async def _make_room(self, method: str) -> None:
         """Take out the tenant of a method that `find` installed and that was not asked for the longest time.
@@ -77,7 +107,7 @@ class TenantFolder:
         """
         asked = {name for name, tenant in self._session.state().tenants.items() if tenant.running or tenant.waiting}
         methods = {name: tenant.method for name, tenant in list(self._session.stepper.bank.tenants.items())}
-        self._found = {name: None for name in self._found if name in methods}
+        self._found = {name: stamp for name, stamp in self._found.items() if name in methods}
         found = [name for name in self._found if methods[name] == method]
         idle = next((name for name in found if name not in asked and not self._held[name]), None)
         if idle is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -83,6 +84,30 @@ def test_many_clients_of_more_tenants_than_places(server: Served) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(until_answered, range(60)))
+
+
+def test_a_file_that_is_replaced_is_read_again(
+    server: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else replicas that start later would answer otherwise under the same name."""
+    wanted = [asked(server, name)[1]["choices"][0]["text"] for name in TENANTS]
+
+    def answer() -> str:
+        return str(asked(server, "new0")[1]["choices"][0]["text"])
+
+    assert answer() == wanted[0]
+    os.replace(tmp_path / "new1.safetensors", tmp_path / "new0.safetensors")
+    assert [answer(), answer()] == [wanted[1]] * 2
+    whole = (tmp_path / "new2.safetensors").read_bytes()
+    (tmp_path / "new0.safetensors").write_bytes(whole[:1000])
+    with caplog.at_level("WARNING"):
+        assert [answer(), answer()] == [wanted[1]] * 2, "a half copied file takes nobody's place"
+    (told,) = (line for line in caplog.messages if "goes on with the file of before" in line)
+    assert "new0" in told
+    (tmp_path / "new0.safetensors").write_bytes(whole)
+    assert answer() == wanted[2]
+    (tmp_path / "new0.safetensors").unlink()
+    assert answer() == wanted[2]
 
 
 def test_one_that_was_loaded_by_name_is_not_taken_out_again(server: Served) -> None:
