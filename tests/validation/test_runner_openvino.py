@@ -31,7 +31,7 @@ def test_openvino_agrees_with_pytorch(tiny_build: TinyBuild, tmp_path: Path) -> 
     (target,) = report["targets"]
     assert (code, report["verdict"], target["name"], target["status"]) == (0, "pass", "openvino", "pass")
     assert {check["stage"] for check in target["checks"]} >= COMPARED
-    assert report["command"].endswith("--runner openvino")
+    assert "--runner openvino" in report["command"]
     found = compared_targets(BundleManifest.load(tiny_build.bundle), "openvino")
     assert [(target.name, target.runtime_version) for target in found] == [("openvino", openvino.__version__)]
 

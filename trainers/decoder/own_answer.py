@@ -7,6 +7,7 @@ before anything is trained or exported.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +49,12 @@ def check_own_answer(model: Any, name: str) -> None:
     for where, fed, seen in (("alone", ids, torch.ones_like(ids)), ("beside a longer row", padded, mask)):
         for step, (mine, theirs) in enumerate(zip(_ours(model, fed, seen, wanted[0]), wanted, strict=True)):
             error = float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-            if not error <= limit:
+            if math.isnan(error):
+                raise IaptError(
+                    f"{name} answers NaN or infinity to a prompt {where}, at step {step}: its weights hold such "
+                    "numbers, or grow beyond its type; copy or convert the model again"
+                )
+            if error > limit:
                 raise IaptError(
                     f"{name} is not supported: the logits of a prompt {where}, at step {step}, are {error:.2g} of the "
                     f"largest from those of transformers' own generate, expected at most {limit:g}; this model's code "

@@ -62,6 +62,8 @@ def _matrices(model: nn.Module, rounding: Rounding) -> list[tuple[Any, int]]:
         shape = tuple(module.weight.shape)[::-1] if outputs_first else tuple(module.weight.shape)  # [K, N]
         is_table = isinstance(module, nn.Embedding)
         if not _fits(shape, Rounding.block, rounding, is_table=is_table):
+            if is_table:
+                done.add(id(module.weight))  # a head that is tied to it is the same numbers
             continue
         if not _fits(shape, rounding.block, rounding, is_table=is_table):
             name = next(name for name, other in model.named_modules() if other is module)

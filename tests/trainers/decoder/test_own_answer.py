@@ -66,6 +66,15 @@ def test_16_bits_agree_within_their_limit() -> None:
     assert LIMIT_IN_16_BITS < 0.5
 
 
+def test_weights_that_are_no_numbers_are_no_fault_of_the_family() -> None:
+    model = tiny_llama()
+    use_own_attention(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[5, 7] = float("nan")
+    with pytest.raises(IaptError, match="tiny answers NaN or infinity to a prompt alone, at step 0: its weights hold"):
+        check_own_answer(model, "tiny")
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

@@ -126,6 +126,20 @@ def exported(model: Any, rounding: Rounding, folder: Path) -> None:
     assert bool(load_importance(folder)) == (4 in (rounding.bits, rounding.head, rounding.narrow))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_that_fills_no_blocks_stays_and_so_does_its_head(tied: bool, tmp_path: Path) -> None:
+    """48 inputs are a block and a half, which products take and lookups do not."""
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}
+    model = tiny_llama(num_hidden_layers=1, hidden_size=48, tie_word_embeddings=tied, **heads)
+    exported(model, QUANTISED["int8"], tmp_path)
+    named = rounded_weights(model, QUANTISED["int8"])
+    assert "model.layers.0.mlp.up_proj.weight" in named and "model.embed_tokens.weight" not in named
+    assert ("lm_head.weight" in named) == (not tied)
+    round_weights(model, QUANTISED["int8"], load_importance(tmp_path))
+    (tmp_path / "unrounded.onnx").write_bytes(TappedGraph(tmp_path / "serve.onnx").with_outputs([]).SerializeToString())
+    two_steps(model, tmp_path / "unrounded.onnx")
+
+
 ROUNDINGS = {
     **QUANTISED,
     "int4,block=64,narrow=4": Rounding(4, block=64, narrow=4),
