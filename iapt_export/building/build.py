@@ -98,7 +98,7 @@ def _build(request: BuildRequest, place: Path, on_step: OnStep, say: Callable[[s
     tell_of_generation_settings(backbones.outline("fp32"))
     if request.quantise == AUTO:
         plan = _searched(plan, backbones, on_step, say)
-    tell_of_other_weights(plan.targets, plan.tenants.adapters)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters, merged=plan.tenants.merged is not None)
     on_step("looking for an up-to-date bundle")
     backbones.check_unchanged()  # since before anything was read; the key has hashes of what stands there now
     if layout.is_current(place, plan.key, request.sign):
@@ -140,7 +140,7 @@ def foresee(request: BuildRequest, on_step: OnStep = lambda *_: None) -> Outlook
         if search is None:
             return _outlook(plan, backbones.outline("fp32"), rivals)
         plan = stored_as(plan, search.chosen)
-    tell_of_other_weights(plan.targets, plan.tenants.adapters)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters, merged=plan.tenants.merged is not None)
     if layout.is_current(plan.output, plan.key, request.sign):
         return Outlook([], [], f"{plan.output} is up to date: nothing to do")
     return _outlook(plan, backbones.outline("fp32"))

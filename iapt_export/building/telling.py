@@ -23,20 +23,36 @@ CHANGING_ANSWERS = {
 """Settings of transformers' ``GenerationConfig`` that change greedy answers, with what changes nothing."""
 
 
-def tell_of_other_weights(targets: Sequence[TargetPlan], adapters: Mapping[str, Adapter]) -> None:
-    """Note which adapters were trained on others than a target serves: each answers best on its own."""
+def tell_of_other_weights(targets: Sequence[TargetPlan], adapters: Mapping[str, Adapter], *, merged: bool) -> None:
+    """Note which adapters were trained on others than a target serves: each answers best on its own.
+
+    Args:
+        targets: what is built.
+        adapters: by tenant.
+        merged: one is merged into the backbone's weights, which are rounded then.
+    """
     for target in targets:
         settings = target.rounding.of_weights if target.rounding else ""
         served = (target.dtype if target.rounding else "fp32", settings)
         flags = f"--weights {served[0]}" + (f" --quantise {settings}" if settings else "")
-        # training rounds to int8 and int4 as ONNX Runtime's quantiser does
-        those = "nearly those" if target.rounding and target.rounding.grid == "integers" else "those"
+        way = ""
+        if target.rounding and merged:
+            way = "rounded after the merge; build without --merge-lora to serve what train --weights trains on"
+        elif target.rounding and target.rounding.grid == "integers":
+            # training rounds to int8 and int4 as ONNX Runtime's quantiser does; on SmolLM2-135M that is as far from
+            # TensorRT's own way as fp32 is
+            way = "rounded in TensorRT's way, which train --weights does not know"
         for name, adapter in adapters.items():
             trained = (adapter.config.weights, adapter.config.quantise)
-            if trained != served:
+            if way:
                 LOGGER.warning(
-                    "tenant %s was trained on %s weights, and %s serves %s; train %s trains on %s",
-                    *(name, in_words(*trained), target.name, in_words(*served), flags, those),
+                    "tenant %s was trained on %s weights, and %s serves %s, %s",
+                    *(name, in_words(*trained), target.name, in_words(*served), way),
+                )
+            elif trained != served:
+                LOGGER.warning(
+                    "tenant %s was trained on %s weights, and %s serves %s; train %s trains on those",
+                    *(name, in_words(*trained), target.name, in_words(*served), flags),
                 )
 
 

@@ -201,8 +201,9 @@ def test_two_tenants_of_one_name(tiny_build: TinyBuild, backbone: Backbone) -> N
         ),
         (
             "tensorrt-rtx:int4",
-            "alpha was trained on fp32 weights, and tensorrt-rtx serves int4; train --weights int4 trains on nearly "
-            "those",
+            "alpha was trained on fp32 weights, and tensorrt-rtx serves int4, rounded in TensorRT's way, which train "
+            "--weights does not know\ncoarse was trained on int4 weights, and tensorrt-rtx serves int4, rounded in "
+            "TensorRT's way, which train --weights does not know",
         ),
         (
             "onnxruntime:fp16",
@@ -223,9 +224,23 @@ def test_other_weights_than_those_of_training_are_said(
     coarse = save_tiny_adapter(tmp_path / "coarse", 0, backbone.fingerprint, weights="int4")
     request = tiny_build.request(tmp_path / "out", "alpha", targets=[target])
     plan = plan_build(dataclasses.replace(request, adapters=[*request.adapters, coarse]), backbone)
-    tell_of_other_weights(plan.targets, plan.tenants.adapters)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters, merged=False)
     warnings = [record.message for record in caplog.records if record.name == "iapt_export"]
-    assert warnings == [f"tenant {text}"]
+    assert warnings == [f"tenant {line}" for line in text.splitlines()]
+
+
+def test_a_merged_adapter_is_rounded_with_the_backbone(
+    tiny_build: TinyBuild, tmp_path: Path, backbone: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it was trained on: round(W) + BA is not round(W + BA)."""
+    config = LoRAConfig(rank=2)
+    adapter = save_tiny_adapter(tmp_path / "lora", 0, backbone.fingerprint, config, weights="int4")
+    request = dataclasses.replace(tiny_build.request(tmp_path / "out", past="1:64:160"), adapters=[adapter])
+    for target, said in (("onnxruntime:int4", True), ("onnxruntime:fp32", False)):
+        caplog.clear()
+        plan = plan_build(dataclasses.replace(request, targets=[target], merge_lora=True), backbone)
+        tell_of_other_weights(plan.targets, plan.tenants.adapters, merged=plan.tenants.merged is not None)
+        assert ("serves int4, rounded after the merge; build without --merge-lora" in caplog.text) == said
 
 
 def test_generation_settings_that_no_session_applies_are_said(
@@ -247,7 +262,7 @@ def test_training_rounds_to_the_very_floats_that_are_served(
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     chosen: dict[str, Any] = {"targets": ["tensorrt-rtx:nvfp4"], "compute_capability": "12.1"}
     plan = plan_build(tiny_build.request(tmp_path / "out", "alpha", **chosen), backbone)
-    tell_of_other_weights(plan.targets, plan.tenants.adapters)
+    tell_of_other_weights(plan.targets, plan.tenants.adapters, merged=False)
     assert [record.message for record in caplog.records if record.name == "iapt_export"] == [
         "tenant alpha was trained on fp32 weights, and tensorrt-rtx serves nvfp4; train --weights nvfp4 trains on those"
     ]
