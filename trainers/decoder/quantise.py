@@ -87,7 +87,7 @@ def quantise(weight: np.ndarray, bits: int, block: int, importance: np.ndarray |
 
 
 def _weighed(weight: np.ndarray, block: int, importance: np.ndarray) -> Blocks:
-    """A matrix ``[K, N]`` in 4 bits, with the scales of `_fitted`; a block that 4 bits hold exactly stays exact."""
+    """A matrix ``[K, N]`` in 4 bits, with the scales of `_fitted`; a block of GGUF's Q4_0 stays exact."""
     inputs, outputs = weight.shape
     groups = -(-inputs // block)
     values, scales = np.empty((outputs, groups, block // 2), np.uint8), np.empty((outputs, groups), np.float32)
