@@ -14,24 +14,14 @@ from pathlib import Path
 from engines.http.refusals import RefusalError
 from engines.serving.session import Session
 from engines.serving.tenants import TenantsFullError
+from iapt_export.contract.disk import Stamp, stamp_of
 from iapt_export.contract.errors import IaptError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_BYTES = 1 << 30
 SUFFIX = ".safetensors"
 
-Stamp = tuple[int, int, int]
-"""What tells a file from the one that stood there before: its number, size and time of change."""
 _log = logging.getLogger(__name__)
-
-
-def _stamp_of(path: Path) -> Stamp | None:
-    """None where there is no such file."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return (state.st_ino, state.st_size, state.st_mtime_ns) if stat.S_ISREG(state.st_mode) else None
 
 
 class TenantFolder:
@@ -74,7 +64,7 @@ class TenantFolder:
             return False
         if name in self._session.tenants and name not in self._found:  # the bundle's own, or loaded by name
             return True
-        stamp = await asyncio.to_thread(_stamp_of, self._folder / f"{name}{SUFFIX}")
+        stamp = await asyncio.to_thread(stamp_of, self._folder / f"{name}{SUFFIX}")
         if stamp is None:
             return name in self._session.tenants
         async with self._loading:

@@ -10,6 +10,7 @@ from typing import Any
 from iapt_export.building.adapter_argument import parse_adapters
 from iapt_export.building.build_request import BuildRequest
 from iapt_export.building.plan import TargetPlan
+from iapt_export.contract.disk import Stamp, stamp_of
 from iapt_export.contract.errors import IaptError
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.stored import load_mapped, outline_of
@@ -17,8 +18,6 @@ from trainers.decoder.streamed import copies_compared, has_room_for, streamed
 
 READ = {".safetensors", ".json", ".jsonl", ".gguf", ".jinja", ".model", ".py"}
 """Ends of the names of a model's or an adapter's files that decide what is built."""
-Stamps = dict[str, tuple[int, int, int]]
-"""File to its number, size and time of change."""
 
 
 class Backbones:
@@ -75,7 +74,7 @@ class Backbones:
             if changed:
                 raise IaptError(f"{', '.join(changed[:5])} of {folder} changed during the build; build again")
 
-    def _file_stamps(self) -> dict[Path, Stamps]:
+    def _file_stamps(self) -> dict[Path, dict[str, Stamp]]:
         adapters = (path for path, _ in parse_adapters(self._request.adapters).values())
         return {folder: file_stamps(folder) for folder in (Path(self._request.model), *adapters)}
 
@@ -96,8 +95,7 @@ class Backbones:
         gc.collect()  # modules refer to each other, so counting references frees nothing
 
 
-def file_stamps(model: Path) -> Stamps:
+def file_stamps(model: Path) -> dict[str, Stamp]:
     """What tells that the files of a local model or an adapter are those of before."""
     files = sorted(path for path in model.iterdir() if path.suffix in READ) if model.is_dir() else [model]
-    states = {path.name: path.stat() for path in files if path.is_file()}
-    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states.items()}
+    return {path.name: stamp for path in files if (stamp := stamp_of(path))}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iapt_export.building import layout
+from iapt_export.building.layout import check_weights, tenant_card
 from iapt_export.building.plan import TenantPlan, load_tenants, plan_tenants
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
@@ -38,16 +38,12 @@ def computed_tenant(
     ((name, loaded),) = adapters.items()
     if loaded.config.backbone_fingerprint != manifest.backbone.fingerprint:
         raise IaptError(f"{adapter} was trained on another backbone than {bundle}'s {manifest.backbone.name_or_path}")
-    if layout.weights_sha256(backbone.model) != manifest.backbone.weights_sha256:  # folded tables, DoRA's norms
-        raise IaptError(
-            f"{backbone.name_or_path} has the architecture but not the weights of {bundle}'s backbone, by which the "
-            f"tenant is computed: {manifest.backbone.name_or_path}; give the same revision with --model and --revision"
-        )
+    check_weights(backbone, manifest.backbone)  # folded tables and DoRA's norms are computed with them
     forms = {method.form for method in manifest.methods}
     fold = FORMS[loaded.config.peft_type].folded_form in forms
     plan = plan_tenants(adapters, backbone.model, fold_embeddings=fold)
     plan = _in_the_bundles_stack(plan, name, manifest, backbone.model)
-    card = layout.tenant_card(name, plan, manifest.backbone)
+    card = tenant_card(name, plan, manifest.backbone)
     if not any(card.fits(method.form, method.config) for method in manifest.methods):
         raise IaptError(
             f"{bundle} has no method {card.form} with {card.config}, so its graphs cannot run {adapter}; build a "

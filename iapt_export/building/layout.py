@@ -127,6 +127,19 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
+def check_weights(backbone: Any, spec: BackboneSpec) -> None:
+    """Refuse a loaded backbone of a bundle's architecture with other weights.
+
+    Raises:
+        BundleError: it is one.
+    """
+    if weights_sha256(backbone.model) != spec.weights_sha256:
+        raise BundleError(
+            f"{backbone.name_or_path} has the architecture but not the weights of the bundle's backbone, "
+            f"{spec.name_or_path}; give the same revision with --model and --revision"
+        )
+
+
 def method_spec(item: Installed) -> MethodSpec:
     """The contract that every tenant of a method meets; tenants' files hold fp32."""
     return MethodSpec(

@@ -11,10 +11,10 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from iapt_export.contract.errors import IaptError
 
@@ -23,6 +23,8 @@ try:
 except ImportError:  # Windows; only what builds and trains takes locks
     fcntl = None  # type: ignore[assignment]
 
+Stamp = tuple[int, int, int]
+"""A file's number, size and time of change."""
 _CLONE = 0x40049409
 """``FICLONE`` of Linux: a file that shares another's blocks until one of them is written (btrfs, XFS)."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -116,11 +118,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with _only_writer(temporary) as stream:
+        with _only_writer(temporary):
             try:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+                with temporary.open("wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
                 os.replace(temporary, path)
             except OSError:
                 temporary.unlink(missing_ok=True)
@@ -130,17 +133,27 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _only_writer(path: Path) -> Iterator[BinaryIO]:
-    """An empty file that nobody else who asks here writes; where there are no locks, others may."""
+def _only_writer(path: Path) -> Iterator[None]:
+    """Nobody else who asks here writes that file; where there are no locks, others may."""
+    if fcntl is None:  # Windows, which renames no file that is open
+        yield
+        return
     while True:
         with path.open("ab") as stream:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(stream, fcntl.LOCK_EX)
-            if fcntl is None or _is_still(path, stream.fileno()):
-                stream.truncate(0)
-                yield stream
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if _is_still(path, stream.fileno()):
+                yield
                 return
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What tells a file from one that stood or will stand there; None where there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return (state.st_ino, state.st_size, state.st_mtime_ns) if stat.S_ISREG(state.st_mode) else None
 
 
 def sync(folder: Path) -> None:

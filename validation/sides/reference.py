@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from engines.runner import NOWHERE, Array, Arrays, Runner, check_feeds, numpy_type
-from iapt_export.building.layout import weights_sha256
+from iapt_export.building.layout import check_weights
 from iapt_export.contract.errors import BundleError, IaptError
 from iapt_export.contract.graphs import ENCODER, KINDS, PAST, PRESENT
 from iapt_export.contract.manifest import BundleManifest, GraphSpec
@@ -72,11 +72,7 @@ class Reference:
                 f"{backbone.name_or_path} has fingerprint {backbone.fingerprint}, the bundle was built from "
                 f"{manifest.backbone.name_or_path} with {manifest.backbone.fingerprint}; give that one with --model"
             )
-        if weights_sha256(backbone.model) != manifest.backbone.weights_sha256:
-            raise BundleError(
-                f"{backbone.name_or_path} has the architecture but not the weights of the bundle's backbone, "
-                f"{manifest.backbone.name_or_path}; give the same revision with --model and --revision"
-            )
+        check_weights(backbone, manifest.backbone)
         self.model = backbone.model
         self.bundle = bundle
         self.manifest = manifest
