@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import BundleError, IaptError
+from iapt_export.contract.integrity import verify_files
 from iapt_export.contract.low_bits import in_words
 from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest, TensorSpec
 from iapt_export.contract.schema import read_object
@@ -124,6 +125,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
     return {
         "kind": "bundle",
         "verdict": manifest.parity.verdict,
+        "intact": _whether_intact(path, manifest),
         "backbone": f"{manifest.backbone.name_or_path} ({manifest.backbone.model_type}, "
         f"{manifest.backbone.num_layers} layers, width {manifest.backbone.hidden_size})",
         "methods": [
@@ -144,6 +146,15 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "files": {name: spec.size_bytes for name, spec in manifest.files.items()},
         "versions": manifest.versions,
     }
+
+
+def _whether_intact(path: Path, manifest: BundleManifest) -> str:
+    """Whether the verdict is of the files that stand there."""
+    try:
+        verify_files(path, manifest)
+    except BundleError as error:
+        return f"no: {error}"
+    return "yes, every file has the manifest's hash"
 
 
 def _target_line(target: Any) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import from_json
 
 from engines.http.refusals import RefusalError
 from engines.serving.grammar import Grammar
 from engines.serving.request import Request
 from engines.serving.sampling import Sampling
+from iapt_export.contract.schema import parse_json
 
 MAX_CHOICES = 64
 """Answers to one call: prompts times ``n``."""
@@ -277,7 +277,7 @@ def read_body(body: bytes) -> dict[str, Any]:
         RefusalError: it is no JSON object.
     """
     try:
-        content = from_json(body, allow_inf_nan=False)
+        content = parse_json(body)
     except ValueError as error:
         raise RefusalError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(content, dict):

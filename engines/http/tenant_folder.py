@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from engines.serving.session import Session
 from engines.serving.tenants import TenantsFullError
 from iapt_export.contract.disk import Stamp, stamp_of
 from iapt_export.contract.errors import IaptError
+from iapt_export.contract.tenant_card import NAME
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_BYTES = 1 << 30
 SUFFIX = ".safetensors"
 

@@ -26,7 +26,7 @@ from iapt_export.contract.manifest import (
     TenantSpec,
     served_name,
 )
-from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.contract.tenant_card import TenantCard, check_name
 from iapt_export.contract.weights_header import read_header
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -137,10 +137,11 @@ class TenantBank:
 
         Raises:
             IaptError: the file is for another backbone or a method that the bundle lacks, holds other tensors or
-                NaN, was trained with another end token, or would be called as the backbone is.
+                NaN, was trained with another end token, or would be called as the backbone is or by no name.
         """
         card, tensors = read_tenant_file(path)
-        chosen = name or card.name
+        chosen = card.name if name is None else name
+        check_name(chosen, "call it by another one")
         if self.base is not None and chosen in self._names_of_base:
             raise IaptError(f"{chosen!r} is the name under which the backbone answers; give the tenant another one")
         if card.fingerprint != self.manifest.backbone.fingerprint:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.prompt_format import ONE_OF, PROMPT_FORMATS
+from iapt_export.contract.tenant_card import check_name
 
 OPTION = re.compile(r"(?P<rest>.+),(?P<name>format|task)=(?P<value>[^,=]*)")
 """What may stand behind an adapter's folder."""
@@ -60,6 +61,5 @@ def parse_adapter(argument: str) -> tuple[str, Path, dict[str, str]]:
     if not (folder if equals else rest):
         raise IaptError(f"--adapter {argument}: the folder is empty; expected DIR or NAME=DIR")
     name = given if equals else path.resolve().name
-    if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name.startswith("."):
-        raise IaptError(f"tenant name {name!r} must be letters, digits, '-', '_' or '.'; give --adapter NAME=DIR")
+    check_name(name, "give NAME=DIR")
     return name, path, options

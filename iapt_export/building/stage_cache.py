@@ -192,7 +192,8 @@ def _is_whole(folder: Path) -> bool:
         hashes = _hashes(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return all((folder / name).is_file() and file_sha256(folder / name) == digest for name, digest in hashes.items())
+    there = {path.name for path in folder.iterdir()} - {STAGE_FILE}
+    return there == set(hashes) and all(file_sha256(folder / name) == digest for name, digest in hashes.items())
 
 
 def _size(folder: Path) -> int:

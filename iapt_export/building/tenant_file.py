@@ -12,7 +12,7 @@ import safetensors.numpy
 from iapt_export.building.plain_tenant import plain_tenant
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest, write_atomically
-from iapt_export.contract.tenant_card import TenantCard
+from iapt_export.contract.tenant_card import TenantCard, check_name
 
 if TYPE_CHECKING:
     from trainers.decoder.backbone import Backbone
@@ -44,6 +44,7 @@ def write_tenant_file(
     """
     if output.suffix != ".safetensors":
         raise IaptError(f"{output} must end in .safetensors, by which a server's folder of tenants knows its files")
+    check_name(output.stem, f"a server's folder of tenants has that of {output} from its file")
     made = plain_tenant(adapter, BundleManifest.load(bundle))
     if made is None:
         from iapt_export.building.computed_tenant import computed_tenant

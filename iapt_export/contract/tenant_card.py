@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,25 @@ from iapt_export.contract.prompt_format import ONE_OF, PROMPT_FORMATS
 from iapt_export.contract.schema import parse_json, read_fields
 
 CARD_KEY = "iapt_tenant"
+NAME = re.compile(r"\w[\w.-]{0,127}")
+"""A tenant's name, which names a file too."""
 SCHEMA_VERSIONS = (1, 2)
 """2 is that of prompts which versions that read 1 alone would feed in another way."""
 OLDER: dict[str, dict[str, Any]] = {"IAPT": {"normalize": False}}
 """Form to the fields that it got later, with what files that lack them mean, as `trainers.methods.configs` has it."""
+
+
+def check_name(name: str, remedy: str) -> None:
+    """Refuse a tenant's name that no folder of tenants could have, or that leaves it.
+
+    Raises:
+        IaptError: it is none; ``remedy`` ends the sentence.
+    """
+    if not NAME.fullmatch(name):
+        raise IaptError(
+            f"tenant name {name!r} must be up to 128 letters, digits, '-', '_' or '.', the first a letter, a digit or "
+            f"'_'; {remedy}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,18 @@ def test_a_bundle_in_twenty_lines_or_whole(tiny_build: TinyBuild) -> None:
     assert len(short.out.splitlines()) <= 20 and "--all lists them" in short.out and "serve.onnx" not in short.out
     assert "serve.onnx" in whole.out and "--all" not in whole.out
     assert all(name in short.out for name in ("verdict", *TENANTS, "targets", "ranges"))
+
+
+def test_a_bundle_says_whether_its_verdict_is_of_these_files(tiny_build: TinyBuild, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_build.bundle, bundle)
+    assert inspected(bundle)["intact"] == "yes, every file has the manifest's hash"
+    with (bundle / "tenants" / "beta.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    found = inspected(bundle)
+    assert found["verdict"] == "pass" and found["intact"].startswith("no: ")
+    assert "tenants/beta.safetensors" in found["intact"] and "alpha" not in found["intact"]
 
 
 def test_a_tenants_file(tiny_build: TinyBuild, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from validation.judging.stages import (
     compare_refusal,
     compare_steps,
     compare_tokens,
+    judge_short_cases,
     judge_tenants,
 )
 from validation.sides.cases import (
@@ -233,6 +234,7 @@ def compare_target(
             compare_refusal(session, generated, errors)
         else:
             compare_steps(session, generated.name, rows, errors)
+    judge_short_cases(target.dtype, errors)
     judge_tenants(target.dtype, errors)
     passed = all(check.passed for check in errors.checks)
     return TargetResult(

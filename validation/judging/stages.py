@@ -46,6 +46,8 @@ class Errors:
     """Whose rows the next checks are of."""
     of_tenant: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """The figures of every step of a tenant's rows, whatever they shared a batch with."""
+    of_short: dict[str, list[float]] = field(default_factory=dict)
+    """Each tenant's top-1 agreement in cases that are too short to be judged by it alone."""
 
     def feed(self, tenants: Iterable[str]) -> None:
         """Say whose rows the next checks are of."""
@@ -85,15 +87,26 @@ def compare_steps(session: Session, case: str, truths: list[Truth], errors: Erro
             _compare_cache(step, [truth.final_cache for truth in truths], "decode cache", case, dtype, errors)
     for place, figures in enumerate(every):
         errors.of_tenant.setdefault(rows[place % len(rows)].tenant, []).append(figures)
-    compared = float(len(every))
-    if dtype in OUTLIERS and compared < COMPARED_FOR_A_SHARE:
+    if dtype != "fp32" and len(every) < COMPARED_FOR_A_SHARE:
+        for place, each in enumerate(every):
+            errors.of_short.setdefault(rows[place % len(rows)].tenant, []).append(each["agreed"])
         return
     other = next((place // len(rows) for place, each in enumerate(every) if not each["agreed"]), None)
-    agreement = {"agreement": float(np.mean([each["agreed"] for each in every])), "compared": compared}
     detail = "" if other is None else f"first other token at step {other}"
-    errors.judge("top-1 agreement", case, dtype, agreement, detail)
+    errors.judge("top-1 agreement", case, dtype, _agreement([each["agreed"] for each in every]), detail)
     if tolerances("typical logits", dtype):
         errors.judge("typical logits", case, dtype, _typical(every), "median over rows and steps")
+
+
+def judge_short_cases(dtype: str, errors: Errors) -> None:
+    """Judge the top-1 agreement of all short cases as one: a near tie that changes sides is a large share of each.
+
+    Coarse weights' are not: two short rows may be outliers throughout, see `OUTLIERS`.
+    """
+    agreed = [each for every in errors.of_short.values() for each in every]
+    if dtype not in OUTLIERS and len(agreed) >= COMPARED_FOR_A_SHARE:
+        errors.feed(errors.of_short)
+        errors.judge("top-1 agreement", "every short case", dtype, _agreement(agreed))
 
 
 def judge_tenants(dtype: str, errors: Errors) -> None:
@@ -104,6 +117,10 @@ def judge_tenants(dtype: str, errors: Errors) -> None:
         if len(every) >= COMPARED_FOR_A_SHARE:
             errors.feed([tenant])
             errors.judge("typical logits", f"every row of {tenant or BACKBONE}", dtype, _typical(every), "median")
+
+
+def _agreement(agreed: list[float]) -> dict[str, float]:
+    return {"agreement": float(np.mean(agreed)), "compared": float(len(agreed))}
 
 
 def _typical(every: list[dict[str, float]]) -> dict[str, float]:

@@ -38,8 +38,8 @@ OUTLIERS = {"int8": 0.01, "int4": 0.01, "fp8": 0.01, "nvfp4": 0.01}
 amount, one at least of eight or more: places at which a rounding decides where attention goes, or which of two classes
 an adapter names."""
 COMPARED_FOR_A_SHARE = 64
-"""Rows and steps that a case compares at least before coarse weights' median errors and top-1 agreement are judged; of
-two short rows one may be an outlier throughout."""
+"""Rows and steps that a case compares at least before coarse weights' median errors are judged, and top-1 agreement in
+every type but fp32, whose ties are excused. Of two short rows of coarse weights one may be an outlier throughout."""
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,8 @@ def test_fields_that_ask_for_nothing_are_taken(server: Served) -> None:
         (b'{"model": "alpha", "prompt": "\xff"}', 400),
         (b'{"model": "alpha", "prompt": "\\ud800"}', 400),
         (b'{"model": "alpha", "prompt": "x", "temperature": NaN}', 400),
+        (b'{"model": "alpha", "prompt": "x", "temperature": 0, "temperature": 1}', 400),
+        (b'{"model": "alpha", "prompt": "x", "top_p": 1e999}', 400),
         (b'{"model": "alpha", "prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}", 400),
         (b'{"model": "alpha", "prompt": ""}', 400),
         (b'{"model": "alpha", "prompt": [[]]}', 400),

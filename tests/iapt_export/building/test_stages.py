@@ -56,6 +56,20 @@ def test_a_finished_stage_is_not_made_again(tmp_path: Path) -> None:
     assert json.loads((folder / STAGE_FILE).read_text())["inputs"] == INPUTS
 
 
+@pytest.mark.parametrize("change", ["list", "folder"])
+def test_a_stage_has_the_files_that_it_lists_and_no_others(tmp_path: Path, change: str) -> None:
+    make = Maker()
+    folder, _ = run_stage(tmp_path, "graphs", INPUTS, make)
+    record = json.loads((folder / STAGE_FILE).read_text())
+    if change == "list":
+        del record["files"]["second"]
+        (folder / STAGE_FILE).write_text(json.dumps(record))
+    else:
+        (folder / "third").write_bytes(b"three")
+    assert run_stage(tmp_path, "graphs", INPUTS, make) == (folder, False)
+    assert make.calls == 2 and {path.name for path in folder.iterdir()} == {"first", "second", STAGE_FILE}
+
+
 def test_other_inputs_and_other_names_are_other_stages(tmp_path: Path) -> None:
     make = Maker()
     folders = {

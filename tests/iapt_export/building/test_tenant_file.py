@@ -20,6 +20,7 @@ from iapt_export import build
 from iapt_export.building.layout import method_spec, tenant_card
 from iapt_export.building.plain_tenant import plain_tenant
 from iapt_export.building.plan import load_tenants, plan_tenants
+from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
 from iapt_export.contract.tenant_card import OLDER, TenantCard
 from tests.bundles import METHOD, TinyBuild, run, save_tiny_adapter, tokens_of
@@ -55,6 +56,23 @@ def test_an_adapters_file_serves_like_the_built_tenant(tiny_build: TinyBuild, tm
     assert made == wanted
     assert json.loads(run("tenant", *words, "--json").out)["name"] == "guest"
     assert [file.name for file in tmp_path.iterdir()] == ["guest.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["my guest", ".guest", "a" * 129])
+def test_a_file_that_no_server_would_find_is_not_written(tiny_build: TinyBuild, tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.safetensors"
+    refused = run("tenant", tiny_build.adapters["beta"], f"--bundle={tiny_build.bundle}", f"--output={path}")
+    assert refused.code == 1 and f"tenant name {name!r} must be" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "a/../b", "a b"])
+def test_a_session_takes_no_name_that_is_none(tiny_build: TinyBuild, name: str) -> None:
+    file = tiny_build.bundle / "tenants" / "beta.safetensors"
+    with Session.open(tiny_build.bundle, verify=False) as session:
+        with pytest.raises(IaptError, match="must be up to 128 letters"):
+            session.add_tenant(file, name)
+        assert session.add_tenant(file, "größe_2.b-") == "größe_2.b-"
 
 
 def test_how_weights_were_found_does_not_count(tiny_build: TinyBuild, tmp_path: Path, fingerprint: str) -> None:

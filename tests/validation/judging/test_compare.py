@@ -270,6 +270,30 @@ def test_excused_rows_are_counted_and_listed(tiny_build: TinyBuild, backbone: An
     assert result.status == "fail"
 
 
+@pytest.mark.parametrize(("wrong", "passed"), [(1, True), (12, False)])
+def test_short_cases_of_half_precision_are_judged_together(
+    tiny_build: TinyBuild, backbone: Any, wrong: int, passed: bool
+) -> None:
+    """A near tie that changes sides is more than three percent of sixteen steps, and less than that of all."""
+    manifest = BundleManifest.load(tiny_build.bundle)
+    reference = Reference(tiny_build.bundle, manifest, backbone)
+    truths = measure_truth(tiny_build.bundle, manifest, reference, Settings(0, NEW_TOKENS), lambda _: None)
+    last = [truth for _, rows in truths.cases for truth in rows if len(rows) * len(truth.tokens) < 64]
+    for truth in last[:wrong]:
+        truth.forced = truth.fed
+        truth.tokens[-1] = (truth.tokens[-1] + 1) % 320
+        truth.margins[-1] = 1.0
+    with Session.open(tiny_build.bundle) as session:
+        session.target = dataclasses.replace(session.target, dtype="fp16")
+        result = compare_target(session, reference, truths, Settings(0, NEW_TOKENS), lambda _: None)
+    checks = {check.case: check for check in result.checks if check.stage == "top-1 agreement"}
+    (short,) = [check for case, check in checks.items() if case == "every short case"]
+    compared = short.measured["compared"]
+    assert short.measured["agreement"] == pytest.approx(1 - min(wrong, len(last)) / compared)
+    assert compared >= 64 and all(check.measured["compared"] >= 64 for check in checks.values())
+    assert (short.passed, result.status == "pass") == (passed, passed)
+
+
 @pytest.mark.parametrize(
     ("dtype", "others", "count", "judged_alone"),
     [("int8", 200, 64, True), ("int8", 200, 63, False), ("int8", 0, 64, False), ("fp32", 200, 64, False)],
