@@ -8,6 +8,7 @@ where it stopped. ``report`` puts the tables and plots of ``docs/results.md`` in
     python benchmarks/quality.py run                   # the same with a second seed; what is done stays done
     python benchmarks/quality.py run --budget full     # for a GPU, which is used where there is one
     python benchmarks/quality.py run --only rates main --seeds 1
+    python benchmarks/quality.py run --only rounded    # trained on fp32 and on int4, evaluated on both
     python benchmarks/quality.py run --only formats second-rates second --second-model gemma-3-270m-q4_k_m.gguf
     python benchmarks/quality.py report
 """
@@ -52,7 +53,8 @@ from benchmarks.quality_tables import draw, tables  # noqa: E402
 def execute(run: Run, model: str, splits: Mapping[str, Path], say: Callable[[str], None]) -> dict[str, Any]:
     """Train and evaluate, or evaluate the plain backbone: what the record says of the outcome.
 
-    A training that breaks down, as a too large learning rate makes it, is an outcome too.
+    Where it is evaluated on other weights too, ``on`` has the score on each. A training that breaks down, as a too
+    large learning rate makes it, is an outcome too.
     """
     from trainers.training.config import TrainRequest
     from trainers.training.data import find_labels
@@ -67,11 +69,17 @@ def execute(run: Run, model: str, splits: Mapping[str, Path], say: Callable[[str
         return figures(evaluate_adapter(model, None, splits[run.split], config, labels=labels, say=say))
     config = dataclasses.replace(config, eval_file=str(splits[run.split]))
     with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch) / "adapter"
         try:
-            result = train(TrainRequest(model, splits["train"], Path(scratch) / "adapter", run.config, config), say=say)
+            result = train(TrainRequest(model, splits["train"], adapter, run.config, config), say=say)
         except DivergedError as error:
             return {"error": str(error)}
-    return figures(result.report)
+        reports = {run.weights: figures(result.report)}
+        for weights in run.others:
+            other = dataclasses.replace(config, weights=weights)
+            reports[weights] = figures(evaluate_adapter(model, adapter, splits[run.split], other, say=say))
+    on = {"on": {weights: score(report) for weights, report in reports.items()}} if run.others else {}
+    return {**reports[run.weights], **on}
 
 
 def figures(report: Any) -> dict[str, Any]:

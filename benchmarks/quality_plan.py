@@ -19,7 +19,7 @@ from iapt_export.contract.prompt_format import PromptFormat
 from trainers.decoder.backbone_sizes import Sizes
 from trainers.methods import configs
 from trainers.methods.forms import METHODS
-from trainers.training.config import TrainConfig
+from trainers.training.config import TrainConfig, Weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ MAX_TOKENS = 80
 MAX_CHARACTERS = 180
 """Longer texts lose their end, which happens to most of Reuters and to few others."""
 MAX_RESPONSE_TOKENS = 32
-PHASES = ("baseline", "rates", "main", "ablations", "rational", "formats", "second-rates", "second")
+PHASES = ("baseline", "rates", "main", "ablations", "rounded", "rational", "formats", "second-rates", "second")
 ON_SECOND = PHASES[-3:]
 """Phases on the second backbone."""
 
@@ -180,6 +180,10 @@ TUNED_ON, ABLATED_ON = TASKS[0], TASKS[:2]
 RATIONAL_ON = (TASKS[0], TASKS[2])
 """The two tasks on which seeds of one method differ least."""
 SECOND_ON = RATIONAL_ON
+ROUNDED_ON = (TASKS[2], TASKS[0])
+"""First the one that tells methods apart."""
+WEIGHTS: tuple[Weights, ...] = ("fp32", "int4")
+"""Weights of the backbone on which each adapter is trained in the phase `rounded`, and on all of which it answers."""
 
 
 ASKED = {"ablations": (ABLATIONS, ABLATED_ON), "rational": (RATIONAL, RATIONAL_ON)}
@@ -230,6 +234,10 @@ class Run:
     """``validation`` or ``test``: what it is evaluated on."""
     budget: Budget
     backbone: BackbonePlan = SMOLLM2
+    weights: Weights = "fp32"
+    """Of the backbone, in training."""
+    others: tuple[Weights, ...] = ()
+    """Weights on which the adapter is evaluated as well: one training on one machine for all."""
 
     @property
     def train_config(self) -> TrainConfig:
@@ -247,6 +255,7 @@ class Run:
             eval_batch_size=32,
             baseline=False,
             seed=self.seed,
+            weights=self.weights,
             base_model_name=self.backbone.name,
         )
 
@@ -271,6 +280,8 @@ class Run:
                 "fields": changed_fields(self.config),
                 "train": train,
             }
+            if self.others:
+                settings["others"] = self.others
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -280,6 +291,8 @@ class Run:
         if self.config is not None:
             about |= {"method": configs.method_name(self.config), "fields": changed_fields(self.config)}
             about |= {"learning_rate": self.learning_rate, "seed": self.seed, "steps": self.budget.steps}
+        if self.others:
+            about["weights"] = self.weights
         return about
 
 
@@ -331,6 +344,10 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
     if phase == "second":
         untrained = [run(task, NO_METHOD, 0) for task in SECOND_ON]
         return untrained + [run(task, v, seed) for seed in seeds for task in SECOND_ON for v in SECOND]
+    if phase == "rounded":
+        pairs = [(weights, tuple(other for other in WEIGHTS if other != weights)) for weights in WEIGHTS]
+        plain = [run(task, v, seed) for task in ROUNDED_ON for seed in seeds for v in VARIANTS]
+        return [dataclasses.replace(one, weights=own, others=others) for one in plain for own, others in pairs]
     asked, tasks = ASKED[phase]
     rate = chosen.get(OWN.label, OWN.centre)
     configs = dict.fromkeys(config for lines in asked.values() for config in lines.values())

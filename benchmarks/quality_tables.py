@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from benchmarks.quality_plan import (
     ASKED,
     FORMATS,
     IAPT,
+    ROUNDED_ON,
     SECOND,
     SECOND_ON,
     TASKS,
     VARIANTS,
+    WEIGHTS,
     Budget,
     Task,
     Variant,
@@ -41,6 +44,7 @@ def tables(budget: Budget, records: Records) -> dict[str, str]:
             for name in ASKED[phase][0]
         },
         "rates": rate_table(budget, records, VARIANTS),
+        **rounded_tables(budget, records),
         **format_tables(budget, records),
         **second_tables(budget, records),
     }
@@ -152,6 +156,25 @@ def format_tables(budget: Budget, records: Records) -> dict[str, str]:
         for label in dict.fromkeys(run.label for run in runs)
     ]
     return {"formats": table(["", *FORMATS], rows)}
+
+
+def rounded_tables(budget: Budget, records: Records) -> dict[str, str]:
+    """Accuracy of adapters trained on one kind of weights and served on one, a table for each task that was begun."""
+    chosen, made = chosen_rates(budget, records), {}
+    for task in ROUNDED_ON:
+        runs = [run for run in runs_of("rounded", budget, chosen) if run.task == task and run.key in records]
+        rows = []
+        for variant in VARIANTS if runs else ():
+            cells = []
+            for trained, served in itertools.product(WEIGHTS, WEIGHTS):
+                own = [run for run in runs if (run.label, run.weights) == (variant.label, trained)]
+                found = [records[run.key] for run in own if "on" in records[run.key]]
+                cells.append(Cell(tuple(each["on"][served] for each in found), False, 0, len(own) - len(found)))
+            rows.append([variant.label, *map(str, cells)])
+        titles = (f"trained on {own}, served in {other}" for own, other in itertools.product(WEIGHTS, WEIGHTS))
+        if rows:
+            made[f"rounded {task.name}"] = table([task.title, *titles], rows)
+    return made
 
 
 def second_tables(budget: Budget, records: Records) -> dict[str, str]:

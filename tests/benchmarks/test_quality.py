@@ -41,7 +41,8 @@ LABELS = [variant.label for variant in VARIANTS]
 def fake_outcome(run, accuracy=0.75, loss=2.0):
     if run.task.is_generation:
         return {"count": 100, "loss": loss}
-    return {"count": 100, "accuracy": accuracy, "majority_accuracy": 0.5}
+    on = {"on": dict.fromkeys((run.weights, *run.others), accuracy)} if run.others else {}
+    return {"count": 100, "accuracy": accuracy, "majority_accuracy": 0.5, **on}
 
 
 def fake_records(budget=SMALL, accuracy=lambda run: 0.75, loss=lambda run: 2.0, phases=PHASES):
@@ -51,6 +52,10 @@ def fake_records(budget=SMALL, accuracy=lambda run: 0.75, loss=lambda run: 2.0, 
         for run in runs_of(phase, budget, chosen_rates(budget, records)):
             records.setdefault(run.key, {**run.summary, **fake_outcome(run, accuracy(run), loss(run))})
     return records
+
+
+def all_keys_of(phase):
+    return {run.key for run in runs_of(phase, SMALL, {})}
 
 
 def all_keys(budget):
@@ -258,6 +263,43 @@ def test_the_formats_are_compared_on_the_second_backbone(driver, tmp_path):
     assert len(more) == len(SECOND) - 2, "the centre's runs are the same"
 
 
+def test_rounded_weights_are_met_in_training_or_in_the_answer(monkeypatch):
+    from trainers.training import evaluate_adapter as evaluating
+    from trainers.training import train as training
+
+    runs = runs_of("rounded", SMALL, {})
+    assert {(run.weights, run.others) for run in runs} == {("fp32", ("int4",)), ("int4", ("fp32",))}
+    own = dataclasses.replace(runs[0], others=())
+    assert (own.weights, own.key) == ("fp32", runs_of("main", SMALL, {})[2 * len(VARIANTS)].key)
+    assert len({run.key for run in runs}) == len(runs) and not {run.key for run in runs} & all_keys_of("main")
+    seen = []
+
+    def fake(accuracy):
+        report = ClassificationReport(("a", "b"), 10, accuracy, 0.5, {"a": 1.0}, ((5, 0), (4, 1)))
+        return type("Result", (), {"report": report}) if accuracy == 0.7 else report
+
+    def trained(request, say):
+        seen.append(request.config.weights)
+        return fake(0.7)
+
+    def evaluated(model, adapter, data, config, say):
+        seen.append(config.weights)
+        return fake(0.6)
+
+    monkeypatch.setattr(training, "train", trained)
+    monkeypatch.setattr(evaluating, "evaluate_adapter", evaluated)
+    made = quality.execute(runs[1], "model", {"train": Path("t"), "test": Path("e")}, print)
+    assert (seen, made["accuracy"], made["on"]) == (["int4", "fp32"], 0.7, {"int4": 0.7, "fp32": 0.6})
+    levels = {"fp32": 0.6, "int4": 0.9}
+    records = fake_records(accuracy=lambda run: levels[run.weights])
+    for run in runs_of("rounded", SMALL, chosen_rates(SMALL, records)):
+        records[run.key]["on"]["int4"] -= 0.1
+    header, _, first, *_ = tables(SMALL, records)["rounded reuters-r8"].splitlines()
+    assert header.count("trained on") == 4 and header.index("fp32, served in int4") < header.index("trained on int4")
+    cells = [f"{score} ± 0.0" for score in ("60.0", "50.0", "90.0", "80.0")]
+    assert first == f"| IAPT | {cells[0]} | {cells[1]} | {cells[2]} | {cells[3]} |"
+
+
 def test_only_and_seeds_narrow_the_plan(driver):
     _, done = driver("--only", "rates", "main", "--seeds", "2", "--steps", "3")
     assert {run.phase for run in done} == {"rates", "main"}
@@ -328,7 +370,7 @@ def test_report_replaces_tables_and_keeps_what_people_wrote(tmp_path, capsys):
         assert all(
             content in text and f"Because of {name}." in text for name, content in tables(SMALL, records).items()
         )
-        assert "OLD" not in text and text.count("| IAPT |") == 2
+        assert "OLD" not in text and text.count("| IAPT |") == 4
     assert f"{len(records)} of {len(records)} runs are done" in capsys.readouterr().out
     for image in ("main", "ablations", "rational"):
         assert (tmp_path / "images" / f"results-{image}.png").stat().st_size > 5000
