@@ -26,7 +26,7 @@ from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.generate import prefill
 from trainers.decoder.method import rows_of
 from trainers.methods.rational import FIT_INTERVAL, initial_coefficients, rational
-from trainers.training.data import encode_instruction
+from trainers.training.data import fit_instruction
 from trainers.training.records import Example
 
 POINTS = 241
@@ -74,7 +74,7 @@ def inputs_of(adapter: Adapter, prompts: Sequence[str], backbone: Backbone) -> T
     module.rational = note
     for prompt in prompts:
         example = Example(({"role": "user", "content": prompt},), "")
-        ids = torch.tensor([encode_instruction(backbone.tokenizer, example, config.prompt_format, LONGEST)])
+        ids = torch.tensor([fit_instruction(backbone.tokenizer, example, config.prompt_format, LONGEST)[1]])
         prefill(backbone.model, rows_of(module), ids, torch.ones_like(ids))
     layers = [torch.cat(read[layer :: config.num_layers]) for layer in range(config.num_layers)]
     return torch.stack([values.quantile(torch.tensor([RARE, 1 - RARE])) for values in layers])

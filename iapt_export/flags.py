@@ -142,7 +142,7 @@ def _check_instruction(_: Any, asked: "Answering") -> None:
 class Answering(_Running):
     """Which answers are wanted, and how they are made."""
 
-    tenant: Annotated[str | None, Parameter(metavar="NAME")] = None
+    tenant: Annotated[str | None, Parameter(metavar="NAME", allow_repeating=False)] = None
     """Whose adapter answers, or the backbone's name; with --prompt or --messages. Without, where there is no other, the
     backbone."""
     prompt: Annotated[list[str] | None, Parameter(metavar="TEXT")] = None

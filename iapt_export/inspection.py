@@ -179,6 +179,7 @@ def _describe_adapter(path: Path, model: str | None) -> dict[str, Any]:
         f"fingerprint {config['backbone_fingerprint']}",
         "trained_on": f"{in_words(config['weights'], config['quantise'])} weights",
         **({"build": _said_by_build(path, model)} if model else {}),
+        **({"system_prompt": config["system_prompt"]} if config["system_prompt"] else {}),
         "method": config["method"],
         "example_prompts": _prompts_line(path),
         "parameters": sum(tensor.numel() for tensor in adapter.tensors.values()),

@@ -16,6 +16,7 @@ from cyclopts import (
     CoercionError,
     CycloptsError,
     MissingArgumentError,
+    RepeatArgumentError,
     Token,
     UnknownOptionError,
     UnusedCliTokensError,
@@ -136,6 +137,8 @@ def refusal(error: CycloptsError, app: App, method: str, argv: Sequence[str] = (
         text = (chain == ("train",) and of_another(error.token.keyword or error.token.value, method)) or text
     elif isinstance(error, UnusedCliTokensError):
         text = f"{' '.join(error.unused_tokens or [])!r} belongs to no flag"
+    elif isinstance(error, RepeatArgumentError):
+        text = f"{error.token.keyword} is given twice; rows of several tenants are asked for with --requests FILE.jsonl"
     elif isinstance(error, MissingArgumentError) and error.keyword:
         text = f"{error.keyword} needs a value"
     elif isinstance(error, MissingArgumentError):

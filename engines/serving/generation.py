@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from engines.serving.entry import Entry, Times
 from engines.serving.own_process import check_process
@@ -223,7 +223,18 @@ def in_order_of_requests(
         submit: lets a request join, as `engines.serving.session.Session.submit`.
         window: how many are under way at once.
         raised: see `engines.serving.session.Session.generate`.
+
+    Raises:
+        IaptError: ``raised`` is no `AtError`; at once, where all else comes with the answers.
     """
+    if raised not in get_args(AtError):
+        raise IaptError(f"raised={raised!r} is not one of {', '.join(get_args(AtError))}")
+    return _in_order(requests, submit, window, raised)
+
+
+def _in_order(
+    requests: Iterable[Request], submit: Callable[[Request, int], Generation], window: int, raised: AtError
+) -> Iterator[Answer]:
     running: deque[Generation | Answer] = deque()
     failures: list[Exception] = []
     try:

@@ -206,16 +206,16 @@ class Session(Activated):
             return state_of(status, self._failure, self._scheduler, self._inbox.arrived, self.max_waiting)
 
     def generate(self, requests: Iterable[Request], *, raised: AtError = "last") -> Iterator[Answer]:
-        """Answer requests in their order; they are taken as there is room for them, so there may be any number.
+        """Answers in the order of their requests. Nothing runs until they are iterated, or taken as a ``list``.
 
         Args:
-            requests: the requests.
+            requests: any number; they are taken as there is room for them.
             raised: what becomes of one that cannot be answered, see `submit`. It has an `Answer` with ``error`` in its
                 place, and behind all answers its error is raised; ``never`` raises none, ``first`` raises at once and
                 cancels the others.
 
         Raises:
-            IaptError: as ``raised`` says; at once where the session is not open or has failed.
+            IaptError: as ``raised`` says; with the first answer where the session is not open or has failed.
         """
         check_are_requests(requests)
         return in_order_of_requests(requests, self.submit, self._window, raised)

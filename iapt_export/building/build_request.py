@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 
 from iapt_export.contract.low_bits import AUTO, rounding_problems
 from iapt_export.contract.prompt_format import PromptFormat
-from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
+from iapt_export.contract.settings import choice_problems, raise_problems, range_problems, type_problems
 
 Device = Literal["cpu", "cuda"]
 Depth = Literal["quick", "standard", "full"]
@@ -102,6 +102,8 @@ class BuildRequest:
 
     def __post_init__(self) -> None:
         limits = {"seed": (0, 2**32 - 1), "new_tokens": (1, 2**20), "drafts": (0, MAX_DRAFTS)}
+        if problems := type_problems(BuildRequest, vars(self)):
+            raise_problems("build request", problems)
         problems = choice_problems(self) + range_problems(self, **limits)
         problems += rounding_problems(self.quantise) if self.quantise != AUTO else []
         if self.max_lora_rank is not None:

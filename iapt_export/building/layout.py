@@ -47,14 +47,12 @@ from trainers.adapters.adapter import CONFIG_FILE, EXAMPLES_FILE, WEIGHTS_FILE, 
 from trainers.decoder.family import max_positions, remote_code_sha256
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.instruction import is_token_id, padding_id
-from trainers.decoder.stored import is_outline, stored_weight
+from trainers.decoder.stored import weights_sha256
 from trainers.methods.forms import form_name
 
 TENANTS_FOLDER = "tenants"
 TRAINED_FOLDER = "trained"
 MODEL_CODE = "code"
-WEIGHTS_SHA256 = "weights_sha256"
-"""Attribute of an outline: what `weights_sha256` found."""
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTING_ROOMS = (
     "iapt_export/graphs",
@@ -109,22 +107,6 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
         max_positions=max_positions(backbone.model),
         **{item.name: getattr(sizes, item.name) for item in dataclasses.fields(BackboneSizes)},
     )
-
-
-def weights_sha256(model: Any) -> str:
-    """SHA-256 over the names and bytes of a model's tensors, in the order of their names, read one by one.
-
-    An outline keeps it, because its weights stay as they are, and reading all of them takes long.
-    """
-    if known := vars(model).get(WEIGHTS_SHA256):
-        return str(known)
-    digest = hashlib.sha256()
-    for name in sorted(model.state_dict()):
-        digest.update(name.encode())
-        digest.update(stored_weight(model, name).contiguous().reshape(-1).numpy().view("uint8").data)
-    if is_outline(model):
-        vars(model)[WEIGHTS_SHA256] = digest.hexdigest()
-    return digest.hexdigest()
 
 
 def check_weights(backbone: Any, spec: BackboneSpec) -> None:

@@ -21,7 +21,7 @@ from trainers.adapters.adapter import (
     WEIGHTS_FILE,
     AdapterConfig,
     backbone_problems,
-    doubt_of_name,
+    doubt_of_weights,
     is_stock_peft,
     read_adapter_config,
     read_fields,
@@ -57,7 +57,7 @@ def plain_tenant(adapter: str, manifest: BundleManifest) -> tuple[TenantCard, Ar
     if options:
         raise IaptError(f"--adapter {adapter}: {folder} was not written by stock PEFT and says all of this itself")
     _check_backbone(config, manifest.backbone, str(folder))
-    if doubt := doubt_of_name(str(folder), config.base_model_name_or_path, manifest.backbone.name_or_path):
+    if doubt := doubt_of_weights(str(folder), config, manifest.backbone.name_or_path, manifest.backbone.weights_sha256):
         LOGGER.warning("%s", doubt)
     card = new_card(name, config, manifest.backbone, config.peft_type, config.method)
     taking = [method for method in stacks if card.fits(method.form, method.config)]

@@ -20,6 +20,7 @@ from trainers.adapters.adapter import Adapter
 from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
 from trainers.decoder.insertion import sizes_of
 from trainers.decoder.method import Method
+from trainers.decoder.stored import weights_sha256
 from trainers.methods.forms import FORMS
 
 LOGGER = logging.getLogger("iapt_export")
@@ -231,7 +232,8 @@ def load_tenants(
             said = "".join(f",{option}={value}" for option, value in options.items())
             raise IaptError(f"--adapter {path}{said}: {path} was not written by stock PEFT and says all of this itself")
         check_adapter_fits(adapter.config, backbone, str(path))
-        if doubt := doubt_of_backbone(adapter, backbone):
+        sha256 = weights_sha256(backbone.model) if adapter.config.backbone_weights_sha256 else ""
+        if doubt := doubt_of_backbone(adapter, backbone, sha256):
             LOGGER.warning("%s", doubt)
         tenants[name] = adapter
     return tenants

@@ -11,6 +11,7 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from iapt_export.contract.errors import IaptError
@@ -77,7 +78,7 @@ def type_problems(cls: type[Any], fields: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-_NAMES = {str: "text", int: "an integer", types.NoneType: "null"}
+_NAMES = {str: "text", int: "an integer", types.NoneType: "null", Path: "a path"}
 
 
 def choice_problems(config: Any) -> list[str]:

@@ -54,10 +54,6 @@ def fake_records(budget=SMALL, accuracy=lambda run: 0.75, loss=lambda run: 2.0, 
     return records
 
 
-def all_keys_of(phase):
-    return {run.key for run in runs_of(phase, SMALL, {})}
-
-
 def all_keys(budget):
     return {run.key for phase in PHASES for run in runs_of(phase, budget, {})}
 
@@ -261,43 +257,6 @@ def test_the_formats_are_compared_on_the_second_backbone(driver, tmp_path):
     assert [line.split(" | ")[0] for line in lines] == ["| plain backbone, Gemma", "| IAPT, Gemma", "| LoRA, Gemma"]
     _, more = driver("--only", "second-rates")
     assert len(more) == len(SECOND) - 2, "the centre's runs are the same"
-
-
-def test_rounded_weights_are_met_in_training_or_in_the_answer(monkeypatch):
-    from trainers.training import evaluate_adapter as evaluating
-    from trainers.training import train as training
-
-    runs = runs_of("rounded", SMALL, {})
-    assert {(run.weights, run.others) for run in runs} == {("fp32", ("int4",)), ("int4", ("fp32",))}
-    own = dataclasses.replace(runs[0], others=())
-    assert (own.weights, own.key) == ("fp32", runs_of("main", SMALL, {})[2 * len(VARIANTS)].key)
-    assert len({run.key for run in runs}) == len(runs) and not {run.key for run in runs} & all_keys_of("main")
-    seen = []
-
-    def fake(accuracy):
-        report = ClassificationReport(("a", "b"), 10, accuracy, 0.5, {"a": 1.0}, ((5, 0), (4, 1)))
-        return type("Result", (), {"report": report}) if accuracy == 0.7 else report
-
-    def trained(request, say):
-        seen.append(request.config.weights)
-        return fake(0.7)
-
-    def evaluated(model, adapter, data, config, say):
-        seen.append(config.weights)
-        return fake(0.6)
-
-    monkeypatch.setattr(training, "train", trained)
-    monkeypatch.setattr(evaluating, "evaluate_adapter", evaluated)
-    made = quality.execute(runs[1], "model", {"train": Path("t"), "test": Path("e")}, print)
-    assert (seen, made["accuracy"], made["on"]) == (["int4", "fp32"], 0.7, {"int4": 0.7, "fp32": 0.6})
-    levels = {"fp32": 0.6, "int4": 0.9}
-    records = fake_records(accuracy=lambda run: levels[run.weights])
-    for run in runs_of("rounded", SMALL, chosen_rates(SMALL, records)):
-        records[run.key]["on"]["int4"] -= 0.1
-    header, _, first, *_ = tables(SMALL, records)["rounded reuters-r8"].splitlines()
-    assert header.count("trained on") == 4 and header.index("fp32, served in int4") < header.index("trained on int4")
-    cells = [f"{score} ± 0.0" for score in ("60.0", "50.0", "90.0", "80.0")]
-    assert first == f"| IAPT | {cells[0]} | {cells[1]} | {cells[2]} | {cells[3]} |"
 
 
 def test_only_and_seeds_narrow_the_plan(driver):

@@ -117,6 +117,10 @@ def test_version_and_module_agree() -> None:
         (["build", "-mm", "--adapter=a"], "--output is missing"),
         (["build", "--model=m", "-a=a", "-o=o", "--opset=new"], 'value for --opset: unable to convert "new" into int'),
         (["build", "--model=m", "-a=a", "-o=o", "--seed=1.5"], 'value for --seed: unable to convert "1.5" into int'),
+        (
+            ["generate", "b", "--tenant=x", "--prompt=a", "--tenant=y", "--prompt=b"],
+            "--tenant is given twice; rows of several tenants are asked for with --requests FILE.jsonl",
+        ),
         (["generate", "bundle"], "expected one of --prompt, --messages, --requests, found none of them"),
         (["validate", "bundle", "--device=tpu"], 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda"'),
         (["validate", "bundle", "--new-token=3"], "Unknown option: --new-token. Did you mean --new-tokens?"),
@@ -161,6 +165,12 @@ def test_flags_are_read_as_they_were_written() -> None:
     assert not asked["settings"].bias and asked["settings"].scale
     assert asked["config"].resume and not asked["config"].baseline
     asked = asked_of(["build", "-mm", "-a", "x=y", "-a", "z", "-o", "true", "-t", "onnxruntime:int8", "-t", "tensorrt"])
+    for wrong, text in (
+        ({"model": Path("m")}, "model=PosixPath('m') is not text"),
+        ({"batch": 4}, "batch=4 is not text"),
+    ):
+        with pytest.raises(IaptError, match=re.escape(text)):
+            BuildRequest(**{"model": "m", "output": "o"} | wrong)  # type: ignore[arg-type]
     request = BuildRequest(model="m", adapters=["x=y", "z"], output="true", targets=["onnxruntime:int8", "tensorrt"])
     assert asked["request"] == request
     asked = asked_of(["bench", "b", "--rows", "1", "2", "-o", "found.json"])

@@ -21,7 +21,7 @@ from trainers.decoder.generate import greedy
 from trainers.decoder.method import rows_of
 from trainers.methods.configs import PromptTuningConfig
 from trainers.training.config import TrainConfig, TrainRequest
-from trainers.training.data import encode_instruction
+from trainers.training.data import fit_instruction
 from trainers.training.records import read_examples
 from trainers.training.train import train
 
@@ -44,7 +44,7 @@ def test_a_system_prompt_from_training_to_every_door(tmp_path: Path) -> None:
 
     backbone = load_backbone(str(model))
     (example, *_) = read_examples(data)
-    ids = torch.tensor([encode_instruction(backbone.tokenizer, example, "chat", 512)])  # as `evaluate` encodes it
+    ids = torch.tensor([fit_instruction(backbone.tokenizer, example, "chat", 512)[1]])  # as `evaluate` encodes it
     trained = load_adapter(tmp_path / "joy").module().requires_grad_(False)
     (wanted,), _ = greedy(backbone.model, rows_of(trained), ids, torch.ones_like(ids), max_new_tokens=NEW_TOKENS)
 

@@ -51,6 +51,8 @@ class AdapterConfig(Sizes):
     """The backbone as the trainer was given it."""
     backbone_fingerprint: str
     """`trainers.decoder.backbone.config_fingerprint` of that backbone."""
+    backbone_weights_sha256: str = ""
+    """`trainers.decoder.stored.weights_sha256` of that backbone in fp32, before any rounding; empty where not known."""
     method: Any
     """The method's own fields: one of `trainers.methods.configs`."""
     revision: str | None = None
@@ -105,17 +107,26 @@ def is_in_peft(form: str, value_dim: int) -> bool:
     return form in PEFT_TYPES and not (form == "PREFIX_TUNING" and value_dim)
 
 
-def doubt_of_name(adapter: str, theirs: str, ours: str) -> str:
-    """What should be known of an adapter whose backbone has another name; empty where nothing is in doubt.
+def doubt_of_weights(adapter: str, config: AdapterConfig, ours: str, sha256: str = "") -> str:
+    """What should be known of an adapter that was trained on other weights of the same architecture; mostly nothing.
 
-    Only sizes and settings can be compared, so that other weights of the same architecture are taken for those it was
-    trained on. The same weights have many names, so it is no refusal.
+    It is no refusal: weights that were rounded, merged or cast since answer nearly as those before.
 
     Args:
         adapter: what to call it.
-        theirs: the backbone that it was trained for.
-        ours: the one that is given.
+        config: its configuration, which fits the backbone's sizes and settings.
+        ours: the backbone that is given.
+        sha256: of its weights, as ``backbone_weights_sha256`` has it. Where one of them is not known, names are
+            compared, of which the same weights have many.
     """
+    theirs, known = config.base_model_name_or_path, config.backbone_weights_sha256
+    if known and sha256:
+        if known == sha256:
+            return ""
+        return (
+            f"{adapter} was trained on other weights than those of {ours}, with the same sizes and settings; its "
+            f"answers may be wrong: train it on these, or give the {theirs} that it was trained on"
+        )
     if Path(theirs).name.lower() == Path(ours).name.lower():
         return ""
     return (

@@ -24,7 +24,7 @@ from trainers.adapters.adapter import (
     Adapter,
     AdapterConfig,
     backbone_problems,
-    doubt_of_name,
+    doubt_of_weights,
     is_stock_peft,
     read_adapter_config,
     read_fields,
@@ -46,8 +46,9 @@ def save_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]
     """
     fields = dataclasses.asdict(config)
     method = fields.pop("method")
-    if not config.quantise:  # so that versions without this field read it
-        del fields["quantise"]
+    for name in ("quantise", "backbone_weights_sha256"):
+        if not fields[name]:  # so that versions without this field read it
+            del fields[name]
     if config.peft_type in PEFT_TYPES:
         fields = {**peft_fields(config.method, config.sizes), **fields, METHOD_FIELD: method}
         tensors = to_peft_tensors(config.method, tensors, config.sizes)
@@ -118,6 +119,6 @@ def check_adapter_fits(adapter: AdapterConfig, backbone: Backbone, source: str) 
         )
 
 
-def doubt_of_backbone(adapter: Adapter, backbone: Backbone) -> str:
-    """What should be known of an adapter that names another backbone; empty where nothing is in doubt."""
-    return doubt_of_name(str(adapter.path), adapter.config.base_model_name_or_path, backbone.name_or_path)
+def doubt_of_backbone(adapter: Adapter, backbone: Backbone, sha256: str = "") -> str:
+    """See `doubt_of_weights`."""
+    return doubt_of_weights(str(adapter.path), adapter.config, backbone.name_or_path, sha256)

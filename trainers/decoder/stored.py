@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from trainers.decoder.checkpoint import read_checkpoint, read_warnings
 
 STORED = "stored_weights"
 """Attribute of an outline: name to the mapped tensor of the checkpoint, or what reads it."""
+WEIGHTS_SHA256 = "weights_sha256"
+"""Attribute of an outline: what `weights_sha256` found."""
 TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -141,6 +144,22 @@ def stored_weight(model: Any, name: str) -> Tensor:
         raise IaptError(f"the checkpoint has no weight {name}")
     read: Tensor = source[...].detach().to(tensor.dtype)
     return read
+
+
+def weights_sha256(model: Any) -> str:
+    """SHA-256 over the names and bytes of a model's tensors, in the order of their names, read one by one.
+
+    An outline keeps it, because its weights stay as they are, and reading all of them takes long.
+    """
+    if known := vars(model).get(WEIGHTS_SHA256):
+        return str(known)
+    digest = hashlib.sha256()
+    for name in sorted(model.state_dict()):
+        digest.update(name.encode())
+        digest.update(stored_weight(model, name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if is_outline(model):
+        vars(model)[WEIGHTS_SHA256] = digest.hexdigest()
+    return digest.hexdigest()
 
 
 def is_outline(model: Any) -> bool:

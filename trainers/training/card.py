@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePath
@@ -60,6 +61,8 @@ class Run:
     """The command to show; None puts it together from the settings."""
     seen: int = 0
     """Of the examples to evaluate on, those that were trained on."""
+    notes: Sequence[str] = ()
+    """What of the data no model saw: a sentence each."""
 
 
 def write_card(folder: Path, run: Run) -> None:
@@ -111,6 +114,7 @@ def _text(run: Run, has_prompts: bool) -> str:
         f"Training: `{_relative(run.data)}`, {run.training_size:,} examples. Evaluation: `{source}`"
         + (f", {run.report.count:,} examples" if run.report else "")
         + _overlap(run)
+        + "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in run.notes)
         + (f"\n\n{run.config.data_note}" if run.config.data_note else ""),
         *([PROMPTS_NOTE] if has_prompts else []),
         "## Training",
@@ -194,7 +198,7 @@ def _results(run: Run) -> str:
             "its end-of-sequence token included.",
             "",
             "| label | recall |\n|---|---|",
-            *(f"| {label} | {recall:.3f} |" for label, recall in run.report.recall.items()),
+            *(f"| {_in_a_cell(label)} | {recall:.3f} |" for label, recall in run.report.recall.items()),
         ]
         return "\n".join(rows)
     if run.report is None:
@@ -204,6 +208,11 @@ def _results(run: Run) -> str:
         if report is not None and not isinstance(report, ClassificationReport):
             rows.append(f"| {name} | {report.loss:.4f} | {report.perplexity:.2f} |")
     return "\n".join([*rows, "", f"On {_examples(run)}."])
+
+
+def _in_a_cell(text: str) -> str:
+    """A text as a cell of a table has it: on one line, without a bar that ends the cell."""
+    return text.replace("|", "\\|").replace("\r", " ").replace("\n", " ")
 
 
 def _curve(history: list[tuple[int, float]]) -> str:

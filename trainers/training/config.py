@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 from iapt_export.contract.low_bits import Rounding, rounding_of, rounding_problems
-from iapt_export.contract.settings import choice_problems, raise_problems, range_problems
+from iapt_export.contract.settings import choice_problems, raise_problems, range_problems, type_problems
 from trainers.decoder.instruction import AskedFormat
-from trainers.methods.configs import IAPTConfig
+from trainers.methods.configs import ADAPTER_CONFIGS, METHOD_CONFIGS, IAPTConfig
 
 Precision = Literal["fp32", "bf16"]
 Scheduler = Literal["linear", "cosine", "constant"]
@@ -151,7 +151,8 @@ class TrainRequest(TrainPlaces):
     """An adapter that is wanted: of which backbone, data and method, and how it is trained.
 
     Raises:
-        IaptError: the activation has no coefficients that could be learned, or left, in the way that is asked for.
+        IaptError: a field is of another type, or the activation has no coefficients that could be learned, or left, in
+            the way that is asked for.
     """
 
     method: Any = field(default_factory=IAPTConfig)
@@ -160,6 +161,13 @@ class TrainRequest(TrainPlaces):
     """The run's settings."""
 
     def __post_init__(self) -> None:
+        problems = type_problems(TrainPlaces, {name: getattr(self, name) for name in ("model", "data", "output")})
+        if type(self.method) not in ADAPTER_CONFIGS.values():
+            known = ", ".join(f"{kind.__name__}()" for kind in METHOD_CONFIGS.values())
+            problems.append(f"method={shown(self.method)} is no method's settings; expected one of {known}")
+        if not isinstance(self.config, TrainConfig):
+            problems.append(f"config={shown(self.config)} is no TrainConfig; expected TrainConfig(max_steps=...)")
+        raise_problems("train request", problems)
         learning, activation = (getattr(self.method, name, None) for name in ("coefficients", "activation"))
         if learning in ("bilevel", "frozen") and activation != "rational":
             raise IaptError(
@@ -206,12 +214,24 @@ def read_train_file(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         _check_depth(yaml.parse(text), path)
+        _check_names(yaml.compose(text, Loader=yaml.SafeLoader), path)
         fields = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # no text, a date or an integer that Python refuses
         raise IaptError(f"{path} is not YAML: {error}") from error
     if fields is not None and not isinstance(fields, dict):
         raise IaptError(f"{path} holds a {type(fields).__name__}; expected one 'field: value' per line")
     return {name: value for name, value in (fields or {}).items() if value is not None}
+
+
+def _check_names(document: Any, path: Path) -> None:
+    """Refuse a name that is given twice, of which PyYAML takes the last."""
+    import yaml
+
+    if not isinstance(document, yaml.MappingNode):
+        return  # which the caller refuses
+    names = [name.value for name, _ in document.value if isinstance(name.value, str)]
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise IaptError(f"{path} gives {', '.join(doubles)} twice; leave one of them out")
 
 
 def _check_depth(events: Iterable[Any], path: Path) -> None:

@@ -129,12 +129,13 @@ def _csv_rows(
             "--instruction TEXT stands for a missing column instruction beside input"
         )
     header, wanted = headers[delimiter], choices[delimiter]
-    if doubles := sorted({name for name in header if header.count(name) > 1}):
+    if doubles := sorted({name for name in wanted.values() if header.count(name) > 1}):
         raise IaptError(f"{source}:1: the header names {', '.join(doubles)} twice; give each column its own name")
-    if unused := [name for name in header if name not in wanted.values()]:
+    if unused := [name or "without a name" for name in header if name not in wanted.values()]:
         notes[f"left out: the columns {', '.join(unused)}"] += 1
     # as the header has it: a space behind a delimiter is no part of a cell, and a quote behind it opens one
-    spaced = f"{delimiter} " in text.partition("\n")[0]
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    spaced = any(name.startswith(" ") for name in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     next(reader)
     while True:
@@ -168,12 +169,14 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 def _named_columns(pairs: tuple[str, ...]) -> dict[str, str]:
     """What ``--column`` says: field of a record to column."""
-    names = {}
+    names: dict[str, str] = {}
     for pair in pairs:
         name, equals, column = pair.partition("=")
         if not equals or not column or not any(name in form for form in FORMS):
             known = ", ".join(name for form in FORMS for name in form)
             raise IaptError(f"--column {pair!r} is not NAME=COLUMN with a NAME of {known}")
+        if name in names:
+            raise IaptError(f"--column names {name} twice, {names[name]} and {column}; give it once")
         names[name] = column
     return names
 

@@ -7,18 +7,19 @@ training saw.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 from iapt_export.contract.prompt_format import PromptFormat
 from trainers.decoder.family import max_positions
 from trainers.decoder.instruction import AskedFormat, format_instruction, resolve_prompt_format, user_message
-from trainers.training.config import Task
-from trainers.training.records import Example
+from trainers.training.config import Task, TrainConfig
+from trainers.training.records import Example, refuse_records
 
 IGNORED = -100
 """Label of positions that carry no loss."""
@@ -33,6 +34,14 @@ class Item(TypedDict):
     """Instruction, response and end of sequence."""
     instruction_length: int
     """How many of them are instruction."""
+
+
+class Encoded(Item):
+    """An example of a file, perhaps without its end."""
+
+    where: str
+    instruction_is_cut: bool
+    response_is_cut: bool
 
 
 def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None) -> list[int]:
@@ -63,11 +72,6 @@ def format_of(tokenizer: Any, asked: AskedFormat, examples: Sequence[Example]) -
     return found
 
 
-def encode_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> list[int]:
-    """`format_instruction` of an example, at most ``max_tokens`` long; cut as `fit_instruction` cuts it."""
-    return fit_instruction(tokenizer, example, prompt_format, max_tokens)[1]
-
-
 def fit_instruction(tokenizer: Any, example: Example, prompt_format: str, max_tokens: int) -> tuple[str, list[int]]:
     """What is left of an example's last message, and the ids of the whole instruction, at most ``max_tokens`` long.
 
@@ -84,8 +88,9 @@ def fit_instruction(tokenizer: Any, example: Example, prompt_format: str, max_to
         text = text[: _end_before(tokenizer, text, len(ids) - max_tokens)].rstrip()
         if len(text) < max(example.keep, 1):
             raise IaptError(
-                f"max_instruction_tokens={max_tokens} leaves no room for the input: template and instruction of "
-                f"{example.messages[-1]['content'][:40]!r}... need more; raise max_instruction_tokens"
+                f"max_instruction_tokens={max_tokens} leaves no room for the input: what stands before it"
+                f"{', earlier turns among it,' if len(example.messages) > 2 else ''} needs more, with the template; "
+                "raise max_instruction_tokens"
             )
         ids = format_instruction(tokenizer, (*example.messages[:-1], user_message(text)), prompt_format)
     return text, ids
@@ -101,17 +106,51 @@ def _end_before(tokenizer: Any, text: str, surplus: int) -> int:
 
 def encode_examples(
     tokenizer: Any, examples: Iterable[Example], prompt_format: str, max_instruction: int, max_response: int | None
-) -> list[Item]:
-    """Encode examples for training; see `encode_instruction` and `encode_response` for the limits."""
-    items: list[Item] = []
+) -> list[Encoded]:
+    """Encode examples for training; see `fit_instruction` and `encode_response` for the limits.
+
+    Raises:
+        IaptError: examples that no limit can cut, each by file and line.
+    """
+    items: list[Encoded] = []
+    problems: list[str] = []
     for example in examples:
-        instruction = encode_instruction(tokenizer, example, prompt_format, max_instruction)
-        response = encode_response(tokenizer, example.response, max_response)
-        items.append({"input_ids": instruction + response, "instruction_length": len(instruction)})
+        response = encode_response(tokenizer, example.response)
+        try:
+            text, instruction = fit_instruction(tokenizer, example, prompt_format, max_instruction)
+        except IaptError as error:
+            problems.append(f"{example.where}: {error}" if example.where else str(error))
+            continue
+        items.append(
+            {
+                "where": example.where,
+                "input_ids": instruction + response[:max_response],
+                "instruction_length": len(instruction),
+                "instruction_is_cut": text != example.messages[-1]["content"],
+                "response_is_cut": max_response is not None and len(response) > max_response,
+            }
+        )
+    refuse_records(problems)
     return items
 
 
-def check_rows(items: Sequence[Item], tokenizer: Any, model: Any, num_slots: int) -> None:
+def told_of_cuts(items: Sequence[Encoded], what: str, config: TrainConfig) -> list[str]:
+    """How many examples lose their end to the settings' lengths, a sentence each for prompts and answers."""
+    told = []
+    if count := sum(item["instruction_is_cut"] for item in items):
+        told.append(
+            f"{count:,} of {len(items):,} {what} have prompts longer than "
+            f"max_instruction_tokens={config.max_instruction_tokens}, and the end of their text is cut off"
+        )
+    if count := sum(item["response_is_cut"] for item in items):
+        told.append(
+            f"{count:,} of {len(items):,} {what} have answers longer than "
+            f"max_response_tokens={config.max_response_tokens}, whose end, and that they end, is cut off"
+        )
+    return told
+
+
+def check_rows(items: Sequence[Encoded], tokenizer: Any, model: Any, num_slots: int) -> None:
     """Refuse rows that the backbone's tables do not hold, before a step meets one of them.
 
     Args:
@@ -125,6 +164,7 @@ def check_rows(items: Sequence[Item], tokenizer: Any, model: Any, num_slots: int
     """
     config, positions = model.config.get_text_config(), max_positions(model)
     for number, item in enumerate(items):
+        place = item["where"] or f"example {number}"
         highest, length = max(item["input_ids"]), num_slots + len(item["input_ids"])
         if highest >= config.vocab_size:
             raise IaptError(
@@ -133,7 +173,7 @@ def check_rows(items: Sequence[Item], tokenizer: Any, model: Any, num_slots: int
             )
         if length > positions:
             raise IaptError(
-                f"example {number} has {length} tokens, {num_slots} of them the adapter's, and the backbone "
+                f"{place} has {length} tokens, {num_slots} of them the adapter's, and the backbone "
                 f"{positions} positions; lower max_instruction_tokens or max_response_tokens"
             )
 
@@ -180,6 +220,20 @@ def shared_system_prompt(examples: Sequence[Example]) -> str | None:
     firsts = (example.messages[0] for example in examples)
     found = {message["content"] if message["role"] == "system" else "" for message in firsts}
     return found.pop() if len(found) == 1 else None
+
+
+def told_of_system_prompts(examples: Sequence[Example]) -> list[str]:
+    """A sentence where `shared_system_prompt` is None, so that the adapter keeps none."""
+    if shared_system_prompt(examples) is not None:
+        return []
+    firsts = (example.messages[0] for example in examples)
+    counts = Counter(message["content"] if message["role"] == "system" else "" for message in firsts)
+    (commonest, count), *_ = counts.most_common(1)
+    named = f"with the system prompt {shown(commonest)}" if commonest else "without a system prompt"
+    return [
+        f"{count:,} of {len(examples):,} training examples begin {named}, the others otherwise, so the adapter keeps "
+        "none, and requests must bring their own"
+    ]
 
 
 def find_labels(examples: Sequence[Example], task: Task) -> tuple[str, ...]:

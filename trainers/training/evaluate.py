@@ -24,7 +24,7 @@ from trainers.decoder.insertion import continue_from, read_instruction
 from trainers.decoder.instruction import padding_id
 from trainers.decoder.method import Method, Rows, rows_of
 from trainers.training.config import TrainConfig
-from trainers.training.data import IGNORED, Item, collate, encode_examples, encode_response, pad_instructions
+from trainers.training.data import IGNORED, Encoded, Item, collate, encode_examples, encode_response, pad_instructions
 from trainers.training.records import Example
 
 
@@ -163,7 +163,7 @@ def evaluate(model: Any, method: Method | None, task: Evaluation, say: Callable[
     return evaluate_classification(scorer, instructions, answers, labels, progress)
 
 
-def encoded(task: Evaluation) -> list[Item]:
+def encoded(task: Evaluation) -> list[Encoded]:
     """The examples as token ids, cut to the settings' lengths; labels are not cut."""
     config = task.config
     limits = (config.max_instruction_tokens, None if task.labels else config.max_response_tokens)

@@ -11,13 +11,14 @@ import torch
 
 from iapt_export.contract.errors import IaptError
 from trainers.adapters.adapter import Adapter
-from trainers.adapters.directory import check_adapter_fits, load_adapter
+from trainers.adapters.directory import check_adapter_fits, doubt_of_backbone, load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.family import check_family
 from trainers.decoder.importance import round_as_exported
 from trainers.decoder.rounded import rounded_weights
+from trainers.decoder.stored import weights_sha256
 from trainers.training.config import TrainConfig
-from trainers.training.data import check_labels, check_rows, find_labels, format_of, sample
+from trainers.training.data import check_labels, check_rows, find_labels, format_of, sample, told_of_cuts
 from trainers.training.evaluate import Evaluation, Report, encoded, evaluate
 from trainers.training.records import read_examples
 
@@ -48,11 +49,13 @@ def evaluate_adapter(
         IaptError: bad data or adapter, or an adapter for another backbone.
     """
     config = config or TrainConfig()
-    backbone = load_as_trained_on(model_name, config)
+    backbone, sha256 = load_as_trained_on(model_name, config)
     asked = None if config.prompt_format == "auto" else config.prompt_format
     loaded = load_adapter(adapter, backbone, peft_prompt_format=asked) if adapter is not None else None
     if loaded is not None:
         _compare_settings(loaded, config)
+        if doubt := doubt_of_backbone(loaded, backbone, sha256):
+            LOGGER.warning("%s", doubt)
     examples = read_examples(data)
     if loaded is None:
         prompt_format = format_of(backbone.tokenizer, config.prompt_format, examples)
@@ -63,7 +66,10 @@ def evaluate_adapter(
     check_labels(examples, labels, f"{data} has responses that are none of the labels")
     examples = sample(examples, config.max_eval_examples, config.seed)
     task = Evaluation(backbone.tokenizer, examples, tuple(labels), prompt_format, config)
-    check_rows(encoded(task), backbone.tokenizer, backbone.model, loaded.module().num_slots if loaded else 0)
+    items = encoded(task)
+    check_rows(items, backbone.tokenizer, backbone.model, loaded.module().num_slots if loaded else 0)
+    for line in told_of_cuts(items, "examples to evaluate on", config):
+        LOGGER.warning("%s", line)
     if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
         backbone.model.to(device)  # where the Trainer would put it
     return evaluate(backbone.model, loaded.module() if loaded else None, task, say)
@@ -89,8 +95,12 @@ def _compare_settings(adapter: Adapter, config: TrainConfig) -> None:
         LOGGER.warning("the adapter was trained on other weights than it is evaluated on; %s takes its own", asked)
 
 
-def load_as_trained_on(name: str, config: TrainConfig) -> Backbone:
+def load_as_trained_on(name: str, config: TrainConfig) -> tuple[Backbone, str]:
     """The backbone in the type, and with its weights rounded, as the settings say.
+
+    Returns:
+        The backbone, and the hash of its weights before they were rounded; empty in bf16, which other weights round to
+        as well.
 
     Args:
         name: as `load_backbone` takes it.
@@ -102,6 +112,7 @@ def load_as_trained_on(name: str, config: TrainConfig) -> Backbone:
     options: dict[str, Any] = {"revision": config.revision or None, "trust_remote_code": config.trust_remote_code}
     backbone = load_backbone(name, dtype=config.precision, **options)
     check_family(backbone.model, name)
+    sha256 = weights_sha256(backbone.model) if config.precision == "fp32" else ""
     if config.rounding:
         if not rounded_weights(backbone.model, config.rounding):
             raise IaptError(
@@ -109,4 +120,4 @@ def load_as_trained_on(name: str, config: TrainConfig) -> Backbone:
                 f"{name} has none; leave it out"
             )
         round_as_exported(backbone.model, config.rounding)
-    return backbone
+    return backbone, sha256

@@ -10,17 +10,26 @@ A record is one of
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from iapt_export.contract.errors import IaptError
+from iapt_export.contract.errors import IaptError, shown
 from iapt_export.contract.schema import parse_json
 from trainers.decoder.instruction import Message, user_message
 
-UNREAD = ("system", "history", "tools", "functions", "images", "audios", "videos")
+UNREAD = ("system", "history", "tools", "functions", "images", "audios", "videos", "context")
 """Fields of other tools' records that change what their models see; what else stands in a record is about it."""
+FORMS = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output"),
+}
+"""The field that a record is known by, to the fields that are read then."""
+LOGGER = logging.getLogger(__name__)
 MAX_PROBLEMS = 10
 """Bad records that one error lists; the rest is counted."""
 
@@ -37,6 +46,8 @@ class Example:
     """Characters at the start of the last message that truncation must leave (the instruction before an input)."""
     continues: bool = False
     """Whether the answer goes on from the text as it is (a prompt with its completion), without a template."""
+    where: str = field(default="", compare=False)
+    """File and line that it was read from."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -49,21 +60,26 @@ def read_examples(path: str | Path) -> list[Example]:
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise IaptError(f"the data file {path} {what}; expected JSONL, one record per line")
-    examples, problems = [], []
+    examples, problems, unread = [], [], Counter[str]()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise IaptError(f"{path} is not UTF-8 text: {error}; expected JSONL, one record per line") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            examples.append(example_of(parse_json(line)))
+            record = parse_json(line)
+            examples.append(replace(example_of(record), where=f"{path}:{number}"))
+            unread.update(_unread_texts(record))
         except json.JSONDecodeError as error:
             problems.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
     refuse_records(problems, _conversion(path, lines))
+    if unread:
+        named = ", ".join(f"{name} ({count:,} of {len(examples):,} records)" for name, count in unread.items())
+        LOGGER.warning("%s: no model sees the text of the fields %s", path, named)
     if not examples:
         raise IaptError(f"the data file {path} holds no records; expected JSONL, one record per line")
     return examples
@@ -107,11 +123,16 @@ def example_of(record: Any) -> Example:
         raise ValueError(f"a record is a JSON object, this is {type(record).__name__}")
     if dropped := [name for name in UNREAD if not _is_nothing(record.get(name))]:
         raise ValueError(f"its {' and '.join(dropped)} would not be read; put what the model shall see into messages")
-    if "messages" in record:
+    form = next((form for form in FORMS if form in record), None)
+    read = FORMS[form] if form else ()
+    for name in [name for name in record if name not in read and not _is_nothing(record[name])]:
+        if meant := [field for field in read if _is_like(name, field)]:
+            raise ValueError(f"{shown(name)} would not be read; expected {meant[0]!r}, with exactly this name")
+    if form == "messages":
         return _from_messages(record["messages"])
-    if "prompt" in record:
+    if form == "prompt":
         return Example((user_message(_text(record, "prompt")),), _text(record, "completion"), continues=True)
-    if "instruction" in record:
+    if form == "instruction":
         instruction, response = _text(record, "instruction"), _text(record, "output")
         text = record.get("input")
         if text is not None and not isinstance(text, str):
@@ -140,6 +161,18 @@ def _from_messages(messages: Any) -> Example:
         raise ValueError("'messages' does not end with a user message and the assistant's answer to it")
     turns = tuple({"role": message["role"], "content": message["content"]} for message in messages[:-1])
     return Example(turns, messages[-1]["content"])
+
+
+def _is_like(name: str, field: str) -> bool:
+    """Whether a name may be a slip for a field's: ``Input``, ``inputs``, ``input ``."""
+    return name.strip().lower().rstrip("s") == field.rstrip("s")
+
+
+def _unread_texts(record: dict[str, Any]) -> list[str]:
+    """Fields that are not read and hold words, perhaps the text itself; single ones and numbers are about a record."""
+    form = next(form for form in FORMS if form in record)
+    others = {name: value for name, value in record.items() if name not in FORMS[form]}
+    return [name for name, value in others.items() if isinstance(value, str) and len(value.split()) > 1]
 
 
 def _is_nothing(value: Any) -> bool:

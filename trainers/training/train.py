@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from trainers.training.data import (
     sample,
     shared_system_prompt,
     split_holdout,
+    told_of_cuts,
+    told_of_system_prompts,
 )
 from trainers.training.evaluate import Evaluation, Report, beside_backbone, evaluate
 from trainers.training.evaluate_adapter import load_as_trained_on
@@ -95,6 +97,8 @@ class Setup:
     """The run's settings, by which its checkpoints and its adapter are known."""
     seen: int = 0
     """Of ``evaluation``, examples that are trained on as well, which only a file of its own can have."""
+    notes: list[str] = field(default_factory=list)
+    """What of the data no model sees: a sentence each."""
 
     @property
     def staged(self) -> Path:
@@ -168,7 +172,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
         check_labels(held_out, labels, f"{config.eval_file} has responses that the training data lacks")
     else:
         training, held_out = split_holdout(examples, config.holdout, config.seed)
-    backbone = load_as_trained_on(model_name, config)
+    backbone, sha256 = load_as_trained_on(model_name, config)
     if backbone.tokenizer is None:
         raise IaptError(f"the backbone {model_name} has no tokenizer; training needs one")
     set_seed(config.seed)
@@ -183,6 +187,7 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
     adapter = AdapterConfig(
         base_model_name_or_path=config.base_model_name or model_name,
         backbone_fingerprint=backbone.fingerprint,
+        backbone_weights_sha256=sha256,
         **asdict(sizes),
         method=method,
         revision=backbone.revision,
@@ -193,9 +198,13 @@ def _setup(request: TrainRequest, record: dict[str, Any]) -> Setup:
         weights=config.weights,
         quantise=config.rounding.quantise if config.rounding else "",
     )
-    held_out = sample(held_out, config.max_eval_examples, config.seed)
     work = work_folder(Path(request.output))
-    return Setup(backbone, training, held_out, adapter, module, config, work, record, count_seen(training, held_out))
+    notes = told_of_system_prompts(training)
+    if left_out := 0 if config.eval_file else len(examples) - len(training) - len(held_out):
+        notes.append(f"{left_out:,} examples are left out of training, whose instructions are held out as well")
+    held_out = sample(held_out, config.max_eval_examples, config.seed)
+    seen = count_seen(training, held_out)
+    return Setup(backbone, training, held_out, adapter, module, config, work, record, seen, notes)
 
 
 def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
@@ -208,6 +217,8 @@ def _trainer(setup: Setup, say: Callable[[str], None]) -> AdapterTrainer:
         max_response=None if setup.adapter.labels else config.max_response_tokens,
     )
     items, held_out = encode(setup.training), encode(setup.evaluation)
+    setup.notes += told_of_cuts(items, "training examples", config)
+    setup.notes += told_of_cuts(held_out, "examples to evaluate on", config)
     check_rows([*items, *held_out], tokenizer, setup.backbone.model, setup.method.num_slots)
     if config.start == "backbone":
         first = items[0]
@@ -248,6 +259,8 @@ def _fit(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None]) -> t
     say(f"training {count:,} parameters on {len(setup.training):,} examples, {HOW[setup.adapter.prompt_format]}")
     if setup.seen:
         say(f"{setup.seen:,} of {len(setup.evaluation):,} examples to evaluate on are trained on as well")
+    for note in setup.notes:
+        say(note)
     checkpoint = newest_whole(setup.work, say) if setup.config.resume else None
     trainer.accelerator.wait_for_everyone()  # nobody removes what another is still looking at
     if trainer.is_world_process_zero():
@@ -277,7 +290,7 @@ def _evaluate(trainer: AdapterTrainer, setup: Setup, say: Callable[[str], None])
     """Score the adapter as it was saved, and the plain backbone."""
     config, backbone = setup.config, setup.backbone
     if trainer.is_fsdp_enabled:  # its parameters are sharded over processes that are not here
-        backbone = load_as_trained_on(backbone.name_or_path, config)
+        backbone, _ = load_as_trained_on(backbone.name_or_path, config)
     task = Evaluation(backbone.tokenizer, setup.evaluation, setup.adapter.labels, setup.adapter.prompt_format, config)
     method = load_adapter(setup.staged).module()
     say(f"evaluating the adapter on {len(setup.evaluation)} examples")
@@ -324,6 +337,7 @@ def _save(setup: Setup, result: TrainResult, request: TrainRequest, command: str
         output=str(result.output),
         command=command,
         seen=setup.seen,
+        notes=setup.notes,
     )
     write_card(setup.staged, run)
     outcome = {"steps": result.steps, "history": result.history, "examples_sha256": prompts_sha256}

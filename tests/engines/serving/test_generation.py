@@ -200,6 +200,9 @@ def test_a_bad_request_does_not_cancel_the_others_and_is_raised_behind_them(sess
 
 def test_errors_are_raised_when_the_caller_says(session: Session) -> None:
     assert [answer.error is None for answer in session.generate(MIXED, raised="never")] == [1, 0, 1, 0, 1]
+    for wrong in ("Last", True, None):
+        with pytest.raises(IaptError, match="is not one of last, first, never"):
+            session.generate(MIXED, raised=wrong)  # type: ignore[arg-type]
     first: list[Answer] = []
     with pytest.raises(IaptError, match="tenant 'nobody' is not in this bundle"):
         first.extend(session.generate(MIXED, raised="first"))

@@ -33,6 +33,7 @@ from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_qwen3
 from trainers.adapters.directory import load_adapter
 from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import sizes_of
+from trainers.decoder.stored import weights_sha256
 
 SHAPE = BackboneSizes(32, 2, 2, 8, 320)
 
@@ -101,12 +102,12 @@ def test_a_family_that_is_not_supported_has_no_sizes() -> None:
 
 def test_the_hash_of_weights_sees_every_bit_and_name() -> None:
     model = tiny_llama(num_hidden_layers=1)
-    before = layout.weights_sha256(model)
-    assert before == layout.weights_sha256(tiny_llama(num_hidden_layers=1))
+    before = weights_sha256(model)
+    assert before == weights_sha256(tiny_llama(num_hidden_layers=1))
     changed = copy.deepcopy(model)
     changed.model.norm.weight.data[3] += torch.finfo(torch.float32).eps
-    assert layout.weights_sha256(changed) != before
-    assert len({layout.weights_sha256(m) for m in (model, changed, tiny_gpt2(), tiny_qwen3())}) == 4
+    assert weights_sha256(changed) != before
+    assert len({weights_sha256(m) for m in (model, changed, tiny_gpt2(), tiny_qwen3())}) == 4
 
 
 def test_one_tenants_weights_and_their_graph_inputs_have_one_order() -> None:

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 import iapt_export
 from iapt_export import BuildRequest
-from iapt_export.building.layout import weights_sha256
 from tests.bundles import NUM_LAYERS, RANGES
 from tests.iapt_export.building.test_families import LIMIT, NEW_TOKENS, served_words, stock_words
 from tests.tiny import tiny_llama
 from tests.trainers.decoder.fp8_files import Fp8, save_fp8
 from tests.trainers.runs import run, weights
 from trainers.decoder import streamed
+from trainers.decoder.stored import weights_sha256
 
 
 @pytest.fixture(scope="module")

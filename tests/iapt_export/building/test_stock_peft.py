@@ -12,13 +12,13 @@ import torch
 
 from engines.serving.session import Request, Session
 from iapt_export import build
-from iapt_export.building.layout import weights_sha256
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, NUM_LAYERS, TinyBuild, run
 from tests.tiny import tiny_llama
 from tests.trainers.adapters.test_peft_format import stock
 from trainers.decoder.backbone import load_backbone
+from trainers.decoder.stored import weights_sha256
 from validation.judging.compare import Settings, measure_truth
 from validation.judging.peft import compare_peft
 from validation.sides.peft_side import PeftFolder, peft_answer

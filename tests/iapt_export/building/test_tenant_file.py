@@ -219,6 +219,12 @@ def test_an_adapter_that_names_another_backbone_is_told(
     outcome = run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={tmp_path / 'x.safetensors'}")
     assert outcome.code == 0 and "was trained for some/other" in outcome.err
     assert "if these are other weights, its answers are wrong" in outcome.err
+    own = BundleManifest.load(tiny_build.bundle).backbone.weights_sha256
+    for sha256, said in ((own, False), ("0" * 64, True)):
+        path.write_text(json.dumps(fields | {"backbone_weights_sha256": sha256}), encoding="utf-8")
+        outcome = run("tenant", adapter, f"--bundle={tiny_build.bundle}", f"--output={tmp_path / 'x.safetensors'}")
+        assert outcome.code == 0 and ("was trained on other weights than those of" in outcome.err) == said
+        assert "was trained for some/other" not in outcome.err
 
 
 def test_a_tenant_is_not_computed_with_other_weights(tiny_build: TinyBuild, tmp_path: Path, fingerprint: str) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GenerationConfig
 
-from iapt_export.building.layout import backbone_spec, weights_sha256
+from iapt_export.building.layout import backbone_spec
 from tests.families import tiny_family
 from tests.trainers.decoder.fp8_files import Fp8, save_fp8
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.stored import is_outline, load_mapped, outline_of, stored_weight
+from trainers.decoder.stored import is_outline, load_mapped, outline_of, stored_weight, weights_sha256
 from trainers.decoder.streamed import streamed
 
 IDS = torch.arange(5, 25)[None]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from iapt_export.building.layout import backbone_spec, weights_sha256
+from iapt_export.building.layout import backbone_spec
 from iapt_export.contract.errors import IaptError
 from tests.families import tiny_family
 from tests.tiny import save_tiny_backbone, tiny_llama
 from trainers.decoder.backbone import load_backbone
-from trainers.decoder.stored import is_outline, load_mapped, outline_of, stored_type, stored_weight
+from trainers.decoder.stored import is_outline, load_mapped, outline_of, stored_type, stored_weight, weights_sha256
 from trainers.decoder.streamed import streamed
 
 
@@ -74,7 +74,7 @@ def test_an_outline_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made is not None
     right = weights_sha256(load_backbone(str(tmp_path)).model)
     assert weights_sha256(made.model) == right
-    monkeypatch.setattr("iapt_export.building.layout.stored_weight", lambda *_: pytest.fail("it is read again"))
+    monkeypatch.setattr("trainers.decoder.stored.stored_weight", lambda *_: pytest.fail("it is read again"))
     assert weights_sha256(made.model) == weights_sha256(streamed(made.model)) == right
     with pytest.raises(pytest.fail.Exception, match="read again"):
         weights_sha256(load_backbone(str(tmp_path)).model)

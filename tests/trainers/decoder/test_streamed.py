@@ -14,7 +14,6 @@ import torch
 from ml_dtypes import float4_e2m1fn, float8_e4m3fn
 from torch import Tensor
 
-from iapt_export.building.layout import weights_sha256
 from iapt_export.contract.low_bits import Rounding
 from tests.families import tiny_family
 from tests.tiny import save_tiny_backbone, tiny_llama
@@ -24,7 +23,7 @@ from trainers.decoder.backbone import Backbone, load_backbone
 from trainers.decoder.insertion import decoder_layers, hooked
 from trainers.decoder.quantise import quantise
 from trainers.decoder.rounded import RoundedWeights, on_disk, round_weights
-from trainers.decoder.stored import load_mapped, outline_of, stored_weight
+from trainers.decoder.stored import load_mapped, outline_of, stored_weight, weights_sha256
 from trainers.decoder.streamed import (
     abreast,
     copies_compared,

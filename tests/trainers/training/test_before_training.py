@@ -38,7 +38,7 @@ def test_rows_that_the_backbones_tables_do_not_hold_are_refused_before_the_first
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     asked = {"task": "generation", "eval_file": str(data)}
     with pytest.raises(
-        IaptError, match=r"example 12 has \d+ tokens, 4 of them the adapter's, and the backbone 256 posi"
+        IaptError, match=r"long.jsonl:13 has \d+ tokens, 4 of them the adapter's, and the backbone 256 posi"
     ):
         run(str(folder), long, tmp_path / "a", **asked, max_instruction_tokens=1000)
     tokenizer.add_tokens(["<new>"])
@@ -51,7 +51,7 @@ def test_rows_beyond_longropes_first_factors_are_refused(data: Path, tmp_path: P
     """The configuration says 256 positions, of which the backbone computes 32 as transformers does."""
     folder = save_tiny_backbone(tmp_path / "phi3", tiny_family("phi3-longrope"))
     asked = {"max_instruction_tokens": 60, "max_steps": 1}
-    refused = r"example 0 has \d+ tokens, 4 of them the adapter's, and the backbone 32 positions"
+    refused = r"joy.jsonl:\d+ has \d+ tokens, 4 of them the adapter's, and the backbone 32 positions"
     with pytest.raises(IaptError, match=refused):
         run(str(folder), data, tmp_path / "a", **asked)
     with pytest.raises(IaptError, match=refused.replace(", 4 of", ", 0 of")):

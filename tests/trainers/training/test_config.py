@@ -121,6 +121,7 @@ def test_settings_file(tmp_path: Path) -> None:
     [
         (None, "does not exist"),
         ("a: [1", "is not YAML"),
+        ("rank: 1\nseed: 2\nrank: 3", "gives rank twice; leave one of them out"),
         ("- 1\n", "holds a list; expected one 'field: value'"),
         ("a: 2026-13-45", "is not YAML: month must be in 1..12"),
         ("a: " + "1" * 5000, "is not YAML: Exceeds the limit"),

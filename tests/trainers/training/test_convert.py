@@ -18,6 +18,10 @@ HUMAN, GPT = {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"
 AGAIN, LATER = {"from": "human", "value": "And now?"}, {"from": "gpt", "value": "Bye."}
 
 
+LONG = "a film " * 30_000
+"""More than the csv module takes unless it is told."""
+
+
 def converted(tmp_path: Path, text: str, form: Any, **settings: Any) -> tuple[list[dict[str, Any]], Converted]:
     source, output = tmp_path / "given", tmp_path / "made.jsonl"
     source.write_bytes(text.encode())
@@ -43,6 +47,14 @@ def converted(tmp_path: Path, text: str, form: Any, **settings: Any) -> tuple[li
         ('prompt, completion\n"is it, really?", "yes"\n', {}, [{"prompt": "is it, really?", "completion": "yes"}]),
         ('"prompt", "completion"\na, b\n', {}, [{"prompt": "a", "completion": "b"}]),
         ("prompt,completion\na, b\n", {}, [{"prompt": "a", "completion": " b"}]),
+        ('prompt,completion,"source, year"\na, b,c\n', {}, [{"prompt": "a", "completion": " b"}]),
+        ("prompt,completion,,\na,b,,\n", {}, [{"prompt": "a", "completion": "b"}]),
+        ("id,prompt,completion,id\n1,a,b,2\n", {}, [{"prompt": "a", "completion": "b"}]),
+        (
+            f"prompt,completion\n{LONG},b\nc,d\n",
+            {},
+            [{"prompt": LONG, "completion": "b"}, {"prompt": "c", "completion": "d"}],
+        ),
         ('prompt,completion\n"a ""b""\nnext",c\n', {}, [{"prompt": 'a "b"\nnext', "completion": "c"}]),
         (
             "text,label\nfine,yes\n",
@@ -52,7 +64,9 @@ def converted(tmp_path: Path, text: str, form: Any, **settings: Any) -> tuple[li
     ],
 )
 def test_csv(tmp_path: Path, text: str, settings: Any, records: Any) -> None:
-    assert converted(tmp_path, text, "csv", **settings) == (records, Converted(len(records), ()))
+    made, done = converted(tmp_path, text, "csv", **settings)
+    assert (made, done.records) == (records, len(records))
+    assert all(note.startswith("left out: the columns") for note in done.notes)
 
 
 def test_an_empty_cell_beside_a_question_for_all_is_named(tmp_path: Path) -> None:
@@ -105,6 +119,12 @@ def test_sharegpt(tmp_path: Path) -> None:
         ("csv", 'prompt,completion\na,"b\n', {}, "given:2: this row cannot be read: unexpected end of data"),
         ("csv", "prompt,completion\na, \n", {}, "given:2: 'completion' is empty"),
         ("csv", "prompt,prompt,completion\na,b,c\n", {}, "given:1: the header names prompt twice"),
+        (
+            "csv",
+            "a,b,c\n",
+            {"column": ("output=a", "output=b")},
+            "--column names output twice, a and b; give it once",
+        ),
         ("csv", "prompt,completion\n", {}, "given holds no records; expected csv"),
         ("csv", "a,b\n", {"column": ("text=a",)}, "--column 'text=a' is not NAME=COLUMN with a NAME of instruction"),
         ("alpaca", "[{]", {}, "given is not JSON"),

@@ -17,10 +17,10 @@ from trainers.training.data import (
     IGNORED,
     collate,
     encode_examples,
-    encode_instruction,
     encode_response,
     example_prompts,
     find_labels,
+    fit_instruction,
     format_of,
     pad_instructions,
     sample,
@@ -107,6 +107,10 @@ def test_three_kinds_of_record(tmp_path: Path) -> None:
             "message 1 has weight, which is not read; expected role and content",
         ),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, "'content' is missing"),
+        ({"instruction": "x", "output": "y", "context": "a text"}, "its context would not be read; put what the model"),
+        ({"instruction": "x", "output": "y", "inputs": "a text"}, "'inputs' would not be read; expected 'input', with"),
+        ({"instruction": "x", "output": "y", "Input": "a text"}, "'Input' would not be read; expected 'input', with"),
+        ({"prompt": "x", "completion": "y", "Prompt ": "z"}, "'Prompt ' would not be read; expected 'prompt', with"),
     ],
 )
 def test_bad_records_are_named(tmp_path: Path, record: Any, text: str) -> None:
@@ -122,6 +126,12 @@ def test_bad_records_are_shown_together_and_counted(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("13 bad record(s)") and message.endswith("and 3 more")
     assert f"{path}:10:" in message and f"{path}:11:" not in message
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n')
+    (example,) = read_examples(tmp_path / "data.jsonl")
+    assert (example.messages[0]["content"], example.response) == ("a", "b")
 
 
 def test_files_that_hold_no_data(tmp_path: Path) -> None:
@@ -197,9 +207,9 @@ def test_response_ends_unless_cut() -> None:
 def test_truncation_cuts_the_input_and_nothing_else() -> None:
     text = "the film is a quiet joy from the first scene to the last " * 4
     example = Example(({"role": "user", "content": f"What?\n\n{text}"},), "yes", keep=7)
-    whole = encode_instruction(CHAT, example, "chat", 10_000)
+    whole = fit_instruction(CHAT, example, "chat", 10_000)[1]
     limit = len(whole) - 30
-    cut = encode_instruction(CHAT, example, "chat", limit)
+    cut = fit_instruction(CHAT, example, "chat", limit)[1]
     assert limit - 3 <= len(cut) <= limit
     shown = CHAT.decode(cut)
     head, tail = "<|im_start|>user\nWhat?\n\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -226,9 +236,9 @@ class WithoutOffsets:
 @pytest.mark.parametrize("text", ["the film is a quiet joy from the first scene to the last " * 4, "Ω漢字😀 " * 40])
 def test_a_tokenizer_without_offsets_cuts_as_much(text: str) -> None:
     example = Example(({"role": "user", "content": f"What?\n\n{text}"},), "yes", keep=7)
-    limit = len(encode_instruction(CHAT, example, "chat", 10_000)) - 30
-    wanted = encode_instruction(CHAT, example, "chat", limit)
-    cut = encode_instruction(WithoutOffsets(CHAT), example, "chat", limit)
+    limit = len(fit_instruction(CHAT, example, "chat", 10_000)[1]) - 30
+    wanted = fit_instruction(CHAT, example, "chat", limit)[1]
+    cut = fit_instruction(WithoutOffsets(CHAT), example, "chat", limit)[1]
     assert limit - 4 <= len(cut) <= limit
     shared = sum(1 for mine, other in zip(cut, wanted, strict=False) if mine == other)
     assert shared >= min(len(cut), len(wanted)) - 12  # all but the template's end and a character
@@ -260,7 +270,7 @@ def test_a_template_that_does_not_render_is_refused_in_words(template: Any, word
 def test_truncation_that_would_cut_the_instruction() -> None:
     example = Example(({"role": "user", "content": "A long instruction\n\ninput"},), "yes", keep=20)
     with pytest.raises(IaptError, match="max_instruction_tokens=30 leaves no room for the input"):
-        encode_instruction(CHAT, example, "chat", 30)
+        fit_instruction(CHAT, example, "chat", 30)
 
 
 def test_batch() -> None:
