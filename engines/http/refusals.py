@@ -13,6 +13,7 @@ from iapt_export.contract.errors import IaptError, NotRunnableError
 STATUS = {
     "tenant_not_found": 404,
     "queue_full": 429,
+    "tenants_full": 503,
     "session_failed": 503,
     "session_closed": 503,
     "closed": 503,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines.http.refusals import RefusalError
+from engines.http.refusals import RefusalError, refusal_of
 from engines.serving.session import Session
 from engines.serving.tenants import TenantsFullError
 from iapt_export.contract.disk import Stamp, stamp_of
@@ -19,6 +20,8 @@ from iapt_export.contract.tenant_card import NAME
 
 MAX_BYTES = 1 << 30
 SUFFIX = ".safetensors"
+TENANTS_FULL = "tenants_full"
+"""The code of a refusal for want of a place."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,35 +64,54 @@ class TenantFolder:
         """
         if self._folder is None or not NAME.fullmatch(name):
             return False
-        if name in self._session.tenants and name not in self._found:  # the bundle's own, or loaded by name
-            return True
+        if name == self._session.base or (name in self._session.tenants and name not in self._found):
+            return True  # the backbone, the bundle's own, or loaded by name
         stamp = await asyncio.to_thread(stamp_of, self._folder / f"{name}{SUFFIX}")
+        if stamp is None and name not in self._session.tenants:
+            await asyncio.to_thread(self._check_folder)
         if stamp is None:
             return name in self._session.tenants
         async with self._loading:
             if name in self._session.tenants and self._found.get(name, stamp) != stamp:
                 await self._renew(name, stamp)
-            while name not in self._session.tenants:
-                try:
-                    await self._install(name, f"{name}{SUFFIX}", replace=False)
-                    self._found[name] = stamp
-                except TenantsFullError as error:
-                    await self._make_room(error.method)
+            if name not in self._session.tenants:
+                await self._install_in_place_of_another(name, f"{name}{SUFFIX}", replace=False)
+                self._found[name] = stamp
         return True
 
     async def _renew(self, name: str, stamp: Stamp) -> None:
         """Put another file in the place of a tenant; its requests under way keep the old weights."""
         try:
-            await self._install(name, f"{name}{SUFFIX}", replace=True)
+            await self._install_in_place_of_another(name, f"{name}{SUFFIX}", replace=True)
             _log.info("tenant %s was read again, because its file is another now", name)
-        except TenantsFullError:
-            return  # requests hold all places, its own among them; the next request tries again
         except (IaptError, RefusalError) as error:
+            if isinstance(error, RefusalError) and error.code == TENANTS_FULL:
+                _log.warning(
+                    "tenant %s has another file now, and no place is free: this request gets the old one", name
+                )
+                return  # the next request tries again
             _log.warning("tenant %s goes on with the file of before, because the new one is refused: %s", name, error)
         self._found[name] = stamp
 
-    async def _make_room(self, method: str) -> None:
+    async def _install_in_place_of_another(self, name: str, path: str, *, replace: bool) -> None:
+        """Install a tenant; where all places are taken, in that of an idle one which `find` installed.
+
+        Raises:
+            RefusalError: as `_install` and `_make_room`.
+            IaptError: as `_install`.
+        """
+        while True:
+            try:
+                return await self._install(name, path, replace=replace)
+            except TenantsFullError as error:
+                await self._make_room(error.method, name)
+
+    async def _make_room(self, method: str, name: str) -> None:
         """Take out the tenant of a method that `find` installed and that was not asked for the longest time.
+
+        Args:
+            method: whose places are all taken.
+            name: for whom; it does not make room for itself.
 
         Raises:
             RefusalError: all of them have requests, or there is none.
@@ -97,11 +119,11 @@ class TenantFolder:
         asked = {name for name, tenant in self._session.state().tenants.items() if tenant.running or tenant.waiting}
         methods = {name: tenant.method for name, tenant in list(self._session.stepper.bank.tenants.items())}
         self._found = {name: stamp for name, stamp in self._found.items() if name in methods}
-        found = [name for name in self._found if methods[name] == method]
-        idle = next((name for name in found if name not in asked and not self._held[name]), None)
+        found = [each for each in self._found if methods[each] == method]
+        idle = next((each for each in found if each not in {*asked, name} and not self._held[each]), None)
         if idle is None:
             text = "all places for tenants are taken" + ("; try again later" if found else "")
-            raise RefusalError(503, text, param="model", code="tenants_full", retry=bool(found))
+            raise RefusalError(503, text, param="model", code=TENANTS_FULL, retry=bool(found))
         del self._found[idle]
         with contextlib.suppress(IaptError):  # somebody took it out at this moment
             self._session.remove_tenant(idle)
@@ -120,14 +142,36 @@ class TenantFolder:
             IaptError: the file does not fit the bundle.
         """
         async with self._loading:
-            await self._install(name, path, replace=replace)
+            await self._install_in_place_of_another(name, path, replace=replace)
             self._found.pop(name, None)
 
     async def _install(self, name: str, path: str, *, replace: bool) -> None:
         if not NAME.fullmatch(name):
             raise RefusalError(400, f"{name!r} is no name; expected letters, digits, . _ -", param="lora_name")
         file = await asyncio.to_thread(self._checked, path)
-        await asyncio.to_thread(self._session.add_tenant, file, name, replace=replace)
+        try:
+            await asyncio.to_thread(self._session.add_tenant, file, name, replace=replace)
+        except TenantsFullError:
+            raise
+        except IaptError as error:  # clients need not know where the folder is
+            _log.warning("%s", error)
+            told = refusal_of(error)
+            text = told.message.replace(str(file), path)
+            raise RefusalError(told.status, text, param=told.param, code=told.code) from error
+
+    def _check_folder(self) -> None:
+        """Tell a folder without the file from one that is not there, as when its volume is gone.
+
+        Raises:
+            RefusalError: it cannot be read.
+        """
+        try:
+            with os.scandir(self._folder):
+                return
+        except OSError as error:
+            _log.warning("the folder of tenants cannot be read: %s", error)
+            text = "the folder of tenants cannot be read; try again later"
+            raise RefusalError(503, text, param="model", code="tenants_unreadable", retry=True) from error
 
     def _checked(self, path: str) -> Path:
         """The file, which stands below the folder and is no link out of it, no device, and not huge."""

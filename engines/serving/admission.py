@@ -17,6 +17,7 @@ from engines.serving.conversation import check_text_fields, encode_request
 from engines.serving.drafts import Drafter
 from engines.serving.entry import Entry
 from engines.serving.grammar import Grammar, GrammarCompiler
+from engines.serving.opened_files import OpenedFiles
 from engines.serving.request import Request
 from engines.serving.sampling import Sampling, is_whole
 from engines.serving.shaping import Shaping
@@ -36,8 +37,10 @@ RIGHT_CALL = 'Request(tenant="NAME", prompt="TEXT")'
 class Admission:
     """Checks requests against one bundle."""
 
-    def __init__(self, bundle: Path, manifest: BundleManifest, stepper: Stepper) -> None:
+    def __init__(self, bundle: Path, manifest: BundleManifest, stepper: Stepper, files: OpenedFiles) -> None:
         self._bundle = bundle
+        self._files = files
+        self._has_codec = (bundle / TOKENIZER_FILE).is_file()
         self._manifest = manifest
         self._stepper = stepper
         self._reading = threading.Lock()
@@ -49,6 +52,7 @@ class Admission:
         """The bundle's tokenizer, read when first needed, by one thread alone: it takes tens of megabytes."""
         with self._reading:
             if self._codec is None:
+                self._files.check()
                 self._codec = TextCodec(self._bundle)
             return self._codec
 
@@ -73,14 +77,13 @@ class Admission:
             room = self._stepper.capacity - tenant.prompt_length - len(prompt) + 1
             request = dataclasses.replace(request, max_new_tokens=max(room, request.min_tokens, 1))
         self._check_room(where, request, tenant, prompt)
-        has_text = request.stop or (self._bundle / TOKENIZER_FILE).is_file()
         ends = frozenset(self._manifest.backbone.eos_token_ids)
         return Entry(
             request,
             number,
             tenant,
             prompt,
-            self.codec if has_text else None,
+            self.codec if request.stop or self._has_codec else None,
             ends,
             np.random.default_rng(request.sampling.seed),
             None if request.soft_prompts is None else self._sent(where, tenant, request.soft_prompts),

@@ -71,8 +71,8 @@ class Generation:
         self._wake = wake
         self._items: SimpleQueue[Item] = SimpleQueue()
         """What came and was not read; behind the last token there is always something that ends a reader."""
-        self._lock = threading.Lock()
-        """Guards the listeners, and that each hears of every item."""
+        self._lock = threading.RLock()
+        """Guards the listeners, and that each hears of every item; a listener may listen and forget itself."""
         self._listeners: list[Callable[[], None]] = []
         self._tokens: list[Token] = []
         self._ended: Ended | None = None
@@ -148,8 +148,8 @@ class Generation:
             for tell in list(self._listeners):
                 try:
                     tell()
-                except Exception as error:  # the client's own code: its request ends, and no other
-                    self._listeners.remove(tell)
+                except BaseException as error:  # the client's own code: its request ends, and no other
+                    self.forget(tell)
                     self._entry.cancelled = True
                     failure = IaptError(f"request {self._entry.number}: what listens to it failed: {error!r}")
                     failure.__cause__ = error

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engines.serving.entry import Entry
-from engines.serving.fair_queue import FairQueue
 from engines.serving.generation import Generation
+from engines.serving.scheduler import Scheduler
 from engines.serving.tenants import Tenant, TenantBank
 from iapt_export.contract.errors import QueueFullError
 
@@ -70,17 +70,18 @@ def patience(entry: Entry, timeout: float | None) -> float | None:
 class Inbox:
     """What has entered since the last step, and the line of those that wait to enter."""
 
-    def __init__(self, lock: threading.Condition, bank: TenantBank, queue: FairQueue, max_waiting: int) -> None:
+    def __init__(self, lock: threading.Condition, bank: TenantBank, scheduler: Scheduler, max_waiting: int) -> None:
         """Start empty.
 
         Args:
             lock: held by callers of all methods but `place`; it guards what stands here.
             bank: whose tenants are acquired and released.
-            queue: the scheduler's.
+            scheduler: whose queue is entered.
             max_waiting: see `engines.serving.session.Session.open`.
         """
         self.lock = lock
-        self.queue = queue
+        self.queue = scheduler.waiting
+        self._scheduler = scheduler
         self.max_waiting = max_waiting
         self.arrived: list[Entry] = []
         self.line: deque[Turn] = deque()
@@ -163,4 +164,5 @@ class Inbox:
         limit = self.queue.share_of(tenant).max_waiting
         if limit is not None and own >= limit:
             return False
-        return own == 0 or len(self.arrived) + len(self.queue) < self.max_waiting
+        # what finds a free row with the next step does not wait for one
+        return own == 0 or len(self.arrived) + len(self.queue) < self.max_waiting + self._scheduler.free_rows

@@ -130,6 +130,11 @@ class Scheduler:
         self.drafting.took(len(last), time.perf_counter() - start, drafts=any(drafts))
         yield from self._advance(logits, 0, drafts)
 
+    @property
+    def free_rows(self) -> int:
+        """Rows that nobody has."""
+        return self.stepper.max_rows - len(self.running)
+
     def _dropped(self) -> Iterator[tuple[Entry, Item]]:
         """Those that were cancelled, or are late."""
         now = time.monotonic()
@@ -146,7 +151,7 @@ class Scheduler:
         """The waiting requests whose turn has come."""
         if before and not self.continuous:
             return []
-        free = self.stepper.max_rows - len(self.running)
+        free = self.free_rows
         joining: list[Entry] = []
         longest, now = 0, time.monotonic()
         while len(joining) < free and (entry := self.waiting.peek()) is not None:
@@ -210,7 +215,7 @@ class Scheduler:
 def _token_or_failure(entry: Entry, logits: np.ndarray) -> Item:
     try:
         token = entry.take(logits)
-    except Exception as error:
+    except BaseException as error:  # a client's hook runs in it, which may raise SystemExit: its request ends alone
         field = error.field if isinstance(error, IaptError) else None  # of the request, which is at fault then
         failure = IaptError(
             f"request {entry.number} of tenant {entry.tenant.name} failed: {error}",

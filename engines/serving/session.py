@@ -28,6 +28,7 @@ from engines.serving.generation import AtError, Generation, in_order_of_arrival,
 from engines.serving.grammar import Grammar
 from engines.serving.inbox import Inbox, Turn, loop_turn, patience, thread_turn
 from engines.serving.loading import open_stepper
+from engines.serving.opened_files import OpenedFiles
 from engines.serving.own_process import OwnCondition
 from engines.serving.request import Answer, Item, Request, Token
 from engines.serving.sampling import Sampling
@@ -68,14 +69,15 @@ class Session(Activated):
         self.target = target
         self.stepper = stepper
         self.max_waiting = max_waiting
-        self._admission = Admission(bundle, manifest, stepper)
+        self._files = OpenedFiles(bundle, manifest)
+        self._admission = Admission(bundle, manifest, stepper, self._files)
         self._shares: dict[str, Share] = {}
         self._scheduler = Scheduler(stepper, continuous=continuous, shares=self._shares)
         self._opening = threading.Lock()
         """Held while the session opens or closes."""
         self._lock = OwnCondition()
         """Guards everything below, and the bank; the scheduler belongs to the thread alone."""
-        self._inbox = Inbox(self._lock, stepper.bank, self._scheduler.waiting, max_waiting)
+        self._inbox = Inbox(self._lock, stepper.bank, self._scheduler, max_waiting)
         self._generations = self._inbox.generations
         self._thread: threading.Thread | None = None
         self._closing = self._draining = False
@@ -114,16 +116,10 @@ class Session(Activated):
         Raises:
             IaptError: the bundle is damaged, not trusted or not proven, or this machine cannot run the target.
         """
-        folder = Path(bundle)
-        manifest = open_manifest(folder, **checks)
+        folder = Path(bundle).absolute()  # the tokenizer is read when it is needed, from wherever the process is then
+        manifest = open_manifest(Path(bundle), **checks)
         stepper = open_stepper(
-            folder,
-            manifest,
-            manifest.target(target),
-            device=device,
-            in_place=in_place,
-            threads=threads,
-            drafts=drafts,
+            folder, manifest, manifest.target(target), device=device, in_place=in_place, threads=threads, drafts=drafts
         )
         return cls(folder, manifest, stepper.target, stepper, continuous=continuous, max_waiting=max_waiting)
 
@@ -132,6 +128,7 @@ class Session(Activated):
         with self._opening, self._lock:
             if self._thread is not None:
                 return
+            self._files.check()
             self.stepper.activate()
             self._closing, self._draining, self._failure = False, False, None
             self._lock.own()

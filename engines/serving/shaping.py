@@ -77,6 +77,7 @@ class Shaping:
             if changed.shape != logits.shape or changed.dtype != np.float32:
                 found = f"{changed.dtype} {list(changed.shape)}"
                 raise IaptError(f"its hook on logits gave {found}; expected float32 {list(logits.shape)}")
+            changed = changed.copy()  # the hook's own array, which it may give again
         if len(answer) < self._min_tokens:
             changed[self._ends] = -np.inf
         if self._matcher is not None:

@@ -43,9 +43,11 @@ def from_python(bundle: Path, in_place: bool, rows: list[Row]) -> list[list[int]
         return [answer.tokens for answer in session.generate(requests)]
 
 
-def answer_rows(bundle: Path, in_place: bool, rows: list[Row]) -> subprocess.CompletedProcess[str]:
+def answer_rows(
+    bundle: Path, in_place: bool, rows: list[Row], *, nested: bool = False
+) -> subprocess.CompletedProcess[str]:
     words = [word for name, n, ids in rows for word in (name, str(n), " ".join(map(str, ids)))]
-    command = [str(ROWS), str(bundle), str(int(in_place)), *words]
+    command = [str(ROWS), str(bundle), str(int(in_place)) + "n" * nested, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -66,6 +68,20 @@ def test_equal_answers(bundle: Path, in_place: bool, rows: list[Row]) -> None:
     outcome = answer_rows(bundle, in_place, rows)
     assert outcome.returncode == 0, outcome.stderr
     assert [[int(word) for word in line.split()] for line in outcome.stdout.splitlines()] == wanted
+
+
+@both_caches
+def test_a_callback_that_asks_its_own_session_is_refused(bundle: Path, in_place: bool) -> None:
+    """It would write over the cache of the rows that it is told of."""
+    rows = [(SHORT, 3, ids(LONGEST)), (LONG, 6, ids(3))]
+    outcome = answer_rows(bundle, in_place, rows, nested=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert [[int(word) for word in line.split()] for line in outcome.stdout.splitlines()] == from_python(
+        bundle, in_place, rows
+    )
+    told = outcome.stderr.splitlines()
+    assert len(told) == 9
+    assert set(told) == {"this session is answering already; open another one to answer beside it"}
 
 
 def test_equal_answers_over_a_cache_in_8_bits(small_cache_build: TinyBuild) -> None:

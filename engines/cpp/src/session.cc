@@ -23,6 +23,20 @@ std::string behind(const std::string& text, const std::string& other) {
   return {found, text.end()};
 }
 
+// Holds a session while it answers: rows of two calls would share one cache.
+class Answering {
+ public:
+  explicit Answering(std::atomic<bool>& busy) : busy_(busy) {
+    if (busy_.exchange(true)) throw Error("this session is answering already; open another one to answer beside it");
+  }
+  ~Answering() { busy_ = false; }
+  Answering(const Answering&) = delete;
+  Answering& operator=(const Answering&) = delete;
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
 }  // namespace
 
 struct Session::Row {
@@ -61,6 +75,7 @@ Session Session::open(const std::filesystem::path& bundle, const SessionOptions&
 std::string Session::rational() const { return stepper_->rational(); }
 
 void Session::stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token) {
+  const Answering answering(*busy_);
   std::vector<Row> rows;
   for (size_t index = 0; index < requests.size(); ++index) {
     rows.push_back(make_row(index, requests[index]));

@@ -110,6 +110,63 @@ def test_a_file_that_is_replaced_is_read_again(
     assert answer() == wanted[2]
 
 
+def test_a_busy_tenant_is_renewed_in_an_idle_ones_place(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else idle replicas answer with the new file, and busy ones with the old for as long as they are."""
+    assert server.session is not None
+    wanted = [asked(server, name)[1]["choices"][0]["text"] for name in TENANTS]
+    server.session.remove_tenant("gamma")
+    assert [asked(server, name)[0] for name in ("new0", "new3")] == [200, 200]  # four places, all taken
+    step, go = server.session.stepper.step, threading.Event()
+    monkeypatch.setattr(server.session.stepper, "step", lambda tokens: (go.wait(20), step(tokens))[1])
+    with ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(asked, server, "new0")
+        while not server.state()["running"]:
+            pass
+        os.replace(tmp_path / "new1.safetensors", tmp_path / "new0.safetensors")
+        renewed = pool.submit(asked, server, "new0")
+        while "new3" in models(server):
+            assert not renewed.done()
+        go.set()
+        assert [each.result()[1]["choices"][0]["text"] for each in (busy, renewed)] == wanted[:2]
+    server.wait_until_idle()
+    assert models(server) == ["alpha", "beta", "new0", "model"]
+
+
+def test_loading_by_name_makes_room_too(server: Served) -> None:
+    assert server.session is not None
+    assert asked(server, "new0")[0] == 200
+    body = {"lora_name": "mine", "lora_path": "new1.safetensors"}
+    assert server.ask("/v1/load_lora_adapter", body, **ADMIN)[0] == 200
+    assert models(server) == [*TENANTS, "mine", "model"]
+    status, found, _ = server.ask("/v1/load_lora_adapter", body | {"lora_name": "more"}, **ADMIN)
+    assert (status, found["error"]["code"]) == (503, "tenants_full")
+
+
+def test_a_folder_that_is_gone_is_not_a_missing_tenant(server: Served, tmp_path: Path) -> None:
+    folder = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-gone"))
+    status, found, headers = asked(server, "new0")
+    assert (status, found["error"]["code"], headers["retry-after"]) == (503, "tenants_unreadable", "1")
+    assert asked(server, "alpha")[0] == 200
+    folder.rename(tmp_path)
+    assert asked(server, "new0")[0] == 200 and asked(server, "none")[0] == 404
+
+
+def test_a_file_of_the_backbones_name_takes_nothing_from_it(server: Served, tmp_path: Path) -> None:
+    wanted = asked(server, "model")
+    shutil.copy(tmp_path / "new1.safetensors", tmp_path / "model.safetensors")
+    status, found, _ = asked(server, "model")
+    assert status == 200 and found["choices"] == wanted[1]["choices"]
+
+
+def test_clients_are_not_told_where_the_folder_is(server: Served, tmp_path: Path) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
+    status, found, _ = asked(server, "bad")
+    assert status == 400 and found["error"]["message"].startswith("bad.safetensors is not a whole safetensors file")
+    assert str(tmp_path) not in found["error"]["message"]
+
+
 def test_one_that_was_loaded_by_name_is_not_taken_out_again(server: Served) -> None:
     """Else the next request for it would be answered by the file of its name, which may be an older version."""
     assert server.session is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from typing import Any
 
@@ -136,6 +137,8 @@ def test_a_full_queue_takes_a_tenant_of_which_none_waits(tiny_build: TinyBuild) 
         session.set_share("beta", Share(max_waiting=1))
         long = {"tokens": (3,), "max_new_tokens": 150, "ignore_eos": True}
         flood = [session.submit(Request("alpha", **long)) for _ in range(session.stepper.max_rows + 2)]
+        while session.state().running < session.stepper.max_rows:  # those that found a free row have not read it yet
+            time.sleep(0.01)
         with pytest.raises(QueueFullError) as caught:
             session.submit(Request("alpha", **long), timeout=0)
         assert caught.value.code == "queue_full"
@@ -149,6 +152,17 @@ def test_a_full_queue_takes_a_tenant_of_which_none_waits(tiny_build: TinyBuild) 
         for generation in flood:
             generation.cancel()
         assert all(generation.result().finish_reason in ("cancelled", "length") for generation in flood)
+
+
+def test_a_call_that_free_rows_can_take_is_never_refused(tiny_build: TinyBuild) -> None:
+    """As `Door.submit` sends it, one after the other and none waiting; it was chance while only the queue counted."""
+    with Session.open(tiny_build.bundle, verify=False, max_waiting=1) as session:
+        rows = session.stepper.max_rows
+        for _ in range(20):
+            made = [session.submit(Request("alpha", tokens=(3,), max_new_tokens=1), timeout=0) for _ in range(rows + 1)]
+            assert all(len(generation.result().tokens) == 1 for generation in made)
+            while session.state().running:
+                time.sleep(0.001)
 
 
 @pytest.mark.parametrize("fields", [{"weight": 0.0}, {"weight": float("nan")}, {"max_rows": 0}, {"max_waiting": 0}])

@@ -154,6 +154,20 @@ def test_an_endless_source_is_answered(tiny_build: TinyBuild, call: str) -> None
     assert len(rows) >= 20 and len(taken) <= max(rows) + 1 + session.stepper.max_rows + 2
 
 
+def test_a_listener_may_forget_itself(session: Session) -> None:
+    """It is called while tokens are given out, by the thread that serves everybody."""
+    made = session.submit(Request("alpha", tokens=(5,), max_new_tokens=6, ignore_eos=True))
+    heard: list[int] = []
+
+    def once() -> None:
+        heard.append(1)
+        made.forget(once)
+
+    made.listen(once)
+    assert len(made.result().tokens) == 6 and len(heard) in (1, 6), "as many as waited when it was added, or the next"
+    assert len(session.submit(Request("beta", tokens=(5,), max_new_tokens=2)).result().tokens) <= 2
+
+
 def test_a_listener_that_fails_ends_its_request_alone(session: Session) -> None:
     """In the session's own thread, which goes on for all others."""
     other = session.submit(Request("beta", tokens=(6,), max_new_tokens=20, ignore_eos=True))

@@ -246,6 +246,7 @@ def test_a_bundle_without_a_tokenizer_serves_token_ids(tiny_build: TinyBuild, tm
     with Session.open(tiny_build.bundle, verify=False) as session:
         wanted = session.submit(request()).result().tokens
         session._admission._bundle, session._admission._codec = tmp_path, None
+        session._admission._has_codec = False
         answer = session.submit(request()).result()
         assert (answer.tokens, answer.text) == (wanted, "")
         for bad in (Request("alpha", "yes"), request(stop=("END",))):

@@ -110,6 +110,29 @@ def test_an_answer_is_no_shorter_than_asked(session: Session) -> None:
     assert len(longer.tokens) >= 5 and free[0] not in longer.tokens[:5]
 
 
+def test_a_hooks_own_array_stays_as_it_is(session: Session) -> None:
+    """What rules tokens out for one answer must not reach the next, whose hook gives the same array again."""
+    own = np.zeros(320, np.float32)
+    own[1], own[50] = 2, 1  # the end token first
+    ends = {"logits_hook": lambda answer, logits: own, "ignore_eos": False}
+    assert ask(session, min_tokens=2, **ends).result().tokens == [50, 50, 1]
+    assert (own[1], own[50]) == (2, 1)
+    assert ask(session, **ends).result().tokens == [1]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()])
+def test_what_a_hook_raises_ends_its_request_alone(session: Session, error: BaseException) -> None:
+    def hook(answer: Any, logits: np.ndarray) -> np.ndarray:
+        raise error
+
+    wanted = ask(session).result().tokens
+    beside = ask(session)
+    with pytest.raises(IaptError, match="failed"):
+        ask(session, logits_hook=hook).result()
+    assert beside.result().tokens == ask(session).result().tokens == wanted
+    assert session.state().status == "serving"
+
+
 def test_a_hook_sees_what_was_said_and_decides(session: Session) -> None:
     seen: list[list[int]] = []
 

@@ -5,6 +5,7 @@
 #ifndef IAPT_SESSION_H_
 #define IAPT_SESSION_H_
 
+#include <atomic>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -65,7 +66,8 @@ class Session {
 
   // Answers requests token by token, as many in a batch as the bundle takes; rows end on their own. All are checked
   // before the first one is read. Throws Error: an unknown tenant, an empty, too short or too long prompt, a token id
-  // out of range, or a request that can never fit into the cache.
+  // out of range, a request that can never fit into the cache, or a session that is answering already: it serves one
+  // thread, and a callback may not ask it.
   void stream(const std::vector<Request>& requests, const std::function<void(const Token&)>& on_token);
   // The token ids of every row's answer, its end token included.
   std::vector<std::vector<int64_t>> generate(const std::vector<Request>& requests);
@@ -87,7 +89,8 @@ class Session {
   const TargetSpec* target_;                        // one of the manifest's
   std::unique_ptr<Stepper> stepper_;
   std::unique_ptr<TextCodec> codec_;
-  std::string no_codec_;  // why there is none
+  std::string no_codec_;                                                                  // why there is none
+  std::unique_ptr<std::atomic<bool>> busy_ = std::make_unique<std::atomic<bool>>(false);  // so that a session can move
 };
 
 }  // namespace iapt
