@@ -180,6 +180,7 @@ TUNED_ON, ABLATED_ON = TASKS[0], TASKS[:2]
 RATIONAL_ON = (TASKS[0], TASKS[2])
 """The two tasks on which seeds of one method differ least."""
 SECOND_ON = RATIONAL_ON
+SECOND_SEEDS = 3
 ROUNDED_ON = (TASKS[2], TASKS[0])
 """First the one that tells methods apart."""
 WEIGHTS: tuple[Weights, ...] = ("fp32", "int4")
@@ -343,7 +344,7 @@ def runs_of(phase: str, budget: Budget, chosen: Mapping[str, float]) -> list[Run
         return [run(task, v, seed) for seed in seeds for task in TASKS for v in VARIANTS]
     if phase == "second":
         untrained = [run(task, NO_METHOD, 0) for task in SECOND_ON]
-        return untrained + [run(task, v, seed) for seed in seeds for task in SECOND_ON for v in SECOND]
+        return untrained + [run(task, v, n) for n in range(SECOND_SEEDS) for task in SECOND_ON for v in SECOND]
     if phase == "rounded":
         pairs = [(weights, tuple(other for other in WEIGHTS if other != weights)) for weights in WEIGHTS]
         plain = [run(task, v, seed) for task in ROUNDED_ON for seed in seeds for v in VARIANTS]

@@ -233,10 +233,10 @@ def test_the_second_backbone_has_runs_of_its_own(driver, capsys):
     _, done = driver("--only", "formats", "second-rates", "second", second_model=False)
     assert done == []
     assert "second is left out; it needs --second-model, gemma-3-270m's" in capsys.readouterr().out
-    _, done = driver("--only", "second-rates", "second", "--seeds", "2")
+    _, done = driver("--only", "second-rates", "second")
     assert done and all(run.backbone is GEMMA for run in done)
     trained = [run for run in done if run.phase == "second" and run.config is not None]
-    assert len(trained) == len(SECOND) * len(SECOND_ON) * 2 and len(done) - len(trained) == len(SECOND) + len(SECOND_ON)
+    assert len(trained) == len(SECOND) * len(SECOND_ON) * 3 and len(done) - len(trained) == len(SECOND) + len(SECOND_ON)
     assert {run.train_config.prompt_format for run in trained} == {"newline"}  # this backbone has no chat template
     assert not {run.key for run in trained} & {run.key for run in runs_of("main", BUDGETS["smoke"], {})}
 

@@ -89,8 +89,9 @@ class Session {
   const TargetSpec* target_;                        // one of the manifest's
   std::unique_ptr<Stepper> stepper_;
   std::unique_ptr<TextCodec> codec_;
-  std::string no_codec_;                                                                  // why there is none
-  std::unique_ptr<std::atomic<bool>> busy_ = std::make_unique<std::atomic<bool>>(false);  // so that a session can move
+  std::string no_codec_;  // why there is none
+  // Whether it is answering; on the heap like the manifest.
+  std::unique_ptr<std::atomic<bool>> busy_ = std::make_unique<std::atomic<bool>>(false);
 };
 
 }  // namespace iapt
