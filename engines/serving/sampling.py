@@ -92,7 +92,11 @@ class Sampling:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it stands for a whole number; NumPy's arrays have ``__index__`` and most of them raise in it."""
+    """Whether it stands for a whole number; NumPy's arrays have ``__index__`` and most of them raise in it. True and
+    False are a slip for something else.
+    """
+    if isinstance(value, bool):
+        return False
     try:
         operator.index(value)
     except TypeError:
@@ -102,7 +106,9 @@ def is_whole(value: Any) -> bool:
 
 def _is_number(value: object) -> bool:
     """Whether NumPy can compute with it; Python has integers that no float holds."""
-    return isinstance(value, Real) and not (isinstance(value, int) and abs(value) > MAX_WHOLE)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return not (isinstance(value, int) and abs(value) > MAX_WHOLE)
 
 
 def _wrong(name: str, text: str) -> IaptError:

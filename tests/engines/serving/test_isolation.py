@@ -127,6 +127,7 @@ def test_nothing_of_a_failed_row_stays_in_the_cache(session: Session, monkeypatc
         ({"max_new_tokens": 10.5}, "max_new_tokens is 10.5, expected at least 1, a whole number"),
         ({"max_new_tokens": float("nan")}, "max_new_tokens is nan"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, expected at least 1, a whole number"),
         ({"tokens": (5, 1.5)}, "1.5 is no token id; expected whole numbers"),
         ({"tokens": ("yes",)}, "'yes' is no token id"),
         ({"tokens": np.array([[5, 6]])}, r"array\(\[5, 6\]\) is no token id"),

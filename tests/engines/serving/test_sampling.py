@@ -133,6 +133,8 @@ def test_a_forbidden_token_is_never_drawn(logit: float) -> None:
     [
         ({"temperature": -0.1}, "temperature -0.1 is negative; use 0 for greedy, or a positive number"),
         ({"temperature": float("nan")}, "temperature nan is"),
+        ({"temperature": True}, "temperature"),
+        ({"seed": True}, "seed"),
         ({"temperature": float("inf")}, "temperature inf is"),
         ({"top_p": 0.0}, "top_p 0.0 is out of range; expected more than 0 and at most 1"),
         ({"top_p": 1.01}, "top_p 1.01 is out of range"),
