@@ -1,9 +1,11 @@
 // Answers rows of several tenants in one batch, for tests; iapt_run gives all rows one tenant and one length.
 //
-//     answer_rows BUNDLE 0|1[n] TENANT MAX_NEW_TOKENS IDS [TENANT MAX_NEW_TOKENS IDS ...]
+//     answer_rows BUNDLE 0|1[n|m] TENANT MAX_NEW_TOKENS IDS [TENANT MAX_NEW_TOKENS IDS ...]
 //
 // 1 takes the cache in place, 0 the portable graphs; IDS are separated by spaces. Prints each row's token ids in a
-// line. With n, a callback asks the session that it answers for, and what that says is printed as an error.
+// line. With n, a callback asks the session that it answers for, and what that says is printed as an error; with m, the
+// bundle is renamed once it is open.
+#include <filesystem>
 #include <iostream>
 #include <sstream>
 #include <string>
@@ -16,6 +18,7 @@ int main(int argc, char** argv) {
     iapt::SessionOptions options;
     options.in_place = argv[2][0] == '1';
     auto session = iapt::Session::open(argv[1], options);
+    if (argv[2][1] == 'm') std::filesystem::rename(argv[1], std::string(argv[1]) + "-moved");
     std::vector<iapt::Request> requests;
     for (int i = 3; i + 2 < argc; i += 3) {
       iapt::Request request;

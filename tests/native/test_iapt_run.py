@@ -155,6 +155,11 @@ def test_the_form_of_the_operator_is_told(tiny_build: TinyBuild, monkeypatch: py
     assert "ai.iapt::Rational as function body" in iapt_run(*flags).stderr
 
 
+def tenant_beside(flags: list[str]) -> list[str]:
+    """A tenant, which is given once."""
+    return [] if flags[0].startswith("--tenant") else ["--tenant=alpha"]
+
+
 @needs_runner
 @pytest.mark.parametrize(
     ("flags", "text"),
@@ -172,7 +177,7 @@ def test_the_form_of_the_operator_is_told(tiny_build: TinyBuild, monkeypatch: py
     ],
 )
 def test_bad_requests(tiny_build: TinyBuild, flags: list[str], text: str) -> None:
-    outcome = iapt_run(tiny_build.bundle, "--tenant=alpha", "--tokens=5", *flags)
+    outcome = iapt_run(tiny_build.bundle, *tenant_beside(flags), "--tokens=5", *flags)
     assert outcome.returncode == 1 and text in outcome.stderr, outcome.stderr
     assert outcome.stdout == ""
 
@@ -183,6 +188,7 @@ def test_bad_requests(tiny_build: TinyBuild, flags: list[str], text: str) -> Non
     "flags",
     [
         ["--tenant=delta"],
+        ["--tenant=alpha", "--tenant=beta"],
         ["--target=tensorrt"],
         ["--device=cuda"],
         ["--max-new-tokens=0"],
@@ -195,7 +201,7 @@ def test_bad_requests(tiny_build: TinyBuild, flags: list[str], text: str) -> Non
     ids=str,
 )
 def test_the_same_refusals_as_python(tiny_build: TinyBuild, flags: list[str]) -> None:
-    command = [tiny_build.bundle, "--tenant=alpha", "--prompt=the film", *flags]
+    command = [tiny_build.bundle, *tenant_beside(flags), "--prompt=the film", *flags]
     wanted, made = run("generate", *command).err, iapt_run(*command).stderr
     problem = wanted.removeprefix("iapt-export: error: ").split(";")[0].strip()  # remedies differ: pip or a linker
     assert made.startswith(f"iapt_run: error: {problem}"), (wanted, made)

@@ -43,11 +43,9 @@ def from_python(bundle: Path, in_place: bool, rows: list[Row]) -> list[list[int]
         return [answer.tokens for answer in session.generate(requests)]
 
 
-def answer_rows(
-    bundle: Path, in_place: bool, rows: list[Row], *, nested: bool = False
-) -> subprocess.CompletedProcess[str]:
+def answer_rows(bundle: Path, in_place: bool, rows: list[Row], mode: str = "") -> subprocess.CompletedProcess[str]:
     words = [word for name, n, ids in rows for word in (name, str(n), " ".join(map(str, ids)))]
-    command = [str(ROWS), str(bundle), str(int(in_place)) + "n" * nested, *words]
+    command = [str(ROWS), str(bundle), str(int(in_place)) + mode, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -74,7 +72,7 @@ def test_equal_answers(bundle: Path, in_place: bool, rows: list[Row]) -> None:
 def test_a_callback_that_asks_its_own_session_is_refused(bundle: Path, in_place: bool) -> None:
     """It would write over the cache of the rows that it is told of."""
     rows = [(SHORT, 3, ids(LONGEST)), (LONG, 6, ids(3))]
-    outcome = answer_rows(bundle, in_place, rows, nested=True)
+    outcome = answer_rows(bundle, in_place, rows, "n")
     assert outcome.returncode == 0, outcome.stderr
     assert [[int(word) for word in line.split()] for line in outcome.stdout.splitlines()] == from_python(
         bundle, in_place, rows
@@ -82,6 +80,13 @@ def test_a_callback_that_asks_its_own_session_is_refused(bundle: Path, in_place:
     told = outcome.stderr.splitlines()
     assert len(told) == 9
     assert set(told) == {"this session is answering already; open another one to answer beside it"}
+
+
+def test_a_bundle_that_is_moved_before_its_tokenizer_is_read_gives_no_empty_texts(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    outcome = answer_rows(copy, True, [(SHORT, 3, ids(4))], "m")
+    assert outcome.returncode == 1 and outcome.stdout == ""
+    assert outcome.stderr == f"{copy} was changed after it was opened (tokenizer.json, at least); open it again\n"
 
 
 def test_equal_answers_over_a_cache_in_8_bits(small_cache_build: TinyBuild) -> None:

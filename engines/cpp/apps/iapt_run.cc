@@ -61,6 +61,12 @@ T number(const std::string& flag, const std::string& text) {
   return value;
 }
 
+// A flag of which the last would count in silence, although prompts may be given in pairs with it.
+std::string once(const std::optional<std::string>& before, std::string value) {
+  if (before) wrong("--tenant is given twice; all rows of a call are one tenant's");
+  return value;
+}
+
 Arguments parse(int argc, char** argv) {
   Arguments found;
   for (int i = 1; i < argc; ++i) {
@@ -87,7 +93,7 @@ Arguments parse(int argc, char** argv) {
     else if (word == "--portable") found.session.in_place = false;
     else if (word == "--allow-unproven") found.session.allow_unproven = true;
     else if (word == "--trust") found.session.trust = value();
-    else if (word == "--tenant") found.tenant = value();
+    else if (word == "--tenant") found.tenant = once(found.tenant, value());
     else if (word == "--prompt") found.prompts.push_back(value());
     else if (word == "--tokens") found.tokens.push_back(value());
     else if (word == "--target") found.session.target = value();

@@ -23,6 +23,15 @@ std::string behind(const std::string& text, const std::string& other) {
   return {found, text.end()};
 }
 
+// Size and time of a file, or nothing where there is none.
+std::string stamp_of(const std::filesystem::path& path) {
+  std::error_code missing;
+  const auto size = std::filesystem::file_size(path, missing);
+  if (missing) return "";
+  const auto time = std::filesystem::last_write_time(path, missing).time_since_epoch().count();
+  return missing ? "" : std::to_string(size) + " " + std::to_string(time);
+}
+
 // Holds a session while it answers: rows of two calls would share one cache.
 class Answering {
  public:
@@ -49,8 +58,9 @@ struct Session::Row {
   bool done = false;
 };
 
-Session::Session(std::filesystem::path bundle, BundleManifest manifest, const SessionOptions& options)
-    : bundle_(std::move(bundle)),
+Session::Session(const std::filesystem::path& bundle, BundleManifest manifest, const SessionOptions& options)
+    : bundle_(std::filesystem::absolute(bundle)),
+      tokenizer_(stamp_of(bundle_ / "tokenizer.json")),
       manifest_(std::make_unique<const BundleManifest>(std::move(manifest))),
       target_(&manifest_->target(options.target)),
       stepper_(open_stepper(bundle_, *manifest_, *target_, options.runner, options.in_place)) {}
@@ -219,6 +229,9 @@ std::string Session::new_text(Row& row, const std::vector<int64_t>& said, bool i
 
 const TextCodec* Session::codec() {
   if (!codec_ && no_codec_.empty()) {
+    if (stamp_of(bundle_ / "tokenizer.json") != tokenizer_) {
+      throw Error(bundle_.string() + " was changed after it was opened (tokenizer.json, at least); open it again");
+    }
     try {
       codec_ = std::make_unique<TextCodec>(bundle_, *manifest_);
     } catch (const Error& error) {

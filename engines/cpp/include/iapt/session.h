@@ -74,7 +74,7 @@ class Session {
 
  private:
   struct Row;
-  Session(std::filesystem::path bundle, BundleManifest manifest, const SessionOptions& options);
+  Session(const std::filesystem::path& bundle, BundleManifest manifest, const SessionOptions& options);
   Row make_row(size_t index, const Request& request);
   void check(const Row& row) const;
   int64_t entries_of(const Row& row) const;
@@ -84,7 +84,8 @@ class Session {
   std::string new_text(Row& row, const std::vector<int64_t>& said, bool is_final);
   const TextCodec* codec();
 
-  std::filesystem::path bundle_;
+  std::filesystem::path bundle_;                    // absolute, because the tokenizer is read when it is needed
+  std::string tokenizer_;                           // what tells its file from another one
   std::unique_ptr<const BundleManifest> manifest_;  // on the heap, so that a session can move
   const TargetSpec* target_;                        // one of the manifest's
   std::unique_ptr<Stepper> stepper_;
