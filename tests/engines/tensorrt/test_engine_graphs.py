@@ -114,7 +114,7 @@ def test_they_are_standard_and_skip_what_a_step_does_not_need(bundle: Path) -> N
         assert [(entry.domain, entry.version) for entry in graph.opset_import if not entry.domain] == [("", 24)]
         kinds = [node.op_type for node in graph.graph.node]
         assert kinds.count("TensorScatter") == 4 and kinds.count("Attention") == 2 and "If" not in kinds
-        # TensorRT for RTX drops Attention's seventh input, the cache's length, without a word (findings/); masks it keeps
+        # TensorRT for RTX drops Attention's seventh input, a cache's length, in silence (findings/); masks it keeps
         inputs_of = [[*node.input, *[""] * 7] for node in graph.graph.node if node.op_type == "Attention"]
         assert all(given[3] and not given[6] for given in inputs_of)
         past = [value for value in graph.graph.input if value.name.startswith("past_key_values.")]
