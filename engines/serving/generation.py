@@ -163,9 +163,14 @@ class Generation:
         """
         check_process(self._process)
         with self._lock:
-            for _ in range(self._items.qsize()):
-                tell()
-            self._listeners.append(tell)
+            self._listeners.append(tell)  # first, because it may forget itself
+            try:
+                for _ in range(self._items.qsize()):
+                    if tell in self._listeners:
+                        tell()
+            except BaseException:
+                self.forget(tell)
+                raise
 
     def forget(self, tell: Callable[[], None]) -> None:
         """Call it no more."""

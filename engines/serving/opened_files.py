@@ -10,12 +10,12 @@ from iapt_export.contract.manifest import MANIFEST_FILE, BundleManifest
 
 
 class OpenedFiles:
-    """The files of a bundle, known by their stamps: graphs and tokenizer are read later than hashes are checked."""
+    """The files of a bundle, known by size and time: graphs and tokenizer are read later than hashes are checked."""
 
     def __init__(self, bundle: Path, manifest: BundleManifest) -> None:
         """Look at the files now."""
         self._bundle = bundle
-        self._stamps = {name: stamp_of(bundle / name) for name in (MANIFEST_FILE, *manifest.files)}
+        self._seen = {name: _seen(bundle / name) for name in (MANIFEST_FILE, *manifest.files)}
 
     def check(self) -> None:
         """Refuse to read on where another bundle stands in the place of the one that was opened.
@@ -23,6 +23,12 @@ class OpenedFiles:
         Raises:
             BundleError: a file is gone or another one; the first of them is named.
         """
-        changed = (name for name, stamp in self._stamps.items() if stamp_of(self._bundle / name) != stamp)
+        changed = (name for name, seen in self._seen.items() if _seen(self._bundle / name) != seen)
         if name := next(changed, None):
             raise BundleError(f"{self._bundle} was changed after it was opened ({name}, at least); open it again")
+
+
+def _seen(path: Path) -> tuple[int, int] | None:
+    """Size and time; not the inode's number, which some network file systems give anew."""
+    stamp = stamp_of(path)
+    return None if stamp is None else stamp[1:]

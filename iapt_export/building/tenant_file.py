@@ -44,7 +44,7 @@ def write_tenant_file(
     """
     if output.suffix != ".safetensors":
         raise IaptError(f"{output} must end in .safetensors, by which a server's folder of tenants knows its files")
-    check_name(output.stem, f"a server's folder of tenants has that of {output} from its file")
+    check_name(output.stem, "servers call a tenant as its file is called, so give another output")
     made = plain_tenant(adapter, BundleManifest.load(bundle))
     if made is None:
         from iapt_export.building.computed_tenant import computed_tenant
