@@ -156,8 +156,8 @@ class TenantFolder:
         except IaptError as error:  # clients need not know where the folder is
             _log.warning("%s", error)
             told = refusal_of(error)
-            text = told.message.replace(str(file), path)
-            raise RefusalError(told.status, text, param=told.param, code=told.code) from error
+            told.message = told.message.replace(str(file), path)
+            raise told from error
 
     def _check_folder(self) -> None:
         """Tell a folder without the file from one that is not there, as when its volume is gone.

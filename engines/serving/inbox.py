@@ -80,8 +80,7 @@ class Inbox:
             max_waiting: see `engines.serving.session.Session.open`.
         """
         self.lock = lock
-        self.queue = scheduler.waiting
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self.max_waiting = max_waiting
         self.arrived: list[Entry] = []
         self.line: deque[Turn] = deque()
@@ -121,8 +120,16 @@ class Inbox:
 
     def let_in(self) -> None:
         """Let those in line enter for whom there is room, in the order in which they came."""
+        # counted once: the session's thread frees rows meanwhile, and who came later must not find what others did not;
+        # what a free row takes with the next step does not wait for one
+        room = self.max_waiting + self.scheduler.free_rows - len(self.arrived) - len(self.scheduler.waiting)
+        kept: set[str] = set()
         for turn in [turn for turn in self.line if not turn.has_entered]:
-            if self._has_room(turn.entry.tenant.name):
+            tenant = turn.entry.tenant.name
+            if tenant in kept or not self._has_room(tenant, room):
+                kept.add(tenant)
+            else:
+                room -= 1
                 self.line.remove(turn)
                 turn.has_entered = True
                 self.generations[turn.entry] = turn.generation
@@ -158,11 +165,11 @@ class Inbox:
         for emptied in (self.generations, self.arrived, self.line):
             emptied.clear()
 
-    def _has_room(self, tenant: str) -> bool:
+    def _has_room(self, tenant: str, room: int) -> bool:
+        queue = self.scheduler.waiting
         own = sum(entry.tenant.name == tenant for entry in self.arrived)
-        own += len(self.queue.accounts[tenant].waiting) if tenant in self.queue.accounts else 0
-        limit = self.queue.share_of(tenant).max_waiting
+        own += len(queue.accounts[tenant].waiting) if tenant in queue.accounts else 0
+        limit = queue.share_of(tenant).max_waiting
         if limit is not None and own >= limit:
             return False
-        # what finds a free row with the next step does not wait for one
-        return own == 0 or len(self.arrived) + len(self.queue) < self.max_waiting + self._scheduler.free_rows
+        return own == 0 or room > 0

@@ -132,8 +132,8 @@ class Scheduler:
 
     @property
     def free_rows(self) -> int:
-        """Rows that nobody has."""
-        return self.stepper.max_rows - len(self.running)
+        """Rows that nobody has, nor is being read for."""
+        return self.stepper.max_rows - len(self.running) - len(self.joining)
 
     def _dropped(self) -> Iterator[tuple[Entry, Item]]:
         """Those that were cancelled, or are late."""

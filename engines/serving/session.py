@@ -367,7 +367,7 @@ class Session(Activated):
         with self._lock:
             self._inbox.fail(failure)
             self._scheduler = Scheduler(self.stepper, continuous=self._scheduler.continuous, shares=self._shares)
-            self._inbox.queue = self._scheduler.waiting
+            self._inbox.scheduler = self._scheduler
             self._lock.notify_all()
 
     def _wait_for_work(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from engines.serving.account import Share
 from engines.serving.entry import Entry
+from engines.serving.generation import Generation
+from engines.serving.inbox import Inbox, Turn
 from engines.serving.request import Ended, Request
 from engines.serving.scheduler import Scheduler
 from engines.serving.session import Session
@@ -152,6 +155,27 @@ def test_a_full_queue_takes_a_tenant_of_which_none_waits(tiny_build: TinyBuild) 
         for generation in flood:
             generation.cancel()
         assert all(generation.result().finish_reason in ("cancelled", "length") for generation in flood)
+
+
+def test_nobody_overtakes_in_line_while_rows_become_free() -> None:
+    """The session's thread frees them while the line is looked at, without the lock."""
+
+    class Freeing(Scheduler):
+        asked = 0
+
+        @property
+        def free_rows(self) -> int:
+            self.asked += 1
+            return self.asked - 1
+
+    inbox = Inbox(threading.Condition(), None, Freeing(Steps()), max_waiting=1)  # type: ignore[arg-type]
+    line = [Turn(one, Generation(one, lambda: None), lambda: None) for one in (entry("a"), entry("a"), entry("a"))]
+    inbox.line.extend(line)
+    with inbox.lock:
+        inbox.let_in()
+        assert [turn.has_entered for turn in line] == [True, False, False]
+        inbox.let_in()
+        assert [turn.has_entered for turn in line] == [True, True, False]
 
 
 def test_a_call_that_free_rows_can_take_is_never_refused(tiny_build: TinyBuild) -> None:
