@@ -16,10 +16,11 @@ from cyclopts import Parameter
 from iapt_export.contract.disk import write_atomically
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.schema import parse_json
+from trainers.training.records import FORMS as READ
 from trainers.training.records import example_of, refuse_records
 
 Record = dict[str, Any]
-FORMS = (("instruction", "input", "output"), ("prompt", "completion"))
+FORMS = (READ["instruction"], READ["prompt"])
 """The columns of a record; the input may be missing."""
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """ShareGPT's names of who speaks."""

@@ -98,13 +98,13 @@ def _compare_settings(adapter: Adapter, config: TrainConfig) -> None:
 def load_as_trained_on(name: str, config: TrainConfig) -> tuple[Backbone, str]:
     """The backbone in the type, and with its weights rounded, as the settings say.
 
-    Returns:
-        The backbone, and the hash of its weights before they were rounded; empty in bf16, which other weights round to
-        as well.
-
     Args:
         name: as `load_backbone` takes it.
         config: ``precision``, ``weights``, ``quantise``, ``revision`` and ``trust_remote_code`` count.
+
+    Returns:
+        The backbone, and the hash of its weights before they were rounded; empty in bf16, which other weights round to
+        as well.
 
     Raises:
         IaptError: it cannot be loaded, or has nothing to round.
