@@ -44,16 +44,15 @@ class Encoded(Item):
     response_is_cut: bool
 
 
-def encode_response(tokenizer: Any, response: str, max_tokens: int | None = None) -> list[int]:
-    """Token ids of an answer and its end-of-sequence token; a cut answer carries none.
+def encode_response(tokenizer: Any, response: str) -> list[int]:
+    """Token ids of an answer and its end-of-sequence token.
 
     Raises:
         IaptError: the tokenizer names no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise IaptError("the tokenizer names no eos_token, so no answer could end; set it in tokenizer_config.json")
-    ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
-    return ids if max_tokens is None else ids[:max_tokens]
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
 
 
 def format_of(tokenizer: Any, asked: AskedFormat, examples: Sequence[Example]) -> PromptFormat:
@@ -107,7 +106,9 @@ def _end_before(tokenizer: Any, text: str, surplus: int) -> int:
 def encode_examples(
     tokenizer: Any, examples: Iterable[Example], prompt_format: str, max_instruction: int, max_response: int | None
 ) -> list[Encoded]:
-    """Encode examples for training; see `fit_instruction` and `encode_response` for the limits.
+    """Encode examples for training; see `fit_instruction` for what its limit cuts.
+
+    An answer longer than ``max_response`` tokens loses its end, and with it the token that ends it.
 
     Raises:
         IaptError: examples that no limit can cut, each by file and line.

@@ -197,7 +197,10 @@ def test_instructions_that_cannot_be_fed() -> None:
 def test_response_ends_unless_cut() -> None:
     whole = encode_response(CHAT, "yes")
     assert whole[-1] == CHAT.eos_token_id and CHAT.decode(whole[:-1]) == "yes"
-    assert encode_response(CHAT, "positive negative", 1) == encode_response(CHAT, "positive negative")[:1]
+    example = Example(({"role": "user", "content": "What?"},), "positive negative")
+    (cut,) = encode_examples(CHAT, [example], "chat", 100, 1)
+    assert cut["input_ids"][cut["instruction_length"] :] == encode_response(CHAT, "positive negative")[:1]
+    assert cut["response_is_cut"]
     nameless = tiny_tokenizer()
     nameless.eos_token = None
     with pytest.raises(IaptError, match="names no eos_token"):
