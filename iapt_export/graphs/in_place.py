@@ -25,6 +25,7 @@ from transformers import DynamicCache
 
 import iapt_export.graphs.ops.serving_ops  # noqa: F401  (registers torch.ops.iapt.attend_in_place and instruction_only)
 from trainers.decoder.attention import attending_with, grouped_attention, read_options
+from trainers.decoder.family import takes_cache
 from trainers.decoder.insertion import decoder_layers, hooked, projected, selected
 from trainers.decoder.method import Method, Part, Rows
 
@@ -74,8 +75,8 @@ def serve(backbone: Any, rows: Rows, input_ids: Tensor, step: Step) -> Tensor:
         output = backbone(
             inputs_embeds=hidden,
             position_ids=step.position_ids,
-            past_key_values=_PassThrough(layout.key_value),
             use_cache=True,
+            **takes_cache(backbone, _PassThrough(layout.key_value)),
         )
     return output.logits
 

@@ -65,7 +65,7 @@ class PrefillTwin(Twin):
             input_ids,
             attention_mask,
             select=lambda hidden: hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1])),
-            past_key_values=cache,
+            cache=cache,
         )
         return (output.logits, *flatten(cache))
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, DynamicCache
 from transformers.dynamic_module_utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.masking_utils import AttentionMaskInterface
@@ -105,7 +106,8 @@ class _Computation(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = operator(*args, **(kwargs or {}))
         self.is_complex |= isinstance(made, Tensor) and made.is_complex()
-        self.uses_positions |= any(value is self._positions for value in (*args, *(kwargs or {}).values()))
+        # also inside of lists: indexing hands its indices on as one
+        self.uses_positions |= any(value is self._positions for value in tree_leaves((args, kwargs)))
         return made
 
 
@@ -149,6 +151,13 @@ def remote_code_sha256(model: Any) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else ""
 
 
+def takes_cache(module: Any, cache: Any) -> dict[str, Any]:
+    """The argument by which a model's code takes a cache, ``past_key_values`` until transformers renamed it ``cache``
+    in 5.24; code that came with a checkpoint may have either name under any version.
+    """
+    return {"cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values": cache}
+
+
 def max_positions(model: Any) -> int:
     """The most entries that a row of a backbone can have, prompts included; reads no weights."""
     config = model.config.get_text_config()
@@ -181,8 +190,8 @@ def _examined(model: Any) -> Family:
                 inputs_embeds=torch.empty(1, NUM_TOKENS, width, device="meta"),
                 attention_mask=torch.ones(1, NUM_TOKENS, dtype=torch.int64, device="meta"),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **takes_cache(model, cache),
             )
     except Exception as error:  # whatever a model's own code raises
         return Family(refusal=f"its code cannot be followed without data, which export needs: {_first_line(error)}")

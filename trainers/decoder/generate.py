@@ -34,7 +34,7 @@ def prefill(model: Any, rows: Rows, input_ids: Tensor, attention_mask: Tensor) -
         input_ids,
         attention_mask,
         select=lambda hidden: hidden[numbers, index][:, None],  # [B, 1, D]
-        past_key_values=cache,
+        cache=cache,
     )
     return output.logits[:, 0], cache
 

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import PAST
 from iapt_export.contract.low_bits import Rounding
+from trainers.decoder.family import takes_cache
 from trainers.decoder.rounded import Importance, round_weights, rounded_weights
 
 IMPORTANCE_FILE = "importance.safetensors"
@@ -84,9 +86,10 @@ def importance_of(model: Any, *, cache: bool = False) -> Importance:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, table.num_embeddings, (ROWS, min(TOKENS, longest)), generator=draw).to(model.device)
+    kept = DynamicCache() if cache else None  # of the model's own making, a layer with a window would keep no more
     try:
         # without the head, whose logits would take more memory than all else
-        output = model.base_model(input_ids=ids, use_cache=cache)
+        output = model.base_model(input_ids=ids, use_cache=cache, **takes_cache(model.base_model, kept))
     finally:
         for hook in hooks:
             hook.remove()
@@ -95,7 +98,7 @@ def importance_of(model: Any, *, cache: bool = False) -> Importance:
             note(f"{path}.weight", output.last_hidden_state)
     means = {name: total / count for name, (total, count) in sums.items()}
     found = {name: mean.cpu().numpy() for name, mean in means.items() if bool(mean.isfinite().all())}
-    return found | (_cache_scales(output.past_key_values) if cache else {})
+    return found | (_cache_scales(kept) if cache else {})
 
 
 def _cache_scales(cache: Any) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
 from trainers.decoder.backbone_sizes import Sizes
-from trainers.decoder.family import check_family
+from trainers.decoder.family import check_family, takes_cache
 from trainers.decoder.method import Rows
 
 
@@ -92,7 +92,7 @@ def read_instruction(
     *,
     instruction_mask: Tensor | None = None,
     select: Callable[[Tensor], Tensor] | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
 ) -> Any:
     """Run a backbone over ``[prompt slots; tokens]``.
 
@@ -103,7 +103,7 @@ def read_instruction(
         attention_mask: ``[B, T]`` int64, 1 at real tokens; padding may stand on either side.
         instruction_mask: ``[B, T]``, 1 at the tokens that methods may read; None means all real tokens.
         select: applied to the final hidden states ``[B, P+T, D]`` before the LM head, to compute only some logits.
-        past_key_values: an empty cache to fill, or None to keep none.
+        cache: an empty one to fill, or None to keep none.
 
     Returns:
         The backbone's output; logits and cache include the P prompt slots unless ``select`` dropped them.
@@ -114,7 +114,6 @@ def read_instruction(
     count = rows.num_slots
     prompts = rows.prompts(embeddings.new_zeros(embeddings.shape[0], count, embeddings.shape[2]))  # [B, P, D]
     mask = torch.cat([rows.slot_mask(attention_mask), attention_mask], dim=1)  # [B, P+T]
-    cache = past_key_values
     if rows.changes_cache and cache is None:
         cache = DynamicCache()  # where keys and values pass by, also in training
 
@@ -139,8 +138,8 @@ def read_instruction(
             inputs_embeds=torch.cat([prompts, embeddings], dim=1) if count else embeddings,
             attention_mask=mask,
             position_ids=positions(mask),
-            past_key_values=cache,
             use_cache=cache is not None,
+            **takes_cache(backbone, cache),
         )
 
 
@@ -176,8 +175,8 @@ def continue_from(
             **tokens,
             attention_mask=mask,
             position_ids=positions(mask)[:, -input_ids.shape[1] :] if position_ids is None else position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **takes_cache(backbone, cache),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,6 @@ from iapt_export.contract.errors import IaptError
 from trainers.adapters.adapter import Adapter, AdapterConfig, is_in_peft
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.attention import stock_attention
-from trainers.decoder.own_answer import plain_generation
 from validation.sides.reference import Reference
 
 ADVICE = "--no-peft-check leaves this comparison out"
@@ -74,7 +74,10 @@ def write_folders(reference: Reference, folder: Path) -> dict[str, PeftFolder]:
 def peft_answer(
     model: Any, folder: PeftFolder, prompt: Sequence[int], new_tokens: int
 ) -> tuple[list[int], list[np.ndarray]]:
-    """What ``PeftModel.generate`` gives for one prompt.
+    """What a ``PeftModel`` gives for one prompt, token by token, each from the whole text before it.
+
+    Not by its ``generate``: PEFT 0.21 does not see the cache of transformers 5.24, which has another name, and puts a
+    prompt or prefix before every single token.
 
     Args:
         model: the backbone, of transformers; unchanged afterwards.
@@ -91,30 +94,25 @@ def peft_answer(
     import peft
 
     ids = torch.tensor([prompt])
-    options = {} if folder.task is None else {"task_ids": torch.tensor([folder.task])}
-    with stock_attention(model), plain_generation(model), warnings.catch_warnings():
+    logits: list[np.ndarray] = []
+    options: dict[str, Any] = {} if folder.task is None else {"task_ids": torch.tensor([folder.task])}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    with stock_attention(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fields that are ours, and of its own deprecations
         wrapped = None
         try:
-            wrapped = peft.PeftModel.from_pretrained(model, str(folder.path))
-            generated = wrapped.eval().generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-                **options,
-            )
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder.path)).eval()
+            for _ in range(new_tokens):
+                output = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+                logits.append(output.logits[0, -1].float().numpy())
+                ids = torch.cat([ids, torch.tensor([[int(logits[-1].argmax())]])], dim=1)
         except Exception as error:  # PEFT's and transformers' errors share no base class
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise IaptError(f"PEFT {peft.__version__} cannot run {folder.path}: {reason}; {ADVICE}") from error
         finally:
             _unwrap(wrapped)
-    tokens = generated.sequences[0, -new_tokens:].tolist()
-    return tokens, [step[0].float().numpy() for step in generated.logits]
+    return ids[0, len(prompt) :].tolist(), logits
 
 
 def _unwrap(wrapped: Any) -> None:

@@ -233,7 +233,7 @@ def _at_once(reference: Reference, row: Truth) -> tuple[Tensor, DynamicCache]:
         torch.ones_like(ids),
         instruction_mask=instruction,
         select=lambda hidden: hidden[:, last:],
-        past_key_values=cache,
+        cache=cache,
     )
     logits: Tensor = output.logits[0]
     return logits, cache

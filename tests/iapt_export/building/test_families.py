@@ -19,7 +19,7 @@ from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import RANGES, random_method
 from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
 from tests.tiny import save_tiny_backbone
-from tests.trainers.adapters.test_peft_format import stock
+from tests.trainers.adapters.test_peft_format import stock, stock_greedy
 from trainers.adapters.adapter import AdapterConfig
 from trainers.adapters.directory import save_adapter
 from trainers.decoder.backbone import config_fingerprint, load_backbone
@@ -83,17 +83,11 @@ class Words:
 
 
 def stock_words(model: Any, **options: Any) -> list[Words]:
-    """What a stock model generates for each prompt, alone."""
+    """What a stock model answers to each prompt, alone."""
     made = []
     for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        fed = {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": None, "do_sample": False}
-        fed |= options
-        wanted = {"max_new_tokens": NEW_TOKENS, "output_logits": True, "return_dict_in_generate": True}
-        answer = model.generate(input_ids=ids, **fed, **wanted)
-        tokens = answer.sequences[0, -NEW_TOKENS:]
-        all_of_them = torch.cat(answer.logits).double().log_softmax(-1)
-        made.append(Words(tokens.tolist(), all_of_them[range(NEW_TOKENS), tokens].numpy()))
+        tokens, logits = stock_greedy(model, prompt, NEW_TOKENS, **options)
+        made.append(Words(tokens, logits.double().log_softmax(-1)[range(NEW_TOKENS), tokens].numpy()))
     return made
 
 

@@ -29,7 +29,7 @@ BACKBONES = {kind.backbone.__name__: kind.backbone for kind in KINDS.values() if
 
 
 def asked(kind: Kind) -> dict[str, Any]:
-    """What PEFT's ``generate`` has to be told of this kind besides."""
+    """What PEFT's model has to be told of this kind besides."""
     return {"task_ids": torch.tensor([TASK])} if "num_tasks" in kind.options else {}
 
 

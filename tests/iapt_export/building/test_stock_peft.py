@@ -16,12 +16,12 @@ from iapt_export.contract.errors import IaptError
 from iapt_export.contract.manifest import BundleManifest
 from tests.bundles import NEW_TOKENS, NUM_LAYERS, TinyBuild, run
 from tests.tiny import tiny_llama
-from tests.trainers.adapters.test_peft_format import stock
+from tests.trainers.adapters.test_peft_format import stock, stock_greedy
 from trainers.decoder.backbone import load_backbone
 from trainers.decoder.stored import weights_sha256
 from validation.judging.compare import Settings, measure_truth
 from validation.judging.peft import compare_peft
-from validation.sides.peft_side import PeftFolder, peft_answer
+from validation.sides.peft_side import PeftFolder
 from validation.sides.reference import Reference
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,19 +56,8 @@ def adapter(kind: str, options: dict[str, Any]) -> Any:
 
 
 def peft_tokens(model: Any, **options: Any) -> list[int]:
-    """What PEFT itself generates."""
-    ids = torch.tensor([TOKENS])
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=1,
-        **options,
-    )
-    tokens: list[int] = made[0, -NEW_TOKENS:].tolist()
-    return tokens
+    """What PEFT itself answers."""
+    return stock_greedy(model, TOKENS, NEW_TOKENS, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +96,6 @@ def test_stock_adapters_in_one_bundle(made: TinyBuild) -> None:
         task = {"task_ids": torch.tensor([TASK])} if name == "task" else {}
         assert answers[name] == peft_tokens(adapter(kind, options), **task), name
     assert len({tuple(tokens) for tokens in answers.values()}) == len(answers)  # the adapters matter
-
-
-def test_a_penalty_in_the_checkpoint_is_no_part_of_an_answer(tmp_path: Path) -> None:
-    """Some instruct models have one in ``generation_config.json``; PEFT's tokens are compared with likeliest ones."""
-    adapter("LoraConfig", {"r": 2}).save_pretrained(tmp_path)
-    prompt, model = range(2, 300, 2), tiny_llama(num_hidden_layers=NUM_LAYERS)
-    wanted, _ = peft_answer(model, PeftFolder(tmp_path), prompt, NEW_TOKENS)
-    model.generation_config.repetition_penalty = 5.0
-    assert peft_answer(model, PeftFolder(tmp_path), prompt, NEW_TOKENS)[0] == wanted
-    assert model.generation_config.repetition_penalty == 5.0
 
 
 @pytest.mark.thorough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,19 @@ def stock_logits(model: Any, lengths: list[int]) -> torch.Tensor:
     return output[:, -mask.shape[1] :][mask == 1]
 
 
+def stock_greedy(model: Any, prompt: Sequence[int], steps: int, **options: Any) -> tuple[list[int], torch.Tensor]:
+    """The likeliest tokens of a stock model, each from the whole text before it, and their logits ``[steps, V]``.
+
+    PEFT's ``generate`` would do, but loses its prompts with transformers 5.24; see ``findings/``.
+    """
+    ids, logits = torch.tensor([list(prompt)]), []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits.append(model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits[0, -1])
+        ids = torch.cat([ids, logits[-1].argmax().reshape(1, 1)], dim=1)
+    return ids[0, len(prompt) :].tolist(), torch.stack(logits)
+
+
 def adapter_config(method: Any, sizes: Sizes, base: str = "tiny") -> AdapterConfig:
     return AdapterConfig(
         base_model_name_or_path=base,
@@ -174,10 +188,7 @@ def test_what_peft_saved_gives_the_same_logits_and_tokens(
         logits(model, rows_of(method), LENGTHS), stock_logits(theirs, LENGTHS), atol=2e-4, rtol=1e-4
     )
     ids, mask = padded([7])
-    expected = theirs.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=1
-    )
-    assert greedy_tokens(model, method, ids, mask)[0] == expected[0, -STEPS:].tolist()
+    assert greedy_tokens(model, method, ids, mask)[0] == stock_greedy(theirs, ids[0].tolist(), STEPS)[0]
 
 
 def test_a_prompt_format_has_to_be_said_where_there_is_a_choice(tmp_path: Path) -> None:

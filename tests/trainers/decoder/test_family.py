@@ -22,7 +22,7 @@ from iapt_export.contract.errors import IaptError
 from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
 from tests.thorough import default_for
 from trainers.decoder.attention import read_options, use_own_attention
-from trainers.decoder.family import check_family, family_of
+from trainers.decoder.family import _Computation, check_family, family_of, takes_cache
 from trainers.decoder.generate import greedy, prefill
 from trainers.decoder.insertion import read_instruction, sizes_of
 from trainers.decoder.method import rows_of
@@ -143,6 +143,31 @@ def test_every_family_can_be_trained_for(name, kind):
     gradients = {path: parameter.grad for path, parameter in method.named_parameters() if not path.endswith("__A")}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     assert all(gradient.any() for gradient in gradients.values())
+
+
+def test_a_model_is_given_its_cache_by_the_name_that_its_code_has():
+    """transformers 5.24 renamed it; a checkpoint's own code keeps what it has."""
+
+    class Older(torch.nn.Module):
+        def forward(self, input_ids=None, past_key_values=None): ...
+
+    class Newer(torch.nn.Module):
+        def forward(self, input_ids=None, cache=None, **kwargs): ...
+
+    assert takes_cache(Older(), 1) == {"past_key_values": 1}
+    assert takes_cache(Newer(), 1) == {"cache": 1}
+
+
+def test_positions_count_as_read_where_they_are_indices():
+    """As CodeGen's code has it since transformers 5.24."""
+    positions = torch.arange(3, device="meta")
+    computation, table = _Computation(positions), torch.empty(8, 2, device="meta")
+    with computation:
+        _ = table[torch.arange(3, device="meta")]
+    assert not computation.uses_positions
+    with computation:
+        _ = table[positions]
+    assert computation.uses_positions
 
 
 def test_the_refusal_names_model_and_reason():
