@@ -61,6 +61,8 @@ FALCON = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_att
 FALCON |= {"bos_token_id": 0, "eos_token_id": 1} | WIDE
 
 IN_PLACE, PORTABLE, REFUSED = "in place", "portable", "refused"
+SINCE_5_24 = IN_PLACE if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else PORTABLE
+"""Of code that attended by itself before."""
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (IN_PLACE, "Llama", LLAMA),
     "llama-llama3": (IN_PLACE, "Llama", LLAMA | LLAMA3),
@@ -144,8 +146,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "mm_tokens_per_image": 4,
         },
     ),
-    "gptj": (PORTABLE, "GPTJ", GPT | {"rotary_dim": 8}),
-    "codegen": (PORTABLE, "CodeGen", GPT | {"rotary_dim": 8}),
+    "gptj": (SINCE_5_24, "GPTJ", GPT | {"rotary_dim": 8}),
+    "codegen": (SINCE_5_24, "CodeGen", GPT | {"rotary_dim": 8}),
     "bloom": (PORTABLE, "Bloom", TOKENS | WIDE | {"vocab_size": 320, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "falcon-7b-like": (PORTABLE, "Falcon", FALCON | {"multi_query": True, "new_decoder_architecture": False}),
     "falcon-40b-like": (PORTABLE, "Falcon", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),

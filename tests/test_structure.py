@@ -41,7 +41,7 @@ ROOMS = {
 """The folders of each package; docs/architecture.md says what is in which."""
 DOORS = {
     "trainers.decoder": "attention backbone backbone_sizes family generate importance insertion instruction method "
-    "own_answer quantise rounded scaled stored streamed",
+    "quantise rounded scaled stored streamed",
     "trainers.methods": "configs forms lora prefix_tuning rational",
     "trainers.adapters": "adapter directory peft_format",
     "trainers.training": "config convert train",
