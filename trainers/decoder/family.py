@@ -34,7 +34,8 @@ NUM_TOKENS, NUM_PLACES = 6, 2**20
 OTHER_RULE, BOTH_WAYS = 0, -2
 """Stand for a mask that is neither causal nor a window, and for one that sees later tokens."""
 PROVEN = {"bloom", "codegen", "diffllama", "falcon", "gptj"}
-"""Families whose code attends by itself, and whose rows are tested not to depend on padding."""
+"""Families whose code attends by itself, and whose rows are tested not to depend on padding; CodeGen's and GPT-J's does
+until transformers 5.24."""
 UNTRACEABLE = {"doge"}
 """Families whose code torch.export specialises to rows of one length, which a trial without data does not tell."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
