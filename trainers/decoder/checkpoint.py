@@ -21,7 +21,9 @@ EXPECTED_WARNINGS = (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-"""What transformers calls a checkpoint's files: an index of many, or one."""
+"""What transformers calls a checkpoint's files: an index of many, or one, which it reads where both are there."""
+EXPLICIT = "transformers_weights"
+"""Field of ``config.json`` that names another file in their place."""
 
 AGAIN = "download the checkpoint again"
 
@@ -40,7 +42,7 @@ class Place:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Place]:
-    """The tensors of a checkpoint's files, from their headers: no weight is read.
+    """The tensors of the files that transformers loads a checkpoint from, by their headers: no weight is read.
 
     Args:
         folder: a local one.
@@ -51,14 +53,19 @@ def read_checkpoint(folder: Path) -> dict[str, Place]:
     Raises:
         IaptError: a file is missing or cut off, or has not the tensors that the index says; each named.
     """
+    if (folder / "config.json").is_file() and read_object(folder / "config.json", AGAIN).get(EXPLICIT) is not None:
+        raise IaptError(
+            f"{folder / 'config.json'} names its weights ({EXPLICIT}), which is not followed here; rename the file to "
+            f"{SINGLE} or {INDEX} and drop the field"
+        )
     places: dict[str, str] = {}
-    if (folder / INDEX).is_file():
+    if not (folder / SINGLE).is_file():
+        if not (folder / INDEX).is_file():
+            return {}
         listed = read_object(folder / INDEX, AGAIN).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise IaptError(f"{folder / INDEX} has no weight_map of names to files; {AGAIN}")
         places = listed
-    elif not (folder / SINGLE).is_file():
-        return {}
     found: dict[str, dict[str, Place]] = {}
     problems = []
     for name in sorted(set(places.values())) or [SINGLE]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from iapt_export.building.layout import backbone_spec
 from iapt_export.contract.errors import IaptError
@@ -133,6 +134,35 @@ def test_an_index_must_fit_its_files(tmp_path: Path) -> None:
         load_backbone(str(folder))
     index.write_text("{}", encoding="utf-8")
     with pytest.raises(IaptError, match="has no weight_map of names to files"):
+        load_backbone(str(folder))
+
+
+@pytest.mark.parametrize("shards_are_there", [True, False])
+def test_one_file_counts_beside_an_older_index(tmp_path: Path, shards_are_there: bool) -> None:
+    """Saved twice, in shards and then as one file, or the other way round: transformers reads the one file."""
+    folder, model = sharded(tmp_path), tiny_llama(seed=1)
+    tiny_llama().to(torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
+    model.save_pretrained(tmp_path / "one")
+    model.config.save_pretrained(folder)
+    (tmp_path / "one" / "model.safetensors").replace(folder / "model.safetensors")
+    if not shards_are_there:
+        for path in folder.glob("model-*"):
+            path.unlink()
+    ids = torch.arange(5, 20)[None]
+    wanted = model(ids).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits, wanted)
+    assert torch.equal(load_backbone(str(folder)).model(ids).logits, wanted)
+    assert stored_type(str(folder)) == "fp32", "the shards are in bf16"
+    stored = load_mapped(str(folder))
+    assert stored is not None and torch.equal(stored.model(ids).logits, wanted)
+
+
+def test_weights_under_a_name_of_their_own_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_backbone(tmp_path, tiny_llama())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["transformers_weights"] = "model.safetensors"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(IaptError, match=r"names its weights \(transformers_weights\), which is not followed here"):
         load_backbone(str(folder))
 
 
