@@ -23,6 +23,7 @@ from trainers.decoder.gguf_config import gguf_config
 from trainers.decoder.gguf_file import GgufFile
 from trainers.decoder.gguf_tokenizer import gguf_tokenizer
 from trainers.decoder.gguf_weights import gguf_state_dict
+from trainers.decoder.instruction import with_one_template
 from trainers.decoder.own_answer import check_own_answer
 
 CHECKPOINT = ["*.safetensors", "*.safetensors.index.json"]
@@ -302,13 +303,13 @@ def _load_tokenizer(source: str, **options: Any) -> Any:
     """What ``AutoTokenizer`` makes of a folder.
 
     Raises:
-        IaptError: its files hold something else than transformers and tokenizers expect.
+        IaptError: its files hold something else than transformers and tokenizers expect; see `with_one_template`.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyboardInterrupt, SystemExit):
+        return with_one_template(AutoTokenizer.from_pretrained(source, **options), source)
+    except (OSError, ValueError, ImportError, IaptError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers has no class of its own for it, and its panics are no Exception
         raise IaptError(

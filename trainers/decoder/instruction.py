@@ -14,6 +14,27 @@ AskedFormat = Literal["auto", PromptFormat]
 """A format, or the one that fits tokenizer and data."""
 
 
+def with_one_template(tokenizer: Any, name: str) -> Any:
+    """A tokenizer whose chat template is the one for prompts; some have others besides, for tools or documents.
+
+    Args:
+        tokenizer: of transformers; changed.
+        name: of the model, for the error's text.
+
+    Raises:
+        IaptError: it has several, and none of them is called ``default``.
+    """
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict):
+        if "default" not in templates:
+            raise IaptError(
+                f"the tokenizer of {name} has the chat templates {', '.join(sorted(templates))}, and none is called "
+                "default; save one as its chat_template.jinja"
+            )
+        tokenizer.chat_template = templates["default"]
+    return tokenizer
+
+
 def resolve_prompt_format(tokenizer: Any, asked: AskedFormat, *, continues: bool) -> PromptFormat:
     """Turn ``auto`` into ``chat``, where there is a template, or into ``plain`` or ``newline``.
 

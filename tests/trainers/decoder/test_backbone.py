@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from iapt_export import BuildRequest, build
 from iapt_export.contract.errors import IaptError
-from tests.tiny import save_tiny_backbone, tiny_llama, tiny_qwen2
+from tests.tiny import save_tiny_backbone, tiny_llama, tiny_qwen2, tiny_tokenizer
 from trainers.decoder.backbone import load_backbone, load_outline, save_backbone
 from trainers.decoder.checkpoint import read_warnings
 
 Weights = dict[str, torch.Tensor]
+SMALL: dict[str, Any] = {"batch": "2", "sequence": "64", "past": "128", "new_tokens": 4}
 
 
 def folder_with(folder: Path, change: Callable[[Weights], Any], model: Any = None) -> str:
@@ -141,6 +143,23 @@ def test_settings_for_generation_that_say_nothing_of_use_are_refused(content: st
     assert load_backbone(str(tmp_path)).model.generation_config.eos_token_id == [1, 2]
     path.unlink()
     assert load_backbone(str(tmp_path)).model.generation_config.eos_token_id == 1
+
+
+def test_of_several_chat_templates_the_default_one_is_taken(tmp_path: Path) -> None:
+    """Command R has one for tools and one for documents besides."""
+    save_tiny_backbone(tmp_path / "model", tiny_llama(num_hidden_layers=1))
+    tokenizer = tiny_tokenizer()
+    wanted = tokenizer.chat_template
+    tokenizer.chat_template = {"default": wanted, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    request = BuildRequest(model=str(tmp_path / "model"), output=tmp_path / "bundle", **SMALL, prove=False)
+    build(request)
+    assert (tmp_path / "bundle" / "chat_template.jinja").read_text(encoding="utf-8") == wanted
+    assert not (tmp_path / "bundle" / "additional_chat_templates").exists()
+    assert load_backbone(str(tmp_path / "model")).tokenizer.chat_template == wanted
+
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "has the chat templates tool_use, and none is called default" in refusal(str(tmp_path / "model"))
 
 
 def test_two_loads_are_equal(tmp_path: Path) -> None:
