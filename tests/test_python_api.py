@@ -80,6 +80,9 @@ def test_a_bundle_without_proof_says_so_and_is_never_up_to_date(tiny_build: Tiny
     [
         ({"adapters": "a"}, "adapters='a' is one text; expected a list of them"),
         ({"targets": "onnxruntime"}, "targets='onnxruntime' is one text; expected a list of them"),
+        ({"targets": {"onnxruntime": "int8"}}, "targets is {'onnxruntime': 'int8'}; expected a list of texts"),
+        ({"targets": [None]}, "targets is [None]; expected a list of texts"),
+        ({"adapters": None}, "adapters is None; expected a list of texts"),
         ({"device": "tpu"}, "device='tpu' is not one of cpu, cuda"),
         ({"rational": "kernel"}, "rational='kernel' is not one of function, plugin"),
         ({"peft_prompt_format": "auto"}, "peft_prompt_format='auto' is not one of chat, plain, newline"),

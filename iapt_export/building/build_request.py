@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from iapt_export.contract.errors import shown
 from iapt_export.contract.low_bits import AUTO, rounding_problems
 from iapt_export.contract.prompt_format import PromptFormat
 from iapt_export.contract.settings import choice_problems, raise_problems, range_problems, type_problems
@@ -108,7 +109,10 @@ class BuildRequest:
         problems += rounding_problems(self.quantise) if self.quantise != AUTO else []
         if self.max_lora_rank is not None:
             problems += range_problems(self, max_lora_rank=(1, 65536))
-        for name in ("adapters", "targets"):
-            if isinstance(getattr(self, name), str | Path):
-                problems.append(f"{name}={str(getattr(self, name))!r} is one text; expected a list of them")
+        for name, kinds in (("adapters", str | Path), ("targets", str)):
+            value = getattr(self, name)
+            if isinstance(value, str | Path):
+                problems.append(f"{name}={str(value)!r} is one text; expected a list of them")
+            elif not isinstance(value, Sequence) or not all(isinstance(item, kinds) for item in value):
+                problems.append(f"{name} is {shown(value)}; expected a list of texts")
         raise_problems("build request", problems)

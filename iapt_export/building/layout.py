@@ -19,7 +19,7 @@ from iapt_export.building.plain_tenant import new_card
 from iapt_export.building.plan import TenantPlan
 from iapt_export.building.probes import make_probes
 from iapt_export.building.stage_cache import place, stage_files
-from iapt_export.contract.errors import BundleError
+from iapt_export.contract.errors import BundleError, shown
 from iapt_export.contract.graphs import ENCODER, KINDS, VERIFY, step_graphs
 from iapt_export.contract.integrity import is_signed_with, verify_files
 from iapt_export.contract.manifest import (
@@ -110,16 +110,21 @@ def backbone_spec(backbone: Any, adapters: Iterable[Adapter] = ()) -> BackboneSp
 
 
 def check_weights(backbone: Any, spec: BackboneSpec) -> None:
-    """Refuse a loaded backbone of a bundle's architecture with other weights.
+    """Refuse a loaded backbone of a bundle's architecture with other weights, and sizes that are not the backbone's.
 
     Raises:
-        BundleError: it is one.
+        BundleError: the weights differ, or the manifest was changed.
     """
     if weights_sha256(backbone.model) != spec.weights_sha256:
         raise BundleError(
             f"{backbone.name_or_path} has the architecture but not the weights of the bundle's backbone, "
             f"{spec.name_or_path}; give the same revision with --model and --revision"
         )
+    sizes = sizes_of(backbone.model)
+    names = [item.name for item in dataclasses.fields(BackboneSizes)]
+    if wrong := [name for name in names if getattr(spec, name) != getattr(sizes, name)]:
+        told = ", ".join(f"{name} {shown(getattr(spec, name))} for {shown(getattr(sizes, name))}" for name in wrong)
+        raise BundleError(f"the manifest has other sizes than the bundle's backbone: {told}; build the bundle again")
 
 
 def method_spec(item: Installed) -> MethodSpec:

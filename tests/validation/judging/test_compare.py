@@ -150,6 +150,17 @@ def test_another_backbone_of_the_same_shape_is_refused(tiny_build: TinyBuild, tm
     assert "has the architecture but not the weights" in outcome.err
 
 
+@pytest.mark.parametrize(("name", "other"), [("num_layers", 3), ("vocab_size", 321), ("head_dim", 16)])
+def test_sizes_of_the_manifest_that_are_not_the_backbones_are_refused(
+    tiny_build: TinyBuild, backbone: Any, name: str, other: int
+) -> None:
+    manifest = BundleManifest.load(tiny_build.bundle)
+    changed = dataclasses.replace(manifest.backbone, **{name: other})
+    before = getattr(manifest.backbone, name)
+    with pytest.raises(BundleError, match=f"has other sizes than the bundle's backbone: {name} {other} for {before};"):
+        Reference(tiny_build.bundle, dataclasses.replace(manifest, backbone=changed), backbone)
+
+
 def test_a_backbone_of_another_shape_is_refused(tiny_build: TinyBuild, tmp_path: Path) -> None:
     from tests.tiny import save_tiny_backbone, tiny_llama
 
