@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 import iapt_export.graphs.ops.serving_ops  # noqa: F401  (registers torch.ops.iapt.attend_in_place and instruction_only)
 from trainers.decoder.attention import attending_with, grouped_attention, read_options
-from trainers.decoder.family import takes_cache
+from trainers.decoder.family import cache_argument
 from trainers.decoder.insertion import decoder_layers, hooked, projected, selected
 from trainers.decoder.method import Method, Part, Rows
 
@@ -76,7 +76,7 @@ def serve(backbone: Any, rows: Rows, input_ids: Tensor, step: Step) -> Tensor:
             inputs_embeds=hidden,
             position_ids=step.position_ids,
             use_cache=True,
-            **takes_cache(backbone, _PassThrough(layout.key_value)),
+            **cache_argument(backbone, _PassThrough(layout.key_value)),
         )
     return output.logits
 

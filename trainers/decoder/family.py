@@ -152,7 +152,7 @@ def remote_code_sha256(model: Any) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else ""
 
 
-def takes_cache(module: Any, cache: Any) -> dict[str, Any]:
+def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
     """The argument by which a model's code takes a cache, ``past_key_values`` until transformers renamed it ``cache``
     in 5.24; code that came with a checkpoint may have either name under any version.
     """
@@ -192,7 +192,7 @@ def _examined(model: Any) -> Family:
                 attention_mask=torch.ones(1, NUM_TOKENS, dtype=torch.int64, device="meta"),
                 position_ids=positions,
                 use_cache=True,
-                **takes_cache(model, cache),
+                **cache_argument(model, cache),
             )
     except Exception as error:  # whatever a model's own code raises
         return Family(refusal=f"its code cannot be followed without data, which export needs: {_first_line(error)}")

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from iapt_export.contract.errors import IaptError
 from iapt_export.contract.graphs import PAST
 from iapt_export.contract.low_bits import Rounding
-from trainers.decoder.family import takes_cache
+from trainers.decoder.family import cache_argument
 from trainers.decoder.rounded import Importance, round_weights, rounded_weights
 
 IMPORTANCE_FILE = "importance.safetensors"
@@ -89,7 +89,7 @@ def importance_of(model: Any, *, cache: bool = False) -> Importance:
     kept = DynamicCache() if cache else None  # of the model's own making, a layer with a window would keep no more
     try:
         # without the head, whose logits would take more memory than all else
-        output = model.base_model(input_ids=ids, use_cache=cache, **takes_cache(model.base_model, kept))
+        output = model.base_model(input_ids=ids, use_cache=cache, **cache_argument(model.base_model, kept))
     finally:
         for hook in hooks:
             hook.remove()

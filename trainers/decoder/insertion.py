@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from iapt_export.contract.errors import IaptError
 from trainers.decoder.backbone_sizes import Sizes
-from trainers.decoder.family import check_family, takes_cache
+from trainers.decoder.family import cache_argument, check_family
 from trainers.decoder.method import Rows
 
 
@@ -139,7 +139,7 @@ def read_instruction(
             attention_mask=mask,
             position_ids=positions(mask),
             use_cache=cache is not None,
-            **takes_cache(backbone, cache),
+            **cache_argument(backbone, cache),
         )
 
 
@@ -176,7 +176,7 @@ def continue_from(
             attention_mask=mask,
             position_ids=positions(mask)[:, -input_ids.shape[1] :] if position_ids is None else position_ids,
             use_cache=True,
-            **takes_cache(backbone, cache),
+            **cache_argument(backbone, cache),
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from trainers.decoder.backbone_sizes import Sizes
-from trainers.decoder.family import takes_cache
+from trainers.decoder.family import cache_argument
 from trainers.decoder.method import Method, Weights
 from trainers.methods.configs import INITIAL_TEXT, PrefixTuningConfig
 
@@ -151,7 +151,7 @@ def initial_prefix(length: int, backbone: Any, tokenizer: Any, instruction: list
     ids = (instruction[:1] + text * (length // len(text) + 1))[:length]
     cache = DynamicCache()  # of the model's own making, a layer with a window would keep no more than that
     tokens = torch.tensor([ids], device=backbone.device)
-    backbone(input_ids=tokens, use_cache=True, **takes_cache(backbone, cache))
+    backbone(input_ids=tokens, use_cache=True, **cache_argument(backbone, cache))
     sides = [[layer.keys[0], layer.values[0]] for layer in cache.layers]
     widest = max(side.shape[-1] for side in sides[0])
     sides = [[nn.functional.pad(side, (0, widest - side.shape[-1])) for side in pair] for pair in sides]

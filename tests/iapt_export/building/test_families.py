@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from engines.serving.session import Request, Session, Token
 from iapt_export import BuildRequest, build
@@ -82,11 +83,23 @@ class Words:
         return float(np.abs(self.log_probabilities - other.log_probabilities).max())
 
 
+def generated(model: Any, prompt: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+    """Tokens of transformers' ``generate``, and their logits ``[T, V]``."""
+    ids = torch.tensor([list(prompt)])
+    fed = {"attention_mask": torch.ones_like(ids), "pad_token_id": 1, "eos_token_id": None, "do_sample": False}
+    wanted = {"max_new_tokens": NEW_TOKENS, "output_logits": True, "return_dict_in_generate": True}
+    answer = model.generate(input_ids=ids, **fed, **wanted)
+    return answer.sequences[0, -NEW_TOKENS:].tolist(), torch.cat(answer.logits)
+
+
 def stock_words(model: Any, **options: Any) -> list[Words]:
-    """What a stock model answers to each prompt, alone."""
+    """What a stock model answers to each prompt, alone: transformers' by ``generate``, PEFT's by `stock_greedy`."""
     made = []
     for prompt in PROMPTS:
-        tokens, logits = stock_greedy(model, prompt, NEW_TOKENS, **options)
+        if isinstance(model, PeftModel):
+            tokens, logits = stock_greedy(model, prompt, NEW_TOKENS, **options)
+        else:
+            tokens, logits = generated(model, prompt)
         made.append(Words(tokens, logits.double().log_softmax(-1)[range(NEW_TOKENS), tokens].numpy()))
     return made
 

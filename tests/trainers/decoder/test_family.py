@@ -22,7 +22,7 @@ from iapt_export.contract.errors import IaptError
 from tests.families import FAMILIES, IN_PLACE, REFUSED, tiny_family
 from tests.thorough import default_for
 from trainers.decoder.attention import read_options, use_own_attention
-from trainers.decoder.family import _Computation, check_family, family_of, takes_cache
+from trainers.decoder.family import _Computation, cache_argument, check_family, family_of
 from trainers.decoder.generate import greedy, prefill
 from trainers.decoder.insertion import read_instruction, sizes_of
 from trainers.decoder.method import rows_of
@@ -154,8 +154,8 @@ def test_a_model_is_given_its_cache_by_the_name_that_its_code_has():
     class Newer(torch.nn.Module):
         def forward(self, input_ids=None, cache=None, **kwargs): ...
 
-    assert takes_cache(Older(), 1) == {"past_key_values": 1}
-    assert takes_cache(Newer(), 1) == {"cache": 1}
+    assert cache_argument(Older(), 1) == {"past_key_values": 1}
+    assert cache_argument(Newer(), 1) == {"cache": 1}
 
 
 def test_positions_count_as_read_where_they_are_indices():
